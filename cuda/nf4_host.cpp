@@ -1,0 +1,518 @@
+// The CPU engine: loops around nf4_codec.h behind a C ABI (called through ctypes by
+// nf4cli/engines/cpu.py, which drops the GIL for the length of a call).
+//
+// CMake compiles this file once an instruction set, with -DNF4_ISA=generic|avx2|avx512 and the
+// matching -march; the symbol names carry the suffix and Python picks the best one the machine
+// has.  The generic copy is plain loops that any C++17 compiler vectorises as it can.  The other
+// two search the 15 midpoints as a tree with register look-ups (GCC's vector extensions); they
+// evaluate the same comparisons as nf4_rank and the tests hold them to the same bytes.
+//
+// Buffers are contiguous, n counts ELEMENTS, nothing is allocated, nothing is retained.
+
+#include <cfenv>
+#include <cstdint>
+
+#include "nf4_codec.h"
+
+#define NF4_JOIN2(a, b) a##_##b
+#define NF4_JOIN(a, b) NF4_JOIN2(a, b)
+#define NF4_EXPORT(name) \
+  extern "C" __attribute__((visibility("default"))) NF4_JOIN(name, NF4_ISA)
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+#define NF4_LANES 16
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+#define NF4_LANES 8
+#else
+#define NF4_LANES 1
+#endif
+
+namespace {
+
+typedef int64_t i64;
+
+constexpr int kMaxBlock = 4096;   // the largest blocksize bitsandbytes accepts
+constexpr int kRow = 16;          // error sums run over 16 interleaved partial sums, see Sums
+constexpr i64 kGranule = 65536;   // elements that share one entry of the error sums
+constexpr uint32_t kInfBits = 0x7f800000u;
+
+// A library loaded elsewhere in the process may have left this thread in flush-to-zero mode,
+// which would change bytes: run every call in the default floating-point environment.
+struct DefaultFloatEnvironment {
+  fenv_t saved;
+  DefaultFloatEnvironment() {
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { fesetenv(&saved); }
+};
+
+template <int kDtype>
+struct Element;
+template <>
+struct Element<NF4_F32> {
+  typedef float Raw;
+  NF4_FN float load(Raw raw) { return raw; }
+  NF4_FN Raw store(float value) { return value; }
+};
+template <>
+struct Element<NF4_F16> {
+  typedef uint16_t Raw;
+  NF4_FN float load(Raw raw) { return nf4_f32_of_f16(raw); }
+  NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
+};
+template <>
+struct Element<NF4_BF16> {
+  typedef uint16_t Raw;
+  NF4_FN float load(Raw raw) { return nf4_f32_of_bf16(raw); }
+  NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
+};
+
+// The error sums of one granule (see the C ABI below), and the order they are defined in, which
+// is part of the contract between engines.  Within a block, in units of its absmax: partial sum j
+// takes the elements j, j+16, j+32, ... in turn, then the 16 partial sums are folded in halves
+// (j += j+8, j+4, j+2, j+1).  Blocks are added in turn, in float64, times the absmax squared.
+struct Sums {
+  double error2 = 0.0, value2 = 0.0;
+
+  NF4_FN void add(Sums& sums, float absmax, float error2, float value2) {
+    const double unit = absmax;
+    sums.error2 += unit * unit * error2;
+    sums.value2 += unit * unit * value2;
+  }
+};
+
+#if NF4_LANES < 16
+NF4_FN void pack(const int32_t* codes, int n, uint8_t* packed) {
+  for (int i = 0; i < n / 2; i++)
+    packed[i] = (uint8_t)((codes[2 * i] << 4) | codes[2 * i + 1]);
+}
+#endif
+
+NF4_FN float fold_max(const float* lanes) {
+  float worst = 0.0f;
+  for (int j = 0; j < kRow; j++) worst = lanes[j] > worst ? lanes[j] : worst;
+  return worst;
+}
+
+#if NF4_LANES > 1
+
+typedef float VF __attribute__((vector_size(4 * NF4_LANES)));
+typedef int32_t VI __attribute__((vector_size(4 * NF4_LANES)));
+constexpr int kVectors = kRow / NF4_LANES;
+
+struct Worst {
+  VF lanes[kVectors] = {};
+  NF4_FN float of(const Worst& worst) { return fold_max((const float*)worst.lanes); }
+};
+
+// A table of 16 in registers; only the low 4 bits of an index count.
+template <class V>
+struct Table {
+  V part[kVectors];
+  NF4_FN V low(const Table& t, VI index) { return __builtin_shuffle(t.part[0], index); }
+  NF4_FN V high(const Table& t, VI index) {
+    return __builtin_shuffle(t.part[kVectors - 1], index);
+  }
+  NF4_FN V any(const Table& t, VI index) {
+    if (kVectors == 1) return low(t, index);
+    return (index & 8) != 0 ? high(t, index) : low(t, index);
+  }
+};
+
+struct Search {
+  Table<VF> tree;    // heap order: node 1 is the root, node k has children 2k and 2k+1
+  Table<VF> values;  // by rank
+  Table<VI> codes;   // by rank
+
+  explicit Search(const nf4_codebook& book) {
+    float heap[16] = {0};
+    for (int node = 1; node < 16; node++) {
+      int depth = 0;
+      while ((node >> (depth + 1)) != 0) depth++;
+      const int first = node - (1 << depth);
+      heap[node] = book.midpoints[((2 * first + 1) << (3 - depth)) - 1];
+    }
+    int32_t wide[16];
+    for (int i = 0; i < 16; i++) wide[i] = book.codes[i];
+    memcpy(&tree, heap, 64);
+    memcpy(&values, book.values, 64);
+    memcpy(&codes, wide, 64);
+  }
+
+  // x[n] (n a multiple of 16) times scale -> n/2 packed bytes and the block's error sums;
+  // worst: the largest error so far, lane by lane.
+  NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
+                  uint8_t* packed, Sums& sums, Worst& worst) {
+    VF error2[kVectors] = {}, value2[kVectors] = {}, largest[kVectors] = {};
+#if NF4_LANES < 16
+    alignas(64) int32_t codes[kMaxBlock];
+#endif
+    const VF root = VF{} + s.tree.part[0][1];
+    for (int i = 0; i < n; i += kRow) {
+      for (int p = 0; p < kVectors; p++) {
+        VF y;
+        memcpy(&y, x + i + p * NF4_LANES, sizeof y);
+        y *= scale;
+        VI node = 2 - (y > root);
+        node = node * 2 - (y > Table<VF>::low(s.tree, node));
+        node = node * 2 - (y > Table<VF>::low(s.tree, node));
+        node = node * 2 - (y > Table<VF>::high(s.tree, node));
+        const VI code = Table<VI>::any(s.codes, node);
+#if NF4_LANES == 16
+        pack_row(code, packed + i / 2);
+#else
+        memcpy(codes + i + p * NF4_LANES, &code, sizeof code);
+#endif
+        const VF error = y - Table<VF>::any(s.values, node);
+        const VF magnitude = (VF)((VI)error & 0x7fffffff);
+        error2[p] += error * error;
+        value2[p] += y * y;
+        largest[p] = magnitude > largest[p] ? magnitude : largest[p];
+      }
+    }
+#if NF4_LANES < 16
+    pack(codes, n, packed);
+#endif
+    for (int p = 0; p < kVectors; p++) {
+      const VF scaled = largest[p] * absmax;
+      worst.lanes[p] = scaled > worst.lanes[p] ? scaled : worst.lanes[p];
+    }
+    Sums::add(sums, absmax, fold(error2), fold(value2));
+  }
+
+#if NF4_LANES == 16
+  NF4_FN void pack_row(VI code, uint8_t* packed) {
+    typedef uint64_t Pairs __attribute__((vector_size(64)));
+    typedef uint8_t Bytes __attribute__((vector_size(8)));
+    const Pairs pair = (Pairs)code;  // little-endian: the first code is the low half
+    const Bytes bytes = __builtin_convertvector(pair << 4 | pair >> 32, Bytes);
+    memcpy(packed, &bytes, sizeof bytes);
+  }
+#endif
+
+  // The 16 partial sums folded in halves, see Sums.
+  NF4_FN float fold(const VF* lanes) {
+#if NF4_LANES == 16
+    typedef float V8 __attribute__((vector_size(32)));
+    const V8 eight = __builtin_shufflevector(lanes[0], lanes[0], 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(lanes[0], lanes[0], 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const VF eight = lanes[0] + lanes[1];
+#endif
+    typedef float V4 __attribute__((vector_size(16)));
+    V4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+              __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    four += __builtin_shufflevector(four, four, 2, 3, 2, 3);
+    return four[0] + four[1];
+  }
+};
+
+struct Lookup {
+  Table<VF> decode;
+  explicit Lookup(const nf4_codebook& book) { memcpy(&decode, book.decode, 64); }
+  NF4_FN void run(const Lookup& l, const int32_t* codes, int n, float absmax, float* out) {
+    for (int i = 0; i < n; i += NF4_LANES) {
+      VI code;
+      memcpy(&code, codes + i, sizeof code);
+      const VF value = Table<VF>::any(l.decode, code) * absmax;
+      memcpy(out + i, &value, sizeof value);
+    }
+  }
+};
+
+#else
+
+NF4_FN float fold_sum(float* lanes) {
+  for (int half = kRow / 2; half; half /= 2)
+    for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+struct Worst {
+  float lanes[kRow] = {0};
+  NF4_FN float of(const Worst& worst) { return fold_max(worst.lanes); }
+};
+
+struct Search {
+  const nf4_codebook& book;
+  explicit Search(const nf4_codebook& b) : book(b) {}
+
+  NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
+                  uint8_t* packed, Sums& sums, Worst& worst) {
+    const nf4_codebook& book = s.book;
+    float y[kMaxBlock];
+    int32_t codes[kMaxBlock];
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale;
+    for (int i = 0; i < n; i++) codes[i] = nf4_rank(y[i], book.midpoints);
+    float error2[kRow] = {0}, value2[kRow] = {0};
+    for (int i = 0; i < n; i += kRow) {
+      for (int j = 0; j < kRow; j++) {
+        const float value = y[i + j];
+        const float error = value - book.values[codes[i + j]];
+        const float scaled = (error < 0.0f ? -error : error) * absmax;
+        error2[j] += error * error;
+        value2[j] += value * value;
+        worst.lanes[j] = scaled > worst.lanes[j] ? scaled : worst.lanes[j];
+      }
+    }
+    for (int i = 0; i < n; i++) codes[i] = book.codes[codes[i]];
+    pack(codes, n, packed);
+    Sums::add(sums, absmax, fold_sum(error2), fold_sum(value2));
+  }
+};
+
+struct Lookup {
+  const nf4_codebook& book;
+  explicit Lookup(const nf4_codebook& b) : book(b) {}
+  NF4_FN void run(const Lookup& l, const int32_t* codes, int n, float absmax, float* out) {
+    for (int i = 0; i < n; i++) out[i] = nf4_decode(l.book.decode[codes[i]], absmax);
+  }
+};
+
+#endif
+
+// -- 4-bit quantization -------------------------------------------------------------------------
+
+template <int kDtype>
+NF4_FN uint32_t load_block(const typename Element<kDtype>::Raw* src, int n, float* x) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; i++) {
+    x[i] = Element<kDtype>::load(src[i]);
+    const uint32_t magnitude = nf4_bits_of_float(x[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// One full block.  Returns false when it is not finite.
+template <int kDtype>
+NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksize,
+                           const Search& search, uint8_t* packed, float* absmax, Sums& sums,
+                           Worst& worst) {
+  alignas(64) float x[kMaxBlock];
+  const uint32_t largest = load_block<kDtype>(src, blocksize, x);
+  *absmax = nf4_float_of_bits(largest);
+  if (largest >= kInfBits) return false;
+  Search::run(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, packed, sums, worst);
+  return true;
+}
+
+// The last, partial block: a division instead of the reciprocal, and a floored absmax, as
+// bitsandbytes' default implementation has it.  An odd n pads one nibble with the code of 0.0.
+template <int kDtype>
+bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search& search,
+                   uint8_t* packed, float* absmax, Sums& sums, Worst& worst) {
+  alignas(64) float x[kMaxBlock];
+  uint8_t bytes[kMaxBlock / 2];
+  const uint32_t largest = load_block<kDtype>(src, n, x);
+  *absmax = nf4_float_of_bits(largest);
+  if (largest >= kInfBits) return false;
+  if (*absmax < 1e-38f) *absmax = 1e-38f;
+  for (int i = 0; i < n; i++) x[i] = x[i] / *absmax;
+  const int padded = (n + kRow - 1) / kRow * kRow;
+  for (int i = n; i < padded; i++) x[i] = 0.0f;
+  Search::run(search, x, padded, 1.0f, *absmax, bytes, sums, worst);
+  memcpy(packed, bytes, (size_t)(n + 1) / 2);
+  return true;
+}
+
+template <int kDtype>
+i64 first_nonfinite(const typename Element<kDtype>::Raw* src, i64 from) {
+  i64 i = from;
+  while ((nf4_bits_of_float(Element<kDtype>::load(src[i])) & 0x7fffffffu) < kInfBits) i++;
+  return i;
+}
+
+template <int kDtype, int kBlocksize>
+i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blocksize,
+                    const nf4_codebook& book, uint8_t* packed, float* absmax, double* stats) {
+  const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
+  const Search search(book);
+  for (i64 granule = 0; granule < n; granule += kGranule, stats += 3) {
+    const i64 stop = n - granule < kGranule ? n : granule + kGranule;
+    Sums sums;
+    Worst worst;
+    i64 i = granule;
+    for (; i + blocksize <= stop; i += blocksize)
+      if (!quantize_block<kDtype>(src + i, blocksize, search, packed + i / 2, absmax++, sums, worst))
+        return first_nonfinite<kDtype>(src, i);
+    if (i < stop && !quantize_tail<kDtype>(src + i, (int)(stop - i), search, packed + i / 2,
+                                           absmax++, sums, worst))
+      return first_nonfinite<kDtype>(src, i);
+    stats[0] = sums.error2;
+    stats[1] = sums.value2;
+    stats[2] = Worst::of(worst);
+  }
+  return -1;
+}
+
+template <int kDtype>
+i64 quantize(const void* src, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
+             float* absmax, double* stats) {
+  const auto* raw = static_cast<const typename Element<kDtype>::Raw*>(src);
+  // 64 is bitsandbytes' default; a constant lets the compiler unroll the block.
+  if (blocksize == 64)
+    return quantize_blocks<kDtype, 64>(raw, n, 64, *book, packed, absmax, stats);
+  return quantize_blocks<kDtype, 0>(raw, n, (int)blocksize, *book, packed, absmax, stats);
+}
+
+// -- 4-bit dequantization -----------------------------------------------------------------------
+
+template <int kDtype, int kBlocksize>
+void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lookup& lookup,
+                       const float* absmax, typename Element<kDtype>::Raw* out) {
+  const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
+  alignas(64) int32_t codes[kMaxBlock + kRow];
+  alignas(64) float values[kMaxBlock + kRow];
+  for (i64 b = 0; b * blocksize < n; b++) {
+    const i64 start = b * blocksize;
+    const int count = (int)(n - start < blocksize ? n - start : blocksize);
+    const uint8_t* bytes = packed + start / 2;
+    for (int i = 0; i < (count + 1) / 2; i++) {
+      codes[2 * i] = bytes[i] >> 4;
+      codes[2 * i + 1] = bytes[i] & 15;
+    }
+    const int padded = (count + kRow - 1) / kRow * kRow;
+    for (int i = (count + 1) / 2 * 2; i < padded; i++) codes[i] = 0;
+    Lookup::run(lookup, codes, padded, absmax[b], values);
+    for (int i = 0; i < count; i++) out[start + i] = Element<kDtype>::store(values[i]);
+  }
+}
+
+template <int kDtype>
+void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book,
+                const float* absmax, void* out) {
+  auto* raw = static_cast<typename Element<kDtype>::Raw*>(out);
+  const Lookup lookup(*book);
+  if (blocksize == 64)
+    dequantize_blocks<kDtype, 64>(packed, n, 64, lookup, absmax, raw);
+  else
+    dequantize_blocks<kDtype, 0>(packed, n, (int)blocksize, lookup, absmax, raw);
+}
+
+// -- casts of kept tensors ------------------------------------------------------------------------
+
+template <int kFrom, int kTo>
+i64 cast(const void* src, void* dst, i64 n) {
+  const auto* in = static_cast<const typename Element<kFrom>::Raw*>(src);
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  uint32_t overflow = 0;
+  for (i64 i = 0; i < n; i++) {
+    const float value = Element<kFrom>::load(in[i]);
+    out[i] = Element<kTo>::store(value);
+    const uint32_t before = nf4_bits_of_float(value) & 0x7fffffffu;
+    const uint32_t after = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
+    overflow |= (uint32_t)(before < kInfBits) & (uint32_t)(after >= kInfBits);
+  }
+  if (!overflow) return -1;
+  for (i64 i = 0;; i++) {
+    const uint32_t before = nf4_bits_of_float(Element<kFrom>::load(in[i])) & 0x7fffffffu;
+    const uint32_t after = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
+    if (before < kInfBits && after >= kInfBits) return i;
+  }
+}
+
+template <int kFrom>
+i64 cast_from(const void* src, int to, void* dst, i64 n) {
+  switch (to) {
+    case NF4_F32: return cast<kFrom, NF4_F32>(src, dst, n);
+    case NF4_F16: return cast<kFrom, NF4_F16>(src, dst, n);
+    default: return cast<kFrom, NF4_BF16>(src, dst, n);
+  }
+}
+
+}  // namespace
+
+// -- the C ABI --------------------------------------------------------------------------------
+
+// src: n elements of `dtype`, the start of a tensor or a whole number of granules into it.
+// packed: (n+1)/2 bytes, first element in the high nibble.  absmax: ceil(n/blocksize) floats.
+// stats: 3 doubles a granule of 65,536 elements: sum of squared error, sum of squared value and
+// largest error, under the block's own float32 absmax.
+// Returns -1, or the index of the first NaN or infinity (the outputs are then undefined).
+NF4_EXPORT(int64_t nf4_quantize)
+(const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
+ float* absmax, double* stats) {
+  const DefaultFloatEnvironment environment;
+  switch (dtype) {
+    case NF4_F32: return quantize<NF4_F32>(src, n, blocksize, book, packed, absmax, stats);
+    case NF4_F16: return quantize<NF4_F16>(src, n, blocksize, book, packed, absmax, stats);
+    default: return quantize<NF4_BF16>(src, n, blocksize, book, packed, absmax, stats);
+  }
+}
+
+// packed, absmax as above -> out: n elements of `dtype`.
+NF4_EXPORT(void nf4_dequantize)
+(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book, const float* absmax,
+ int dtype, void* out) {
+  const DefaultFloatEnvironment environment;
+  switch (dtype) {
+    case NF4_F32: return dequantize<NF4_F32>(packed, n, blocksize, book, absmax, out);
+    case NF4_F16: return dequantize<NF4_F16>(packed, n, blocksize, book, absmax, out);
+    default: return dequantize<NF4_BF16>(packed, n, blocksize, book, absmax, out);
+  }
+}
+
+// carry + values[0] + values[1] + ... in float64, strictly in this order: chunks of one vector
+// give the same sum as the whole vector.
+NF4_EXPORT(double nf4_sum)(const float* values, i64 n, double carry) {
+  const DefaultFloatEnvironment environment;
+  for (i64 i = 0; i < n; i++) carry += values[i];
+  return carry;
+}
+
+// absmax[n] -> codes[n] of (absmax - offset) in runs of 256, nested_absmax[ceil(n/256)].
+// n is a whole number of runs except at the vector's end.  midpoints: 255 floats, ascending.
+NF4_EXPORT(void nf4_nested_quantize)
+(const float* absmax, i64 n, float offset, const float* midpoints, uint8_t* codes,
+ float* nested_absmax) {
+  const DefaultFloatEnvironment environment;
+  constexpr int kRun = 256;
+  for (i64 start = 0; start < n; start += kRun) {
+    const int count = (int)(n - start < kRun ? n - start : kRun);
+    float x[kRun];
+    uint32_t bits = 0;
+    for (int i = 0; i < count; i++) {
+      x[i] = absmax[start + i] - offset;
+      const uint32_t magnitude = nf4_bits_of_float(x[i]) & 0x7fffffffu;
+      bits = magnitude > bits ? magnitude : bits;
+    }
+    float largest = nf4_float_of_bits(bits);
+    if (count == kRun) {
+      const float scale = nf4_reciprocal(largest);
+      for (int i = 0; i < count; i++) x[i] = x[i] * scale;
+    } else {
+      if (largest < 1e-38f) largest = 1e-38f;
+      for (int i = 0; i < count; i++) x[i] = x[i] / largest;
+    }
+    nested_absmax[start / kRun] = largest;
+    int rank[kRun] = {0};
+    for (int bit = 7; bit >= 0; bit--)
+      for (int i = 0; i < count; i++) rank[i] = nf4_nested_step(x[i], midpoints, rank[i], bit);
+    for (int i = 0; i < count; i++) codes[start + i] = (uint8_t)rank[i];
+  }
+}
+
+// The inverse: absmax[n] = map[codes] * nested_absmax + offset, two roundings.
+NF4_EXPORT(void nf4_nested_dequantize)
+(const uint8_t* codes, i64 n, i64 nested_blocksize, const float* map, const float* nested_absmax,
+ float offset, float* absmax) {
+  const DefaultFloatEnvironment environment;
+  for (i64 start = 0; start < n; start += nested_blocksize) {
+    const i64 stop = n - start < nested_blocksize ? n : start + nested_blocksize;
+    const float unit = nested_absmax[start / nested_blocksize];
+    for (i64 i = start; i < stop; i++) absmax[i] = nf4_nested_decode(map[codes[i]], unit, offset);
+  }
+}
+
+// src: n elements of dtype `from` -> dst: n elements of `to`, rounded to nearest even.
+// Returns -1, or the index of the first finite value that became infinite.
+NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n) {
+  const DefaultFloatEnvironment environment;
+  switch (from) {
+    case NF4_F32: return cast_from<NF4_F32>(src, to, dst, n);
+    case NF4_F16: return cast_from<NF4_F16>(src, to, dst, n);
+    default: return cast_from<NF4_BF16>(src, to, dst, n);
+  }
+}

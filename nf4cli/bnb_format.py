@@ -1,0 +1,363 @@
+"""Everything this package knows of bitsandbytes' files; no other module does.
+
+Key suffixes, the quant_state JSON, the quantization_config of config.json, and the skip list in
+the dialects of its readers.  Facts were run against bitsandbytes 0.50.2 and transformers 4.55 to
+5.23 (vLLM's matcher was read).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
+from .errors import InputError
+from .records import ITEMSIZE, STORAGE_NAME, TORCH_NAME, Checkpoint, TensorInfo
+
+ABSMAX = ".absmax"
+QUANT_MAP = ".quant_map"
+NESTED_ABSMAX = ".nested_absmax"
+NESTED_QUANT_MAP = ".nested_quant_map"
+_STATE = ".quant_state.bitsandbytes__"
+
+_OFFSET_ROOM = 24
+"""Characters kept for nested_offset: the longest repr of a float32 is -1.1754943508222875e-38."""
+
+
+def state_suffix(quant_type: str) -> str:
+    """`.quant_state.bitsandbytes__nf4`."""
+    return _STATE + quant_type
+
+
+def companion_suffixes(quant_type: str, nested: bool) -> tuple[str, ...]:
+    """The suffixes of the tensors that go with a packed weight."""
+    plain = (ABSMAX, QUANT_MAP, state_suffix(quant_type))
+    return (*plain, NESTED_ABSMAX, NESTED_QUANT_MAP) if nested else plain
+
+
+# -- quant_state ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QuantState:
+    """The JSON part of one weight's quantization state.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        blocksize: elements that share one absmax.
+        dtype: what decoding gives, as torch spells it ("bfloat16").
+        shape: of the weight as the module holds it (Conv1D: transposed).
+        nested: whether the absmax vector is itself quantized.
+        nested_blocksize: elements of the absmax vector that share one nested_absmax.
+        nested_offset: a float32 value, added to every decoded absmax; 0.0 when not nested.
+    """
+
+    quant_type: str
+    blocksize: int
+    dtype: str
+    shape: tuple[int, ...]
+    nested: bool
+    nested_blocksize: int = NESTED_BLOCKSIZE
+    nested_offset: float = 0.0
+
+
+def encode_state(state: QuantState) -> bytes:
+    """The state as bitsandbytes' pack_dict_to_tensor writes it, padded to `state_size` bytes.
+
+    nested_offset prints in 3 to 24 characters, so its blob would have no known size until the
+    weight has been read.  JSON may end in spaces and every reader goes through a JSON parser:
+    padding makes every offset and size of the output known before the first byte is read.
+    """
+    fields: dict[str, Any] = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "dtype": state.dtype,
+        "shape": list(state.shape),
+    }
+    if state.nested:
+        fields |= {
+            "nested_blocksize": state.nested_blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": state.nested_offset,
+        }
+    text = json.dumps(fields)
+    if state.nested:
+        text += " " * (_OFFSET_ROOM - len(repr(state.nested_offset)))
+    return text.encode()
+
+
+def state_size(state: QuantState) -> int:
+    """Bytes of `encode_state`, whatever the offset turns out to be."""
+    return len(encode_state(state))
+
+
+def decode_state(blob: bytes, where: str) -> QuantState:
+    """Parse a quant_state blob of any writer.
+
+    Args:
+        where: what to call it in a message.
+
+    Raises:
+        InputError: not JSON, or a field is missing or impossible.
+    """
+    try:
+        fields = json.loads(blob.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{where} holds a JSON {type(fields).__name__}, expected an object")
+
+    def field(name: str, valid: bool, expected: str) -> Any:
+        if not valid:
+            raise InputError(f"{where}: {name} is {fields.get(name)!r}, expected {expected}")
+        return fields.get(name)
+
+    def integer(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    shape = fields.get("shape")
+    nested = "nested_offset" in fields or "nested_blocksize" in fields
+    offset = fields.get("nested_offset")
+    nested_blocksize = fields.get("nested_blocksize")
+    return QuantState(
+        quant_type=field(
+            "quant_type", fields.get("quant_type") in QUANT_TYPES, " or ".join(QUANT_TYPES)
+        ),
+        blocksize=field(
+            "blocksize",
+            integer(fields.get("blocksize")) and fields["blocksize"] in BLOCKSIZES,
+            f"one of {', '.join(map(str, BLOCKSIZES))}",
+        ),
+        dtype=field(
+            "dtype",
+            fields.get("dtype") in TORCH_NAME.values(),
+            f"one of {', '.join(TORCH_NAME.values())}",
+        ),
+        shape=tuple(
+            field(
+                "shape",
+                isinstance(shape, list) and all(integer(d) and d > 0 for d in shape),
+                "a list of positive integers",
+            )
+        ),
+        nested=nested,
+        nested_blocksize=field(
+            "nested_blocksize",
+            not nested or (integer(nested_blocksize) and 0 < int(nested_blocksize or 0) <= 4096),
+            "an integer from 1 to 4096",
+        )
+        or NESTED_BLOCKSIZE,
+        nested_offset=float(
+            field(
+                "nested_offset",
+                not nested
+                or (
+                    isinstance(offset, (int, float))
+                    and not isinstance(offset, bool)
+                    and abs(offset) <= 3.5e38
+                ),
+                "a finite number",
+            )
+            or 0.0
+        ),
+    )
+
+
+# -- which tensors of a file belong together ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A packed weight and the names of its companions, as found in a checkpoint.
+
+    Attributes:
+        name: key of the packed tensor.
+        state_key: key of its quant_state blob.
+        quant_type: from the blob's key.
+    """
+
+    name: str
+    state_key: str
+    quant_type: str
+
+
+def find_quantized(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
+    """Every packed weight by name, recognised by its quant_state blob."""
+    found = {}
+    for key in checkpoint.tensors:
+        name, separator, quant_type = key.partition(_STATE)
+        if separator:
+            found[name] = QuantizedWeight(name, key, quant_type)
+    return found
+
+
+def companion_owner(key: str) -> str | None:
+    """The packed weight that a key is a companion of, None if it looks like no companion."""
+    for suffix in (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix)
+    name, separator, _ = key.partition(_STATE)
+    return name if separator else None
+
+
+def expected_tensors(
+    name: str, state: QuantState, quant_storage: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Key -> (dtype, shape) of a packed weight and its companions.
+
+    Args:
+        quant_storage: as torch spells it.
+    """
+    n = 1
+    for dimension in state.shape:
+        n *= dimension
+    blocks = -(-n // state.blocksize)
+    storage = STORAGE_NAME[quant_storage]
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        name: (storage, ((n + 1) // 2 // ITEMSIZE[storage], 1)),
+        name + ABSMAX: ("U8" if state.nested else "F32", (blocks,)),
+        name + QUANT_MAP: ("F32", (16,)),
+    }
+    if state.nested:
+        tensors[name + NESTED_ABSMAX] = ("F32", (-(-blocks // state.nested_blocksize),))
+        tensors[name + NESTED_QUANT_MAP] = ("F32", (256,))
+    tensors[name + state_suffix(state.quant_type)] = ("U8", (state_size(state),))
+    return tensors
+
+
+def storage_of(tensor: TensorInfo) -> str | None:
+    """The quant_storage of a packed tensor, None where its dtype is not one."""
+    return next((name for name, dtype in STORAGE_NAME.items() if dtype == tensor.dtype), None)
+
+
+# -- config.json ------------------------------------------------------------------------------
+
+
+def quantization_config(
+    quant_type: str,
+    double_quant: bool,
+    quant_storage: str,
+    compute_dtype: str,
+    skip_modules: Iterable[str],
+) -> dict[str, Any]:
+    """The 13 keys that transformers 4 and 5 both write."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": quant_storage,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip_modules),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def config_problems(config: Mapping[str, Any], states: Iterable[QuantState]) -> list[str]:
+    """What a loader would get wrong with this config.json and these states."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        return ["config.json has no quantization_config: loaders take the packed bytes for floats"]
+    problems = []
+    expected: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    kinds = {(state.quant_type, state.nested) for state in states}
+    if len(kinds) == 1:
+        ((expected["bnb_4bit_quant_type"], expected["bnb_4bit_use_double_quant"]),) = kinds
+    defaults = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    for key, value in expected.items():
+        if (have := found.get(key, defaults.get(key))) != value:
+            problems.append(
+                f"quantization_config.{key} is {have!r}, but the tensors need {value!r}"
+            )
+    if not found.get("llm_int8_skip_modules"):
+        problems.append(
+            "quantization_config.llm_int8_skip_modules is empty: each version of transformers "
+            "then derives another list"
+        )
+    return problems
+
+
+def is_quantized_config(config: Mapping[str, Any]) -> str | None:
+    """The quant_method of an already quantized checkpoint's config, None for a plain one."""
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+
+
+# -- the skip list ----------------------------------------------------------------------------
+
+VETTED_HEADS = (
+    "lm_head", "embed_out", "proj_out", "vocab_projector", "cls.predictions.decoder",
+    "predictions.decoder", "lm_head.decoder", "decoder", "score", "classifier", "qa_outputs",
+    "output_projection", "pred_layer.proj", "lm_loss",
+)  # fmt: skip
+"""Heads that may be absent from the files (tied) and must be in the list all the same: a list in
+the config replaces the loaders' own defaults."""
+
+
+def hits(key: str, module: str) -> bool:
+    """Whether any loader's matcher takes `key` in a skip list to mean `module`."""
+    return hits_v5(key, module) or hits_v4(key, module) or hits_vllm(key, module)
+
+
+def hits_v5(key: str, module: str) -> bool:
+    """transformers 5: a regex from the start up to a part's boundary, or a bare suffix."""
+    return bool(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module)) or module.endswith(key)
+
+
+def hits_v4(key: str, module: str) -> bool:
+    """transformers 4: the last part, the full path, or `key.` anywhere in the path."""
+    return module.rpartition(".")[2] == key or module == key or f"{key}." in module
+
+
+def hits_vllm(key: str, module: str) -> bool:
+    """vLLM: one of the dotted parts, or a dotted prefix."""
+    return key in module.split(".") or module == key or module.startswith(key + ".")
+
+
+def path_forms(module: str, base_prefix: str) -> tuple[str, ...]:
+    """A module's path as the headed and the bare model call it.
+
+    Args:
+        base_prefix: the attribute of the headed model that holds the bare one, "" for none.
+    """
+    if not base_prefix:
+        return (module,)
+    prefix = base_prefix + "."
+    if module.startswith(prefix):
+        return (module, module.removeprefix(prefix))
+    return (module, prefix + module)
+
+
+def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str) -> list[str]:
+    """llm_int8_skip_modules that every loader reads as: keep these, quantize those.
+
+    A key that any matcher would take for a quantized module is left out, so no weight that is
+    packed is ever loaded as a float.
+
+    Args:
+        kept: module paths of the matrices that stay in full precision.
+        quantized: module paths of the packed weights.
+        base_prefix: see `path_forms`.
+    """
+    packed = [form for module in quantized for form in path_forms(module, base_prefix)]
+    haystack = "\n".join(packed)
+    wanted = dict.fromkeys(VETTED_HEADS)
+    for module in kept:
+        path, experts, _ = module.partition(".experts.")
+        wanted |= dict.fromkeys(path_forms(path + experts.rstrip("."), base_prefix))
+    return [
+        key
+        for key in wanted
+        # Most keys occur nowhere in the packed paths: one substring search spares the matchers.
+        if not (key in haystack and any(hits(key, module) for module in packed))
+    ]

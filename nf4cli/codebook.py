@@ -1,0 +1,124 @@
+"""The tables of the format, typed once.
+
+The C engine, the GPU kernels and the torch engine get these arrays passed in; none of them holds
+a copy.  Every table is bit-equal to bitsandbytes 0.50.2's (`functional.get_4bit_type`,
+`functional.create_dynamic_map`), which the tests check against bitsandbytes itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+"""Elements of the absmax vector that share one nested_absmax (bitsandbytes fixes it)."""
+
+# Quantiles of N(0, 1), Dettmers et al., QLoRA, appendix E; the digits are bitsandbytes'.
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# Sign, two exponent bits, one mantissa bit, in code order, before division by the largest.
+_FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# FP4 codes by ascending value; of the two zeros, code 0 takes values <= 0 and code 8 those above,
+# as torch.argsort orders them in bitsandbytes' default implementation.
+_FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """One 4-bit table.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        decode: float32 [16], the value of each stored code (this is the file's `quant_map`).
+        values: float32 [16], the same values in ascending order.
+        midpoints: float32 [15], (values[i] + values[i+1]) / 2, rounded to float32.
+        codes: uint8 [16], the stored code of values[i].
+    """
+
+    quant_type: str
+    decode: F32
+    values: F32
+    midpoints: F32
+    codes: U8
+
+
+@cache
+def codebook(quant_type: str) -> Codebook:
+    """The table of `quant_type`.
+
+    Raises:
+        KeyError: quant_type is neither "nf4" nor "fp4".
+    """
+    decode, order = {
+        "nf4": (np.array(_NF4, np.float32), np.arange(16)),
+        "fp4": (
+            np.array(_FP4_TIMES_12 + tuple(-x for x in _FP4_TIMES_12), np.float32)
+            / np.float32(12),
+            np.array(_FP4_ORDER),
+        ),
+    }[quant_type]
+    decode = decode + np.float32(0)  # -0.0 + 0.0 is 0.0: bitsandbytes' FP4 zero has no sign
+    values = decode[order]
+    midpoints = (values[:-1] + values[1:]) / np.float32(2)
+    return Codebook(quant_type, decode, values, midpoints, order.astype(np.uint8))
+
+
+def _linspace(count: int) -> F32:
+    """torch.linspace(0.1, 1, count) in float32 as torch's vectorised CPU path rounds it.
+
+    It walks up from the start in the first half and down from the end in the second, each with
+    one fused multiply-add; float64 holds those products and sums exactly before the rounding.
+    """
+    start, end = np.float32(0.1), np.float32(1)
+    step = np.float64((end - start) / np.float32(count - 1))
+    index = np.arange(count)
+    up = np.float64(start) + step * index
+    down = np.float64(end) - step * (count - 1 - index)
+    return np.where(index < count // 2, up, down).astype(np.float32)
+
+
+@cache
+def nested_map() -> F32:
+    """float32 [256], ascending: bitsandbytes' signed dynamic 8-bit map (`nested_quant_map`).
+
+    Seven decades below 1, each with twice the steps of the one below (Dettmers, "8-bit
+    approximations for parallelism in deep learning", 2015), and 0 and 1.
+    """
+    data = [0.0, 1.0]
+    for decade in range(7):
+        edges = _linspace(2**decade + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        scale = 10 ** (decade - 6)
+        data += [scale * float(m) for m in means] + [-scale * float(m) for m in means]
+    return np.array(sorted(data), np.float32)
+
+
+@cache
+def nested_midpoints() -> F32:
+    """float32 [255]: the value above which the next entry of `nested_map()` is the nearer one."""
+    values = nested_map()
+    return (values[:-1] + values[1:]) / np.float32(2)

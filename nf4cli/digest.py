@@ -1,0 +1,150 @@
+"""Digests: a cryptographic one for every file, a fast one for every tensor.
+
+A file's digest (BLAKE3, or SHA-256 on request, the Hub's own) is the proof, and any tool can
+check it (`b3sum`, `sha256sum`).  A tensor's digest (XXH3, 128 bits) only names the tensor that
+differs; it is not cryptographic and costs a quarter of BLAKE3's time, so that both are had in one
+pass over the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from .reader import ByteReader
+from .records import Shard, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ALGORITHMS = ("blake3", "sha256")
+TENSOR_ALGORITHM = "xxh3_128"
+_PIECE = 4 << 20  # bytes read at a time
+
+
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
+def new_file_hash(algorithm: str, threads: int = 1) -> _Hash:
+    """A hash object of one of ALGORITHMS; BLAKE3 may use several threads within an update."""
+    if algorithm == "blake3":
+        import blake3
+
+        return blake3.blake3(max_threads=threads)
+    return hashlib.new(algorithm)
+
+
+def tensor_digest(data: NDArray[np.uint8]) -> str:
+    """The digest of a tensor that is in memory as a whole."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(memoryview(data))
+
+
+class ShardDigest:
+    """The digest of a file and of each of its tensors, from its bytes in order.
+
+    Args:
+        tensors: in offset order, without holes, up to the end of the file.
+    """
+
+    def __init__(self, tensors: Iterable[TensorInfo], algorithm: str, threads: int = 1) -> None:
+        import xxhash
+
+        self._new_tensor_hash = xxhash.xxh3_128
+        self._file = new_file_hash(algorithm, threads)
+        self._pending = [t for t in tensors if t.nbytes][::-1]
+        self._hash = self._new_tensor_hash()
+        self.position = 0
+        self.tensors: dict[str, str] = {
+            t.name: self._hash.hexdigest() for t in tensors if not t.nbytes
+        }
+
+    def update(self, data: NDArray[np.uint8] | bytes) -> None:
+        """The next bytes of the file."""
+        view = memoryview(data)
+        self._file.update(view)
+        while view.nbytes:
+            tensor = self._pending[-1] if self._pending else None
+            if tensor is None:
+                break
+            if self.position < tensor.start:
+                count = min(view.nbytes, tensor.start - self.position)
+            else:
+                count = min(view.nbytes, tensor.stop - self.position)
+                self._hash.update(view[:count])
+            self.position += count
+            view = view[count:]
+            if self.position == tensor.stop:
+                self.tensors[tensor.name] = self._hash.hexdigest()
+                self._hash = self._new_tensor_hash()
+                self._pending.pop()
+        self.position += view.nbytes
+
+    def hexdigest(self) -> str:
+        """The file's digest so far."""
+        return self._file.hexdigest()
+
+
+class OrderedDigest:
+    """A ShardDigest fed by several threads: each waits for its turn by offset.
+
+    No thread can wait for ever: pieces are handed out in order, so the one before mine is
+    already in another thread's hands, or `abort` was called.
+    """
+
+    def __init__(self, digest: ShardDigest) -> None:
+        self._digest = digest
+        self._turn = threading.Condition()
+        self._position = digest.position
+        self._aborted = False
+
+    def update(self, start: int, data: NDArray[np.uint8] | bytes) -> None:
+        """Add the bytes that stand at `start` in the file."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._position == start or self._aborted)
+            if self._aborted:
+                return
+        self._digest.update(data)  # outside the lock: nobody else has this turn
+        with self._turn:
+            self._position += memoryview(data).nbytes
+            self._turn.notify_all()
+
+    def abort(self) -> None:
+        """Let every waiting thread go; the digests are of no use any more."""
+        with self._turn:
+            self._aborted = True
+            self._turn.notify_all()
+
+
+def digest_shard(
+    shard: Shard,
+    algorithm: str,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[str, dict[str, str]]:
+    """Read a file once: its digest, and its tensors' by name.
+
+    Args:
+        threads: for BLAKE3.
+        progress: told the bytes read after each piece.
+
+    Raises:
+        InputError: the file changed in size since `shard` was read.
+    """
+    import numpy as np
+
+    digest = ShardDigest(shard.tensors, algorithm, threads)
+    buffer = np.empty(_PIECE, np.uint8)
+    with ByteReader(shard.path, shard.size) as reader:
+        while digest.position < shard.size:
+            piece = buffer[: min(_PIECE, shard.size - digest.position)]
+            reader.read_into(piece, digest.position)
+            digest.update(piece)
+            progress(piece.nbytes)
+    return digest.hexdigest(), digest.tensors

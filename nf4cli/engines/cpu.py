@@ -1,0 +1,192 @@
+"""The CPU engine: cuda/nf4_host.cpp through ctypes.
+
+ctypes drops the GIL for the length of every call, so threads scale with cores.  The library
+holds one copy of the code an instruction set; the best one this processor can run is taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import codebook
+from ..errors import MachineError, NonFiniteError
+from . import GRANULE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from . import F32, F64, U8
+
+LIBRARY = Path(__file__).with_name("_nf4.so")
+ISAS = ("avx512", "avx2", "generic")
+"""Fastest first."""
+
+_DTYPE = {"F32": 0, "F16": 1, "BF16": 2}  # enum nf4_dtype
+
+
+class _Codebook(ctypes.Structure):
+    """struct nf4_codebook."""
+
+    _fields_ = (
+        ("midpoints", ctypes.c_float * 16),
+        ("values", ctypes.c_float * 16),
+        ("decode", ctypes.c_float * 16),
+        ("codes", ctypes.c_uint8 * 16),
+    )
+
+
+@cache
+def _c_codebook(quant_type: str) -> _Codebook:
+    book = codebook.codebook(quant_type)
+    return _Codebook(
+        (ctypes.c_float * 16)(*book.midpoints.tolist()),
+        (ctypes.c_float * 16)(*book.values.tolist()),
+        (ctypes.c_float * 16)(*book.decode.tolist()),
+        (ctypes.c_uint8 * 16)(*book.codes.tolist()),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise MachineError(
+            f"the compiled engine is missing or cannot be loaded ({error}). "
+            "Reinstall the package; to build it from a checkout install a C++ compiler "
+            "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
+            "macOS: xcode-select --install) and run: pip install ."
+        ) from error
+
+
+def available() -> tuple[str, ...]:
+    """The instruction sets that are compiled in and that this processor runs, fastest first."""
+    library = _library()
+    return tuple(
+        isa
+        for isa in ISAS
+        if hasattr(library, f"nf4_can_run_{isa}") and getattr(library, f"nf4_can_run_{isa}")()
+    )
+
+
+def _address(array: NDArray[Any]) -> int:
+    if not array.flags.c_contiguous:
+        raise ValueError("the engine needs contiguous buffers")
+    return int(array.ctypes.data)
+
+
+class CpuEngine:
+    """See `Engine`.
+
+    Args:
+        isa: one of `available()`; None takes the fastest.
+
+    Raises:
+        MachineError: the compiled library is missing, or this processor cannot run `isa`.
+    """
+
+    def __init__(self, isa: str | None = None) -> None:
+        usable = available()
+        if isa is None:
+            isa = usable[0]
+        elif isa not in usable:
+            raise MachineError(
+                f"this processor cannot run the {isa!r} engine: it can run {', '.join(usable)}"
+            )
+        self.name = f"cpu ({isa})"
+        library = _library()
+        pointer, i64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        f32, f64 = ctypes.c_float, ctypes.c_double
+
+        def function(name: str, result: Any, *arguments: Any) -> Any:
+            found = getattr(library, f"nf4_{name}_{isa}")
+            found.restype, found.argtypes = result, arguments
+            return found
+
+        book = ctypes.POINTER(_Codebook)
+        self._quantize = function(
+            "quantize", i64, pointer, c_int, i64, i64, book, pointer, pointer, pointer
+        )
+        self._dequantize = function(
+            "dequantize", None, pointer, i64, i64, book, pointer, c_int, pointer
+        )
+        self._sum = function("sum", f64, pointer, i64, f64)
+        self._nested_quantize = function(
+            "nested_quantize", None, pointer, i64, f32, pointer, pointer, pointer
+        )
+        self._nested_dequantize = function(
+            "nested_dequantize", None, pointer, i64, i64, pointer, pointer, f32, pointer
+        )
+        self._cast = function("cast", i64, pointer, c_int, pointer, c_int, i64)
+
+    def quantize(
+        self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
+    ) -> F64:
+        n = src.nbytes // (4 if dtype == "F32" else 2)
+        _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
+        _expect(absmax.size, -(-n // blocksize), "absmax elements")
+        stats = np.empty((-(-n // GRANULE), 3), np.float64)
+        bad = self._quantize(
+            _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type),
+            _address(packed), _address(absmax), _address(stats),
+        )  # fmt: skip
+        if bad >= 0:
+            raise NonFiniteError(bad)
+        return stats
+
+    def dequantize(
+        self, packed: U8, n: int, blocksize: int, quant_type: str, absmax: F32, dtype: str, out: U8
+    ) -> None:
+        _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
+        _expect(absmax.size, -(-n // blocksize), "absmax elements")
+        _expect(out.nbytes, n * (4 if dtype == "F32" else 2), "output bytes")
+        self._dequantize(
+            _address(packed), n, blocksize, _c_codebook(quant_type), _address(absmax),
+            _DTYPE[dtype], _address(out),
+        )  # fmt: skip
+
+    def sum(self, values: F32, carry: float) -> float:
+        return float(self._sum(_address(values), values.size, carry))
+
+    def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
+        _expect(codes.nbytes, absmax.size, "codes")
+        _expect(nested_absmax.size, -(-absmax.size // codebook.NESTED_BLOCKSIZE), "nested_absmax")
+        self._nested_quantize(
+            _address(absmax), absmax.size, offset, _address(codebook.nested_midpoints()),
+            _address(codes), _address(nested_absmax),
+        )  # fmt: skip
+
+    def nested_dequantize(
+        self,
+        codes: U8,
+        nested_blocksize: int,
+        nested_map: F32,
+        nested_absmax: F32,
+        offset: float,
+        out: F32,
+    ) -> None:
+        _expect(out.size, codes.size, "absmax elements")
+        _expect(nested_absmax.size, -(-codes.size // nested_blocksize), "nested_absmax elements")
+        _expect(nested_map.size, 256, "nested_quant_map entries")
+        self._nested_dequantize(
+            _address(codes), codes.size, nested_blocksize, _address(nested_map),
+            _address(nested_absmax), offset, _address(out),
+        )  # fmt: skip
+
+    def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
+        n = src.nbytes // (4 if from_dtype == "F32" else 2)
+        _expect(dst.nbytes, n * (4 if to_dtype == "F32" else 2), "output bytes")
+        bad = self._cast(_address(src), _DTYPE[from_dtype], _address(dst), _DTYPE[to_dtype], n)
+        if bad >= 0:
+            raise NonFiniteError(bad)
+
+
+def _expect(found: int, expected: int, what: str) -> None:
+    """A wrong buffer size would be a memory error in C: make it a bug with a traceback here."""
+    if found != expected:
+        raise ValueError(f"{what}: {found}, expected {expected}")

@@ -1,0 +1,48 @@
+"""The errors a user can meet, each with the exit code the command line returns for it.
+
+A message names the object, what was found, what was expected and what to do next.  Anything that
+is not an Nf4Error is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class Nf4Error(Exception):
+    """Base class: the only exceptions the command line turns into a message."""
+
+    exit_code = 3
+
+
+class CheckFailed(Nf4Error):
+    """A verification found a difference (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(Nf4Error):
+    """The options do not fit together or do not fit the model (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(Nf4Error):
+    """The input is damaged, unsupported or not a checkpoint (exit code 3)."""
+
+    exit_code = 3
+
+
+class MachineError(Nf4Error):
+    """The machine cannot do it: disk full, no engine, I/O error (exit code 4)."""
+
+    exit_code = 4
+
+
+class NonFiniteError(ValueError):
+    """An engine met a NaN or an infinity; `index` counts elements from the start of its input.
+
+    Internal: the caller knows the tensor and raises an InputError that names it.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"element {index} is not finite")
+        self.index = index

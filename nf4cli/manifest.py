@@ -1,0 +1,220 @@
+"""The quantization-state manifest, `nf4_manifest.json`: what was done, to what, with which result.
+
+docs/manifest.md describes the format and manifest.schema.json is its JSON Schema.  Everything but
+`run` is a function of the source's bytes, the recipe and the tool's version: two runs on two
+machines with two engines write the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .bnb_format import QuantState
+from .digest import ALGORITHMS, TENSOR_ALGORITHM
+from .errors import InputError
+from .records import QuantConfig
+from .source import read_json
+
+VERSION = 1
+"""Of the format; a reader refuses what is newer than it knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Attributes: size in bytes, digest in hexadecimal."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorError:
+    """What rounding to 4 bits cost, under each block's own float32 absmax.
+
+    Double quantization moves the decoded scales by another few thousandths of themselves; that
+    is not in these figures.
+
+    Attributes:
+        rel_rmse: root of (sum of squared error / sum of squared value).
+        max_abs: largest error of one element.
+    """
+
+    rel_rmse: float
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One source tensor and what became of it.
+
+    Attributes:
+        action: "quantize", "cast" or "copy".
+        rule, reason: why, see selection.py.
+        transposed: encoded as the transpose of the stored matrix.
+        source_digest: XXH3-128 of its bytes in the source.
+        outputs: XXH3-128 of the bytes of every tensor written for it, by key.
+        state, error: for "quantize".
+    """
+
+    action: str
+    rule: str
+    reason: str
+    transposed: bool
+    source_file: str
+    source_dtype: str
+    source_shape: tuple[int, ...]
+    source_digest: str
+    output_file: str
+    outputs: Mapping[str, str]
+    state: QuantState | None
+    error: TensorError | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What may differ between two runs with the same result.
+
+    Attributes:
+        engine: as it names itself.
+        workers: threads.
+        seconds: wall time.
+        source: the path it was read from.
+    """
+
+    engine: str
+    workers: int
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """See the module.  `to_json` and `from_file` are inverses, but for the tool's version."""
+
+    config: QuantConfig
+    digest: str
+    source_name: str
+    source_files: Mapping[str, FileRecord]
+    output_files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    parameters: int
+    quantized_parameters: int
+    bits_per_weight: float
+    run: RunRecord | None
+    tool_version: str = __version__
+
+    def to_json(self) -> str:
+        """Indented, sorted where order has no meaning."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
+            return [{"name": name, **asdict(records[name])} for name in sorted(records)]
+
+        document: dict[str, Any] = {
+            "nf4_manifest": VERSION,
+            "tool": {"name": "nf4cli", "version": self.tool_version},
+            "digests": {"files": self.digest, "tensors": TENSOR_ALGORITHM},
+            "recipe": {**asdict(self.config), "keep": sorted(self.config.keep)},
+            "source": {"name": self.source_name, "files": files(self.source_files)},
+            "output": {
+                "files": files(self.output_files),
+                "parameters": self.parameters,
+                "quantized_parameters": self.quantized_parameters,
+                "bits_per_weight": round(self.bits_per_weight, 4),
+            },
+            "tensors": {name: _tensor_dict(self.tensors[name]) for name in sorted(self.tensors)},
+        }
+        if self.run is not None:
+            document["run"] = asdict(self.run)
+        return document
+
+    @staticmethod
+    def from_file(path: Path) -> Manifest:
+        """Read a manifest of this or an earlier version of the format.
+
+        Raises:
+            InputError: not a manifest, damaged, or of a newer format.
+        """
+        document = read_json(path)
+        version = document.get("nf4_manifest")
+        if version != VERSION:
+            raise InputError(
+                f"{path} has manifest format {version!r}; this version of nf4 reads {VERSION}"
+                + (": install a newer nf4cli" if isinstance(version, int) else "")
+            )
+        try:
+            return _manifest_of(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}: {error}): it was edited by hand, or "
+                "is incomplete. Quantize again, or remove it to check the files without it"
+            ) from error
+
+
+def _tensor_dict(record: TensorRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "action": record.action,
+        "rule": record.rule,
+        "reason": record.reason,
+        "source": {
+            "file": record.source_file,
+            "dtype": record.source_dtype,
+            "shape": list(record.source_shape),
+            "digest": record.source_digest,
+        },
+        "output": {"file": record.output_file, "digests": dict(sorted(record.outputs.items()))},
+    }
+    if record.transposed:
+        fields["transposed"] = True
+    if record.state is not None:
+        fields["quant_state"] = {**asdict(record.state), "shape": list(record.state.shape)}
+    if record.error is not None:
+        fields["error"] = asdict(record.error)
+    return fields
+
+
+def _manifest_of(document: Mapping[str, Any]) -> Manifest:
+    if document["digests"]["files"] not in ALGORITHMS:
+        raise ValueError(f"digest algorithm {document['digests']['files']!r}")
+    run = document.get("run")
+    return Manifest(
+        config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
+        digest=document["digests"]["files"],
+        source_name=document["source"]["name"],
+        source_files=_file_records(document["source"]["files"]),
+        output_files=_file_records(document["output"]["files"]),
+        tensors={name: _tensor_record(fields) for name, fields in document["tensors"].items()},
+        parameters=document["output"]["parameters"],
+        quantized_parameters=document["output"]["quantized_parameters"],
+        bits_per_weight=document["output"]["bits_per_weight"],
+        run=RunRecord(**run) if run is not None else None,
+        tool_version=document["tool"]["version"],
+    )
+
+
+def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
+    return {file["name"]: FileRecord(int(file["size"]), str(file["digest"])) for file in files}
+
+
+def _tensor_record(fields: dict[str, Any]) -> TensorRecord:
+    state, error = fields.get("quant_state"), fields.get("error")
+    return TensorRecord(
+        action=str(fields["action"]),
+        rule=str(fields["rule"]),
+        reason=str(fields["reason"]),
+        transposed=bool(fields.get("transposed", False)),
+        source_file=str(fields["source"]["file"]),
+        source_dtype=str(fields["source"]["dtype"]),
+        source_shape=tuple(fields["source"]["shape"]),
+        source_digest=str(fields["source"]["digest"]),
+        output_file=str(fields["output"]["file"]),
+        outputs=dict(fields["output"]["digests"]),
+        state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
+        error=TensorError(**error) if error else None,
+    )

@@ -1,0 +1,76 @@
+"""The one loop: threads that take work items in order until there are none.
+
+No stage queues: a worker reads, encodes and writes its item before it takes the next, so memory
+is workers x buffers whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Progress = Callable[[str, int], None]
+"""Told (what is being worked on, bytes done since the last call), from any thread."""
+
+
+def no_progress(what: str, count: int) -> None:
+    """The Progress that shows nothing."""
+
+
+
+def run(
+    items: Iterable[Item],
+    make_worker: Callable[[], Callable[[Item], None]],
+    workers: int,
+    abort: Callable[[], None],
+) -> None:
+    """Work off every item.
+
+    Items are handed out in order.  The first exception of any worker stops all and is raised
+    here; so does Ctrl-C.
+
+    Args:
+        make_worker: called once a thread; what it returns is called with each item.
+        abort: called once on failure; must release every worker that waits for another.
+    """
+    queue = iter(items)
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def fail(error: BaseException) -> None:
+        with lock:
+            failures.append(error)
+        stop.set()
+        abort()
+
+    def work() -> None:
+        try:
+            worker = make_worker()
+            while not stop.is_set():
+                with lock:
+                    item = next(queue, None)
+                if item is None:
+                    return
+                worker(item)
+        except BaseException as error:
+            fail(error)
+
+    if workers == 1:  # no thread: a debugger and a traceback see everything
+        work()
+    else:
+        threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)  # short, so that Ctrl-C is heard
+        except BaseException as error:
+            fail(error)
+            for thread in threads:
+                thread.join()
+    if failures:
+        raise failures[0]

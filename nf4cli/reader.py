@@ -1,0 +1,126 @@
+"""Reading safetensors: headers through the safetensors library, bytes through pread.
+
+The library validates the header (size cap, JSON, overlaps, holes, file length), and tells names,
+dtypes and shapes.  It does not tell where a tensor lies, but the format allows no holes: in
+offset order the byte ranges follow from the header's length and the sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+from .records import ITEMSIZE, Shard, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_LFS_MAGIC = b"version https://git-lfs"
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and validate the header of one file; no tensor byte is touched.
+
+    Raises:
+        InputError: it is not a complete, valid safetensors file of dtypes we can copy.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(len(_LFS_MAGIC))
+    if head == _LFS_MAGIC:
+        raise InputError(
+            f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
+            "'git lfs pull' in its repository, or download the file again"
+        )
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = dict(file.metadata() or {})
+            entries = []
+            for name in file.offset_keys():
+                view = file.get_slice(name)
+                entries.append((name, str(view.get_dtype()), tuple(view.get_shape())))
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a complete safetensors file ({size:,} bytes): {error}. "
+            "Download or save it again"
+        ) from error
+    data_start = 8 + int.from_bytes(head[:8], "little")
+    tensors = []
+    offset = data_start
+    for name, dtype, shape in entries:
+        if dtype not in ITEMSIZE:
+            raise InputError(
+                f"{path}: tensor {name!r} has dtype {dtype}, which nf4 cannot read; "
+                f"it reads {', '.join(ITEMSIZE)}"
+            )
+        tensor = TensorInfo(name, dtype, shape, offset)
+        tensors.append(tensor)
+        offset = tensor.stop
+    if offset != size:
+        raise InputError(
+            f"{path}: the header describes {offset:,} bytes but the file has {size:,}. "
+            "Download or save it again"
+        )
+    return Shard(path, size, data_start, tuple(tensors), metadata)
+
+
+class ByteReader:
+    """Positioned reads from one file; safe to share between threads.
+
+    Args:
+        path: the file.
+        expected_size: bytes it must have (it is checked when it is opened).
+
+    Raises:
+        InputError: the file has another size by now.
+    """
+
+    def __init__(self, path: Path, expected_size: int) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        size = os.fstat(self._fd).st_size
+        if size != expected_size:
+            self.close()
+            raise InputError(
+                f"{path} changed while it was being read: it had {expected_size:,} bytes, "
+                f"now {size:,}"
+            )
+
+    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
+        """Fill `buffer` (contiguous bytes) from `offset` in the file.
+
+        Raises:
+            InputError: the file ends before the buffer is full.
+        """
+        view = memoryview(buffer)
+        while view.nbytes:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
+                raise InputError(
+                    f"{self.path} ended at byte {offset:,} while it was being read: "
+                    "it was truncated by another process"
+                )
+            view = view[count:]
+            offset += count
+
+    def read(self, offset: int, count: int) -> NDArray[np.uint8]:
+        """`count` bytes from `offset`, in a new array."""
+        import numpy as np
+
+        buffer = np.empty(count, np.uint8)
+        self.read_into(buffer, offset)
+        return buffer
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> ByteReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""The frozen records that travel through the house, and the dtypes they speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ITEMSIZE: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes an element of each safetensors dtype that we copy."""
+
+TORCH_NAME: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes the engines encode from and decode to, by safetensors name, as torch spells them."""
+
+SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.items()}
+
+STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
+"""quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file, from its header.
+
+    Attributes:
+        name: the key in the file.
+        dtype: safetensors name ("BF16").
+        shape: elements a dimension.
+        start: offset of its first byte from the start of the FILE.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def stop(self) -> int:
+        """Offset in the file of the byte behind its last."""
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file.
+
+    Attributes:
+        path: where it lies.
+        size: bytes in the file.
+        data_start: offset of the first tensor byte (8 + header length).
+        tensors: in offset order, no holes between them.
+        metadata: the header's `__metadata__`, {} where it has none.
+    """
+
+    path: Path
+    size: int
+    data_start: int
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory (or one file) of safetensors shards with what lies beside them.
+
+    Attributes:
+        root: the directory (the file's directory for a single file).
+        name: what the user would call it: the directory's or the file's stem.
+        shards: in the order of their names.
+        tensors: every tensor by name, with its shard.
+        config: config.json, {} where there is none.
+        index: the index file's name, None where there is none.
+        extra_files: other files worth copying, relative to root, sorted.
+        left_files: files that are NOT copied (other weight formats), relative, sorted.
+    """
+
+    root: Path
+    name: str
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, tuple[Shard, TensorInfo]]
+    config: Mapping[str, Any]
+    index: str | None
+    extra_files: tuple[str, ...]
+    left_files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """Everything about the output that a user may choose and that changes its bytes.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        blocksize: elements that share one absmax.
+        double_quant: quantize the absmax vector to 8 bits as well.
+        quant_storage: dtype that the packed bytes are stored as ("uint8").
+        compute_dtype: bnb_4bit_compute_dtype, or "auto" for the model's dtype.
+        dtype: dtype of the kept floating tensors, or "auto" for the model's.
+        keep: patterns of modules to leave in full precision.
+        max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
+            a shard of its own.
+    """
+
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    quant_storage: str = "uint8"
+    compute_dtype: str = "auto"
+    dtype: str = "auto"
+    keep: tuple[str, ...] = field(default=())
+    max_shard_size: int = 5_000_000_000

@@ -1,0 +1,275 @@
+"""Which tensors become 4-bit, and why: decided from config.json and tensor headers alone.
+
+The rules restate what `transformers` quantizes with bitsandbytes: every Linear, except heads,
+what is tied to them, and what a loader cannot take in 4 bit.  They are tried in order; the first
+that holds keeps the tensor and gives the reason that --plan and the manifest show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import InputError, UsageError
+from .records import TORCH_NAME, Checkpoint, TensorInfo
+
+WEIGHT = ".weight"
+
+HEADS = frozenset(
+    "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
+    "qa_outputs seq_relationship".split()
+)
+"""Last name parts of output heads: transformers never quantizes the output embedding."""
+
+EMBEDDINGS = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$")
+ROUTERS = frozenset("gate router shared_expert_gate wg".split())
+
+CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
+    family: frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
+    for family in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+}
+"""Families whose linear layers are transformers' Conv1D, stored [in, out]: bitsandbytes encodes
+the transposed weight."""
+
+BASE_PREFIX: Mapping[str, str] = {
+    "gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer",
+    "bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta",
+    "distilbert": "distilbert", "electra": "electra", "mpnet": "mpnet",
+    "t5": "", "mt5": "", "umt5": "", "longt5": "",
+}  # fmt: skip
+"""The attribute a headed model keeps its base model under; elsewhere it is `model`."""
+
+T5_FAMILIES = frozenset(("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop"))
+
+CHECKED_FAMILIES = frozenset(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 stablelm olmo olmo2 smollm3 granite "
+    "gpt2 gpt_neo gpt_neox opt bloom mpt bert roberta xlm-roberta camembert electra distilbert "
+    "modernbert t5 mt5 whisper vit clip mixtral qwen3_moe deepseek_v3 gpt_oss mamba llava qwen2_vl "
+    "idefics3".split()
+)
+"""Families these rules were compared with transformers on, or that share such a family's code."""
+
+UNSUPPORTED_FAMILIES: Mapping[str, str] = {
+    family: "its weights do not follow the naming rules, so nf4 cannot tell its Linear layers"
+    for family in (
+        "zamba zamba2 jetmoe switch_transformers git swiftformer bark mimi rf_detr "
+        "pp_doclayout_v3 deepseek_v4 minimax_m3"
+    ).split()
+} | {
+    family: "transformers 5 splits, merges or permutes its weights while loading, which a packed "
+    "weight cannot go through"
+    for family in (
+        "molmo2 gte new nomic_bert jina_embeddings_v3 kimi_k25 radio step3p7 minimax_m3_vl "
+        "mistral_large4"
+    ).split()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the rules know of a checkpoint.
+
+    Attributes:
+        model_types: model_type of the config and its sub-configs.
+        vocab_sizes: every `*vocab_size` of the config and its sub-configs.
+        num_layers: num_hidden_layers of the decoder, None where unknown.
+        names: every tensor name.
+    """
+
+    model_types: frozenset[str]
+    vocab_sizes: frozenset[int]
+    num_layers: int | None
+    names: frozenset[str]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Context:
+        config = checkpoint.config
+        items = list(_config_items(config))
+        text = config.get("text_config")
+        layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+        return Context(
+            model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
+            vocab_sizes=frozenset(
+                v for k, v in items if k.endswith("vocab_size") and isinstance(v, int) and v > 1
+            ),
+            num_layers=layers if isinstance(layers, int) else None,
+            names=frozenset(checkpoint.tensors),
+        )
+
+
+def _config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _config_items(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Keeps a tensor in full precision when `holds`."""
+
+    name: str
+    reason: str
+    holds: Callable[[Context, TensorInfo, list[str]], bool]  # list: the dotted module path
+
+
+def _layer_index(path: list[str]) -> int | None:
+    for part, following in zip(path, path[1:], strict=False):
+        if part == "layers" and following.isdigit():
+            return int(following)
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("not-a-weight", "not a .weight", lambda c, t, p: not t.name.endswith(WEIGHT)),
+    Rule("not-2d", "not a matrix", lambda c, t, p: len(t.shape) != 2),
+    Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
+    Rule("empty", "no elements", lambda c, t, p: t.numel == 0),
+    Rule(
+        "vocabulary",
+        "an embedding or head: its first dimension is a vocab_size",
+        lambda c, t, p: t.shape[0] in c.vocab_sizes,
+    ),
+    Rule("embedding", "an embedding", lambda c, t, p: bool(EMBEDDINGS.search(p[-1]))),
+    Rule(
+        "head",
+        "an output head",
+        lambda c, t, p: p[-1] in HEADS
+        or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
+        or p[-2:] == ["pred_layer", "proj"],
+    ),
+    Rule(
+        "router",
+        "a mixture-of-experts router",
+        lambda c, t, p: p[-1] in ROUTERS or "router" in p,
+    ),
+    Rule(
+        "experts",
+        "an expert: transformers 5 fuses experts into 3-D parameters it cannot hold in 4 bit",
+        lambda c, t, p: "experts" in p,
+    ),
+    Rule(
+        "fp32-module",
+        "transformers keeps this module in float32",
+        lambda c, t, p: ("wo" == p[-1] and bool(c.model_types & T5_FAMILIES)) or "qformer" in p,
+    ),
+    Rule(
+        "multihead-attention",
+        "part of nn.MultiheadAttention, which reads its weights directly",
+        lambda c, t, p: ".".join([*p[:-1], "in_proj_weight"]) in c.names,
+    ),
+    Rule(
+        "own-linear",
+        "this family has its own Linear class, which bitsandbytes does not replace",
+        lambda c, t, p: bool(c.model_types & {"falcon", "ibert"})
+        or (p[-1] == "dt_proj" and bool(c.model_types & {"mamba", "falcon_mamba", "jamba"})),
+    ),
+    Rule(
+        "name",
+        "transformers 5.0 to 5.10 fail on modules called *weight*",
+        lambda c, t, p: "weight" in p[-1],
+    ),
+    Rule(
+        "changed-on-load",
+        "transformers 5 rearranges this weight while loading",
+        lambda c, t, p: "dinov2" in c.model_types and p[-1] in ("weights_in", "weights_out"),
+    ),
+    Rule(
+        "extra-layer",
+        "a layer beyond num_hidden_layers, which loaders ignore",
+        lambda c, t, p: c.num_layers is not None
+        and (_layer_index(p) or 0) >= c.num_layers > 0
+        and p[0] == "model",
+    ),
+)
+
+QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
+USER = Rule("user", "kept by --skip-modules", lambda c, t, p: True)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The fate of one tensor."""
+
+    quantize: bool
+    rule: Rule
+    transposed: bool = False
+
+
+def module_path(tensor_name: str) -> str:
+    """The module that owns a tensor: `model.norm.weight` -> `model.norm`."""
+    return tensor_name.rpartition(".")[0] or tensor_name
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a --skip-modules pattern names this module.
+
+    A pattern with a wildcard is a glob over the whole dotted path; one without names any run of
+    whole parts: `mlp`, `layers.0`, `self_attn.q_proj`.
+    """
+    if any(c in pattern for c in "*?["):
+        return fnmatchcase(path, pattern)
+    return f".{pattern}." in f".{path}."
+
+
+def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice]:
+    """The fate of every tensor, by name.
+
+    Args:
+        keep: the user's patterns, see `matches`.
+
+    Raises:
+        InputError: the family is known not to follow the rules, or nothing is left to quantize.
+        UsageError: a pattern matches no module.
+    """
+    context = Context.of(checkpoint)
+    for family in sorted(context.model_types & UNSUPPORTED_FAMILIES.keys()):
+        raise InputError(
+            f"model_type {family!r} is not supported: {UNSUPPORTED_FAMILIES[family]}. "
+            "Convert it with transformers' own BitsAndBytesConfig instead"
+        )
+    patterns = tuple(keep)
+    unmatched = set(patterns)
+    choices: dict[str, Choice] = {}
+    for name, (_, tensor) in checkpoint.tensors.items():
+        path = module_path(name)
+        hits = {pattern for pattern in patterns if matches(pattern, path)}
+        unmatched -= hits
+        choices[name] = _choose(context, tensor, path.split("."), bool(hits))
+    for pattern in sorted(unmatched):
+        raise UsageError(
+            f"--skip-modules {pattern!r} matches no module; the modules are called like "
+            f"{', '.join(_examples(checkpoint))}. A pattern is a glob over the whole path "
+            "('*.down_proj') or whole parts of it ('layers.0')"
+        )
+    if not any(choice.quantize for choice in choices.values()):
+        kept: dict[str, int] = {}
+        for choice in choices.values():
+            kept[choice.rule.reason] = kept.get(choice.rule.reason, 0) + 1
+        why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
+        raise InputError(
+            f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
+        )
+    return choices
+
+
+def _choose(context: Context, tensor: TensorInfo, path: list[str], user: bool) -> Choice:
+    for rule in RULES:
+        if rule.holds(context, tensor, path):
+            return Choice(False, rule)
+    if user:
+        return Choice(False, USER)
+    return Choice(True, QUANTIZED, is_transposed(context.model_types, path[-1]))
+
+
+def is_transposed(model_types: Iterable[str], leaf: str) -> bool:
+    """Whether a module's weight lies transposed in the file (Conv1D, [in, out])."""
+    return any(leaf in CONV1D_FAMILIES.get(model_type, ()) for model_type in model_types)
+
+
+def _examples(checkpoint: Checkpoint) -> list[str]:
+    paths = [module_path(n) for n, (_, t) in checkpoint.tensors.items() if len(t.shape) == 2]
+    return paths[:: max(1, len(paths) // 3)][:3]

@@ -1,0 +1,229 @@
+"""A directory (or one file) on disk -> a Checkpoint: which files count, and that they agree.
+
+Used for what we read and for what we wrote: quantize, dequantize, inspect and verify all start
+here.  Nothing is unpickled and no code of the checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .reader import read_shard
+from .records import Checkpoint, Shard, TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "nf4_manifest.json"
+
+# Formats that hold the same weights again (or a pickle, which we never read): not copied.
+_WEIGHT_FORMATS = (
+    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
+    "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
+    "*.index.json",
+)  # fmt: skip
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+_LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_MAX_JSON = 100_000_000  # bytes; the safetensors library's cap on headers
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find the shards, read every header, check the index, list the other files.
+
+    Args:
+        path: a model directory, or one .safetensors file (a config.json beside it is used).
+
+    Raises:
+        InputError: not a checkpoint, or a damaged or contradictory one.
+    """
+    if path.is_dir():
+        root, name = path, path.resolve().name
+        index, files = _find_shards(root)
+    elif path.is_file():
+        root, name, index = path.parent, path.stem, None
+        if path.suffix != ".safetensors":
+            raise InputError(_not_a_checkpoint(path, f"{path.name} is no .safetensors file", [path]))
+        files = [path]
+    else:
+        raise InputError(f"{path} does not exist: give a model directory or a .safetensors file")
+    shards = tuple(read_shard(file) for file in files)
+    tensors = _merge(shards)
+    if not tensors:
+        raise InputError(f"{path} holds no tensor: {', '.join(s.path.name for s in shards)}")
+    if index is not None:
+        _check_index(root / index, shards)
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    extra, left = _other_files(root, {shard.path for shard in shards})
+    return Checkpoint(root, name, shards, tensors, config, index, extra, left)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: too large, not UTF-8, not JSON, nested too deep, or not an object.
+    """
+    if path.stat().st_size > _MAX_JSON:
+        raise InputError(f"{path} is larger than {_MAX_JSON:,} bytes: this is no {path.name}")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _find_shards(root: Path) -> tuple[str | None, list[Path]]:
+    """The index's name (or None) and the shard files, in transformers' order of preference."""
+    found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and p.is_file())
+    if (root / SINGLE).is_file():
+        return None, [root / SINGLE]
+    indexes = sorted(root.glob("*.safetensors.index.json"))
+    if (root / INDEX).is_file():
+        indexes = [root / INDEX]
+    if len(indexes) == 1:
+        return indexes[0].name, _indexed_files(indexes[0])
+    if len(indexes) > 1:
+        names = ", ".join(p.name for p in indexes)
+        raise InputError(f"{root} has several indexes ({names}): give one .safetensors file instead")
+    if not found:
+        here = list(root.iterdir())
+        raise InputError(_not_a_checkpoint(root, "it has no .safetensors file", here))
+    if len(found) == 1:
+        return None, found
+    matches = [_NUMBERED.fullmatch(p.name) for p in found]
+    stems = {(m["stem"], m["count"]) for m in matches if m}
+    if all(matches) and len(stems) == 1:
+        count = int(next(iter(stems))[1])
+        numbers = {int(m["number"]) for m in matches if m}
+        missing = sorted(set(range(1, count + 1)) - numbers)
+        if missing:
+            raise InputError(
+                f"{root} has {len(found)} of {count} shards; missing: "
+                f"{', '.join(f'{n:05d}' for n in missing[:5])}. Download them again"
+            )
+        return None, found
+    raise InputError(
+        f"{root} has {len(found)} .safetensors files and no index that says which belong "
+        f"together: {', '.join(p.name for p in found[:6])}. Give one file instead of the directory"
+    )
+
+
+def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
+    names = sorted(p.name for p in here)
+    message = f"{path} is not a safetensors checkpoint: {why}."
+    if "adapter_config.json" in names:
+        return message + " It is a PEFT adapter: merge it into its base model first"
+    if any(fnmatch(n, pattern) for n in names for pattern in _PICKLES):
+        return (
+            message + " It has pickled weights, which nf4 never opens because unpickling runs code. "
+            "If you trust them, convert them once: python -c \"from transformers import AutoModel; "
+            f"AutoModel.from_pretrained('{path if path.is_dir() else path.parent}', dtype='auto')"
+            ".save_pretrained('OUT')\" (with your model's Auto class)"
+        )
+    if any(n.endswith(".gguf") for n in names):
+        return message + (
+            " It has a GGUF file, which is quantized already: start from the original checkpoint"
+        )
+    return message + " Expected model.safetensors, or model.safetensors.index.json and its shards"
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise InputError(
+                f"{index}: the file name {name!r} leads out of the directory; "
+                "expected plain names of files beside the index"
+            )
+        path = index.parent / name
+        if not path.is_file():
+            tensors = [t for t, f in weight_map.items() if f == name]
+            raise InputError(
+                f"{index} names {name} (for {len(tensors)} tensors, first {tensors[0]!r}), which "
+                "does not exist: download it again"
+            )
+        files.append(path)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise InputError(f'{index} has no "weight_map" of tensor names to file names')
+    return weight_map
+
+
+def _check_index(index: Path, shards: Iterable[Shard]) -> None:
+    held = {shard.path.name: {t.name for t in shard.tensors} for shard in shards}
+    weight_map = _weight_map(index)
+    for tensor, file in weight_map.items():
+        if tensor not in held[file]:
+            raise InputError(
+                f"{index} says that {file} holds {tensor!r}, but its header does not list it: "
+                "index and shard are of different versions. Download both again"
+            )
+    for file, names in held.items():
+        for tensor in sorted(names - weight_map.keys()):
+            raise InputError(
+                f"{file} holds {tensor!r}, which {index} does not list: "
+                "index and shard are of different versions. Download both again"
+            )
+
+
+def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
+    tensors: dict[str, tuple[Shard, TensorInfo]] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                other = tensors[tensor.name][0].path.name
+                raise InputError(
+                    f"tensor {tensor.name!r} is in two shards, {other} and {shard.path.name}: "
+                    "remove the stale one"
+                )
+            tensors[tensor.name] = (shard, tensor)
+    return tensors
+
+
+def _other_files(root: Path, shards: set[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(to copy, to leave) of everything beside the shards, relative to root, sorted."""
+    modules = _sentence_transformers_modules(root)
+    extra, left = [], []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(d for d in subdirectories if d not in _LEFT_DIRECTORIES)
+        for name in names:
+            path = Path(directory) / name
+            relative = path.relative_to(root).as_posix()
+            if path in shards or relative in (INDEX, MANIFEST):
+                continue
+            wanted = name.endswith(".safetensors") and path.parent in modules
+            if not path.is_file() or (
+                not wanted and any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
+            ):
+                left.append(relative)
+            else:
+                extra.append(relative)
+    return tuple(sorted(extra)), tuple(sorted(left))
+
+
+def _sentence_transformers_modules(root: Path) -> set[Path]:
+    """Subdirectories that modules.json names: their small weights (2_Dense) belong to the model."""
+    try:
+        modules = json.loads((root / "modules.json").read_bytes())
+        paths = {str(module["path"]) for module in modules}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+    return {root / path for path in paths if path}
