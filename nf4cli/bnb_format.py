@@ -228,6 +228,11 @@ def expected_tensors(
     return tensors
 
 
+def is_state_key(key: str) -> bool:
+    """Whether a key is a quant_state blob's."""
+    return _STATE in key
+
+
 def storage_of(tensor: TensorInfo) -> str | None:
     """The quant_storage of a packed tensor, None where its dtype is not one."""
     return next((name for name, dtype in STORAGE_NAME.items() if dtype == tensor.dtype), None)
@@ -285,6 +290,13 @@ def config_problems(config: Mapping[str, Any], states: Iterable[QuantState]) -> 
     return problems
 
 
+def skip_list(config: Mapping[str, Any]) -> list[str]:
+    """llm_int8_skip_modules of a config.json, [] where it has none."""
+    found = config.get("quantization_config")
+    keys = found.get("llm_int8_skip_modules") if isinstance(found, dict) else None
+    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+
+
 def is_quantized_config(config: Mapping[str, Any]) -> str | None:
     """The quant_method of an already quantized checkpoint's config, None for a plain one."""
     found = config.get("quantization_config")
@@ -311,7 +323,12 @@ def hits(key: str, module: str) -> bool:
 
 def hits_v5(key: str, module: str) -> bool:
     """transformers 5: a regex from the start up to a part's boundary, or a bare suffix."""
-    return bool(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module)) or module.endswith(key)
+    if module.endswith(key):
+        return True
+    try:
+        return bool(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module))
+    except re.error:
+        return False  # transformers itself would raise on such a key
 
 
 def hits_v4(key: str, module: str) -> bool:

@@ -189,7 +189,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig) -> Plan:
         config=config,
         tensors=tuple(tensors),
         shards=tuple(shards),
-        index=_index(shards),
+        index=index_of(shards),
         output_config=_output_config(checkpoint, config, tensors),
         notes=tuple(_notes(checkpoint, tensors)),
     )
@@ -308,7 +308,7 @@ def _place(
         files[-1].append(plan)
     layouts = []
     for number, members in enumerate(files):
-        name = SINGLE if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        name = shard_name(number, len(files))
         entries = [[(key, *spec) for key, spec in plan.outputs.items()] for plan in members]
         layouts.append(
             lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
@@ -318,7 +318,13 @@ def _place(
     ], layouts
 
 
-def _index(shards: list[ShardLayout]) -> dict[str, Any] | None:
+def shard_name(number: int, count: int) -> str:
+    """The file name of shard `number` (from 0) of `count`."""
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
+    """The index's content; None for a single file, which needs none."""
     if len(shards) == 1:
         return None
     return {
@@ -338,10 +344,6 @@ def _output_config(
     if not checkpoint.config:
         return None
     context = selection.Context.of(checkpoint)
-    prefix = next(
-        (selection.BASE_PREFIX[m] for m in sorted(context.model_types & selection.BASE_PREFIX.keys())),
-        "model",
-    )
     skip = bnb_format.skip_modules(
         kept=(
             selection.module_path(t.source.name)
@@ -351,7 +353,7 @@ def _output_config(
             and t.source.name.endswith(selection.WEIGHT)
         ),
         quantized=(selection.module_path(t.source.name) for t in tensors if t.action == "quantize"),
-        base_prefix=prefix,
+        base_prefix=selection.base_prefix(context.model_types),
     )
     output = dict(checkpoint.config)
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in output] or ["torch_dtype"]

@@ -28,7 +28,7 @@ from .errors import InputError, NonFiniteError
 from .manifest import FileRecord, Manifest, RunRecord, TensorError, TensorRecord
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, Resources, TensorPlan, check_output, config_text
-from .reader import ByteReader
+from .reader import ShardReaders
 from .records import ITEMSIZE, Shard
 from .selection import module_path
 from .source import INDEX, MANIFEST
@@ -143,7 +143,6 @@ class Conversion:
         self._scratch = scratch
         self._progress = progress
         self._lock = threading.Lock()
-        self._readers: dict[Path, ByteReader] = {}
         self._digests: dict[Path, OrderedDigest] = {}
         self._shard_digests: dict[Path, ShardDigest] = {}
         self._algorithm = digest
@@ -156,16 +155,17 @@ class Conversion:
             InputError: a weight holds NaN or infinity, or a source file changed.
             OSError: a disk is full or fails.
         """
-        try:
-            for shard in self.plan.checkpoint.shards:
-                self._open(shard)
-            run(self._items(), lambda: _Worker(self), self._resources.workers, self._abort)
-        finally:
-            for reader in self._readers.values():
-                reader.close()
-            for job in self.jobs:
-                if job.absmax is not None:
-                    job.absmax.close()
+        shards = self.plan.checkpoint.shards
+        with ShardReaders(shards) as self._readers:
+            if self._algorithm is not None:
+                for shard in shards:
+                    self._start_digest(shard, self._algorithm)
+            try:
+                run(self._items(), lambda: _Worker(self), self._resources.workers, self._abort)
+            finally:
+                for job in self.jobs:
+                    if job.absmax is not None:
+                        job.absmax.close()
 
     def source_digests(self) -> tuple[dict[str, str], dict[str, str]]:
         """(by file name, by tensor name), after `run`."""
@@ -175,14 +175,11 @@ class Conversion:
             tensors |= digest.tensors
         return files, tensors
 
-    def _open(self, shard: Shard) -> None:
-        reader = ByteReader(shard.path, shard.size)
-        self._readers[shard.path] = reader
-        if self._algorithm is not None:
-            digest = ShardDigest(shard.tensors, self._algorithm)
-            digest.update(reader.read(0, shard.data_start))
-            self._shard_digests[shard.path] = digest
-            self._digests[shard.path] = OrderedDigest(digest)
+    def _start_digest(self, shard: Shard, algorithm: str) -> None:
+        digest = ShardDigest(shard.tensors, algorithm)
+        digest.update(self._readers[shard].read(0, shard.data_start))
+        self._shard_digests[shard.path] = digest
+        self._digests[shard.path] = OrderedDigest(digest)
 
     def _abort(self) -> None:
         for digest in self._digests.values():
@@ -281,7 +278,7 @@ class _Worker:
         else:
             data = self._source[: item.count * itemsize]
             position = plan.source.start + item.start * itemsize
-            c._readers[plan.shard.path].read_into(data, position)
+            c._readers[plan.shard].read_into(data, position)
             if c._algorithm is not None:
                 c._digests[plan.shard.path].update(position, data)
         if item.digest_only:
@@ -300,7 +297,7 @@ class _Worker:
         rows, columns = source.shape
         itemsize = ITEMSIZE[source.dtype]
         first, last = item.start // rows, -(-(item.start + item.count) // rows)
-        reader = self._conversion._readers[item.job.plan.shard.path]
+        reader = self._conversion._readers[item.job.plan.shard]
         block = np.empty((rows, (last - first) * itemsize), np.uint8)
         if last - first == columns:
             reader.read_into(block.reshape(-1), source.start)

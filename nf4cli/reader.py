@@ -8,6 +8,7 @@ offset order the byte ranges follow from the header's length and the sizes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,36 @@ class ByteReader:
         os.close(self._fd)
 
     def __enter__(self) -> ByteReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ShardReaders:
+    """The open files of a checkpoint; safe to share between threads.
+
+    Raises:
+        InputError: a file changed in size since its header was read.
+    """
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._readers: dict[Path, ByteReader] = {}
+        try:
+            for shard in shards:
+                self._readers[shard.path] = ByteReader(shard.path, shard.size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, shard: Shard) -> ByteReader:
+        return self._readers[shard.path]
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def __enter__(self) -> ShardReaders:
         return self
 
     def __exit__(self, *_: object) -> None:

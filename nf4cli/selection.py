@@ -238,7 +238,7 @@ def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice
         path = module_path(name)
         hits = {pattern for pattern in patterns if matches(pattern, path)}
         unmatched -= hits
-        choices[name] = _choose(context, tensor, path.split("."), bool(hits))
+        choices[name] = _choose(context, tensor, bool(hits))
     for pattern in sorted(unmatched):
         raise UsageError(
             f"--skip-modules {pattern!r} matches no module; the modules are called like "
@@ -256,13 +256,25 @@ def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice
     return choices
 
 
-def _choose(context: Context, tensor: TensorInfo, path: list[str], user: bool) -> Choice:
-    for rule in RULES:
-        if rule.holds(context, tensor, path):
-            return Choice(False, rule)
+def rule_of(context: Context, tensor: TensorInfo) -> Rule:
+    """The first rule that keeps a tensor, or QUANTIZED."""
+    path = module_path(tensor.name).split(".")
+    return next((rule for rule in RULES if rule.holds(context, tensor, path)), QUANTIZED)
+
+
+def _choose(context: Context, tensor: TensorInfo, user: bool) -> Choice:
+    rule = rule_of(context, tensor)
+    if rule is not QUANTIZED:
+        return Choice(False, rule)
     if user:
         return Choice(False, USER)
-    return Choice(True, QUANTIZED, is_transposed(context.model_types, path[-1]))
+    leaf = module_path(tensor.name).rpartition(".")[2]
+    return Choice(True, QUANTIZED, is_transposed(context.model_types, leaf))
+
+
+def base_prefix(model_types: Iterable[str]) -> str:
+    """The attribute a headed model of this family keeps its base model under, "" for none."""
+    return next((BASE_PREFIX[m] for m in sorted(model_types) if m in BASE_PREFIX), "model")
 
 
 def is_transposed(model_types: Iterable[str], leaf: str) -> bool:

@@ -1,0 +1,5 @@
+"""python -m nf4cli"""
+
+from .cli import main
+
+main()

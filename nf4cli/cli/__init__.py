@@ -1,0 +1,69 @@
+"""The command line: one thin module a command, this file only registers them.
+
+Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .. import __version__
+from .dequantize import dequantize
+from .inspect import inspect
+from .quantize import quantize
+from .verify import verify
+
+app = typer.Typer(
+    name="nf4",
+    help="Stream full-precision checkpoints into bitsandbytes NF4, and prove what was written.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad or unsupported input, "
+    "4 the machine (disk full, I/O error, no engine), 130 interrupted.",
+)
+for command in (quantize, verify, dequantize, inspect):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"nf4 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None: ...
+
+
+def main() -> None:
+    """The entry point: the one place where an error becomes a message and an exit code."""
+    from ..errors import Nf4Error
+
+    try:
+        app()
+    except Nf4Error as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'I/O'}: {error.strerror or error}", 4)
+
+
+def _fail(message: str, code: int) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(message, markup=False)
+    sys.exit(code)

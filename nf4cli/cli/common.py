@@ -1,0 +1,164 @@
+"""What the commands share: options, sizes, tables, the progress display."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..engines import Engine
+    from ..plan import Resources
+
+# NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto, cpu, or torch (slow reference).")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Threads. Default: one a processor, at most 16.")
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="A bound on memory that is kept, like 200MB.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of "5GB" (decimal, as the Hub counts), "512MiB" or a plain number.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if match is None or match[2] == "I":
+        raise UsageError(f"{option} {text!r} is not a size: write 5GB, 512MiB or bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_size(count: float) -> str:
+    """Bytes in decimal units, as the Hub and disks count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"
+
+
+def resources(workers: int | None, memory: str | None) -> Resources:
+    from ..plan import make_resources
+
+    bound = None if memory is None else parse_size(memory, "--memory")
+    return make_resources(workers, bound, processors())
+
+
+def processors() -> int:
+    """Processors this process may use (a container or taskset may allow fewer than there are)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_engine(name: str) -> Engine:
+    from .. import engines
+
+    return engines.load(name)
+
+
+def out_console() -> Console:
+    """For results, on stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def err_console(quiet: bool = False) -> Console:
+    """For progress and messages, on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, quiet=quiet)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The only thing on stdout under --json."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+class ProgressDisplay:
+    """A bar on a terminal; elsewhere a line every 30 seconds, so that CI sees life.
+
+    Args:
+        total: bytes of work.
+        label: what is being done.
+        show: False for nothing at all.
+    """
+
+    _LINE_EVERY = 30.0
+
+    def __init__(self, total: int, label: str, show: bool) -> None:
+        from rich.progress import (
+            BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn,
+            TransferSpeedColumn,
+        )  # fmt: skip
+
+        self._console = err_console()
+        self._total, self._label, self._done = total, label, 0
+        self._lock = threading.Lock()
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        self._show = show
+        if show and self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+                TransferSpeedColumn(), TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[current]}"),
+                console=self._console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(label, total=total, current="")
+
+    def __call__(self, what: str, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            line_due = now - self._last_line > self._LINE_EVERY
+            if line_due:
+                self._last_line = now
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count, current=what[-40:])
+        elif self._show and line_due:
+            share = self._done / max(1, self._total)
+            self._console.print(
+                f"{self._label}: {share:.0%} ({format_size(self._done)} of "
+                f"{format_size(self._total)}), {what}",
+                soft_wrap=True,
+            )
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+SourceArgument = Annotated[
+    Path, typer.Argument(help="A model directory, or one .safetensors file.", show_default=False)
+]

@@ -1,0 +1,71 @@
+"""nf4 dequantize: a 4-bit checkpoint back to an ordinary one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+from .common import (
+    EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption, format_size,
+)  # fmt: skip
+
+
+def dequantize(
+    source: Annotated[
+        Path, typer.Argument(help="Any bitsandbytes 4-bit checkpoint (directory or file).")
+    ],
+    output: Annotated[Path, typer.Argument(help="New directory.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of all floats. auto: what each weight was quantized from.")
+    ] = "auto",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of each output file.")
+    ] = "5GB",
+    engine: EngineOption = "auto",
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
+    from ..dequantize import write_dequantized
+    from ..source import open_checkpoint
+
+    limits = common.resources(workers, memory)
+    size = common.parse_size(max_shard_size, "--max-shard-size")
+    checkpoint = open_checkpoint(source)
+    chosen = common.load_engine(engine)
+    started = time.monotonic()
+    total = sum(shard.size for shard in checkpoint.shards) * 3
+    display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
+    with display:
+        summary = write_dequantized(
+            checkpoint, output, chosen, limits, dtype, size, fsync, display
+        )
+    seconds = time.monotonic() - started
+    if json:
+        common.print_json(
+            {
+                "output": str(output),
+                "engine": chosen.name,
+                "seconds": round(seconds, 3),
+                "decoded": summary.decoded,
+                "kept": summary.kept,
+                "output_bytes": summary.nbytes,
+                "files": summary.files,
+            }
+        )
+    elif not quiet:
+        common.out_console().print(
+            f"[bold]{output}[/]: {summary.decoded} weights decoded, {summary.kept} tensors kept, "
+            f"{format_size(summary.nbytes)} in {summary.files} file(s), in {seconds:.1f} s "
+            f"({chosen.name})",
+            soft_wrap=True,
+        )

@@ -1,0 +1,241 @@
+"""nf4 quantize: parse, plan, run, summarise."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import common
+from .common import (
+    EngineOption, JsonOption, MemoryOption, QuietOption, SourceArgument, WorkersOption, format_size,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..manifest import Manifest
+    from ..plan import Plan, Resources
+
+
+def quantize(
+    source: SourceArgument,
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="New directory. Default: NAME-nf4 here.", show_default=False),
+    ] = None,
+    quant_type: Annotated[str, typer.Option("--quant-type", help="nf4 or fp4.")] = "nf4",
+    blocksize: Annotated[
+        int, typer.Option("--blocksize", help="Weights that share a scale: 32 to 4096, powers of 2.")
+    ] = 64,
+    double_quant: Annotated[
+        bool,
+        typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits as well."),
+    ] = True,
+    skip_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip-modules", "--keep", metavar="PATTERN", show_default=False,
+            help="Leave these modules in full precision: a glob over the module's path, or whole "
+            "parts of it (mlp, layers.0). May be repeated.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of tensors that stay floats. auto: the model's.")
+    ] = "auto",
+    compute_dtype: Annotated[
+        str, typer.Option("--compute-dtype", help="Loaders compute in it. auto: the model's.")
+    ] = "auto",
+    quant_storage: Annotated[
+        str,
+        typer.Option("--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."),
+    ] = "uint8",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of each output file.")
+    ] = "5GB",
+    digest: Annotated[
+        str, typer.Option("--digest", help="Of files in the manifest: blake3 or sha256.")
+    ] = "blake3",
+    engine: EngineOption = "auto",
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be written, and write nothing.")
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
+    from ..digest import ALGORITHMS
+    from ..errors import UsageError
+    from ..plan import make_plan
+    from ..quantize import write_checkpoint
+    from ..records import QuantConfig
+    from ..source import open_checkpoint
+
+    if digest not in ALGORITHMS:
+        raise UsageError(f"--digest {digest} is not one of {', '.join(ALGORITHMS)}")
+    config = QuantConfig(
+        quant_type=quant_type,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        quant_storage=quant_storage,
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        keep=tuple(skip_modules or ()),
+        max_shard_size=common.parse_size(max_shard_size, "--max-shard-size"),
+    )
+    checkpoint = open_checkpoint(source)
+    if output is None:
+        output = Path(f"{checkpoint.name}-nf4")
+    decided = make_plan(checkpoint, config)
+    limits = common.resources(workers, memory)
+    if plan:
+        if json:
+            common.print_json(_plan_document(decided, limits, output))
+        else:
+            _print_plan(common.out_console(), decided, limits, output)
+        return
+    chosen = common.load_engine(engine)
+    started = time.monotonic()
+    display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
+    with display:
+        manifest = write_checkpoint(decided, output, chosen, limits, digest, fsync, display)
+    seconds = time.monotonic() - started
+    if json:
+        common.print_json(_result_document(decided, manifest, output, seconds))
+    elif not quiet:
+        _print_result(common.out_console(), decided, manifest, output, seconds, source)
+
+
+def _groups(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"action": action, "reason": reason, "tensors": count, "elements": elements, "bytes": nbytes}
+        for action, reason, count, elements, nbytes in plan.groups()
+    ]
+
+
+def _plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any]:
+    from ..plan import disk_bytes
+
+    return {
+        "source": str(plan.checkpoint.root),
+        "output": str(output),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "files": [{"name": s.filename, "bytes": s.size} for s in plan.shards],
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "peak_memory_bytes": limits.memory,
+        "peak_disk_bytes": disk_bytes(plan, limits.workers),
+        "workers": limits.workers,
+        "groups": _groups(plan),
+        "tensors": [
+            {
+                "name": t.source.name, "action": t.action, "rule": t.rule, "reason": t.reason,
+                "dtype": t.source.dtype, "shape": list(t.source.shape), "bytes": t.nbytes_out,
+            }
+            for t in plan.tensors
+        ],
+        "skip_modules": (plan.output_config or {})
+        .get("quantization_config", {})
+        .get("llm_int8_skip_modules", []),
+        "copied_files": list(plan.checkpoint.extra_files),
+        "left_files": list(plan.checkpoint.left_files),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+
+
+def _table_of_groups(plan: Plan) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("what", "why", "tensors", "weights", "bytes"):
+        table.add_column(heading, justify="left" if heading in ("what", "why") else "right")
+    words = {"quantize": "4-bit", "cast": f"to {plan.config.dtype}", "copy": "kept"}
+    for action, reason, count, elements, nbytes in plan.groups():
+        table.add_row(
+            words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes),
+            style="bold" if action == "quantize" else None,
+        )  # fmt: skip
+    return table
+
+
+def _print_notes(console: Console, plan: Plan) -> None:
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/] {note}")
+
+
+def _print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -> None:
+    from ..plan import disk_bytes
+
+    config = plan.config
+    console.print(
+        f"[bold]{plan.checkpoint.name}[/] -> [bold]{output}[/]: {config.quant_type}, blocksize "
+        f"{config.blocksize}, {'nested' if config.double_quant else 'float32'} absmax"
+    )
+    _print_notes(console, plan)
+    console.print(_table_of_groups(plan))
+    console.print(
+        f"output  {plan.shard_bytes:,} bytes in {len(plan.shards)} file(s), from "
+        f"{plan.source_bytes:,}: {plan.bits_per_weight:.2f} bits a weight"
+    )
+    console.print(
+        f"memory  at most {format_size(limits.memory)} with {limits.workers} worker(s)"
+    )
+    console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
+    if plan.checkpoint.extra_files:
+        console.print(f"copied  {', '.join(plan.checkpoint.extra_files)}", soft_wrap=True)
+    if plan.checkpoint.left_files:
+        console.print(f"left    {', '.join(plan.checkpoint.left_files)}", soft_wrap=True)
+
+
+def _result_document(
+    plan: Plan, manifest: Manifest, output: Path, seconds: float
+) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "engine": manifest.run.engine if manifest.run else None,
+        "seconds": round(seconds, 3),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "files": [
+            {"name": name, "bytes": record.size, manifest.digest: record.digest}
+            for name, record in sorted(manifest.output_files.items())
+        ],
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "groups": _groups(plan),
+        "errors": {
+            name: {"rel_rmse": record.error.rel_rmse, "max_abs": record.error.max_abs}
+            for name, record in manifest.tensors.items()
+            if record.error is not None
+        },
+        "notes": list(plan.notes),
+    }
+
+
+def _print_result(
+    console: Console, plan: Plan, manifest: Manifest, output: Path, seconds: float, source: Path
+) -> None:
+    _print_notes(console, plan)
+    console.print(_table_of_groups(plan))
+    console.print(
+        f"[bold]{output}[/]: {format_size(plan.source_bytes)} -> {format_size(plan.shard_bytes)}, "
+        f"{plan.bits_per_weight:.2f} bits a weight, in {seconds:.1f} s "
+        f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
+        f"{manifest.run.engine if manifest.run else ''})"
+    )
+    errors = [(r.error.rel_rmse, n) for n, r in manifest.tensors.items() if r.error is not None]
+    worst, name = max(errors)
+    middle = sorted(errors)[len(errors) // 2][0]
+    console.print(f"error   relative RMSE {middle:.4f} (median weight), worst {worst:.4f} in {name}")
+    console.print(f"next    nf4 verify {output} --source {source}", soft_wrap=True)

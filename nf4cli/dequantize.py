@@ -1,0 +1,227 @@
+"""A bitsandbytes 4-bit checkpoint, anybody's, back to an ordinary one, streaming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+
+from . import selection
+from .engines import Engine
+from .errors import InputError, NonFiniteError, UsageError
+from .packed import PackedReader, PackedWeight, load_weights
+from .pipeline import Progress, no_progress, run
+from .plan import Resources, config_text, index_of, refuse_existing, require_disk, shard_name
+from .quantize import copy_files, new_directory
+from .reader import ShardReaders
+from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
+from .source import INDEX
+from .writer import ShardLayout, ShardWriter, lay_out
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One tensor of the output: decoded from `weight`, or kept from `source`."""
+
+    source: TensorInfo
+    weight: PackedWeight | None
+    transposed: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return TensorInfo(self.source.name, self.dtype, self.shape, 0).nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Elements [start, start + count) of an output, in the order they are stored in the source."""
+
+    output: _Output
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What was written.
+
+    Attributes:
+        decoded: packed weights that became floats.
+        kept: tensors copied or cast.
+        nbytes: of all output shards.
+        files: output shards.
+    """
+
+    decoded: int
+    kept: int
+    nbytes: int
+    files: int
+
+
+def write_dequantized(
+    checkpoint: Checkpoint,
+    output: Path,
+    engine: Engine,
+    resources: Resources,
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    fsync: bool = False,
+    progress: Progress = no_progress,
+) -> Summary:
+    """Decode every packed weight of `checkpoint` into the new directory `output`.
+
+    Args:
+        dtype: of every floating tensor written; "auto" leaves each weight the dtype that its
+            quantization state names, and kept tensors theirs.
+
+    Raises:
+        InputError: not a bitsandbytes 4-bit checkpoint, or a damaged one.
+        UsageError, MachineError: `output` exists, lies in the source, or does not fit.
+        OSError: a disk is full or fails.
+    """
+    if dtype not in ("auto", *SAFETENSORS_NAME):
+        raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
+    target, root = output.resolve(), checkpoint.root.resolve()
+    if target == root or root in target.parents:
+        raise UsageError(f"the output {output} lies inside the source: choose another place")
+    refuse_existing(output)
+    with ShardReaders(checkpoint.shards) as readers:
+        weights = load_weights(checkpoint, readers)
+        outputs = _outputs(checkpoint, weights, dtype)
+        layouts, file_of = _lay_out(outputs, max_shard_size)
+        total = sum(layout.size for layout in layouts)
+        copies = sum((checkpoint.root / f).stat().st_size for f in checkpoint.extra_files)
+        require_disk(output, total + copies)
+        with new_directory(output, fsync) as directory:
+            copy_files(checkpoint.root, checkpoint.extra_files, directory)
+            config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+            if config:
+                if dtype != "auto":
+                    keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]
+                    config |= {key: dtype for key in keys}
+                (directory / "config.json").write_text(config_text(config), "utf-8")
+            index = index_of(layouts)
+            if index is not None:
+                (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+            writers: list[ShardWriter] = []
+            try:
+                writers += (ShardWriter(directory, layout) for layout in layouts)
+
+                def worker(item: _Item) -> None:
+                    writer = writers[file_of[item.output.source.name]]
+                    _convert(item, checkpoint, PackedReader(readers, engine), engine, writer)
+                    progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
+
+                items = _items(outputs, resources.chunk)
+                run(items, lambda: worker, resources.workers, lambda: None)
+                for writer in writers:
+                    writer.finish(fsync)
+            finally:
+                for writer in writers:
+                    writer.close()
+    return Summary(len(weights), len(outputs) - len(weights), total, len(layouts))
+
+
+def _outputs(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: str
+) -> list[_Output]:
+    model_types = selection.Context.of(checkpoint).model_types
+    companions = {part[1].name for w in weights.values() for part in w.parts()[1:]}
+    outputs = []
+    for name, (_, tensor) in checkpoint.tensors.items():
+        if name in companions:
+            continue
+        weight = weights.get(name)
+        if weight is None:
+            kept = tensor.dtype
+            if tensor.dtype in TORCH_NAME and dtype != "auto":
+                kept = SAFETENSORS_NAME[dtype]
+            outputs.append(_Output(tensor, None, False, kept, tensor.shape))
+            continue
+        wanted = SAFETENSORS_NAME[weight.state.dtype if dtype == "auto" else dtype]
+        leaf = selection.module_path(name).rpartition(".")[2]
+        transposed = len(weight.state.shape) == 2 and selection.is_transposed(model_types, leaf)
+        shape = weight.state.shape[::-1] if transposed else weight.state.shape
+        outputs.append(_Output(tensor, weight, transposed, wanted, shape))
+    return outputs
+
+
+def _lay_out(
+    outputs: list[_Output], max_shard_size: int
+) -> tuple[list[ShardLayout], dict[str, int]]:
+    files: list[list[_Output]] = [[]]
+    filled = 0
+    for output in outputs:
+        if files[-1] and filled + output.nbytes > max_shard_size:
+            files.append([])
+            filled = 0
+        filled += output.nbytes
+        files[-1].append(output)
+    layouts = [
+        lay_out(
+            shard_name(number, len(files)), [(o.source.name, o.dtype, o.shape) for o in members], ()
+        )
+        for number, members in enumerate(files)
+    ]
+    return layouts, {o.source.name: i for i, members in enumerate(files) for o in members}
+
+
+def _items(outputs: list[_Output], chunk: int) -> Iterator[_Item]:
+    for output in outputs:
+        n = TensorInfo("", "U8", output.shape, 0).numel
+        width = max(ITEMSIZE[output.dtype], ITEMSIZE[output.source.dtype])
+        # Chunks start at a block's first element; a transposed one also at a row's.
+        unit = output.weight.state.blocksize if output.weight else 1
+        if output.transposed:
+            row = output.shape[0]
+            unit = unit // gcd(unit, row) * row
+        step = max(unit, chunk // width // unit * unit)
+        for start in range(0, n, step):
+            yield _Item(output, start, min(step, n - start))
+
+
+def _convert(
+    item: _Item,
+    checkpoint: Checkpoint,
+    packed: PackedReader,
+    engine: Engine,
+    writer: ShardWriter,
+) -> None:
+    output = item.output
+    name, itemsize = output.source.name, ITEMSIZE[output.dtype]
+    if output.weight is None:
+        width = ITEMSIZE[output.source.dtype]
+        data = packed.read(checkpoint.tensors[name], item.start * width, item.count * width)
+        if output.dtype != output.source.dtype:
+            out = np.empty(item.count * itemsize, np.uint8)
+            try:
+                engine.cast(data, output.source.dtype, out, output.dtype)
+            except NonFiniteError as error:
+                raise InputError(
+                    f"{name} holds a value too large for {output.dtype}: choose another --dtype"
+                ) from error
+            data = out
+        writer.write(name, item.start * itemsize, data)
+        return
+    data = packed.decode(output.weight, item.start, item.count, output.dtype)
+    if not output.transposed:
+        writer.write(name, item.start * itemsize, data)
+        return
+    # Rows [first, last) of the decoded matrix are columns of the stored one.
+    rows, columns = output.shape
+    first, last = item.start // rows, (item.start + item.count) // rows
+    block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, rows).T)
+    raw = block.view(np.uint8)
+    if last - first == columns:
+        writer.write(name, 0, raw.reshape(-1))
+        return
+    for row in range(rows):
+        writer.write(name, (row * columns + first) * itemsize, raw[row])
+
+

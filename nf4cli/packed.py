@@ -1,0 +1,215 @@
+"""The packed weights of a finished checkpoint, ours or anybody's: found, checked, decoded.
+
+What `dequantize`, `inspect` and `verify` have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import bnb_format
+from .bnb_format import QuantState
+from .codebook import nested_map
+from .errors import InputError
+from .reader import ShardReaders
+from .records import ITEMSIZE, Checkpoint, Shard, TensorInfo
+
+if TYPE_CHECKING:
+    from .engines import F32, U8, Engine
+
+Placed = tuple[Shard, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """One packed weight with its companions, complete and of consistent sizes.
+
+    Attributes:
+        name: key of the packed tensor.
+        state: its parsed state.
+        packed, absmax: where they lie.
+        nested_absmax, nested_quant_map: None unless state.nested.
+        quant_map: the stored table.
+    """
+
+    name: str
+    state: QuantState
+    packed: Placed
+    absmax: Placed
+    quant_map: Placed
+    state_blob: Placed
+    nested_absmax: Placed | None
+    nested_quant_map: Placed | None
+
+    @property
+    def numel(self) -> int:
+        """Weights."""
+        return prod(self.state.shape)
+
+    @property
+    def blocks(self) -> int:
+        """Entries of the absmax vector."""
+        return -(-self.numel // self.state.blocksize)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(placed[1].nbytes for placed in self.parts())
+
+    def parts(self) -> tuple[Placed, ...]:
+        """Every tensor that belongs to it, the packed one first."""
+        optional = (self.nested_absmax, self.nested_quant_map)
+        return (
+            self.packed, self.absmax, self.quant_map, self.state_blob,
+            *(placed for placed in optional if placed is not None),
+        )  # fmt: skip
+
+
+def find_weights(
+    checkpoint: Checkpoint, readers: ShardReaders
+) -> tuple[dict[str, PackedWeight], list[str]]:
+    """Every complete packed weight by name, and what is wrong with the others."""
+    weights: dict[str, PackedWeight] = {}
+    problems: list[str] = []
+    quantized = bnb_format.find_quantized(checkpoint)
+    for name, found in quantized.items():
+        try:
+            weights[name] = _weight(checkpoint, readers, found)
+        except InputError as error:
+            problems.append(str(error))
+    for key in checkpoint.tensors:
+        owner = bnb_format.companion_owner(key)
+        if owner is not None and owner not in quantized:
+            problems.append(f"{key} belongs to {owner}, which has no quant_state")
+    return weights, problems
+
+
+def load_weights(checkpoint: Checkpoint, readers: ShardReaders) -> dict[str, PackedWeight]:
+    """Every packed weight by name.
+
+    Raises:
+        InputError: one is incomplete or inconsistent, or there is none.
+    """
+    weights, problems = find_weights(checkpoint, readers)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: nf4 verify shows all)" if problems[1:] else ""
+        raise InputError(f"{checkpoint.root}: {problems[0]}{more}")
+    if not weights:
+        raise InputError(
+            f"{checkpoint.root} holds no bitsandbytes 4-bit weight: no key has a quant_state"
+        )
+    return weights
+
+
+def _weight(
+    checkpoint: Checkpoint, readers: ShardReaders, found: bnb_format.QuantizedWeight
+) -> PackedWeight:
+    blob = checkpoint.tensors[found.state_key]
+    shard, info = blob
+    state = bnb_format.decode_state(
+        readers[shard].read(info.start, info.nbytes).tobytes(), found.state_key
+    )
+    if state.quant_type != found.quant_type:
+        raise InputError(
+            f"{found.state_key} says quant_type {state.quant_type!r}: expected {found.quant_type!r}"
+        )
+    if found.name not in checkpoint.tensors:
+        raise InputError(f"{found.name} is missing, though {found.state_key} is there")
+    storage = bnb_format.storage_of(checkpoint.tensors[found.name][1])
+    if storage is None:
+        raise InputError(
+            f"{found.name} is stored as {checkpoint.tensors[found.name][1].dtype}: expected U8, or "
+            "a float dtype chosen as quant_storage"
+        )
+    expected = bnb_format.expected_tensors(found.name, state, storage)
+
+    def part(suffix: str) -> Placed:
+        key = found.name + suffix
+        if key not in checkpoint.tensors:
+            raise InputError(f"{key} is missing: the quantization state of {found.name} is incomplete")
+        tensor = checkpoint.tensors[key][1]
+        dtype, shape = expected[key]
+        if tensor.dtype != dtype or tensor.numel != prod(shape):
+            raise InputError(
+                f"{key} is {tensor.dtype} {list(tensor.shape)}: expected {dtype} {list(shape)} for a "
+                f"weight of shape {list(state.shape)} at blocksize {state.blocksize}"
+            )
+        return checkpoint.tensors[key]
+
+    return PackedWeight(
+        name=found.name,
+        state=state,
+        packed=part(""),
+        absmax=part(bnb_format.ABSMAX),
+        quant_map=part(bnb_format.QUANT_MAP),
+        state_blob=blob,
+        nested_absmax=part(bnb_format.NESTED_ABSMAX) if state.nested else None,
+        nested_quant_map=part(bnb_format.NESTED_QUANT_MAP) if state.nested else None,
+    )
+
+
+class PackedReader:
+    """Reads parts of packed weights; every method is thread-safe."""
+
+    def __init__(self, readers: ShardReaders, engine: Engine) -> None:
+        self._readers = readers
+        self._engine = engine
+
+    def read(self, placed: Placed, start: int, count: int) -> U8:
+        """`count` bytes from byte `start` of a tensor."""
+        shard, tensor = placed
+        return self._readers[shard].read(tensor.start + start, count)
+
+    def floats(self, placed: Placed) -> F32:
+        """A whole (small) float32 tensor."""
+        return self.read(placed, 0, placed[1].nbytes).view(np.float32)
+
+    def absmax(self, weight: PackedWeight, first: int, count: int) -> F32:
+        """Decoded absmax of blocks [first, first + count)."""
+        if weight.nested_absmax is None or weight.nested_quant_map is None:
+            return self.read(weight.absmax, 4 * first, 4 * count).view(np.float32)
+        run = weight.state.nested_blocksize
+        aligned = first // run * run
+        codes = self.read(weight.absmax, aligned, first + count - aligned)
+        runs = -(-codes.size // run)
+        nested = self.read(weight.nested_absmax, 4 * (aligned // run), 4 * runs).view(np.float32)
+        out = np.empty(codes.size, np.float32)
+        self._engine.nested_dequantize(
+            codes, run, self.floats(weight.nested_quant_map), nested, weight.state.nested_offset, out
+        )
+        return out[first - aligned :]
+
+    def packed(self, weight: PackedWeight, start: int, count: int) -> U8:
+        """The bytes of elements [start, start + count); start is even."""
+        return self.read(weight.packed, start // 2, (count + 1) // 2)
+
+    def decode(self, weight: PackedWeight, start: int, count: int, dtype: str) -> U8:
+        """Elements [start, start + count) as raw bytes of `dtype`; start is a block's first."""
+        blocksize = weight.state.blocksize
+        blocks = -(-count // blocksize)
+        out = np.empty(count * ITEMSIZE[dtype], np.uint8)
+        self._engine.dequantize(
+            self.packed(weight, start, count),
+            count,
+            blocksize,
+            weight.state.quant_type,
+            self.absmax(weight, start // blocksize, blocks),
+            dtype,
+            out,
+        )
+        return out
+
+
+def standard_nested_map(values: F32) -> bool:
+    """Whether a stored nested_quant_map is bitsandbytes' own."""
+    return bool(np.array_equal(values, nested_map()))
+
+
+def by_shard(weights: Mapping[str, PackedWeight]) -> list[PackedWeight]:
+    """In the order of their packed bytes on the disk."""
+    return sorted(weights.values(), key=lambda w: (w.packed[0].path.name, w.packed[1].start))

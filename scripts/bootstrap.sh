@@ -1,0 +1,51 @@
+# Sourced by demo, test and nf4: makes .venv beside this folder and installs the checkout into it.
+# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]
+# Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3).
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv="$root/.venv"
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 4
+}
+
+require_tools() {
+  local python=$1
+  command -v "$python" >/dev/null || die "$python is not installed: install Python 3.10 or newer (Debian, Ubuntu: apt-get install python3 python3-venv), or set NF4_PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$python is $("$python" -V 2>&1); nf4 needs Python 3.10 or newer: set NF4_PYTHON to one"
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$python cannot make virtual environments (Debian, Ubuntu: apt-get install python3-venv)"
+  if [ -z "${CXX:-}" ] && ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
+    die "no C++ compiler, which the CPU engine is built with (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+  fi
+}
+
+# What the installed package is made of; an unchanged checkout is not installed again.
+fingerprint() {
+  (cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE -type f \
+    ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum; echo "$1") | cksum
+}
+
+bootstrap() {
+  local extra=${1:-} stamp now
+  stamp="$venv/.installed${extra:+-$extra}"
+  now=$(fingerprint "$extra")
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+    return
+  fi
+  require_tools "${NF4_PYTHON:-python3}"
+  printf 'setting up %s ...\n' "${venv#"$root"/}" >&2
+  [ -x "$venv/bin/python" ] || "${NF4_PYTHON:-python3}" -m venv "$venv"
+  rm -f "$venv"/.installed*
+  if [ "$extra" = test ]; then
+    # The exact version first: a later range would fetch gigabytes of CUDA builds.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+  fi
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root${extra:+[$extra]}" ||
+    die "installing the package failed; the lines above say why"
+  printf '%s\n' "$now" >"$stamp"
+  # What serves an extra serves the plain command too.
+  [ -z "$extra" ] || fingerprint "" >"$venv/.installed"
+}
