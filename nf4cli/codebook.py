@@ -76,8 +76,7 @@ def codebook(quant_type: str) -> Codebook:
     decode, order = {
         "nf4": (np.array(_NF4, np.float32), np.arange(16)),
         "fp4": (
-            np.array(_FP4_TIMES_12 + tuple(-x for x in _FP4_TIMES_12), np.float32)
-            / np.float32(12),
+            np.array(_FP4_TIMES_12 + tuple(-x for x in _FP4_TIMES_12), np.float32) / np.float32(12),
             np.array(_FP4_ORDER),
         ),
     }[quant_type]

@@ -13,10 +13,11 @@ import numpy as np
 from . import selection
 from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
+from .limits import Resources, refuse_existing, require_disk
+from .output import copy_files, new_directory
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
-from .plan import Resources, config_text, index_of, refuse_existing, require_disk, shard_name
-from .quantize import copy_files, new_directory
+from .plan import config_text, index_of, shard_name
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
 from .source import INDEX
@@ -104,7 +105,7 @@ def write_dequantized(
             if config:
                 if dtype != "auto":
                     keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]
-                    config |= {key: dtype for key in keys}
+                    config |= dict.fromkeys(keys, dtype)
                 (directory / "config.json").write_text(config_text(config), "utf-8")
             index = index_of(layouts)
             if index is not None:
@@ -128,9 +129,7 @@ def write_dequantized(
     return Summary(len(weights), len(outputs) - len(weights), total, len(layouts))
 
 
-def _outputs(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: str
-) -> list[_Output]:
+def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: str) -> list[_Output]:
     model_types = selection.Context.of(checkpoint).model_types
     companions = {part[1].name for w in weights.values() for part in w.parts()[1:]}
     outputs = []
@@ -223,5 +222,3 @@ def _convert(
         return
     for row in range(rows):
         writer.write(name, (row * columns + first) * itemsize, raw[row])
-
-

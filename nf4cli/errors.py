@@ -13,12 +13,6 @@ class Nf4Error(Exception):
     exit_code = 3
 
 
-class CheckFailed(Nf4Error):
-    """A verification found a difference (exit code 1)."""
-
-    exit_code = 1
-
-
 class UsageError(Nf4Error):
     """The options do not fit together or do not fit the model (exit code 2)."""
 

@@ -12,10 +12,10 @@ from . import bnb_format
 from .codebook import codebook
 from .engines import Engine
 from .errors import InputError, UsageError
-from .manifest import Manifest, TensorError
+from .manifest import Manifest
 from .packed import PackedReader, PackedWeight, find_weights
 from .reader import ShardReaders
-from .records import TORCH_NAME, Checkpoint
+from .records import TORCH_NAME, Checkpoint, TensorError
 from .source import MANIFEST
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from . import __version__
 from .bnb_format import QuantState
 from .digest import ALGORITHMS, TENSOR_ALGORITHM
 from .errors import InputError
-from .records import QuantConfig
+from .records import QuantConfig, TensorError
 from .source import read_json
 
 VERSION = 1
@@ -30,22 +30,6 @@ class FileRecord:
 
     size: int
     digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class TensorError:
-    """What rounding to 4 bits cost, under each block's own float32 absmax.
-
-    Double quantization moves the decoded scales by another few thousandths of themselves; that
-    is not in these figures.
-
-    Attributes:
-        rel_rmse: root of (sum of squared error / sum of squared value).
-        max_abs: largest error of one element.
-    """
-
-    rel_rmse: float
-    max_abs: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,11 @@ def load_weights(checkpoint: Checkpoint, readers: ShardReaders) -> dict[str, Pac
     """
     weights, problems = find_weights(checkpoint, readers)
     if problems:
-        more = f" (and {len(problems) - 1} more problems: nf4 verify shows all)" if problems[1:] else ""
+        more = (
+            f" (and {len(problems) - 1} more problems: nf4 verify shows all)"
+            if problems[1:]
+            else ""
+        )
         raise InputError(f"{checkpoint.root}: {problems[0]}{more}")
     if not weights:
         raise InputError(
@@ -131,13 +135,13 @@ def _weight(
     def part(suffix: str) -> Placed:
         key = found.name + suffix
         if key not in checkpoint.tensors:
-            raise InputError(f"{key} is missing: the quantization state of {found.name} is incomplete")
+            raise InputError(f"{key} is missing: the state of {found.name} is incomplete")
         tensor = checkpoint.tensors[key][1]
         dtype, shape = expected[key]
         if tensor.dtype != dtype or tensor.numel != prod(shape):
             raise InputError(
-                f"{key} is {tensor.dtype} {list(tensor.shape)}: expected {dtype} {list(shape)} for a "
-                f"weight of shape {list(state.shape)} at blocksize {state.blocksize}"
+                f"{key} is {tensor.dtype} {list(tensor.shape)}: expected {dtype} {list(shape)} for "
+                f"a weight of shape {list(state.shape)} at blocksize {state.blocksize}"
             )
         return checkpoint.tensors[key]
 
@@ -180,7 +184,12 @@ class PackedReader:
         nested = self.read(weight.nested_absmax, 4 * (aligned // run), 4 * runs).view(np.float32)
         out = np.empty(codes.size, np.float32)
         self._engine.nested_dequantize(
-            codes, run, self.floats(weight.nested_quant_map), nested, weight.state.nested_offset, out
+            codes,
+            run,
+            self.floats(weight.nested_quant_map),
+            nested,
+            weight.state.nested_offset,
+            out,
         )
         return out[first - aligned :]
 

@@ -19,7 +19,6 @@ def no_progress(what: str, count: int) -> None:
     """The Progress that shows nothing."""
 
 
-
 def run(
     items: Iterable[Item],
     make_worker: Callable[[], Callable[[Item], None]],

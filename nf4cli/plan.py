@@ -7,18 +7,15 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from . import bnb_format, selection
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
-from .engines import GRANULE
-from .errors import InputError, MachineError, UsageError
+from .errors import InputError, UsageError
 from .records import (
     ITEMSIZE,
     SAFETENSORS_NAME,
@@ -31,12 +28,6 @@ from .records import (
 )
 from .source import SINGLE
 from .writer import ShardLayout, lay_out
-
-DEFAULT_CHUNK = 8 << 20
-"""Bytes of source a worker holds at a time when --memory does not say otherwise."""
-_MIN_CHUNK = 4 * GRANULE  # bytes: one granule of float32
-_BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
-_WORKER_MEMORY = 2_000_000  # bytes a thread beside its buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +129,6 @@ class Plan:
         return [(*key, count[key], elements[key], nbytes[key]) for key in order]
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """How a plan is run.
-
-    Attributes:
-        workers: threads.
-        chunk: bytes of source a worker holds at a time.
-        memory: bytes of memory that the process will stay below.
-    """
-
-    workers: int
-    chunk: int
-    memory: int
-
-
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     n = ITEMSIZE[dtype]
     for dimension in shape:
@@ -204,9 +180,7 @@ def _check_options(config: QuantConfig) -> None:
         ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
     ):
         if value not in allowed:
-            raise UsageError(
-                f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}"
-            )
+            raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
     if config.max_shard_size < 1_000_000:
         raise UsageError(f"--max-shard-size {config.max_shard_size} is below 1 MB")
 
@@ -357,7 +331,7 @@ def _output_config(
     )
     output = dict(checkpoint.config)
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in output] or ["torch_dtype"]
-    output |= {key: config.dtype for key in dtype_keys}
+    output |= dict.fromkeys(dtype_keys, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
         config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
     )
@@ -382,8 +356,8 @@ def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
         model_type = checkpoint.config.get("model_type")
         if model_type not in selection.CHECKED_FAMILIES:
             notes.append(
-                f"model_type {model_type!r} was not compared with transformers: look at --plan, and "
-                "load the output once before you publish it"
+                f"model_type {model_type!r} was not compared with transformers: look at --plan, "
+                "and load the output once before you publish it"
             )
     needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
     if needed:
@@ -394,82 +368,6 @@ def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
     return notes
 
 
-def check_output(plan: Plan, output: Path) -> None:
-    """Refuse an output that exists, overlaps the source, or does not fit on the disk.
-
-    Raises:
-        UsageError: it exists, or it is the source or inside it.
-        MachineError: not enough free space.
-    """
-    source, target = plan.checkpoint.root.resolve(), output.resolve()
-    if target == source or source in target.parents:
-        raise UsageError(
-            f"the output {output} is the source directory or lies inside it: choose another place"
-        )
-    refuse_existing(output)
-    need = disk_bytes(plan)
-    require_disk(output, need)
-
-
-def refuse_existing(output: Path) -> None:
-    """Raises UsageError unless `output` is absent or an empty directory."""
-    if output.is_symlink() or output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UsageError(f"{output} exists: remove it first, or choose another output")
-
-
-def require_disk(output: Path, need: int) -> None:
-    """Raises MachineError when the disk that will hold `output` has fewer than `need` bytes free."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise MachineError(
-            f"the output needs {need:,} bytes and {parent} has {free:,} free: "
-            "free some space or choose another disk"
-        )
-
-
-def disk_bytes(plan: Plan, workers: int = 8) -> int:
-    """Bytes that the run needs on the output's disk, temporary files and manifest included."""
-    copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
-    manifest = 1000 * len(plan.tensors) + 10_000
-    return plan.shard_bytes + copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
-
-
-def make_resources(workers: int | None, memory: int | None, cpus: int) -> Resources:
-    """Threads and buffer sizes that keep the process below `memory` bytes.
-
-    Args:
-        workers: as asked, None for one a processor (at most 16).
-        memory: as asked, None for no bound but the default buffers.
-
-    Raises:
-        UsageError: not even one worker with the smallest buffers fits, or workers < 1.
-    """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers} is below 1")
-    threads = workers or max(1, min(cpus, 16))
-    if memory is None:
-        chunk = DEFAULT_CHUNK
-    else:
-        room = memory - _BASE_MEMORY
-        smallest = 2 * _MIN_CHUNK + _WORKER_MEMORY
-        if room < smallest:
-            raise UsageError(
-                f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{_BASE_MEMORY + smallest:,} bytes"
-            )
-        threads = min(threads, room // smallest)
-        chunk = min(DEFAULT_CHUNK, (room // threads - _WORKER_MEMORY) // 2)
-        chunk -= chunk % _MIN_CHUNK
-    return Resources(threads, chunk, _BASE_MEMORY + threads * (2 * chunk + _WORKER_MEMORY))
-
-
-
-
 def config_text(config: Mapping[str, Any]) -> str:
     """config.json as transformers formats it."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-

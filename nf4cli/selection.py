@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from .errors import InputError, UsageError
@@ -19,13 +20,15 @@ from .records import TORCH_NAME, Checkpoint, TensorInfo
 WEIGHT = ".weight"
 
 HEADS = frozenset(
-    "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
-    "qa_outputs seq_relationship".split()
+    (
+        "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
+        "qa_outputs seq_relationship"
+    ).split()
 )
 """Last name parts of output heads: transformers never quantizes the output embedding."""
 
 EMBEDDINGS = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$")
-ROUTERS = frozenset("gate router shared_expert_gate wg".split())
+ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "wg"])
 
 CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
     family: frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
@@ -45,27 +48,29 @@ BASE_PREFIX: Mapping[str, str] = {
 T5_FAMILIES = frozenset(("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop"))
 
 CHECKED_FAMILIES = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 stablelm olmo olmo2 smollm3 granite "
-    "gpt2 gpt_neo gpt_neox opt bloom mpt bert roberta xlm-roberta camembert electra distilbert "
-    "modernbert t5 mt5 whisper vit clip mixtral qwen3_moe deepseek_v3 gpt_oss mamba llava qwen2_vl "
-    "idefics3".split()
+    (
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 stablelm olmo olmo2 smollm3 "
+        "granite gpt2 gpt_neo gpt_neox opt bloom mpt bert roberta xlm-roberta camembert electra "
+        "distilbert modernbert t5 mt5 whisper vit clip mixtral qwen3_moe deepseek_v3 gpt_oss "
+        "mamba llava qwen2_vl idefics3"
+    ).split()
 )
 """Families these rules were compared with transformers on, or that share such a family's code."""
 
-UNSUPPORTED_FAMILIES: Mapping[str, str] = {
-    family: "its weights do not follow the naming rules, so nf4 cannot tell its Linear layers"
-    for family in (
-        "zamba zamba2 jetmoe switch_transformers git swiftformer bark mimi rf_detr "
-        "pp_doclayout_v3 deepseek_v4 minimax_m3"
-    ).split()
-} | {
-    family: "transformers 5 splits, merges or permutes its weights while loading, which a packed "
-    "weight cannot go through"
-    for family in (
+UNSUPPORTED_FAMILIES: Mapping[str, str] = dict.fromkeys(
+    (
+        "zamba zamba2 jetmoe switch_transformers git swiftformer bark mimi rf_detr pp_doclayout_v3 "
+        "deepseek_v4 minimax_m3"
+    ).split(),
+    "its weights do not follow the naming rules, so nf4 cannot tell its Linear layers",
+) | dict.fromkeys(
+    (
         "molmo2 gte new nomic_bert jina_embeddings_v3 kimi_k25 radio step3p7 minimax_m3_vl "
         "mistral_large4"
-    ).split()
-}
+    ).split(),
+    "transformers 5 splits, merges or permutes its weights while loading, which a packed weight "
+    "cannot go through",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ class Rule:
 
 
 def _layer_index(path: list[str]) -> int | None:
-    for part, following in zip(path, path[1:], strict=False):
+    for part, following in pairwise(path):
         if part == "layers" and following.isdigit():
             return int(following)
     return None
@@ -137,9 +142,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "head",
         "an output head",
-        lambda c, t, p: p[-1] in HEADS
-        or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
-        or p[-2:] == ["pred_layer", "proj"],
+        lambda c, t, p: (
+            p[-1] in HEADS
+            or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
+            or p[-2:] == ["pred_layer", "proj"]
+        ),
     ),
     Rule(
         "router",
@@ -154,7 +161,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "fp32-module",
         "transformers keeps this module in float32",
-        lambda c, t, p: ("wo" == p[-1] and bool(c.model_types & T5_FAMILIES)) or "qformer" in p,
+        lambda c, t, p: (p[-1] == "wo" and bool(c.model_types & T5_FAMILIES)) or "qformer" in p,
     ),
     Rule(
         "multihead-attention",
@@ -164,8 +171,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "own-linear",
         "this family has its own Linear class, which bitsandbytes does not replace",
-        lambda c, t, p: bool(c.model_types & {"falcon", "ibert"})
-        or (p[-1] == "dt_proj" and bool(c.model_types & {"mamba", "falcon_mamba", "jamba"})),
+        lambda c, t, p: (
+            bool(c.model_types & {"falcon", "ibert"})
+            or (p[-1] == "dt_proj" and bool(c.model_types & {"mamba", "falcon_mamba", "jamba"}))
+        ),
     ),
     Rule(
         "name",
@@ -180,9 +189,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "extra-layer",
         "a layer beyond num_hidden_layers, which loaders ignore",
-        lambda c, t, p: c.num_layers is not None
-        and (_layer_index(p) or 0) >= c.num_layers > 0
-        and p[0] == "model",
+        lambda c, t, p: (
+            c.num_layers is not None
+            and (_layer_index(p) or 0) >= c.num_layers > 0
+            and p[0] == "model"
+        ),
     ),
 )
 

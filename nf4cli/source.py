@@ -49,7 +49,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     elif path.is_file():
         root, name, index = path.parent, path.stem, None
         if path.suffix != ".safetensors":
-            raise InputError(_not_a_checkpoint(path, f"{path.name} is no .safetensors file", [path]))
+            raise InputError(
+                _not_a_checkpoint(path, f"{path.name} is no .safetensors file", [path])
+            )
         files = [path]
     else:
         raise InputError(f"{path} does not exist: give a model directory or a .safetensors file")
@@ -93,7 +95,9 @@ def _find_shards(root: Path) -> tuple[str | None, list[Path]]:
         return indexes[0].name, _indexed_files(indexes[0])
     if len(indexes) > 1:
         names = ", ".join(p.name for p in indexes)
-        raise InputError(f"{root} has several indexes ({names}): give one .safetensors file instead")
+        raise InputError(
+            f"{root} has several indexes ({names}): give one .safetensors file instead"
+        )
     if not found:
         here = list(root.iterdir())
         raise InputError(_not_a_checkpoint(root, "it has no .safetensors file", here))
@@ -124,8 +128,9 @@ def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
         return message + " It is a PEFT adapter: merge it into its base model first"
     if any(fnmatch(n, pattern) for n in names for pattern in _PICKLES):
         return (
-            message + " It has pickled weights, which nf4 never opens because unpickling runs code. "
-            "If you trust them, convert them once: python -c \"from transformers import AutoModel; "
+            message
+            + " It has pickled weights, which nf4 never opens because unpickling runs code. "
+            'If you trust them, convert them once: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{path if path.is_dir() else path.parent}', dtype='auto')"
             ".save_pretrained('OUT')\" (with your model's Auto class)"
         )

@@ -18,14 +18,15 @@ import numpy as np
 
 from . import bnb_format, selection
 from .codebook import codebook
+from .conversion import Conversion
 from .digest import digest_shard
 from .engines import Engine
 from .errors import InputError
+from .limits import Resources
 from .manifest import Manifest
 from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
 from .pipeline import Progress, no_progress, run
-from .plan import Plan, Resources, TensorPlan, make_plan
-from .quantize import Conversion
+from .plan import Plan, TensorPlan, make_plan
 from .reader import ByteReader, ShardReaders
 from .records import SAFETENSORS_NAME, TORCH_NAME, Checkpoint, QuantConfig, Shard
 from .source import MANIFEST, open_checkpoint
@@ -131,17 +132,13 @@ def _check_structure(
         stateless = name not in parts and bnb_format.companion_owner(name) is None
         if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
             report.add("structure", name, f"{name} looks packed but has no quant_state")
-        if TORCH_NAME.get(tensor.dtype) and tensor.shape[1:] == (1,) and name + bnb_format.ABSMAX in checkpoint.tensors and name not in parts:
-            report.add("structure", name, f"{name} has an absmax but no complete quant_state")
     report.checked.append(
         f"{len(checkpoint.shards)} files open, {len(weights)} quantization states are complete"
     )
     return weights
 
 
-def _check_config(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
-) -> None:
+def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
     if not checkpoint.config:
         report.unchecked.append("config.json: there is none")
         return
@@ -401,7 +398,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         blocksize=weight.state.blocksize,
         double_quant=weight.state.nested,
         quant_storage=bnb_format.storage_of(weight.packed[1]) or "uint8",
-        compute_dtype=compute if compute in SAFETENSORS_NAME else "auto",
+        compute_dtype=str(compute) if compute in SAFETENSORS_NAME else "auto",
         dtype=kept,
         keep=tuple(keep),
     )
@@ -413,7 +410,10 @@ def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None
         placed = checkpoint.tensors.get(key)
         if placed is None:
             report.add("source", key, f"{key} is missing: the source gives {dtype} {list(shape)}")
-        elif not bnb_format.is_state_key(key) and (placed[1].dtype, placed[1].shape) != (dtype, shape):
+        elif not bnb_format.is_state_key(key) and (placed[1].dtype, placed[1].shape) != (
+            dtype,
+            shape,
+        ):
             report.add(
                 "source",
                 key,

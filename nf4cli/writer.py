@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .errors import MachineError
 from .reader import ByteReader, read_shard
-from .records import ITEMSIZE, Shard, TensorInfo
+from .records import Shard, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,9 +89,7 @@ def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry])
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    tensors = {
-        t.name: TensorInfo(t.name, t.dtype, t.shape, t.start + len(header)) for t in placed
-    }
+    tensors = {t.name: TensorInfo(t.name, t.dtype, t.shape, t.start + len(header)) for t in placed}
     return ShardLayout(filename, header, tensors, len(header) + offset, streamed)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engines import Engine
-    from ..plan import Resources
+    from ..limits import Resources
 
 # NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -62,7 +62,7 @@ def format_size(count: float) -> str:
 
 
 def resources(workers: int | None, memory: str | None) -> Resources:
-    from ..plan import make_resources
+    from ..limits import make_resources
 
     bound = None if memory is None else parse_size(memory, "--memory")
     return make_resources(workers, bound, processors())
@@ -113,7 +113,11 @@ class ProgressDisplay:
 
     def __init__(self, total: int, label: str, show: bool) -> None:
         from rich.progress import (
-            BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn,
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
             TransferSpeedColumn,
         )  # fmt: skip
 

@@ -10,7 +10,12 @@ import typer
 
 from . import common
 from .common import (
-    EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption, format_size,
+    EngineOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    WorkersOption,
+    format_size,
 )  # fmt: skip
 
 
@@ -20,7 +25,8 @@ def dequantize(
     ],
     output: Annotated[Path, typer.Argument(help="New directory.")],
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of all floats. auto: what each weight was quantized from.")
+        str,
+        typer.Option("--dtype", help="Of all floats. auto: what each weight was quantized from."),
     ] = "auto",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Of each output file.")
@@ -46,9 +52,7 @@ def dequantize(
     total = sum(shard.size for shard in checkpoint.shards) * 3
     display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
     with display:
-        summary = write_dequantized(
-            checkpoint, output, chosen, limits, dtype, size, fsync, display
-        )
+        summary = write_dequantized(checkpoint, output, chosen, limits, dtype, size, fsync, display)
     seconds = time.monotonic() - started
     if json:
         common.print_json(

@@ -49,9 +49,9 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
 
     share = seen.packed_parameters / max(1, seen.parameters)
     console.print(
-        f"[bold]{seen.name}[/] ({seen.model_type or 'no config.json'}): {seen.parameters:,} weights, "
-        f"{share:.1%} in 4 bit, {seen.bits_per_weight:.2f} bits a weight, "
-        f"{format_size(seen.nbytes)} in {seen.files} file(s)"
+        f"[bold]{seen.name}[/] ({seen.model_type or 'no config.json'}): "
+        f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
+        f"{seen.bits_per_weight:.2f} bits a weight, {format_size(seen.nbytes)} in {seen.files} file(s)"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("kind", "tensors", "weights", "bytes", "for example"):
@@ -75,14 +75,18 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
         middle = ranked[len(ranked) // 2][1].rel_rmse
         console.print(f"error against the source: relative RMSE {middle:.4f} (median); the worst:")
         for name, error in ranked[:3]:
-            console.print(f"  {error.rel_rmse:.4f}  max {error.max_abs:.4g}  {name}", soft_wrap=True)
+            console.print(
+                f"  {error.rel_rmse:.4f}  max {error.max_abs:.4g}  {name}", soft_wrap=True
+            )
     elif any(group.packed for group in seen.groups):
         console.print("error against the source: not known, there is no manifest")
     for problem in seen.problems[:5]:
         console.print("[bold red]problem[/]  ", end="")
         console.print(problem, markup=False, soft_wrap=True)
     if seen.problems:
-        console.print(f"{len(seen.problems)} problem(s): nf4 verify {path} shows all", soft_wrap=True)
+        console.print(
+            f"{len(seen.problems)} problem(s): nf4 verify {path} shows all", soft_wrap=True
+        )
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:
@@ -128,4 +132,6 @@ def _print_tensor(console: Console, view: TensorView) -> None:
 def _print_bar(console: Console, label: str, count: int, largest: int, total: int) -> None:
     width = max(10, min(60, console.width - len(label) - 24))
     bar = "█" * round(width * count / max(1, largest))
-    console.print(f"  {label}  {bar:<{width}} {count:>10,} {count / max(1, total):6.1%}", soft_wrap=True)
+    console.print(
+        f"  {label}  {bar:<{width}} {count:>10,} {count / max(1, total):6.1%}", soft_wrap=True
+    )

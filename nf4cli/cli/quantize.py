@@ -10,14 +10,21 @@ import typer
 
 from . import common
 from .common import (
-    EngineOption, JsonOption, MemoryOption, QuietOption, SourceArgument, WorkersOption, format_size,
+    EngineOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    SourceArgument,
+    WorkersOption,
+    format_size,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..limits import Resources
     from ..manifest import Manifest
-    from ..plan import Plan, Resources
+    from ..plan import Plan
 
 
 def quantize(
@@ -28,16 +35,22 @@ def quantize(
     ] = None,
     quant_type: Annotated[str, typer.Option("--quant-type", help="nf4 or fp4.")] = "nf4",
     blocksize: Annotated[
-        int, typer.Option("--blocksize", help="Weights that share a scale: 32 to 4096, powers of 2.")
+        int,
+        typer.Option("--blocksize", help="Weights that share a scale: 32 to 4096, powers of 2."),
     ] = 64,
     double_quant: Annotated[
         bool,
-        typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits as well."),
+        typer.Option(
+            "--double-quant/--no-double-quant", help="Store the scales in 8 bits as well."
+        ),
     ] = True,
     skip_modules: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip-modules", "--keep", metavar="PATTERN", show_default=False,
+            "--skip-modules",
+            "--keep",
+            metavar="PATTERN",
+            show_default=False,
             help="Leave these modules in full precision: a glob over the module's path, or whole "
             "parts of it (mlp, layers.0). May be repeated.",
         ),
@@ -50,7 +63,9 @@ def quantize(
     ] = "auto",
     quant_storage: Annotated[
         str,
-        typer.Option("--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."),
+        typer.Option(
+            "--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."
+        ),
     ] = "uint8",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Of each output file.")
@@ -115,13 +130,19 @@ def quantize(
 
 def _groups(plan: Plan) -> list[dict[str, Any]]:
     return [
-        {"action": action, "reason": reason, "tensors": count, "elements": elements, "bytes": nbytes}
+        {
+            "action": action,
+            "reason": reason,
+            "tensors": count,
+            "elements": elements,
+            "bytes": nbytes,
+        }
         for action, reason, count, elements, nbytes in plan.groups()
     ]
 
 
 def _plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any]:
-    from ..plan import disk_bytes
+    from ..limits import disk_bytes
 
     return {
         "source": str(plan.checkpoint.root),
@@ -174,7 +195,7 @@ def _print_notes(console: Console, plan: Plan) -> None:
 
 
 def _print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -> None:
-    from ..plan import disk_bytes
+    from ..limits import disk_bytes
 
     config = plan.config
     console.print(
@@ -187,9 +208,7 @@ def _print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -
         f"output  {plan.shard_bytes:,} bytes in {len(plan.shards)} file(s), from "
         f"{plan.source_bytes:,}: {plan.bits_per_weight:.2f} bits a weight"
     )
-    console.print(
-        f"memory  at most {format_size(limits.memory)} with {limits.workers} worker(s)"
-    )
+    console.print(f"memory  at most {format_size(limits.memory)} with {limits.workers} worker(s)")
     console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
     if plan.checkpoint.extra_files:
         console.print(f"copied  {', '.join(plan.checkpoint.extra_files)}", soft_wrap=True)
@@ -237,5 +256,7 @@ def _print_result(
     errors = [(r.error.rel_rmse, n) for n, r in manifest.tensors.items() if r.error is not None]
     worst, name = max(errors)
     middle = sorted(errors)[len(errors) // 2][0]
-    console.print(f"error   relative RMSE {middle:.4f} (median weight), worst {worst:.4f} in {name}")
+    console.print(
+        f"error   relative RMSE {middle:.4f} (median weight), worst {worst:.4f} in {name}"
+    )
     console.print(f"next    nf4 verify {output} --source {source}", soft_wrap=True)

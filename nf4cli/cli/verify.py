@@ -55,7 +55,8 @@ def verify(
             console.print(f"[bold green]{path} is good[/]", soft_wrap=True)
         else:
             console.print(
-                f"[bold red]{path} is NOT good: {len(report.findings)} finding(s)[/]", soft_wrap=True
+                f"[bold red]{path} is NOT good: {len(report.findings)} finding(s)[/]",
+                soft_wrap=True,
             )
     raise typer.Exit(0 if report.ok else 1)
 

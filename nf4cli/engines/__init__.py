@@ -86,7 +86,7 @@ class Engine(Protocol):
         offset: float,
         out: F32,
     ) -> None:
-        """The inverse: out[i] = nested_map[codes[i]] * nested_absmax[i // nested_blocksize] + offset."""
+        """The inverse: nested_map[codes[i]] * nested_absmax[i // nested_blocksize] + offset."""
         ...
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:

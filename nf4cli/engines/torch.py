@@ -83,7 +83,9 @@ class TorchEngine:
 
     def sum(self, values: F32, carry: float) -> float:
         torch = self._torch
-        terms = torch.cat([torch.tensor([carry], dtype=torch.float64), _tensor(torch, values).double()])
+        terms = torch.cat(
+            [torch.tensor([carry], dtype=torch.float64), _tensor(torch, values).double()]
+        )
         return float(terms.cumsum(0)[-1])  # a scan adds strictly from left to right
 
     def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
@@ -144,7 +146,9 @@ class TorchEngine:
         out = []
         for squares in (error * error, y * y):
             terms = torch.nn.functional.pad(unit2 * block_sums(squares), (0, missing))
-            total = torch.zeros(terms.numel() // per_granule, dtype=torch.float64, device=self._device)
+            total = torch.zeros(
+                terms.numel() // per_granule, dtype=torch.float64, device=self._device
+            )
             for i in range(per_granule):
                 total = total + terms.reshape(-1, per_granule)[:, i]
             out.append(total)

@@ -1,0 +1,106 @@
+"""What a plan needs of the machine: threads, memory, disk, and a free place for the output."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .engines import GRANULE
+from .errors import MachineError, UsageError
+from .plan import Plan
+
+DEFAULT_CHUNK = 8 << 20
+"""Bytes of source a worker holds at a time when --memory does not say otherwise."""
+_MIN_CHUNK = 4 * GRANULE  # bytes: one granule of float32
+_BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
+_WORKER_MEMORY = 2_000_000  # bytes a thread beside its buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """How a plan is run.
+
+    Attributes:
+        workers: threads.
+        chunk: bytes of source a worker holds at a time.
+        memory: bytes of memory that the process will stay below.
+    """
+
+    workers: int
+    chunk: int
+    memory: int
+
+
+def check_output(plan: Plan, output: Path) -> None:
+    """Refuse an output that exists, overlaps the source, or does not fit on the disk.
+
+    Raises:
+        UsageError: it exists, or it is the source or inside it.
+        MachineError: not enough free space.
+    """
+    source, target = plan.checkpoint.root.resolve(), output.resolve()
+    if target == source or source in target.parents:
+        raise UsageError(
+            f"the output {output} is the source directory or lies inside it: choose another place"
+        )
+    refuse_existing(output)
+    need = disk_bytes(plan)
+    require_disk(output, need)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises UsageError unless `output` is absent or an empty directory."""
+    if output.is_symlink() or output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UsageError(f"{output} exists: remove it first, or choose another output")
+
+
+def require_disk(output: Path, need: int) -> None:
+    """Raises MachineError when the disk for `output` has fewer than `need` bytes free."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise MachineError(
+            f"the output needs {need:,} bytes and {parent} has {free:,} free: "
+            "free some space or choose another disk"
+        )
+
+
+def disk_bytes(plan: Plan, workers: int = 8) -> int:
+    """Bytes that the run needs on the output's disk, temporary files and manifest included."""
+    copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
+    manifest = 1000 * len(plan.tensors) + 10_000
+    return (
+        plan.shard_bytes + copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
+    )
+
+
+def make_resources(workers: int | None, memory: int | None, cpus: int) -> Resources:
+    """Threads and buffer sizes that keep the process below `memory` bytes.
+
+    Args:
+        workers: as asked, None for one a processor (at most 16).
+        memory: as asked, None for no bound but the default buffers.
+
+    Raises:
+        UsageError: not even one worker with the smallest buffers fits, or workers < 1.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} is below 1")
+    threads = workers or max(1, min(cpus, 16))
+    if memory is None:
+        chunk = DEFAULT_CHUNK
+    else:
+        room = memory - _BASE_MEMORY
+        smallest = 2 * _MIN_CHUNK + _WORKER_MEMORY
+        if room < smallest:
+            raise UsageError(
+                f"--memory {memory:,} bytes is too little: the smallest that works is "
+                f"{_BASE_MEMORY + smallest:,} bytes"
+            )
+        threads = min(threads, room // smallest)
+        chunk = min(DEFAULT_CHUNK, (room // threads - _WORKER_MEMORY) // 2)
+        chunk -= chunk % _MIN_CHUNK
+    return Resources(threads, chunk, _BASE_MEMORY + threads * (2 * chunk + _WORKER_MEMORY))
