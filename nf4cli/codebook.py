@@ -107,13 +107,12 @@ def nested_map() -> F32:
     Seven decades below 1, each with twice the steps of the one below (Dettmers, "8-bit
     approximations for parallelism in deep learning", 2015), and 0 and 1.
     """
-    data = [0.0, 1.0]
+    parts = [np.array([0, 1], np.float32)]
     for decade in range(7):
         edges = _linspace(2**decade + 1)
-        means = (edges[:-1] + edges[1:]) / np.float32(2)
-        scale = 10 ** (decade - 6)
-        data += [scale * float(m) for m in means] + [-scale * float(m) for m in means]
-    return np.array(sorted(data), np.float32)
+        means = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        parts += [means, -means]
+    return np.sort(np.concatenate(parts))
 
 
 @cache

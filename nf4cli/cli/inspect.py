@@ -51,7 +51,8 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
     console.print(
         f"[bold]{seen.name}[/] ({seen.model_type or 'no config.json'}): "
         f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
-        f"{seen.bits_per_weight:.2f} bits a weight, {format_size(seen.nbytes)} in {seen.files} file(s)"
+        f"{seen.bits_per_weight:.2f} bits a weight, "
+        f"{format_size(seen.nbytes)} in {seen.files} file(s)"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("kind", "tensors", "weights", "bytes", "for example"):
