@@ -22,7 +22,7 @@ WEIGHT = ".weight"
 HEADS = frozenset(
     (
         "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
-        "qa_outputs seq_relationship"
+        "qa_outputs seq_relationship head"
     ).split()
 )
 """Last name parts of output heads: transformers never quantizes the output embedding."""
@@ -128,6 +128,15 @@ def _layer_index(path: list[str]) -> int | None:
     return None
 
 
+def _inside_numbered_layer(path: list[str]) -> bool:
+    """Whether a part lies below a numbered one: `h.0.mlp.c_fc`, but not `embed_tokens.0`.
+
+    Vocabulary-sized matrices stand outside the repeated layers; a layer's own width may happen to
+    equal a vocab_size.
+    """
+    return any(part.isdigit() for part in path[:-1])
+
+
 RULES: tuple[Rule, ...] = (
     Rule("not-a-weight", "not a .weight", lambda c, t, p: not t.name.endswith(WEIGHT)),
     Rule("not-2d", "not a matrix", lambda c, t, p: len(t.shape) != 2),
@@ -136,7 +145,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "vocabulary",
         "an embedding or head: its first dimension is a vocab_size",
-        lambda c, t, p: t.shape[0] in c.vocab_sizes,
+        lambda c, t, p: t.shape[0] in c.vocab_sizes and not _inside_numbered_layer(p),
     ),
     Rule("embedding", "an embedding", lambda c, t, p: bool(EMBEDDINGS.search(p[-1]))),
     Rule(
