@@ -40,7 +40,8 @@ def check_output(plan: Plan, output: Path) -> None:
         MachineError: not enough free space.
     """
     source, target = plan.checkpoint.root.resolve(), output.resolve()
-    if target == source or source in target.parents:
+    inside = source in target.parents and not plan.checkpoint.is_file
+    if target == source or inside:
         raise UsageError(
             f"the output {output} is the source directory or lies inside it: choose another place"
         )

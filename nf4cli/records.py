@@ -87,6 +87,7 @@ class Checkpoint:
         tensors: every tensor by name, with its shard.
         config: config.json, {} where there is none.
         index: the index file's name, None where there is none.
+        is_file: the user named one file, whose directory may hold anything.
         extra_files: other files worth copying, relative to root, sorted.
         left_files: files that are NOT copied (other weight formats), relative, sorted.
     """
@@ -97,6 +98,7 @@ class Checkpoint:
     tensors: Mapping[str, tuple[Shard, TensorInfo]]
     config: Mapping[str, Any]
     index: str | None
+    is_file: bool
     extra_files: tuple[str, ...]
     left_files: tuple[str, ...]
 

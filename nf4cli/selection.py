@@ -142,11 +142,6 @@ RULES: tuple[Rule, ...] = (
     Rule("not-2d", "not a matrix", lambda c, t, p: len(t.shape) != 2),
     Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
     Rule("empty", "no elements", lambda c, t, p: t.numel == 0),
-    Rule(
-        "vocabulary",
-        "an embedding or head: its first dimension is a vocab_size",
-        lambda c, t, p: t.shape[0] in c.vocab_sizes and not _inside_numbered_layer(p),
-    ),
     Rule("embedding", "an embedding", lambda c, t, p: bool(EMBEDDINGS.search(p[-1]))),
     Rule(
         "head",
@@ -156,6 +151,11 @@ RULES: tuple[Rule, ...] = (
             or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
             or p[-2:] == ["pred_layer", "proj"]
         ),
+    ),
+    Rule(
+        "vocabulary",
+        "an embedding or head: its first dimension is a vocab_size",
+        lambda c, t, p: t.shape[0] in c.vocab_sizes and not _inside_numbered_layer(p),
     ),
     Rule(
         "router",

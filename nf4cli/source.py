@@ -28,6 +28,10 @@ _WEIGHT_FORMATS = (
     "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
     "*.index.json",
 )  # fmt: skip
+_MODEL_FILES = (
+    "config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 _LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -62,8 +66,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if index is not None:
         _check_index(root / index, shards)
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    extra, left = _other_files(root, {shard.path for shard in shards})
-    return Checkpoint(root, name, shards, tensors, config, index, extra, left)
+    if path.is_dir():
+        extra, left = _other_files(root, {shard.path for shard in shards})
+    else:
+        extra, left = _companions_of_file(root) if config else (), ()
+    return Checkpoint(root, name, shards, tensors, config, index, path.is_file(), extra, left)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,6 +229,12 @@ def _other_files(root: Path, shards: set[Path]) -> tuple[tuple[str, ...], tuple[
             else:
                 extra.append(relative)
     return tuple(sorted(extra)), tuple(sorted(left))
+
+
+def _companions_of_file(root: Path) -> tuple[str, ...]:
+    """What belongs to a model beside a single file; its directory may hold anything else too."""
+    names = (p.name for p in root.iterdir() if p.is_file())
+    return tuple(sorted(n for n in names if any(fnmatch(n, pattern) for pattern in _MODEL_FILES)))
 
 
 def _sentence_transformers_modules(root: Path) -> set[Path]:

@@ -33,9 +33,7 @@ def bnb_quantize(
     weight: torch.Tensor, blocksize: int, quant_type: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(packed bytes, float32 absmax) by bitsandbytes' own default implementation."""
-    packed, absmax = _default_kernels()["quantize_4bit"](
-        weight, blocksize, quant_type, torch.uint8
-    )
+    packed, absmax = _default_kernels()["quantize_4bit"](weight, blocksize, quant_type, torch.uint8)
     return packed.reshape(-1).numpy(), absmax.numpy()
 
 

@@ -33,7 +33,9 @@ def encode(engine, x: torch.Tensor, dtype: str, blocksize: int, quant_type: str)
     return packed, absmax, stats
 
 
-def check_against_bitsandbytes(engine, x: torch.Tensor, dtype: str, blocksize: int, quant_type: str):
+def check_against_bitsandbytes(
+    engine, x: torch.Tensor, dtype: str, blocksize: int, quant_type: str
+):
     packed, absmax, _ = encode(engine, x, dtype, blocksize, quant_type)
     expected_packed, expected_absmax = bnb_quantize(x, blocksize, quant_type)
     np.testing.assert_array_equal(absmax.view(np.uint32), expected_absmax.view(np.uint32))
@@ -65,7 +67,9 @@ def test_quantize_equals_bitsandbytes(engine, blocksize, dtype, quant_type):
     for n in (1, 2, 31, 32, 33, 64, 65, 4095, 4096, 4097, 20_001):
         x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(TORCH_DTYPES[dtype])
         check_against_bitsandbytes(engine, x, dtype, blocksize, quant_type)
-    check_against_bitsandbytes(engine, hard_values(dtype, 50_003, blocksize), dtype, blocksize, quant_type)
+    check_against_bitsandbytes(
+        engine, hard_values(dtype, 50_003, blocksize), dtype, blocksize, quant_type
+    )
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

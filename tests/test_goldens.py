@@ -39,7 +39,9 @@ def inputs() -> dict[str, torch.Tensor]:
     }
     f32 = {f"F32 {name}": x for name, x in cases.items()}
     half = {f"F16 {k}": cases[k].half() for k in ("zeros", "odd count", "midpoints", "subnormal")}
-    bf16 = {f"BF16 {k}": cases[k].bfloat16() for k in ("zeros", "odd count", "midpoints", "subnormal")}
+    bf16 = {
+        f"BF16 {k}": cases[k].bfloat16() for k in ("zeros", "odd count", "midpoints", "subnormal")
+    }
     return f32 | half | bf16
 
 
@@ -92,7 +94,10 @@ def test_engines_give_the_golden_bytes(engine, goldens):
         assert absmax.tobytes().hex() == vector["absmax"], what
         offset = float(np.float32(engine.sum(absmax, 0.0) / absmax.size))
         assert offset.hex() == vector["offset"], what
-        codes, nested = np.empty(absmax.size, np.uint8), np.empty(-(-absmax.size // 256), np.float32)
+        codes, nested = (
+            np.empty(absmax.size, np.uint8),
+            np.empty(-(-absmax.size // 256), np.float32),
+        )
         engine.nested_quantize(absmax, offset, codes, nested)
         assert codes.tobytes().hex() == vector["nested_codes"], what
         assert nested.tobytes().hex() == vector["nested_absmax"], what

@@ -83,16 +83,22 @@ def load_engine(name: str) -> Engine:
 
 def out_console() -> Console:
     """For results, on stdout."""
-    from rich.console import Console
 
-    return Console(highlight=False)
+    return _console(stderr=False)
 
 
 def err_console(quiet: bool = False) -> Console:
     """For progress and messages, on stderr."""
+    return _console(stderr=True, quiet=quiet)
+
+
+def _console(stderr: bool, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, quiet=quiet)
+    stream = sys.stderr if stderr else sys.stdout
+    # A pipe or a log has no columns: do not break its lines at 80.
+    width = None if stream.isatty() else 200
+    return Console(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=True, width=width)
 
 
 def print_json(document: dict[str, Any]) -> None:

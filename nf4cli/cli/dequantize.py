@@ -71,5 +71,4 @@ def dequantize(
             f"[bold]{output}[/]: {summary.decoded} weights decoded, {summary.kept} tensors kept, "
             f"{format_size(summary.nbytes)} in {summary.files} file(s), in {seconds:.1f} s "
             f"({chosen.name})",
-            soft_wrap=True,
         )

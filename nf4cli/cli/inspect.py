@@ -69,7 +69,6 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
         console.print(
             f"config.json: quant_method {seen.quant_method}; not quantized: "
             f"{', '.join(seen.skip_modules) or '(empty list)'}",
-            soft_wrap=True,
         )
     if seen.errors:
         ranked = sorted(seen.errors.items(), key=lambda item: -item[1].rel_rmse)
@@ -83,7 +82,7 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
         console.print("error against the source: not known, there is no manifest")
     for problem in seen.problems[:5]:
         console.print("[bold red]problem[/]  ", end="")
-        console.print(problem, markup=False, soft_wrap=True)
+        console.print(problem, markup=False)
     if seen.problems:
         console.print(
             f"{len(seen.problems)} problem(s): nf4 verify {path} shows all", soft_wrap=True
@@ -91,7 +90,7 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:
-    console.print(f"[bold]{view.name}[/] in {view.file}", soft_wrap=True)
+    console.print(f"[bold]{view.name}[/] in {view.file}")
     if view.state is None:
         console.print(
             f"{view.dtype} {list(view.shape)}, {format_size(view.nbytes)}, full precision"

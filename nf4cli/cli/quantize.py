@@ -211,9 +211,9 @@ def _print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -
     console.print(f"memory  at most {format_size(limits.memory)} with {limits.workers} worker(s)")
     console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
     if plan.checkpoint.extra_files:
-        console.print(f"copied  {', '.join(plan.checkpoint.extra_files)}", soft_wrap=True)
+        console.print(f"copied  {', '.join(plan.checkpoint.extra_files)}")
     if plan.checkpoint.left_files:
-        console.print(f"left    {', '.join(plan.checkpoint.left_files)}", soft_wrap=True)
+        console.print(f"left    {', '.join(plan.checkpoint.left_files)}")
 
 
 def _result_document(
@@ -259,4 +259,4 @@ def _print_result(
     console.print(
         f"error   relative RMSE {middle:.4f} (median weight), worst {worst:.4f} in {name}"
     )
-    console.print(f"next    nf4 verify {output} --source {source}", soft_wrap=True)
+    console.print(f"next    nf4 verify {output} --source {source}")

@@ -50,13 +50,12 @@ def verify(
             console.print(f"[yellow]not checked[/]  {sentence}")
         for finding in report.findings:
             console.print(f"[bold red]{finding.level}[/]  ", end="")
-            console.print(finding.message, markup=False, soft_wrap=True)
+            console.print(finding.message, markup=False)
         if report.ok:
-            console.print(f"[bold green]{path} is good[/]", soft_wrap=True)
+            console.print(f"[bold green]{path} is good[/]")
         else:
             console.print(
                 f"[bold red]{path} is NOT good: {len(report.findings)} finding(s)[/]",
-                soft_wrap=True,
             )
     raise typer.Exit(0 if report.ok else 1)
 

@@ -1,0 +1,188 @@
+"""verify catches what loaders do not notice, and says what it could not check."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import LLAMA, llama_tensors, nf4, nf4_ok, read_all, write_checkpoint_dir
+from safetensors.torch import save_file
+
+from nf4cli.source import MANIFEST
+
+UP = "model.layers.0.mlp.up_proj.weight"
+OTHER = "model.layers.1.mlp.up_proj.weight"
+STATE = ".quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture
+def copy(llama_nf4: Path, tmp_path: Path) -> Path:
+    """A good output that a test may damage."""
+    return Path(shutil.copytree(llama_nf4, tmp_path / "copy"))
+
+
+def resave(root: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {k: t.clone() for k, t in read_all(root).items()}
+    change(tensors)
+    save_file(tensors, root / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(root: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((root / "config.json").read_text())
+    change(config)
+    (root / "config.json").write_text(json.dumps(config))
+
+
+def edit_state(tensors: dict[str, torch.Tensor], **fields: object) -> None:
+    state = json.loads(tensors[UP + STATE].numpy().tobytes()) | fields
+    blob = json.dumps(state).encode()
+    tensors[UP + STATE] = torch.from_numpy(np.frombuffer(blob, np.uint8).copy())
+
+
+def swap(tensors: dict[str, torch.Tensor], suffix: str) -> None:
+    tensors[UP + suffix], tensors[OTHER + suffix] = tensors[OTHER + suffix], tensors[UP + suffix]
+
+
+def zero(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key] = torch.zeros_like(tensors[key])
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    # name: (the least it takes to notice, what is done)
+    "absmax dropped": ("alone", lambda d: resave(d, lambda t: t.pop(UP + ".absmax"))),
+    "nested_absmax dropped": ("alone", lambda d: resave(d, lambda t: t.pop(UP + ".nested_absmax"))),
+    "quant_state dropped": ("alone", lambda d: resave(d, lambda t: t.pop(UP + STATE))),
+    "packed weight dropped": ("alone", lambda d: resave(d, lambda t: t.pop(UP))),
+    "wrong blocksize": ("alone", lambda d: resave(d, lambda t: edit_state(t, blocksize=128))),
+    "wrong shape": ("alone", lambda d: resave(d, lambda t: edit_state(t, shape=[128, 65]))),
+    "shape transposed": ("manifest", lambda d: resave(d, lambda t: edit_state(t, shape=[64, 128]))),
+    "wrong dtype": ("manifest", lambda d: resave(d, lambda t: edit_state(t, dtype="float16"))),
+    "not JSON": ("alone", lambda d: resave(d, lambda t: zero(t, UP + STATE))),
+    "quant_map changed": ("alone", lambda d: resave(d, lambda t: zero(t, UP + ".quant_map"))),
+    "nested map changed": (
+        "alone",
+        lambda d: resave(d, lambda t: zero(t, UP + ".nested_quant_map")),
+    ),
+    "NaN statistics": (
+        "alone",
+        lambda d: resave(d, lambda t: t[UP + ".nested_absmax"].fill_(float("nan"))),
+    ),
+    "companions swapped": ("manifest", lambda d: resave(d, lambda t: swap(t, ".absmax"))),
+    "weights swapped": ("manifest", lambda d: resave(d, lambda t: swap(t, ""))),
+    "packed run zeroed": ("manifest", lambda d: resave(d, lambda t: t[UP][10:200].fill_(0x77))),
+    "kept tensor changed": (
+        "manifest",
+        lambda d: resave(d, lambda t: t["model.norm.weight"].mul_(1.5)),
+    ),
+    "tensor renamed": (
+        "manifest",
+        lambda d: resave(d, lambda t: t.update({"model.norm2.weight": t.pop("model.norm.weight")})),
+    ),
+    "truncated file": (
+        "alone",
+        lambda d: (d / "model.safetensors").write_bytes(
+            (d / "model.safetensors").read_bytes()[:-100]
+        ),
+    ),
+    "config loads as fp4": (
+        "alone",
+        lambda d: edit_config(d, lambda c: c["quantization_config"].pop("bnb_4bit_quant_type")),
+    ),
+    "config without quantization": (
+        "alone",
+        lambda d: edit_config(d, lambda c: c.pop("quantization_config")),
+    ),
+    "skip list without the head": (
+        "alone",
+        lambda d: edit_config(
+            d, lambda c: c["quantization_config"].update(llm_int8_skip_modules=["x"])
+        ),
+    ),
+    "skip list over a packed module": (
+        "alone",
+        lambda d: edit_config(
+            d, lambda c: c["quantization_config"]["llm_int8_skip_modules"].append("up_proj")
+        ),
+    ),
+    "config of another model": (
+        "source",
+        lambda d: edit_config(d, lambda c: c.update(num_attention_heads=8)),
+    ),
+    "extra shard": (
+        "manifest",
+        lambda d: (
+            (d / "model.safetensors").rename(d / "model-00001-of-00002.safetensors"),
+            save_file({"stale": torch.zeros(2)}, d / "model-00002-of-00002.safetensors"),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found(name, copy, llama):
+    least, damage = DAMAGE[name]
+    damage(copy)
+    levels = ["alone", "manifest", "source"]
+    for level in levels[levels.index(least) :]:
+        arguments = ["--source", llama] if level == "source" else []
+        manifest = copy / MANIFEST
+        text = manifest.read_text()
+        if level == "alone":
+            manifest.unlink()
+        done = nf4("verify", copy, *arguments)
+        manifest.write_text(text)
+        assert done.returncode == 1, f"{level}: {done.stdout}{done.stderr}"
+        assert "NOT good" in done.stdout
+
+
+def test_without_a_manifest_the_source_alone_proves_it(copy, llama):
+    (copy / MANIFEST).unlink()
+    text = nf4_ok("verify", copy, "--source", llama)
+    assert "not checked" in text
+    resave(copy, lambda t: t[UP][77].fill_(0))
+    done = nf4("verify", copy, "--source", llama)
+    assert done.returncode == 1
+    assert f"{UP} in model.safetensors: byte 77 (elements 154 and 155)" in done.stdout
+
+
+def test_another_source_is_named(llama_nf4, tmp_path):
+    other = write_checkpoint_dir(tmp_path / "other", llama_tensors(seed=1), LLAMA)
+    done = nf4("verify", llama_nf4, "--source", other)
+    assert done.returncode == 1
+    assert "is not the file that the manifest names" in done.stdout
+
+
+def test_experts_left_out_are_noticed(tmp_path, llama):
+    nf4_ok("quantize", llama, tmp_path / "out", "--keep", "mlp")
+    nf4_ok("verify", tmp_path / "out", "--source", llama)
+    (tmp_path / "out" / MANIFEST).unlink()
+    edit_config(
+        tmp_path / "out",
+        lambda c: c["quantization_config"].update(llm_int8_skip_modules=["lm_head"]),
+    )
+    done = nf4("verify", tmp_path / "out")
+    assert done.returncode == 1
+    assert "expect it in 4 bit" in done.stdout
+
+
+def test_json(llama_nf4, copy):
+    good = json.loads(nf4_ok("verify", llama_nf4, "--json"))
+    assert good["ok"] is True
+    assert good["findings"] == []
+    assert any("--source" in sentence for sentence in good["unchecked"])
+    resave(copy, lambda t: swap(t, ".absmax"))
+    done = nf4("verify", copy, "--json")
+    bad = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert {f["where"] for f in bad["findings"]} >= {UP + ".absmax", OTHER + ".absmax"}
+
+
+def test_nothing_to_verify(llama, tmp_path):
+    assert nf4("verify", llama).returncode == 3
+    assert nf4("verify", tmp_path).returncode == 3
+    assert nf4("verify", tmp_path / "absent").returncode == 3
