@@ -31,6 +31,12 @@ class MachineError(Nf4Error):
     exit_code = 4
 
 
+class InterruptedRunError(Nf4Error):
+    """The user pressed Ctrl-C in mid-run (exit code 130)."""
+
+    exit_code = 130
+
+
 class NonFiniteError(ValueError):
     """An engine met a NaN or an infinity; `index` counts elements from the start of its input.
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from .errors import InterruptedRunError
+
 Item = TypeVar("Item")
 Progress = Callable[[str, int], None]
 """Told (what is being worked on, bytes done since the last call), from any thread."""
@@ -28,11 +30,14 @@ def run(
     """Work off every item.
 
     Items are handed out in order.  The first exception of any worker stops all and is raised
-    here; so does Ctrl-C.
+    here.
 
     Args:
         make_worker: called once a thread; what it returns is called with each item.
         abort: called once on failure; must release every worker that waits for another.
+
+    Raises:
+        InterruptedRunError: Ctrl-C; the items in hand were finished.
     """
     queue = iter(items)
     lock = threading.Lock()
@@ -72,4 +77,6 @@ def run(
             for thread in threads:
                 thread.join()
     if failures:
+        if isinstance(failures[0], KeyboardInterrupt):
+            raise InterruptedRunError("interrupted; nothing was left behind") from failures[0]
         raise failures[0]

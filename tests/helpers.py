@@ -49,7 +49,7 @@ def bnb_nested(absmax: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarra
 def bnb_dequantize(
     packed: np.ndarray, absmax: np.ndarray, blocksize: int, quant_type: str, n: int, dtype: Any
 ) -> torch.Tensor:
-    """n elements by bitsandbytes' default implementation (its CPU kernel is wrong at some shapes)."""
+    """n elements by bitsandbytes' default implementation (its CPU kernel fails at some shapes)."""
     with torch.compiler.set_stance("force_eager"):
         return _default_kernels()["dequantize_4bit"](
             torch.from_numpy(packed), torch.from_numpy(absmax), blocksize, quant_type, (n,), dtype

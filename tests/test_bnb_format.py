@@ -97,7 +97,7 @@ def test_a_state_that_is_no_json_object_is_refused(blob):
 
 
 NAMES = st.lists(
-    st.sampled_from(["model", "layers", "0", "10", "q_proj", "proj", "gate", "gate_proj", "lm_head"]),
+    st.sampled_from("model layers 0 10 q_proj proj gate gate_proj lm_head".split()),
     min_size=1, max_size=5,
 ).map(".".join)  # fmt: skip
 

@@ -51,8 +51,6 @@ def main() -> None:
         app()
     except Nf4Error as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

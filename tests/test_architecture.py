@@ -1,0 +1,135 @@
+"""The house's own rules: imports go one way, facts have one home, the main path is light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nf4cli"
+FLOORS = (  # a module imports from floors below its own, or from its own floor
+    ("__init__", "errors"),
+    ("records", "codebook"),
+    ("bnb_format", "engines", "reader"),
+    ("selection", "source", "writer", "digest", "pipeline", "output"),
+    ("plan", "manifest", "packed"),
+    ("limits",),
+    ("conversion", "inspection"),
+    ("quantize", "verify", "dequantize"),
+    ("cli", "__main__"),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level modules of the package that a file imports, anywhere in it."""
+    found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            if node.module:
+                found.add(node.module.split(".")[0])
+            else:
+                names = {alias.name for alias in node.names}
+                found |= {n if n in FLOOR else "__init__" for n in names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_imports_go_down(path):
+    own = module_of(path)
+    for other in imports(path) - {own}:
+        assert FLOOR[other] <= FLOOR[own], f"{own} imports {other}"
+
+
+def test_no_import_cycles():
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        graph.setdefault(module_of(path), set()).update(imports(path) - {module_of(path)})
+    done: list[str] = []
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*trail, name))
+            done.append(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_on_disk_format_has_one_home():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "bnb_format.py":
+            assert "bitsandbytes__" not in path.read_text(), path
+
+
+def test_the_tables_are_typed_once():
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "cuda").iterdir()):
+        if path.name != "codebook.py":
+            assert not re.search(r"0\.6961928|0\.0795802|0\.00520833", path.read_text()), path
+
+
+def test_only_their_own_engine_imports_heavy_libraries():
+    for path in PACKAGE.rglob("*.py"):
+        allowed = {"torch.py": {"torch"}, "cuda.py": {"cupy"}}.get(path.name, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            heavy = {n.split(".")[0] for n in names} & {"torch", "cupy", "transformers"}
+            assert heavy <= allowed, path
+
+
+def test_the_main_path_is_light(llama, llama_nf4, tmp_path):
+    """quantize, verify, inspect and dequantize load neither torch nor transformers."""
+    code = (
+        "import sys\n"
+        "from nf4cli.cli import app\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: app(line.split())\n"
+        "    except SystemExit as end: assert not end.code, line\n"
+        "heavy = {'torch', 'transformers', 'cupy', 'scipy', 'pandas'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    out = tmp_path / "out"
+    commands = [
+        f"quantize {llama} {out} -q",
+        f"verify {out} --source {llama} -q",
+        f"inspect {out}",
+        f"dequantize {out} {tmp_path / 'back'} -q",
+    ]
+    subprocess.run([sys.executable, "-c", code, *commands], check=True, capture_output=True)
+
+
+def test_help_is_light():
+    """`nf4 --help` loads no numerical library: it has to be quick."""
+    code = (
+        "import sys\n"
+        "from nf4cli.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'numpy', 'safetensors', 'blake3'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_files_can_be_read_in_a_sitting():
+    for path in (
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "cuda").iterdir(),
+        *(ROOT / "tests").rglob("*.py"),
+    ):
+        assert len(path.read_text().splitlines()) <= 550, path

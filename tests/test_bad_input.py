@@ -1,0 +1,433 @@
+"""Every bad input: one clear message, its exit code, nothing written, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LLAMA, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from safetensors.torch import save_file
+
+UP = "model.layers.0.mlp.up_proj.weight"
+USAGE, INPUT, MACHINE = 2, 3, 4
+
+
+def refused(code: int, *arguments: object, says: tuple[str, ...], cwd: Path) -> str:
+    """The command fails as expected and leaves the working directory as it was."""
+    before = sorted(cwd.rglob("*"))
+    done = nf4(*arguments, cwd=cwd)
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for words in says:
+        assert words in done.stderr, done.stderr
+    assert sorted(cwd.rglob("*")) == before
+    return done.stderr
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    write_checkpoint_dir(tmp_path / "model", llama_tensors(), LLAMA)
+    return tmp_path
+
+
+def test_not_there(work):
+    refused(INPUT, "quantize", "nowhere", says=("nowhere does not exist",), cwd=work)
+
+
+def test_empty_directory(work):
+    (work / "empty").mkdir()
+    refused(INPUT, "quantize", "empty", says=("not a safetensors checkpoint",), cwd=work)
+
+
+def test_not_safetensors(work):
+    (work / "notes.txt").write_text("hello")
+    refused(INPUT, "quantize", "notes.txt", says=("no .safetensors file",), cwd=work)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.ckpt"])
+def test_pickles_are_never_opened(work, name):
+    (work / "old").mkdir()
+    (work / "old" / name).write_bytes(b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")
+    refused(
+        INPUT, "quantize", "old", says=("never opens", "save_pretrained", "safetensors"), cwd=work
+    )
+
+
+def test_gguf_and_adapters_are_named(work):
+    (work / "g").mkdir()
+    (work / "g" / "m.gguf").write_bytes(b"GGUF")
+    refused(INPUT, "quantize", "g", says=("GGUF", "original checkpoint"), cwd=work)
+    (work / "a").mkdir()
+    (work / "a" / "adapter_config.json").write_text("{}")
+    refused(INPUT, "quantize", "a", says=("PEFT adapter", "merge"), cwd=work)
+
+
+def test_git_lfs_pointer(work):
+    (work / "model" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    )
+    refused(INPUT, "quantize", "model", says=("Git LFS pointer", "git lfs pull"), cwd=work)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])
+def test_truncated_shard(work, keep):
+    file = work / "model" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep)] if isinstance(keep, float) else data[:keep])
+    refused(INPUT, "quantize", "model", says=("model.safetensors",), cwd=work)
+
+
+def test_trailing_bytes(work):
+    with (work / "model" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    refused(INPUT, "quantize", "model", says=("not a complete safetensors file",), cwd=work)
+
+
+def test_index_names_a_missing_file(work):
+    write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=3)
+    (work / "split" / "model-00002-of-00003.safetensors").unlink()
+    refused(
+        INPUT, "quantize", "split",
+        says=("model-00002-of-00003.safetensors", "does not exist", "download it again"), cwd=work,
+    )  # fmt: skip
+
+
+def edit_index(root: Path, change) -> None:
+    path = root / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_index_names_a_missing_tensor(work):
+    root = write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
+    edit_index(
+        root, lambda i: i["weight_map"].update({"ghost": "model-00001-of-00002.safetensors"})
+    )
+    refused(INPUT, "quantize", "split", says=("'ghost'", "does not list it"), cwd=work)
+
+
+def test_index_leaves_a_tensor_out(work):
+    root = write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
+    edit_index(root, lambda i: i["weight_map"].pop(UP))
+    refused(INPUT, "quantize", "split", says=(UP, "does not list"), cwd=work)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model/model.safetensors", "/etc/passwd", "a/b.safetensors", ""]
+)
+def test_index_leads_out_of_the_directory(work, name):
+    root = write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
+    edit_index(root, lambda i: i["weight_map"].update({UP: name}))
+    refused(INPUT, "quantize", "split", says=("leads out of the directory",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+)
+def test_index_is_garbage(work, text):
+    root = write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
+    (root / "model.safetensors.index.json").write_text(text)
+    refused(INPUT, "quantize", "split", says=("model.safetensors.index.json",), cwd=work)
+
+
+def test_duplicate_tensor_across_shards(work):
+    root = work / "dup"
+    root.mkdir()
+    for i in (1, 2):
+        save_file({"same": torch.zeros(2)}, root / f"model-{i:05d}-of-00002.safetensors")
+    refused(INPUT, "quantize", "dup", says=("'same'", "two shards"), cwd=work)
+
+
+def test_a_shard_of_a_numbered_set_is_missing(work):
+    root = work / "part"
+    root.mkdir()
+    save_file({"a": torch.zeros(2)}, root / "model-00001-of-00003.safetensors")
+    save_file({"b": torch.zeros(2)}, root / "model-00003-of-00003.safetensors")
+    refused(INPUT, "quantize", "part", says=("2 of 3 shards", "00002"), cwd=work)
+
+
+def test_several_files_and_no_index(work):
+    root = work / "many"
+    root.mkdir()
+    for name in ("a", "b"):
+        save_file({name: torch.zeros(2)}, root / f"{name}.safetensors")
+    refused(
+        INPUT, "quantize", "many", says=("a.safetensors", "b.safetensors", "one file"), cwd=work
+    )
+
+
+def raw_safetensors(path: Path, header: dict, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_unsupported_dtype(work):
+    raw_safetensors(
+        work / "model" / "model.safetensors",
+        {"x.weight": {"dtype": "F4", "shape": [4, 4], "data_offsets": [0, 8]}}, bytes(8),
+    )  # fmt: skip
+    refused(INPUT, "quantize", "model", says=("model.safetensors",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"x": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
+    ],
+    ids=["hole", "short", "overflow", "negative", "dtype"],
+)
+def test_a_header_that_lies(work, header):
+    raw_safetensors(work / "model" / "model.safetensors", header, bytes(8))
+    refused(INPUT, "quantize", "model", says=("model.safetensors",), cwd=work)
+
+
+def test_a_header_of_absurd_length(work):
+    (work / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    refused(INPUT, "quantize", "model", says=("model.safetensors",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [("nan", "NaN"), ("inf", "infinite"), ("-inf", "infinite")]
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nonfinite_weight(work, value, word, workers):
+    tensors = llama_tensors()
+    tensors[UP][100, 33] = float(value)
+    write_checkpoint_dir(work / "model", tensors, LLAMA)
+    refused(
+        INPUT, "quantize", "model", "--workers", workers, "-q",
+        says=(f"{UP}[100, 33]", word, "--skip-modules model.layers.0.mlp.up_proj"), cwd=work,
+    )  # fmt: skip
+    nf4_ok("quantize", "model", "--skip-modules", "model.layers.0.mlp.up_proj", cwd=work)
+
+
+def test_nonfinite_weight_in_a_transposed_layer(work):
+    weight = torch.zeros(64, 192)
+    weight[5, 77] = float("nan")
+    write_checkpoint_dir(work / "gpt2", {"h.0.attn.c_attn.weight": weight}, {"model_type": "gpt2"})
+    refused(INPUT, "quantize", "gpt2", "-q", says=("c_attn.weight[5, 77]", "NaN"), cwd=work)
+
+
+def test_a_kept_value_that_does_not_fit_the_dtype(work):
+    tensors = llama_tensors()
+    tensors["model.norm.weight"] = torch.full((64,), 1e6)
+    write_checkpoint_dir(work / "model", tensors, LLAMA)
+    refused(
+        INPUT, "quantize", "model", "--dtype", "float16", "-q",
+        says=("model.norm.weight[0]", "too large for F16", "--dtype"), cwd=work,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4"])
+def test_already_quantized_config(work, method):
+    config = {**LLAMA, "quantization_config": {"quant_method": method}}
+    write_checkpoint_dir(work / "model", llama_tensors(), config)
+    refused(INPUT, "quantize", "model", says=("already quantized", repr(method)), cwd=work)
+
+
+@pytest.mark.parametrize("value", [{}, [], "x", {"load_in_4bit": True}])
+def test_any_quantization_config(work, value):
+    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "quantization_config": value})
+    refused(INPUT, "quantize", "model", says=("already quantized",), cwd=work)
+
+
+def test_already_packed_without_saying_so(work):
+    nf4_ok("quantize", "model", cwd=work)
+    (work / "model-nf4" / "config.json").write_text(json.dumps(LLAMA))
+    refused(INPUT, "quantize", "model-nf4", "again", says=("already holds packed 4-bit",), cwd=work)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a": NaN'])
+def test_config_is_garbage(work, text):
+    (work / "model" / "config.json").write_text(text)
+    refused(INPUT, "quantize", "model", says=("config.json",), cwd=work)
+
+
+def test_output_exists(work):
+    (work / "model-nf4").mkdir()
+    (work / "model-nf4" / "precious").write_text("data")
+    refused(USAGE, "quantize", "model", says=("model-nf4 exists",), cwd=work)
+    (work / "file").write_text("data")
+    refused(USAGE, "quantize", "model", "file", says=("file exists",), cwd=work)
+
+
+def test_output_is_an_empty_directory(work):
+    (work / "out").mkdir()
+    nf4_ok("quantize", "model", "out", cwd=work)
+
+
+@pytest.mark.parametrize("output", ["model", "model/nf4", "./model/../model"])
+def test_source_is_output(work, output):
+    refused(USAGE, "quantize", "model", output, says=("model",), cwd=work)
+    nf4_ok("quantize", "model", cwd=work)
+    refused(USAGE, "dequantize", "model-nf4", "model-nf4/x", says=("source",), cwd=work)
+
+
+def test_source_through_a_link_is_output(work):
+    (work / "link").symlink_to(work / "model")
+    refused(USAGE, "quantize", "link", "model/out", says=("source",), cwd=work)
+
+
+def limited(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run nf4 where statvfs tells of a nearly full disk."""
+    code = (
+        "import shutil, sys, collections\n"
+        "shutil.disk_usage = lambda p: collections.namedtuple('u', 'total used free')(9, 9, 1000)\n"
+        f"sys.argv = ['nf4', *{list(arguments)!r}]\n"
+        "from nf4cli.cli import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+    )
+
+
+def test_disk_too_small_for_the_plan(work):
+    before = sorted(work.rglob("*"))
+    done = limited(work, "quantize", "model")
+    assert done.returncode == MACHINE
+    assert "1,000 free" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(work.rglob("*")) == before
+
+
+def full_tmpfs(size: str):
+    """A tmpfs of `size` for a test, or a named skip where we may not mount."""
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a really full disk needs root, to mount a small tmpfs")
+    return mount, size
+
+
+def test_disk_that_is_really_full(work):
+    mount, size = full_tmpfs("300k")
+    disk = work / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=False
+    ).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        code = (
+            "import shutil, sys, collections\n"
+            "usage = collections.namedtuple('u', 'total used free')(9, 9, 1 << 50)\n"
+            "shutil.disk_usage = lambda path: usage\n"
+            "sys.argv = ['nf4', 'quantize', 'model', 'disk/out']\n"
+            "from nf4cli.cli import main; main()"
+        )
+        big = {**llama_tensors(), "model.layers.0.big.weight": torch.randn(1000, 1000).bfloat16()}
+        write_checkpoint_dir(work / "model", big, LLAMA)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+        )
+        assert done.returncode == MACHINE
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_unwritable_output(work):
+    if os.geteuid() == 0:
+        target = "/proc/nf4-out"  # root may write everywhere else
+    else:
+        (work / "locked").mkdir(mode=0o500)
+        target = "locked/out"
+    refused(MACHINE, "quantize", "model", target, says=("error:",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--blocksize", "63"), "--blocksize 63"),
+        (("--quant-type", "nf5"), "--quant-type nf5"),
+        (("--quant-storage", "int8"), "--quant-storage int8"),
+        (("--compute-dtype", "half"), "--compute-dtype half"),
+        (("--dtype", "int4"), "--dtype int4"),
+        (("--digest", "md5"), "--digest md5"),
+        (("--max-shard-size", "big"), "'big' is not a size"),
+        (("--max-shard-size", "10"), "below 1 MB"),
+        (("--memory", "1MB"), "--memory 1,000,000 bytes is too little"),
+        (("--workers", "0"), "--workers 0"),
+        (("--engine", "abacus"), "no engine is called 'abacus'"),
+        (("--skip-modules", "nope"), "'nope' matches no module"),
+    ],
+)
+def test_bad_options(work, options, says):
+    done = nf4("quantize", "model", *options, cwd=work)
+    assert done.returncode in (USAGE, MACHINE)
+    assert says in done.stderr
+    assert not (work / "model-nf4").exists()
+
+
+def test_storage_that_does_not_fit(work):
+    write_checkpoint_dir(work / "odd", {"a.0.b.weight": torch.ones(3, 3)}, LLAMA)
+    refused(
+        USAGE, "quantize", "odd", "--quant-storage", "float32", says=("a.0.b.weight",), cwd=work
+    )
+
+
+def test_keys_that_clash(work):
+    tensors = {"a.0.b.weight": torch.ones(4, 4), "a.0.b.weight.absmax": torch.ones(1)}
+    write_checkpoint_dir(work / "clash", tensors, LLAMA)
+    refused(INPUT, "quantize", "clash", says=("wanted by both",), cwd=work)
+
+
+def test_a_source_that_shrinks_while_it_is_read(work):
+    from nf4cli.errors import InputError
+    from nf4cli.reader import ByteReader
+
+    file = work / "model" / "model.safetensors"
+    size = file.stat().st_size
+    with ByteReader(file, size) as reader:
+        os.truncate(file, size // 2)
+        with pytest.raises(InputError, match="truncated by another process"):
+            reader.read(size // 2 - 10, 20)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        ByteReader(file, size)
+
+
+def test_missing_engine_names_the_compiler(work, monkeypatch):
+    from nf4cli.engines import cpu
+    from nf4cli.errors import MachineError
+
+    monkeypatch.setattr(cpu, "LIBRARY", work / "absent.so")
+    cpu._library.cache_clear()
+    with pytest.raises(MachineError, match=r"g\+\+"):
+        cpu.CpuEngine()
+    cpu._library.cache_clear()
+
+
+def test_ctrl_c_leaves_nothing_behind(work):
+    big = {f"model.layers.0.m{i}.weight": torch.randn(4096, 4096).bfloat16() for i in range(6)}
+    write_checkpoint_dir(work / "big", big, LLAMA)
+    before = sorted(work.rglob("*"))
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("nf4"), "quantize", "big", "--engine", "torch"],
+        cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(work.glob(".big-nf4.partial-*/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert sorted(work.rglob("*")) == before
