@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from .errors import InterruptedRunError
-
 Item = TypeVar("Item")
 Progress = Callable[[str, int], None]
 """Told (what is being worked on, bytes done since the last call), from any thread."""
@@ -29,15 +27,12 @@ def run(
 ) -> None:
     """Work off every item.
 
-    Items are handed out in order.  The first exception of any worker stops all and is raised
-    here.
+    Items are handed out in order.  The first exception of any worker, or of a signal handler in
+    the calling thread, stops all (the items in hand are finished) and is raised here.
 
     Args:
         make_worker: called once a thread; what it returns is called with each item.
         abort: called once on failure; must release every worker that waits for another.
-
-    Raises:
-        InterruptedRunError: Ctrl-C; the items in hand were finished.
     """
     queue = iter(items)
     lock = threading.Lock()
@@ -66,17 +61,16 @@ def run(
         work()
     else:
         threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)  # short, so that Ctrl-C is heard
         except BaseException as error:
             fail(error)
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
     if failures:
-        if isinstance(failures[0], KeyboardInterrupt):
-            raise InterruptedRunError("interrupted; nothing was left behind") from failures[0]
         raise failures[0]

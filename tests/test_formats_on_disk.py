@@ -53,16 +53,16 @@ def test_what_is_written_the_library_reads(tmp_path_factory, entries, cut, rando
     for tensor in shard.tensors:
         assert data[tensor.start : tensor.stop] == content[tensor.name]
         if tensor.nbytes:
-            assert (tensor.start - shard.data_start) % ITEMSIZE[tensor.dtype] == 0
+            place = tensor.start - shard.data_start
+            assert place % ITEMSIZE[tensor.dtype] == 0
     digest, tensors = digest_shard(shard, "blake3")
     assert digest == blake3.blake3(data).hexdigest()
     assert tensors == {k: xxhash.xxh3_128_hexdigest(v) for k, v in content.items()}
 
 
 def test_streamed_weights_come_first_and_in_order():
-    layout = lay_out(
-        "x", [("a", "BF16", (4, 4)), ("odd", "BF16", (3,)), ("b", "F32", (2,))], [("c", "F32", (3,))]
-    )  # fmt: skip
+    bodies = [("a", "BF16", (4, 4)), ("odd", "BF16", (3,)), ("b", "F32", (2,))]
+    layout = lay_out("x", bodies, [("c", "F32", (3,))])
     assert list(layout.tensors) == ["a", "b", "c", "odd"]
     assert layout.streamed == {"a", "b"}
 

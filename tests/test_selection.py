@@ -96,7 +96,7 @@ def test_patterns(pattern, path, expected):
 
 def test_an_unmatched_pattern_is_an_error():
     facts = FACTS["llama"]
-    with pytest.raises(UsageError, match="'layers[.]7' matches no module"):
+    with pytest.raises(UsageError, match=r"'layers\.7' matches no module"):
         selection.select(checkpoint(facts["config"], facts["source_tensors"]), ["layers.7"])
 
 

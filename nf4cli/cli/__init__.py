@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -47,6 +48,7 @@ def main() -> None:
     """The entry point: the one place where an error becomes a message and an exit code."""
     from ..errors import Nf4Error
 
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except Nf4Error as error:
@@ -56,6 +58,13 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'I/O'}: {error.strerror or error}", 4)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C, as an error like any other: the typer library would end without a word."""
+    from ..errors import InterruptedRunError
+
+    raise InterruptedRunError("interrupted; nothing was left behind")
 
 
 def _fail(message: str, code: int) -> None:
