@@ -7,6 +7,7 @@ library once as a check.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -93,6 +94,20 @@ def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry])
     return ShardLayout(filename, header, tensors, len(header) + offset, streamed)
 
 
+def _allocate(fd: int, size: int) -> None:
+    """Give a file its size; where the system can, reserve the blocks, so that a full disk is met
+    here and not in mid-run."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        else:
+            return
+    os.truncate(fd, size)
+
+
 class ShardWriter:
     """One output file, written at planned places by any thread in any order.
 
@@ -104,7 +119,7 @@ class ShardWriter:
         self.path = directory / layout.filename
         self.layout = layout
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.posix_fallocate(self._fd, 0, layout.size)  # a full disk is met here, not in mid-run
+        _allocate(self._fd, layout.size)
         self._write_at(0, memoryview(layout.header))
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:

@@ -42,6 +42,7 @@ bootstrap() {
   if [ "$extra" = test ]; then
     # The exact version first: a later range would fetch gigabytes of CUDA builds.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    export SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON
   fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root${extra:+[$extra]}" ||
     die "installing the package failed; the lines above say why"

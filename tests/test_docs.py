@@ -1,0 +1,104 @@
+"""What the documents say is so: README's commands run, tables and schema agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import LLAMA, llama_tensors, nf4, write_checkpoint_dir
+from typer.testing import CliRunner
+
+from nf4cli import __version__
+from nf4cli.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    lines = re.findall(r"^\$ (nf4 .*)$", README, re.M)
+    assert len(lines) >= 6
+    for name in ("model", "SmolLM2-135M"):
+        write_checkpoint_dir(tmp_path / name, llama_tensors(), LLAMA)
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "quantize" and "out" in words:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        done = nf4(*words, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_every_command_is_in_the_readme():
+    text = CliRunner().invoke(app, ["--help"]).output
+    commands = {c for c in ("quantize", "verify", "dequantize", "inspect") if c in text}
+    assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
+
+
+def test_every_exit_code_is_in_the_readme():
+    from nf4cli import errors
+
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.M)}
+    kinds = [e for e in vars(errors).values() if isinstance(e, type)]
+    used = {e.exit_code for e in kinds if issubclass(e, errors.Nf4Error)}
+    assert documented == used | {0, 1}
+
+
+def test_the_manifest_page_names_every_field():
+    page = (ROOT / "docs" / "manifest.md").read_text()
+    schema = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
+    fields = set(schema["properties"]) | set(schema["$defs"]["tensor"]["properties"])
+    fields |= set(schema["properties"]["recipe"]["properties"])
+    missing = {field for field in fields if f"`{field}`" not in page}
+    assert not missing
+
+
+def test_the_design_page_names_every_module():
+    page = (ROOT / "docs" / "design.md").read_text()
+    for path in (ROOT / "nf4cli").iterdir():
+        if path.suffix == ".py" and not path.name.startswith("__"):
+            assert f"`{path.stem}`" in page, path.name
+
+
+def test_version():
+    assert nf4("--version").stdout == f"nf4 {__version__}\n"
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def tools(tmp_path: Path, *names: str) -> Path:
+    """A PATH with nothing but these."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in names:
+        found = sys.executable if name == "python3" else shutil.which(name)
+        assert found is not None
+        (path / name).symlink_to(Path(found).resolve() if name != "python3" else found)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("python3", "dirname"), "apt-get install g++"),
+        (("dirname",), "Python 3.10 or newer"),
+    ],
+)
+def test_the_scripts_name_the_package_that_is_missing(tmp_path, names, says):
+    done = subprocess.run(
+        [shutil.which("bash"), "-c", f"source {ROOT}/scripts/bootstrap.sh; require_tools python3"],
+        env={"PATH": str(tools(tmp_path, *names))}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert says in done.stderr
+
+
+def test_scripts_can_be_run():
+    for name in ("demo", "test", "nf4", "bench_convert.py"):
+        assert os.access(ROOT / "scripts" / name, os.X_OK)
+    assert "scripts/test" in (ROOT / ".ci" / "run").read_text()
