@@ -99,6 +99,7 @@ NF4_FN float fold_max(const float* lanes) {
 
 typedef float VF __attribute__((vector_size(4 * NF4_LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * NF4_LANES)));
+typedef uint32_t VU __attribute__((vector_size(4 * NF4_LANES)));
 constexpr int kVectors = kRow / NF4_LANES;
 
 struct Worst {
@@ -144,7 +145,8 @@ struct Search {
   // worst: the largest error so far, lane by lane.
   NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
                   uint8_t* packed, Sums& sums, Worst& worst) {
-    VF error2[kVectors] = {}, value2[kVectors] = {}, largest[kVectors] = {};
+    VF error2[kVectors] = {}, value2[kVectors] = {};
+    VU largest[kVectors] = {};
 #if NF4_LANES < 16
     alignas(64) int32_t codes[kMaxBlock];
 #endif
@@ -165,7 +167,7 @@ struct Search {
         memcpy(codes + i + p * NF4_LANES, &code, sizeof code);
 #endif
         const VF error = y - Table<VF>::any(s.values, node);
-        const VF magnitude = (VF)((VI)error & 0x7fffffff);
+        const VU magnitude = (VU)error & 0x7fffffffu;  // as bits: floats >= 0 order alike
         error2[p] += error * error;
         value2[p] += y * y;
         largest[p] = magnitude > largest[p] ? magnitude : largest[p];
@@ -175,7 +177,7 @@ struct Search {
     pack(codes, n, packed);
 #endif
     for (int p = 0; p < kVectors; p++) {
-      const VF scaled = largest[p] * absmax;
+      const VF scaled = (VF)largest[p] * absmax;
       worst.lanes[p] = scaled > worst.lanes[p] ? scaled : worst.lanes[p];
     }
     Sums::add(sums, absmax, fold(error2), fold(value2));

@@ -17,6 +17,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
     from ..engines import Engine
     from ..limits import Resources
@@ -118,6 +119,16 @@ class ProgressDisplay:
     _LINE_EVERY = 30.0
 
     def __init__(self, total: int, label: str, show: bool) -> None:
+        self._console = err_console()
+        self._total, self._label, self._done = total, label, 0
+        self._lock = threading.Lock()
+        self._last_line = time.monotonic()
+        self._show = show
+        self._bar: Progress | None = None
+        if show and self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._bar = self._new_bar()
+
+    def _new_bar(self) -> Progress:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -127,20 +138,14 @@ class ProgressDisplay:
             TransferSpeedColumn,
         )  # fmt: skip
 
-        self._console = err_console()
-        self._total, self._label, self._done = total, label, 0
-        self._lock = threading.Lock()
-        self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        self._show = show
-        if show and self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-                TransferSpeedColumn(), TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[current]}"),
-                console=self._console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(label, total=total, current="")
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+            TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[current]}"),
+            console=self._console, transient=True,
+        )  # fmt: skip
+        self._task = bar.add_task(self._label, total=self._total, current="")
+        return bar
 
     def __call__(self, what: str, count: int) -> None:
         with self._lock:
