@@ -62,7 +62,8 @@ class _Files:
             if self._pending[plan.file]:
                 return
         writer = self._writers[plan.file]
-        self._digests[plan.file].update(writer.read_tail())
+        for piece in writer.tail():
+            self._digests[plan.file].update(piece)
         writer.finish(self._fsync)
 
     def abort(self) -> None:

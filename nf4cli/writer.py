@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_PIECE = 1 << 20  # bytes read back at a time
 _ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
 
 
@@ -133,11 +134,11 @@ class ShardWriter:
             raise ValueError(f"{key}: {offset} + {data.nbytes} bytes of {tensor.nbytes}")
         self._write_at(tensor.start + offset, memoryview(data))
 
-    def read_tail(self) -> NDArray[np.uint8]:
-        """What lies behind the streamed tensors, read back from the file."""
-        start = self.layout.streamed_stop
+    def tail(self) -> Iterator[NDArray[np.uint8]]:
+        """What lies behind the streamed tensors, read back from the file in pieces."""
         with ByteReader(self.path, self.layout.size) as reader:
-            return reader.read(start, self.layout.size - start)
+            for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
+                yield reader.read(start, min(_PIECE, self.layout.size - start))
 
     def _write_at(self, position: int, view: memoryview) -> None:
         while view.nbytes:
