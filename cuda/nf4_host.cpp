@@ -19,9 +19,9 @@
 #define NF4_EXPORT(name) \
   extern "C" __attribute__((visibility("default"))) NF4_JOIN(name, NF4_ISA)
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+#if defined(NF4_X86_ISAS) && defined(__AVX512F__)
 #define NF4_LANES 16
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+#elif defined(NF4_X86_ISAS) && defined(__AVX2__)
 #define NF4_LANES 8
 #else
 #define NF4_LANES 1
@@ -104,7 +104,11 @@ constexpr int kVectors = kRow / NF4_LANES;
 
 struct Worst {
   VF lanes[kVectors] = {};
-  NF4_FN float of(const Worst& worst) { return fold_max((const float*)worst.lanes); }
+  NF4_FN float of(const Worst& worst) {
+    float lanes[kRow];
+    memcpy(lanes, worst.lanes, sizeof lanes);
+    return fold_max(lanes);
+  }
 };
 
 // A table of 16 in registers; only the low 4 bits of an index count.

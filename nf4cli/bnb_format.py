@@ -23,6 +23,7 @@ NESTED_ABSMAX = ".nested_absmax"
 NESTED_QUANT_MAP = ".nested_quant_map"
 _STATE = ".quant_state.bitsandbytes__"
 
+_FLOAT32_MAX = 3.4028234663852886e38
 _OFFSET_ROOM = 24
 """Characters kept for nested_offset: the longest repr of a float32 is -1.1754943508222875e-38."""
 
@@ -30,12 +31,6 @@ _OFFSET_ROOM = 24
 def state_suffix(quant_type: str) -> str:
     """`.quant_state.bitsandbytes__nf4`."""
     return _STATE + quant_type
-
-
-def companion_suffixes(quant_type: str, nested: bool) -> tuple[str, ...]:
-    """The suffixes of the tensors that go with a packed weight."""
-    plain = (ABSMAX, QUANT_MAP, state_suffix(quant_type))
-    return (*plain, NESTED_ABSMAX, NESTED_QUANT_MAP) if nested else plain
 
 
 # -- quant_state ------------------------------------------------------------------------------
@@ -157,7 +152,7 @@ def decode_state(blob: bytes, where: str) -> QuantState:
                 or (
                     isinstance(offset, (int, float))
                     and not isinstance(offset, bool)
-                    and abs(offset) <= 3.5e38
+                    and abs(offset) <= _FLOAT32_MAX
                 ),
                 "a finite number",
             )
@@ -282,12 +277,18 @@ def config_problems(config: Mapping[str, Any], states: Iterable[QuantState]) -> 
             problems.append(
                 f"quantization_config.{key} is {have!r}, but the tensors need {value!r}"
             )
-    if not found.get("llm_int8_skip_modules"):
+    if found.get("llm_int8_skip_modules") == []:
         problems.append(
-            "quantization_config.llm_int8_skip_modules is empty: each version of transformers "
-            "then derives another list"
+            "quantization_config.llm_int8_skip_modules is []: loaders then expect the output head "
+            "in 4 bit"
         )
     return problems
+
+
+def has_skip_list(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says itself what is not packed, and does not leave it to the loader."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and isinstance(found.get("llm_int8_skip_modules"), list)
 
 
 def skip_list(config: Mapping[str, Any]) -> list[str]:
@@ -310,10 +311,10 @@ def is_quantized_config(config: Mapping[str, Any]) -> str | None:
 VETTED_HEADS = (
     "lm_head", "embed_out", "proj_out", "vocab_projector", "cls.predictions.decoder",
     "predictions.decoder", "lm_head.decoder", "decoder", "score", "classifier", "qa_outputs",
-    "output_projection", "pred_layer.proj", "lm_loss",
+    "output_projection", "pred_layer.proj", "lm_loss", "pooler.dense",
 )  # fmt: skip
-"""Heads that may be absent from the files (tied) and must be in the list all the same: a list in
-the config replaces the loaders' own defaults."""
+"""Heads that may be absent from the files (tied, or of another class of the same family) and must
+be in the list all the same: a list in the config replaces the loaders' own defaults."""
 
 
 def hits(key: str, module: str) -> bool:

@@ -6,8 +6,8 @@ compared with (verify.py): the proof runs the code that made the bytes.
 
 from __future__ import annotations
 
+import errno
 import math
-import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
 from .digest import OrderedDigest, ShardDigest
 from .engines import GRANULE, Engine
 from .errors import InputError, NonFiniteError
+from .fileio import read_at, write_at
 from .limits import Resources
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
@@ -92,21 +93,15 @@ class _AbsmaxFile:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close
 
     def write(self, start: int, values: F32) -> None:
-        view, position = memoryview(values.view(np.uint8)), 4 * start
-        while view.nbytes:
-            count = os.pwrite(self._file.fileno(), view, position)
-            view, position = view[count:], position + count
+        write_at(self._file.fileno(), memoryview(values.view(np.uint8)), 4 * start)
 
     def pieces(self, size: int) -> Iterator[tuple[int, F32]]:
         """(first element, values), _ABSMAX_PIECE at a time."""
         for start in range(0, size, _ABSMAX_PIECE):
             values = np.empty(min(_ABSMAX_PIECE, size - start), np.float32)
-            view, position = memoryview(values.view(np.uint8)), 4 * start
-            while view.nbytes:
-                count = os.preadv(self._file.fileno(), [view], position)
-                if not count:
-                    raise OSError(f"temporary file ended at byte {position}")
-                view, position = view[count:], position + count
+            view = memoryview(values.view(np.uint8))
+            if read_at(self._file.fileno(), view, 4 * start) < view.nbytes:
+                raise OSError(errno.EIO, "a temporary file lost its end")
             yield start, values
 
     def close(self) -> None:
@@ -191,6 +186,8 @@ class Conversion:
                 if plan.action == "cast"
                 else ITEMSIZE[plan.source.dtype]
             )
+            if plan.transposed:
+                widest *= 4  # reading it transposed takes a block and its copy as well
             step = max(GRANULE, self._resources.chunk // widest // GRANULE * GRANULE)
             starts = range(0, n, step)
             separate = plan.transposed and self._algorithm is not None
@@ -265,7 +262,7 @@ class _Worker:
 
     def __init__(self, conversion: Conversion) -> None:
         self._conversion = conversion
-        chunk = max(conversion._resources.chunk, GRANULE * 8)
+        chunk = conversion._resources.chunk
         self._source = np.empty(chunk, np.uint8)
         self._output = np.empty(chunk, np.uint8)
 
@@ -360,5 +357,5 @@ def _nonfinite(item: _Item, index: int, data: U8) -> str:
     return (
         f"{source.name}{list(_element(item, index))} in {shard.path} is {kind}: a 4-bit block "
         "cannot hold it. Repair the source, or leave this module in full precision with "
-        f"--skip-modules {module_path(source.name)}"
+        f"--keep {module_path(source.name)}"
     )

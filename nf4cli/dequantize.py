@@ -13,15 +13,15 @@ import numpy as np
 from . import selection
 from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
-from .limits import Resources, refuse_existing, require_disk
+from .limits import Resources, refuse_place, require_disk
 from .output import copy_files, new_directory
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
-from .plan import config_text, index_of, shard_name
+from .plan import check_shard_size, config_text, index_of, shard_name
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
 from .source import INDEX
-from .writer import ShardLayout, ShardWriter, lay_out
+from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +88,13 @@ def write_dequantized(
     """
     if dtype not in ("auto", *SAFETENSORS_NAME):
         raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
-    target, root = output.resolve(), checkpoint.root.resolve()
-    if target == root or root in target.parents:
-        raise UsageError(f"the output {output} lies inside the source: choose another place")
-    refuse_existing(output)
+    check_shard_size(max_shard_size)
+    refuse_place(checkpoint, output)
     with ShardReaders(checkpoint.shards) as readers:
         weights = load_weights(checkpoint, readers)
+        packed = PackedReader(readers, engine)
+        for weight in weights.values():
+            packed.require_standard_table(weight)
         outputs = _outputs(checkpoint, weights, dtype)
         layouts, file_of = _lay_out(outputs, max_shard_size)
         total = sum(layout.size for layout in layouts)
@@ -116,13 +117,13 @@ def write_dequantized(
 
                 def worker(item: _Item) -> None:
                     writer = writers[file_of[item.output.source.name]]
-                    _convert(item, checkpoint, PackedReader(readers, engine), engine, writer)
+                    _convert(item, checkpoint, packed, engine, writer)
                     progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
 
                 items = _items(outputs, resources.chunk)
                 run(items, lambda: worker, resources.workers, lambda: None)
                 for writer in writers:
-                    writer.finish(fsync)
+                    writer.finish()
             finally:
                 for writer in writers:
                     writer.close()
@@ -154,14 +155,7 @@ def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: st
 def _lay_out(
     outputs: list[_Output], max_shard_size: int
 ) -> tuple[list[ShardLayout], dict[str, int]]:
-    files: list[list[_Output]] = [[]]
-    filled = 0
-    for output in outputs:
-        if files[-1] and filled + output.nbytes > max_shard_size:
-            files.append([])
-            filled = 0
-        filled += output.nbytes
-        files[-1].append(output)
+    files = fill_shards(outputs, lambda output: output.nbytes, max_shard_size)
     layouts = [
         lay_out(
             shard_name(number, len(files)), [(o.source.name, o.dtype, o.shape) for o in members], ()

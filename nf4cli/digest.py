@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Protocol
 
 from .reader import ByteReader
@@ -30,20 +30,13 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def new_file_hash(algorithm: str, threads: int = 1) -> _Hash:
-    """A hash object of one of ALGORITHMS; BLAKE3 may use several threads within an update."""
+def new_file_hash(algorithm: str) -> _Hash:
+    """A hash object of one of ALGORITHMS."""
     if algorithm == "blake3":
         import blake3
 
-        return blake3.blake3(max_threads=threads)
+        return blake3.blake3()
     return hashlib.new(algorithm)
-
-
-def tensor_digest(data: NDArray[np.uint8]) -> str:
-    """The digest of a tensor that is in memory as a whole."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(memoryview(data))
 
 
 class ShardDigest:
@@ -53,11 +46,11 @@ class ShardDigest:
         tensors: in offset order, without holes, up to the end of the file.
     """
 
-    def __init__(self, tensors: Iterable[TensorInfo], algorithm: str, threads: int = 1) -> None:
+    def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
         import xxhash
 
         self._new_tensor_hash = xxhash.xxh3_128
-        self._file = new_file_hash(algorithm, threads)
+        self._file = new_file_hash(algorithm)
         self._pending = [t for t in tensors if t.nbytes][::-1]
         self._hash = self._new_tensor_hash()
         self.position = 0
@@ -125,13 +118,11 @@ class OrderedDigest:
 def digest_shard(
     shard: Shard,
     algorithm: str,
-    threads: int = 1,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[str, dict[str, str]]:
     """Read a file once: its digest, and its tensors' by name.
 
     Args:
-        threads: for BLAKE3.
         progress: told the bytes read after each piece.
 
     Raises:
@@ -139,7 +130,7 @@ def digest_shard(
     """
     import numpy as np
 
-    digest = ShardDigest(shard.tensors, algorithm, threads)
+    digest = ShardDigest(shard.tensors, algorithm)
     buffer = np.empty(_PIECE, np.uint8)
     with ByteReader(shard.path, shard.size) as reader:
         while digest.position < shard.size:

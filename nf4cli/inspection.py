@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,6 +60,8 @@ class Overview:
         groups: the largest first.
         quant_method: as config.json says, None where it says nothing.
         skip_modules: llm_int8_skip_modules.
+        kept_modules: those of them that name a module of this checkpoint, each once, the numbers
+            of layers as `*`.
         errors: by weight, where a manifest knows them.
         problems: what is wrong with incomplete states (`nf4 verify` checks more).
     """
@@ -73,6 +76,7 @@ class Overview:
     model_type: str | None
     quant_method: str | None
     skip_modules: tuple[str, ...]
+    kept_modules: tuple[str, ...]
     errors: dict[str, TensorError]
     problems: tuple[str, ...]
 
@@ -86,7 +90,8 @@ class TensorView:
         code_values: what each code stands for.
         absmax_edges: 13 edges of 12 equal bins.
         absmax_counts: blocks in each bin.
-        absmax_bytes, nbytes: bytes of the decoded vector's storage and of all its tensors.
+        nbytes: bytes of all its tensors.
+        owner: the packed weight whose state this tensor is part of.
     """
 
     name: str
@@ -102,6 +107,7 @@ class TensorView:
     absmax_counts: tuple[int, ...] = ()
     error: TensorError | None = None
     reason: str | None = None
+    owner: str | None = None
 
 
 def overview(checkpoint: Checkpoint) -> Overview:
@@ -135,13 +141,26 @@ def overview(checkpoint: Checkpoint) -> Overview:
         model_type=model_type if isinstance(model_type, str) else None,
         quant_method=bnb_format.is_quantized_config(checkpoint.config),
         skip_modules=tuple(bnb_format.skip_list(checkpoint.config)),
+        kept_modules=_kept_modules(checkpoint),
         errors={
             name: record.error
             for name, record in (manifest.tensors.items() if manifest else ())
             if record.error is not None
         },
-        problems=tuple(problems),
+        problems=tuple(problem for _, problem in problems),
     )
+
+
+def _kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
+    modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
+    present = [
+        key
+        for key in bnb_format.skip_list(checkpoint.config)
+        if any(f".{module}.".endswith(f".{key}.") for module in modules)
+    ]
+    shortest = [k for k in present if not any(k != o and k.endswith("." + o) for o in present)]
+    numbered = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key) for key in shortest)
+    return tuple(dict.fromkeys(numbered))
 
 
 def _kind(weight: PackedWeight) -> str:
@@ -186,12 +205,13 @@ def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView
         weights, problems = find_weights(checkpoint, readers)
         weight = weights.get(name)
         if weight is None:
-            for problem in problems:
-                if name in problem:
+            for owner, problem in problems:
+                if owner == name:
                     raise InputError(problem)
             return TensorView(
                 name, shard.path.name, tensor.dtype, tensor.shape, tensor.nbytes,
                 reason=record.reason if record else None,
+                owner=bnb_format.companion_owner(name),
             )  # fmt: skip
         reader = PackedReader(readers, engine)
         codes = _count_codes(reader, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 from .engines import GRANULE
 from .errors import MachineError, UsageError
 from .plan import Plan
+from .records import Checkpoint
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
-_MIN_CHUNK = 4 * GRANULE  # bytes: one granule of float32
+_MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _WORKER_MEMORY = 2_000_000  # bytes a thread beside its buffers
 
@@ -32,27 +34,28 @@ class Resources:
     memory: int
 
 
-def check_output(plan: Plan, output: Path) -> None:
+def check_output(plan: Plan, output: Path, workers: int) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
 
     Raises:
         UsageError: it exists, or it is the source or inside it.
         MachineError: not enough free space.
     """
-    source, target = plan.checkpoint.root.resolve(), output.resolve()
-    inside = source in target.parents and not plan.checkpoint.is_file
+    refuse_place(plan.checkpoint, output)
+    require_disk(output, disk_bytes(plan, workers))
+
+
+def refuse_place(checkpoint: Checkpoint, output: Path) -> None:
+    """Raises UsageError unless `output` is absent or an empty directory, outside of the source."""
+    source, target = checkpoint.root.resolve(), output.resolve()
+    inside = source in target.parents and not checkpoint.is_file
     if target == source or inside:
         raise UsageError(
-            f"the output {output} is the source directory or lies inside it: choose another place"
+            f"the output {output} is the source directory or lies inside it: give another place, "
+            f"such as {source.parent / (source.name + '-out')}"
         )
-    refuse_existing(output)
-    need = disk_bytes(plan)
-    require_disk(output, need)
-
-
-def refuse_existing(output: Path) -> None:
-    """Raises UsageError unless `output` is absent or an empty directory."""
-    if output.is_symlink() or output.is_file() or (output.is_dir() and any(output.iterdir())):
+    empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
+    if os.path.lexists(output) and not empty:
         raise UsageError(f"{output} exists: remove it first, or choose another output")
 
 
@@ -69,7 +72,7 @@ def require_disk(output: Path, need: int) -> None:
         )
 
 
-def disk_bytes(plan: Plan, workers: int = 8) -> int:
+def disk_bytes(plan: Plan, workers: int) -> int:
     """Bytes that the run needs on the output's disk, temporary files and manifest included."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
     manifest = 1000 * len(plan.tensors) + 10_000
@@ -99,7 +102,7 @@ def make_resources(workers: int | None, memory: int | None, cpus: int) -> Resour
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{_BASE_MEMORY + smallest:,} bytes"
+                f"{-(-(_BASE_MEMORY + smallest) // 1_000_000)}MB"
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - _WORKER_MEMORY) // 2)

@@ -130,7 +130,7 @@ class Manifest:
         if version != VERSION:
             raise InputError(
                 f"{path} has manifest format {version!r}; this version of nf4 reads {VERSION}"
-                + (": install a newer nf4cli" if isinstance(version, int) else "")
+                + (": install a newer nf4cli" if type(version) is int and version > VERSION else "")
             )
         try:
             return _manifest_of(document)
@@ -166,6 +166,10 @@ def _tensor_dict(record: TensorRecord) -> dict[str, Any]:
 def _manifest_of(document: Mapping[str, Any]) -> Manifest:
     if document["digests"]["files"] not in ALGORITHMS:
         raise ValueError(f"digest algorithm {document['digests']['files']!r}")
+    for name, value in document["recipe"].items():
+        wanted = list if name == "keep" else type(getattr(QuantConfig(), name))
+        if type(value) is not wanted:
+            raise TypeError(f"recipe.{name} is {value!r}")
     run = document.get("run")
     return Manifest(
         config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
@@ -200,5 +204,5 @@ def _tensor_record(fields: dict[str, Any]) -> TensorRecord:
         output_file=str(fields["output"]["file"]),
         outputs=dict(fields["output"]["digests"]),
         state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
-        error=TensorError(**error) if error else None,
+        error=TensorError(float(error["rel_rmse"]), float(error["max_abs"])) if error else None,
     )

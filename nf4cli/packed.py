@@ -14,7 +14,7 @@ import numpy as np
 
 from . import bnb_format
 from .bnb_format import QuantState
-from .codebook import nested_map
+from .codebook import codebook, nested_map
 from .errors import InputError
 from .reader import ShardReaders
 from .records import ITEMSIZE, Checkpoint, Shard, TensorInfo
@@ -72,20 +72,20 @@ class PackedWeight:
 
 def find_weights(
     checkpoint: Checkpoint, readers: ShardReaders
-) -> tuple[dict[str, PackedWeight], list[str]]:
-    """Every complete packed weight by name, and what is wrong with the others."""
+) -> tuple[dict[str, PackedWeight], list[tuple[str, str]]]:
+    """Every complete packed weight by name, and (name, what is wrong) of the others."""
     weights: dict[str, PackedWeight] = {}
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     quantized = bnb_format.find_quantized(checkpoint)
     for name, found in quantized.items():
         try:
             weights[name] = _weight(checkpoint, readers, found)
         except InputError as error:
-            problems.append(str(error))
+            problems.append((name, str(error)))
     for key in checkpoint.tensors:
         owner = bnb_format.companion_owner(key)
         if owner is not None and owner not in quantized:
-            problems.append(f"{key} belongs to {owner}, which has no quant_state")
+            problems.append((owner, f"{key} belongs to {owner}, which has no quant_state"))
     return weights, problems
 
 
@@ -102,7 +102,7 @@ def load_weights(checkpoint: Checkpoint, readers: ShardReaders) -> dict[str, Pac
             if problems[1:]
             else ""
         )
-        raise InputError(f"{checkpoint.root}: {problems[0]}{more}")
+        raise InputError(f"{checkpoint.root}: {problems[0][1]}{more}")
     if not weights:
         raise InputError(
             f"{checkpoint.root} holds no bitsandbytes 4-bit weight: no key has a quant_state"
@@ -197,17 +197,35 @@ class PackedReader:
         """The bytes of elements [start, start + count); start is even."""
         return self.read(weight.packed, start // 2, (count + 1) // 2)
 
+    def require_standard_table(self, weight: PackedWeight) -> None:
+        """Raises InputError when the stored quant_map is not the one the codes decode with."""
+        table = codebook(weight.state.quant_type).decode
+        if not np.array_equal(self.floats(weight.quant_map), table):
+            raise InputError(
+                f"{weight.name}: its quant_map is not the {weight.state.quant_type} table; "
+                "nf4 decodes NF4 and FP4 only"
+            )
+
     def decode(self, weight: PackedWeight, start: int, count: int, dtype: str) -> U8:
-        """Elements [start, start + count) as raw bytes of `dtype`; start is a block's first."""
+        """Elements [start, start + count) as raw bytes of `dtype`; start is a block's first.
+
+        Raises:
+            InputError: a scale is too large for `dtype`.
+        """
         blocksize = weight.state.blocksize
         blocks = -(-count // blocksize)
         out = np.empty(count * ITEMSIZE[dtype], np.uint8)
+        absmax = self.absmax(weight, start // blocksize, blocks)
+        if dtype == "F16" and (np.abs(absmax) > np.finfo(np.float16).max).any():
+            raise InputError(
+                f"{weight.name} has values too large for float16: choose another --dtype"
+            )
         self._engine.dequantize(
             self.packed(weight, start, count),
             count,
             blocksize,
             weight.state.quant_type,
-            self.absmax(weight, start // blocksize, blocks),
+            absmax,
             dtype,
             out,
         )

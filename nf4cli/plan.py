@@ -26,8 +26,8 @@ from .records import (
     Shard,
     TensorInfo,
 )
-from .source import SINGLE
-from .writer import ShardLayout, lay_out
+from .source import SINGLE, shard_count
+from .writer import ShardLayout, fill_shards, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig) -> Plan:
         InputError: the source is already quantized, or is of a kind that nf4 cannot convert.
     """
     _check_options(config)
+    _refuse_part_of_a_set(checkpoint)
     _refuse_quantized(checkpoint)
     choices = selection.select(checkpoint, config.keep)
     model_dtype = _model_dtype(checkpoint, config)
@@ -181,8 +182,23 @@ def _check_options(config: QuantConfig) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
-    if config.max_shard_size < 1_000_000:
-        raise UsageError(f"--max-shard-size {config.max_shard_size} is below 1 MB")
+    check_shard_size(config.max_shard_size)
+
+
+def check_shard_size(size: int) -> None:
+    """Raises UsageError for less than 1 MB."""
+    if size < 1_000_000:
+        raise UsageError(f"--max-shard-size {size:,} bytes is below 1 MB")
+
+
+def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
+    """One shard of several is no model, though the config.json beside it says it is."""
+    path = checkpoint.shards[0].path
+    count = shard_count(path.name)
+    if checkpoint.is_file and count > 1:
+        raise InputError(
+            f"{path} is one of {count} shards of a model: give its directory, {path.parent}"
+        )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -241,7 +257,7 @@ def _plan_tensor(
         raise UsageError(
             f"--quant-storage {config.quant_storage} does not fit {tensor.name!r}, whose "
             f"{packed_bytes:,} packed bytes are no multiple of its size: use uint8, or keep the "
-            f"module with --skip-modules {selection.module_path(tensor.name)}"
+            f"module with --keep {selection.module_path(tensor.name)}"
         )
     state = QuantState(
         quant_type=config.quant_type,
@@ -272,14 +288,7 @@ def _place(
     tensors: list[TensorPlan], max_shard_size: int
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Fill output files in source order; a weight and its companions stay together."""
-    files: list[list[TensorPlan]] = [[]]
-    filled = 0
-    for plan in tensors:
-        if files[-1] and filled + plan.nbytes_out > max_shard_size:
-            files.append([])
-            filled = 0
-        filled += plan.nbytes_out
-        files[-1].append(plan)
+    files = fill_shards(tensors, lambda plan: plan.nbytes_out, max_shard_size)
     layouts = []
     for number, members in enumerate(files):
         name = shard_name(number, len(files))

@@ -32,8 +32,7 @@ class _Files:
     them are read back when the file is complete.
     """
 
-    def __init__(self, plan: Plan, directory: Path, algorithm: str, fsync: bool) -> None:
-        self._fsync = fsync
+    def __init__(self, plan: Plan, directory: Path, algorithm: str) -> None:
         self._lock = threading.Lock()
         self._file_of = {key: t.file for t in plan.tensors for key in t.outputs}
         self._pending = [0] * len(plan.shards)
@@ -64,7 +63,7 @@ class _Files:
         writer = self._writers[plan.file]
         for piece in writer.tail():
             self._digests[plan.file].update(piece)
-        writer.finish(self._fsync)
+        writer.finish()
 
     def abort(self) -> None:
         for turn in self._turns:
@@ -107,7 +106,7 @@ def write_checkpoint(
         InputError: see `Conversion.run`.
         OSError: a disk is full or fails.
     """
-    check_output(plan, output)
+    check_output(plan, output, resources.workers)
     started = time.monotonic()
     with new_directory(output, fsync) as directory:
         copy_files(plan.checkpoint.root, plan.checkpoint.extra_files, directory)
@@ -115,7 +114,7 @@ def write_checkpoint(
             (directory / "config.json").write_text(config_text(plan.output_config), "utf-8")
         if plan.index is not None:
             (directory / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n", "utf-8")
-        files = _Files(plan, directory, digest, fsync)
+        files = _Files(plan, directory, digest)
         try:
             conversion = Conversion(plan, engine, resources, files, digest, directory, progress)
             conversion.run()

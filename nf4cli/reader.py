@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
+from .fileio import read_at
 from .records import ITEMSIZE, Shard, TensorInfo
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def read_shard(path: Path) -> Shard:
         )
     try:
         with safe_open(path, "numpy") as file:
-            metadata = dict(file.metadata() or {})
             entries = []
             for name in file.offset_keys():
                 view = file.get_slice(name)
@@ -69,7 +69,7 @@ def read_shard(path: Path) -> Shard:
         )
     # The library leaves the order of empty tensors at one offset to chance.
     tensors.sort(key=lambda t: (t.start, t.stop, t.name))
-    return Shard(path, size, data_start, tuple(tensors), metadata)
+    return Shard(path, size, data_start, tuple(tensors))
 
 
 class ByteReader:
@@ -100,16 +100,12 @@ class ByteReader:
         Raises:
             InputError: the file ends before the buffer is full.
         """
-        view = memoryview(buffer)
-        while view.nbytes:
-            count = os.preadv(self._fd, [view], offset)
-            if count == 0:
-                raise InputError(
-                    f"{self.path} ended at byte {offset:,} while it was being read: "
-                    "it was truncated by another process"
-                )
-            view = view[count:]
-            offset += count
+        count = read_at(self._fd, memoryview(buffer), offset)
+        if count < buffer.nbytes:
+            raise InputError(
+                f"{self.path} ended at byte {offset + count:,} while it was being read: "
+                "it was truncated by another process"
+            )
 
     def read(self, offset: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from `offset`, in a new array."""

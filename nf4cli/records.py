@@ -66,14 +66,12 @@ class Shard:
         size: bytes in the file.
         data_start: offset of the first tensor byte (8 + header length).
         tensors: in offset order, no holes between them.
-        metadata: the header's `__metadata__`, {} where it has none.
     """
 
     path: Path
     size: int
     data_start: int
     tensors: tuple[TensorInfo, ...]
-    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,6 @@ class Checkpoint:
         shards: in the order of their names.
         tensors: every tensor by name, with its shard.
         config: config.json, {} where there is none.
-        index: the index file's name, None where there is none.
         is_file: the user named one file, whose directory may hold anything.
         extra_files: other files worth copying, relative to root, sorted.
         left_files: files that are NOT copied (other weight formats), relative, sorted.
@@ -97,7 +94,6 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, tuple[Shard, TensorInfo]]
     config: Mapping[str, Any]
-    index: str | None
     is_file: bool
     extra_files: tuple[str, ...]
     left_files: tuple[str, ...]

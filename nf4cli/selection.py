@@ -79,7 +79,7 @@ class Context:
 
     Attributes:
         model_types: model_type of the config and its sub-configs.
-        vocab_sizes: every `*vocab_size` of the config and its sub-configs.
+        vocab_sizes: every `*vocab_size` of the config and its sub-configs, but type_vocab_size.
         num_layers: num_hidden_layers of the decoder, None where unknown.
         names: every tensor name.
     """
@@ -98,7 +98,12 @@ class Context:
         return Context(
             model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
             vocab_sizes=frozenset(
-                v for k, v in items if k.endswith("vocab_size") and isinstance(v, int) and v > 1
+                v
+                for k, v in items
+                if k.endswith("vocab_size")
+                and k != "type_vocab_size"
+                and isinstance(v, int)
+                and v > 1
             ),
             num_layers=layers if isinstance(layers, int) else None,
             names=frozenset(checkpoint.tensors),
@@ -138,8 +143,8 @@ def _inside_numbered_layer(path: list[str]) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("not-a-weight", "not a .weight", lambda c, t, p: not t.name.endswith(WEIGHT)),
-    Rule("not-2d", "not a matrix", lambda c, t, p: len(t.shape) != 2),
+    Rule("not-a-weight", "a bias or buffer", lambda c, t, p: not t.name.endswith(WEIGHT)),
+    Rule("not-2d", "not a matrix: a norm, a convolution", lambda c, t, p: len(t.shape) != 2),
     Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
     Rule("empty", "no elements", lambda c, t, p: t.numel == 0),
     Rule("embedding", "an embedding", lambda c, t, p: bool(EMBEDDINGS.search(p[-1]))),
@@ -148,6 +153,7 @@ RULES: tuple[Rule, ...] = (
         "an output head",
         lambda c, t, p: (
             p[-1] in HEADS
+            or "classifier" in p
             or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
             or p[-2:] == ["pred_layer", "proj"]
         ),
@@ -207,7 +213,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
-USER = Rule("user", "kept by --skip-modules", lambda c, t, p: True)
+USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,7 @@ def module_path(tensor_name: str) -> str:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a --skip-modules pattern names this module.
+    """Whether a --keep pattern names this module.
 
     A pattern with a wildcard is a glob over the whole dotted path; one without names any run of
     whole parts: `mlp`, `layers.0`, `self_attn.q_proj`.
@@ -261,9 +267,9 @@ def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice
         choices[name] = _choose(context, tensor, bool(hits))
     for pattern in sorted(unmatched):
         raise UsageError(
-            f"--skip-modules {pattern!r} matches no module; the modules are called like "
+            f"--keep {pattern!r} matches no module; the modules are called like "
             f"{', '.join(_examples(checkpoint))}. A pattern is a glob over the whole path "
-            "('*.down_proj') or whole parts of it ('layers.0')"
+            "('*.down_proj') or whole parts of it ('layers.0'); repeat --keep for several"
         )
     if not any(choice.quantize for choice in choices.values()):
         kept: dict[str, int] = {}

@@ -50,6 +50,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         root, name = path, path.resolve().name
         index, files = _find_shards(root)
+        if all(file.name.startswith("adapter_model") for file in files):
+            raise InputError(_not_a_checkpoint(root, "it has no model", root.iterdir()))
     elif path.is_file():
         root, name, index = path.parent, path.stem, None
         if path.suffix != ".safetensors":
@@ -58,7 +60,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         files = [path]
     else:
-        raise InputError(f"{path} does not exist: give a model directory or a .safetensors file")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        advice = (
+            f"; if it is a model of the Hub, fetch it first: hf download {path} --local-dir "
+            f"{path.name}" if hub else ""
+        )  # fmt: skip
+        raise InputError(
+            f"{path} does not exist: give a model directory or a .safetensors file{advice}"
+        )
     shards = tuple(read_shard(file) for file in files)
     tensors = _merge(shards)
     if not tensors:
@@ -70,7 +79,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         extra, left = _other_files(root, {shard.path for shard in shards})
     else:
         extra, left = _companions_of_file(root) if config else (), ()
-    return Checkpoint(root, name, shards, tensors, config, index, path.is_file(), extra, left)
+    return Checkpoint(root, name, shards, tensors, config, path.is_file(), extra, left)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,6 +135,12 @@ def _find_shards(root: Path) -> tuple[str | None, list[Path]]:
         f"{root} has {len(found)} .safetensors files and no index that says which belong "
         f"together: {', '.join(p.name for p in found[:6])}. Give one file instead of the directory"
     )
+
+
+def shard_count(name: str) -> int:
+    """Files of the set that a file name like model-00001-of-00003.safetensors speaks of, else 1."""
+    match = _NUMBERED.fullmatch(name)
+    return int(match["count"]) if match else 1
 
 
 def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:

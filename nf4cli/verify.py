@@ -9,7 +9,7 @@ code that writes, and comparing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +21,10 @@ from .codebook import codebook
 from .conversion import Conversion
 from .digest import digest_shard
 from .engines import Engine
-from .errors import InputError
+from .errors import InputError, UsageError
 from .limits import Resources
 from .manifest import Manifest
-from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
+from .packed import PackedReader, PackedWeight, Placed, by_shard, find_weights, standard_nested_map
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan, make_plan
 from .reader import ByteReader, ShardReaders
@@ -34,15 +34,16 @@ from .source import MANIFEST, open_checkpoint
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+LEVELS = ("structure", "config", "state", "manifest", "source")
 _BLOCKS_AT_A_TIME = 1 << 18
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong.
 
     Attributes:
-        level: "structure", "config", "state", "manifest" or "source".
+        level: one of LEVELS.
         where: the file or tensor.
         message: what was found and what was expected.
     """
@@ -52,19 +53,38 @@ class Finding:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check that was made.
+
+    Attributes:
+        level: as of its findings.
+        what: what holds when it is ok.
+        ok: whether it had no finding.
+    """
+
+    level: str
+    what: str
+    ok: bool
+
+
 @dataclass(slots=True)
 class Report:
     """What was checked, what was not, and what is wrong.
 
     Attributes:
         findings: empty when all is well.
-        checked: sentences, in the order of the checks.
+        checks: in the order they were made.
         unchecked: what could not be checked, and what it would take.
     """
 
     findings: list[Finding] = field(default_factory=list)
-    checked: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+
+    def check(self, level: str, what: str) -> None:
+        """All findings of this level are in."""
+        self.checks.append(Check(level, what, all(f.level != level for f in self.findings)))
 
     def add(self, level: str, where: str, message: str) -> None:
         self.findings.append(Finding(level, where, message))
@@ -109,7 +129,7 @@ def verify(
         )
     else:
         _check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
-    report.findings.sort(key=lambda finding: finding.level != "structure")
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 
 
@@ -120,8 +140,8 @@ def _check_structure(
     checkpoint: Checkpoint, readers: ShardReaders, report: Report
 ) -> dict[str, PackedWeight]:
     weights, problems = find_weights(checkpoint, readers)
-    for problem in problems:
-        report.add("structure", problem.split()[0], problem)
+    for owner, problem in problems:
+        report.add("structure", owner, problem)
     if not weights and not problems:
         raise InputError(
             f"{checkpoint.root} holds no bitsandbytes 4-bit weight: there is nothing to verify. "
@@ -132,8 +152,9 @@ def _check_structure(
         stateless = name not in parts and bnb_format.companion_owner(name) is None
         if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
             report.add("structure", name, f"{name} looks packed but has no quant_state")
-    report.checked.append(
-        f"{len(checkpoint.shards)} files open, {len(weights)} quantization states are complete"
+    report.check(
+        "structure",
+        f"every file opens, {len(weights)} quantization states are complete",
     )
     return weights
 
@@ -146,6 +167,13 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
         checkpoint.config, (weight.state for weight in weights.values())
     ):
         report.add("config", "config.json", problem)
+    if not bnb_format.has_skip_list(checkpoint.config):
+        report.unchecked.append(
+            "which modules are not packed: config.json has no llm_int8_skip_modules, so each "
+            "version of transformers derives its own list"
+        )
+        report.check("config", "config.json says what the tensors need")
+        return
     keys = bnb_format.skip_list(checkpoint.config)
     packed = {selection.module_path(name) for name in weights}
     for module in sorted(packed):
@@ -172,7 +200,7 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
                 f"{name} is full precision but no entry of llm_int8_skip_modules means it: loaders "
                 "expect it in 4 bit and fail at the first forward",
             )
-    report.checked.append("config.json says what the tensors need")
+    report.check("config", "config.json says what the tensors need")
 
 
 def form_hit(key: str, module: str, context: selection.Context) -> bool:
@@ -185,7 +213,7 @@ def _check_states(reader: PackedReader, weights: dict[str, PackedWeight], report
     for weight in by_shard(weights):
         for message in _state_problems(reader, weight):
             report.add("state", weight.name, message)
-    report.checked.append("tables are bitsandbytes' own, statistics are finite")
+    report.check("state", "tables are bitsandbytes' own, statistics are finite")
 
 
 def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]:
@@ -249,22 +277,25 @@ def _check_manifest(
                 f"{weight.name}: its quantization state is {weight.state}, the manifest has "
                 f"{record.state}",
             )
+    expected = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
+    for key in sorted(expected.keys() - checkpoint.tensors.keys()):
+        report.add("manifest", key, f"{key} is missing: the manifest lists it")
     lock = threading.Lock()
 
     def check(shard: Shard) -> None:
-        findings = list(_digest_findings(shard, manifest, progress))
+        findings = list(_digest_findings(shard, manifest, expected, progress))
         with lock:
             report.findings += findings
 
     shards = [shard for name, shard in here.items() if name in manifest.output_files]
     run(shards, lambda: check, min(resources.workers, max(1, len(shards))), lambda: None)
-    report.checked.append(
-        f"every byte of {len(shards)} files against the manifest's {manifest.digest} digests"
-    )
+    report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
     return manifest
 
 
-def _digest_findings(shard: Shard, manifest: Manifest, progress: Progress) -> Iterable[Finding]:
+def _digest_findings(
+    shard: Shard, manifest: Manifest, expected: Mapping[str, str], progress: Progress
+) -> Iterable[Finding]:
     name = shard.path.name
     record = manifest.output_files[name]
     if shard.size != record.size:
@@ -274,11 +305,13 @@ def _digest_findings(shard: Shard, manifest: Manifest, progress: Progress) -> It
     digest, tensors = digest_shard(
         shard, manifest.digest, progress=lambda count: progress(name, count)
     )
-    expected = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
     wrong = [key for key, found in tensors.items() if found != expected.get(key)]
     for key in wrong:
         what = "is not in the manifest" if key not in expected else "is not what was written"
-        yield Finding("manifest", key, f"{key} in {name} {what}: its digest is {tensors[key]}")
+        wanted = f", expected {expected[key]}" if key in expected else ""
+        yield Finding(
+            "manifest", key, f"{key} in {name} {what}: its digest is {tensors[key]}{wanted}"
+        )
     if digest != record.digest and not wrong:
         yield Finding(
             "manifest",
@@ -299,37 +332,43 @@ class _Comparison:
         self._readers = readers
         self._lock = threading.Lock()
         self.first: dict[str, int] = {}  # key -> the first byte that differs
+        self.states: dict[str, str] = {}  # key -> what is wrong with a quant_state
         self.compared = 0
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
         placed = self._checkpoint.tensors.get(key)
+        if placed is not None and bnb_format.is_state_key(key):
+            self._compare_states(key, placed, data)
+            return
         if placed is None or offset + data.nbytes > placed[1].nbytes:
             return  # reported by the comparison of the headers
         shard, tensor = placed
         there = self._readers[shard].read(tensor.start + offset, data.nbytes)
         with self._lock:
             self.compared += data.nbytes
-        if np.array_equal(there, data) or _same_state(key, there, data):
+        if np.array_equal(there, data):
             return
         place = offset + int(np.argmax(there != data))
         with self._lock:
             self.first[key] = min(place, self.first.get(key, place))
 
+    def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
+        """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
+        shard, tensor = placed
+        there = self._readers[shard].read(tensor.start, tensor.nbytes).tobytes()
+        expected = bnb_format.decode_state(data.tobytes(), key)
+        try:
+            same = bnb_format.decode_state(there, key) == expected
+        except InputError:
+            same = False
+        with self._lock:
+            self.compared += data.nbytes
+            if not same:
+                self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
+
     def finish(self, plan: TensorPlan) -> None: ...
 
     def abort(self) -> None: ...
-
-
-def _same_state(key: str, there: NDArray[np.uint8], data: NDArray[np.uint8]) -> bool:
-    """Two quant_state blobs that mean the same (padding and spacing are free)."""
-    if not bnb_format.is_state_key(key):
-        return False
-    try:
-        return bnb_format.decode_state(there.tobytes(), key) == bnb_format.decode_state(
-            data.tobytes(), key
-        )
-    except InputError:
-        return False
 
 
 def _check_source(
@@ -342,17 +381,23 @@ def _check_source(
     report: Report,
     progress: Progress,
 ) -> None:
+    if manifest is None and not weights:
+        report.unchecked.append("the bytes against the source: no quantization state is complete")
+        return
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
-    plan = make_plan(open_checkpoint(source), config)
-    _compare_headers(checkpoint, plan, report)
-    _compare_config(checkpoint, plan, report)
+    original = open_checkpoint(source)
+    try:
+        plan = make_plan(original, config)
+    except UsageError as error:
+        report.add(
+            "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
+        )
+        return
     with ShardReaders(checkpoint.shards) as readers:
         sink = _Comparison(checkpoint, readers)
         algorithm = manifest.digest if manifest else None
         conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
         conversion.run()
-    for key, place in sorted(sink.first.items()):
-        report.add("source", key, _difference(checkpoint, weights, key, place))
     if manifest is not None:
         digests, _ = conversion.source_digests()
         for name, record in manifest.source_files.items():
@@ -360,11 +405,20 @@ def _check_source(
                 report.add(
                     "source",
                     name,
-                    f"{name} in {source} is not the file that the manifest names: "
-                    f"{manifest.digest} {digests[name]}, the manifest has {record.digest}",
+                    f"{source if source.is_file() else source / name} is not the file that this "
+                    f"was made from: its {manifest.digest} is {digests[name]}, the manifest has "
+                    f"{record.digest}",
                 )
-    report.checked.append(
-        f"{sink.compared:,} bytes against the source, quantized again with {engine.name}"
+    _compare_headers(checkpoint, plan, report)
+    _compare_config(checkpoint, plan, report)
+    for key, place in sorted(sink.first.items()):
+        report.add("source", key, _difference(checkpoint, weights, key, place))
+    for key, message in sorted(sink.states.items()):
+        report.add("source", key, message)
+    report.check(
+        "source",
+        f"every byte is the one the source gives ({sink.compared:,} bytes, quantized again with "
+        f"{engine.name})",
     )
 
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import MachineError
+from .fileio import write_at
 from .reader import ByteReader, read_shard
-from .records import Shard, TensorInfo
+from .records import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Item = TypeVar("Item")
 _PIECE = 1 << 20  # bytes read back at a time
 _ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
 
@@ -50,6 +52,22 @@ class ShardLayout:
     def streamed_stop(self) -> int:
         """Offset in the file of the byte behind the last streamed tensor."""
         return max((self.tensors[key].stop for key in self.streamed), default=len(self.header))
+
+
+def fill_shards(
+    items: Iterable[Item], nbytes: Callable[[Item], int], max_shard_size: int
+) -> list[list[Item]]:
+    """Items in order, cut into files of at most `max_shard_size` bytes of tensors; a larger item
+    gets a file of its own."""
+    files: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if files[-1] and filled + nbytes(item) > max_shard_size:
+            files.append([])
+            filled = 0
+        filled += nbytes(item)
+        files[-1].append(item)
+    return files
 
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -120,8 +138,12 @@ class ShardWriter:
         self.path = directory / layout.filename
         self.layout = layout
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        _allocate(self._fd, layout.size)
-        self._write_at(0, memoryview(layout.header))
+        try:
+            _allocate(self._fd, layout.size)
+        except OSError as error:
+            self.close()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        write_at(self._fd, memoryview(layout.header), 0)
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
         """Put `data` (contiguous bytes) at `offset` bytes into tensor `key`.
@@ -132,7 +154,7 @@ class ShardWriter:
         tensor = self.layout.tensors[key]
         if offset + data.nbytes > tensor.nbytes:
             raise ValueError(f"{key}: {offset} + {data.nbytes} bytes of {tensor.nbytes}")
-        self._write_at(tensor.start + offset, memoryview(data))
+        write_at(self._fd, memoryview(data), tensor.start + offset)
 
     def tail(self) -> Iterator[NDArray[np.uint8]]:
         """What lies behind the streamed tensors, read back from the file in pieces."""
@@ -140,25 +162,16 @@ class ShardWriter:
             for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
                 yield reader.read(start, min(_PIECE, self.layout.size - start))
 
-    def _write_at(self, position: int, view: memoryview) -> None:
-        while view.nbytes:
-            count = os.pwrite(self._fd, view, position)
-            view = view[count:]
-            position += count
-
-    def finish(self, fsync: bool) -> Shard:
+    def finish(self) -> None:
         """Close the file and have the safetensors library read its header back.
 
         Raises:
             MachineError: what was written is not what was planned.
         """
-        if fsync:
-            os.fsync(self._fd)
         self.close()
         shard = read_shard(self.path)
         if {t.name: t for t in shard.tensors} != self.layout.tensors:
             raise MachineError(f"{self.path}: the header read back differs from the one written")
-        return shard
 
     def close(self) -> None:
         if self._fd >= 0:

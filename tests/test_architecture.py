@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nf4cli"
 FLOORS = (  # a module imports from floors below its own, or from its own floor
-    ("__init__", "errors"),
+    ("__init__", "errors", "fileio"),
     ("records", "codebook"),
     ("bnb_format", "engines", "reader"),
     ("selection", "source", "writer", "digest", "pipeline", "output"),

@@ -70,6 +70,44 @@ def test_gguf_and_adapters_are_named(work):
     (work / "a").mkdir()
     (work / "a" / "adapter_config.json").write_text("{}")
     refused(INPUT, "quantize", "a", says=("PEFT adapter", "merge"), cwd=work)
+    save_file({"x.lora_A.weight": torch.zeros(4, 4)}, work / "a" / "adapter_model.safetensors")
+    refused(INPUT, "quantize", "a", says=("PEFT adapter", "merge"), cwd=work)
+
+
+def test_one_shard_of_several(work):
+    write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
+    refused(
+        INPUT, "quantize", "split/model-00001-of-00002.safetensors",
+        says=("one of 2 shards", "give its directory"), cwd=work,
+    )  # fmt: skip
+
+
+def test_a_hub_id_is_told_apart(work):
+    refused(INPUT, "quantize", "org/name", says=("hf download org/name",), cwd=work)
+
+
+def test_names_with_brackets_are_not_markup(work):
+    tensors = {"a.0.[/x].[bold]b.weight": torch.ones(64, 64), "n.weight": torch.ones(3)}
+    write_checkpoint_dir(work / "m[v2]", tensors, LLAMA)
+    assert "out[/v2]" in nf4_ok("quantize", "m[v2]", "out[/v2]", cwd=work)
+    assert "[bold]b.weight" in nf4_ok("inspect", "out[/v2]", cwd=work)
+    nf4_ok("inspect", "out[/v2]", "a.0.[/x].[bold]b.weight", cwd=work)
+    nf4_ok("verify", "out[/v2]", "--source", "m[v2]", cwd=work)
+    nf4_ok("dequantize", "out[/v2]", "back[/]", cwd=work)
+
+
+def test_a_poorer_locale_and_a_closed_pipe(work):
+    nf4_ok("quantize", "model", cwd=work)
+    poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = nf4("inspect", "model-nf4", "model.layers.0.mlp.down_proj", cwd=work, env=poor)
+    assert done.returncode == 0, done.stderr
+    nf4_command = Path(sys.executable).with_name("nf4")
+    line = f"'{nf4_command}' quantize model out | true; echo ${{PIPESTATUS[0]}}"
+    piped = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=work, check=True
+    )
+    assert piped.stdout in ("141\n", "0\n")
+    assert piped.stderr == ""
 
 
 def test_git_lfs_pointer(work):
@@ -211,7 +249,7 @@ def test_nonfinite_weight(work, value, word, workers):
     write_checkpoint_dir(work / "model", tensors, LLAMA)
     refused(
         INPUT, "quantize", "model", "--workers", workers, "-q",
-        says=(f"{UP}[100, 33]", word, "--skip-modules model.layers.0.mlp.up_proj"), cwd=work,
+        says=(f"{UP}[100, 33]", word, "--keep model.layers.0.mlp.up_proj"), cwd=work,
     )  # fmt: skip
     nf4_ok("quantize", "model", "--skip-modules", "model.layers.0.mlp.up_proj", cwd=work)
 

@@ -41,8 +41,8 @@ def test_what_is_written_the_library_reads(tmp_path_factory, entries, cut, rando
     random.shuffle(pieces)
     for key, offset, data in pieces:
         writer.write(key, offset, np.frombuffer(data, np.uint8))
-    shard = writer.finish(fsync=False)
-    assert shard == read_shard(shard.path)
+    writer.finish()
+    shard = read_shard(root / "x.safetensors")
     data = shard.path.read_bytes()
     assert len(data) == layout.size
     with safe_open(shard.path, "numpy") as file:

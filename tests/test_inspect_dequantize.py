@@ -35,7 +35,7 @@ def test_inspect_adds_up(llama, llama_nf4):
 def test_inspect_a_full_precision_checkpoint(llama):
     text = nf4_ok("inspect", llama)
     assert "0.0% in 4 bit, 16.00 bits a weight" in text
-    assert "full precision" in nf4_ok("inspect", llama, UP)
+    assert "not in 4 bit" in nf4_ok("inspect", llama, UP)
 
 
 def test_inspect_a_tensor_counts_every_code(tmp_path):

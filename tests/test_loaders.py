@@ -213,6 +213,7 @@ def test_transformers_own_output_is_read(quant_type, double_quant, storage, tmp_
         decoded = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert torch.equal(restored[f"{name}.weight"], decoded), name
     assert quant_type in nf4_ok("inspect", theirs)
+    assert "theirs is good" in nf4_ok("verify", theirs)
     assert "codes, by value" in nf4_ok("inspect", theirs, "model.layers.0.mlp.up_proj")
     assert read_all(source).keys() == restored.keys()
 

@@ -19,9 +19,9 @@ FAMILIES = (
 
 
 def checkpoint(config: dict, tensors: dict) -> Checkpoint:
-    shard = Shard(Path("x.safetensors"), 0, 0, (), {})
+    shard = Shard(Path("x.safetensors"), 0, 0, ())
     placed = {n: (shard, TensorInfo(n, d, tuple(s), 0)) for n, (d, s) in tensors.items()}
-    return Checkpoint(Path("x"), "x", (shard,), placed, config, None, False, (), ())
+    return Checkpoint(Path("x"), "x", (shard,), placed, config, False, (), ())
 
 
 def quantized(name: str) -> set[str]:

@@ -150,11 +150,36 @@ def test_without_a_manifest_the_source_alone_proves_it(copy, llama):
     assert f"{UP} in model.safetensors: byte 77 (elements 154 and 155)" in done.stdout
 
 
+def test_a_state_of_another_length_is_compared_by_its_meaning(copy, llama):
+    def unpad(tensors: dict[str, torch.Tensor]) -> None:
+        edit_state(tensors)  # json.dumps of the same fields: shorter, and as good
+
+    resave(copy, unpad)
+    (copy / MANIFEST).unlink()
+    nf4_ok("verify", copy, "--source", llama)
+    resave(copy, lambda t: edit_state(t, shape=[64, 128]))
+    done = nf4("verify", copy, "--source", llama)
+    assert done.returncode == 1
+    assert f"{UP}{STATE} is" in done.stdout
+
+
+def test_no_complete_state_and_no_manifest(copy, llama):
+    def break_all(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if k.endswith(".absmax")]:
+            del tensors[key]
+
+    resave(copy, break_all)
+    (copy / MANIFEST).unlink()
+    done = nf4("verify", copy, "--source", llama)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_another_source_is_named(llama_nf4, tmp_path):
     other = write_checkpoint_dir(tmp_path / "other", llama_tensors(seed=1), LLAMA)
     done = nf4("verify", llama_nf4, "--source", other)
     assert done.returncode == 1
-    assert "is not the file that the manifest names" in done.stdout
+    assert "is not the file that this was made from" in done.stdout
 
 
 def test_experts_left_out_are_noticed(tmp_path, llama):

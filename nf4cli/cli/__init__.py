@@ -5,6 +5,8 @@ Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
 
 from __future__ import annotations
 
+import errno
+import io
 import signal
 import sys
 
@@ -15,6 +17,8 @@ from .dequantize import dequantize
 from .inspect import inspect
 from .quantize import quantize
 from .verify import verify
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 app = typer.Typer(
     name="nf4",
@@ -48,29 +52,34 @@ def main() -> None:
     """The entry point: the one place where an error becomes a message and an exit code."""
     from ..errors import Nf4Error
 
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
     try:
         app()
     except Nf4Error as error:
         _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     except OSError as error:
-        _fail(f"{error.filename or 'I/O'}: {error.strerror or error}", 4)
+        advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}{advice}; nothing was left behind", 4)
 
 
-def _interrupt(*_: object) -> None:
-    """Ctrl-C, as an error like any other: the typer library would end without a word."""
+def _interrupt(number: int, _: object) -> None:
+    """Ctrl-C or a polite kill, as an error like any other; a second one waits for the cleaning."""
     from ..errors import InterruptedRunError
 
+    for handled in _SIGNALS:
+        signal.signal(handled, signal.SIG_IGN)
     raise InterruptedRunError("interrupted; nothing was left behind")
 
 
 def _fail(message: str, code: int) -> None:
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
     console.print("[bold red]error:[/]", end=" ")
     console.print(message, markup=False)
     sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -38,6 +39,12 @@ MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="A bound on memory that is kept, like 200MB.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+ShardSizeOption = Annotated[
+    str, typer.Option("--max-shard-size", help="Largest size of an output file.")
+]
+FsyncOption = Annotated[
+    bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
 
 
@@ -83,28 +90,44 @@ def load_engine(name: str) -> Engine:
 
 
 def out_console() -> Console:
-    """For results, on stdout."""
-
+    """For results, on stdout; the work is done by now, so a closed pipe may end us."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return _console(stderr=False)
 
 
-def err_console(quiet: bool = False) -> Console:
+def err_console() -> Console:
     """For progress and messages, on stderr."""
-    return _console(stderr=True, quiet=quiet)
+    return _console(stderr=True)
 
 
-def _console(stderr: bool, quiet: bool = False) -> Console:
+def _console(stderr: bool) -> Console:
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
-    # A pipe or a log has no columns: do not break its lines at 80.
-    width = None if stream.isatty() else 200
-    return Console(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=True, width=width)
+    # A terminal's lines are broken at words; a pipe or a log has no columns to break them at.
+    logged = not (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        stderr=stderr, highlight=False, emoji=False,
+        soft_wrap=logged, width=200 if logged else None,
+    )  # fmt: skip
+
+
+def plain(text: object) -> str:
+    """A name or path for a styled line: its brackets are not markup."""
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """The only thing on stdout under --json."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """The only thing on stdout under --json; ASCII, whatever the locale."""
+    out_console()
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 class ProgressDisplay:

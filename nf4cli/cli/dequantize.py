@@ -11,9 +11,11 @@ import typer
 from . import common
 from .common import (
     EngineOption,
+    FsyncOption,
     JsonOption,
     MemoryOption,
     QuietOption,
+    ShardSizeOption,
     WorkersOption,
     format_size,
 )  # fmt: skip
@@ -26,17 +28,16 @@ def dequantize(
     output: Annotated[Path, typer.Argument(help="New directory.")],
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="Of all floats. auto: what each weight was quantized from."),
+        typer.Option(
+            "--dtype",
+            help="Dtype of all floats: auto (the original), float32, float16, bfloat16.",
+        ),
     ] = "auto",
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Of each output file.")
-    ] = "5GB",
+    max_shard_size: ShardSizeOption = "5GB",
     engine: EngineOption = "auto",
     workers: WorkersOption = None,
     memory: MemoryOption = None,
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
-    ] = False,
+    fsync: FsyncOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,7 +69,8 @@ def dequantize(
         )
     elif not quiet:
         common.out_console().print(
-            f"[bold]{output}[/]: {summary.decoded} weights decoded, {summary.kept} tensors kept, "
-            f"{format_size(summary.nbytes)} in {summary.files} file(s), in {seconds:.1f} s "
-            f"({chosen.name})",
+            f"[bold]{common.plain(output)}[/]: {summary.decoded} weights decoded, "
+            f"{summary.kept} kept, "
+            f"{format_size(summary.nbytes)} in {common.plural(summary.files, 'file')}, "
+            f"in {seconds:.2f} s ({chosen.name})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,10 +50,10 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
 
     share = seen.packed_parameters / max(1, seen.parameters)
     console.print(
-        f"[bold]{seen.name}[/] ({seen.model_type or 'no config.json'}): "
+        f"[bold]{common.plain(seen.name)}[/] ({common.plain(seen.model_type or 'no model_type')}): "
         f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
         f"{seen.bits_per_weight:.2f} bits a weight, "
-        f"{format_size(seen.nbytes)} in {seen.files} file(s)"
+        f"{format_size(seen.nbytes)} in {common.plural(seen.files, 'file')}"
     )
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("kind", "tensors", "weights", "bytes", "for example"):
@@ -61,59 +62,57 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
     for group in seen.groups:
         table.add_row(
             ("4-bit: " if group.packed else "kept: ") + group.kind, f"{group.tensors:,}",
-            f"{group.elements:,}", format_size(group.nbytes), group.example,
+            f"{group.elements:,}", format_size(group.nbytes), common.plain(group.example),
             style="bold" if group.packed else None,
         )  # fmt: skip
     console.print(table)
     if seen.quant_method is not None:
-        console.print(
-            f"config.json: quant_method {seen.quant_method}; not quantized: "
-            f"{', '.join(seen.skip_modules) or '(empty list)'}",
-        )
+        kept = ", ".join(common.plain(k) for k in seen.kept_modules) or "nothing of this model"
+        console.print(f"config.json: {common.plain(seen.quant_method)}; kept out of 4 bit: {kept}")
     if seen.errors:
         ranked = sorted(seen.errors.items(), key=lambda item: -item[1].rel_rmse)
-        middle = ranked[len(ranked) // 2][1].rel_rmse
+        middle = statistics.median(error.rel_rmse for error in seen.errors.values())
         console.print(f"error against the source: relative RMSE {middle:.4f} (median); the worst:")
         for name, error in ranked[:3]:
             console.print(
-                f"  {error.rel_rmse:.4f}  max {error.max_abs:.4g}  {name}", soft_wrap=True
+                f"  {error.rel_rmse:.4f}, largest {error.max_abs:.3g}, {common.plain(name)}"
             )
     elif any(group.packed for group in seen.groups):
         console.print("error against the source: not known, there is no manifest")
     for problem in seen.problems[:5]:
-        console.print("[bold red]problem[/]  ", end="")
-        console.print(problem, markup=False)
+        console.print(f"[bold red]problem[/]  {common.plain(problem)}")
     if seen.problems:
-        console.print(
-            f"{len(seen.problems)} problem(s): nf4 verify {path} shows all", soft_wrap=True
-        )
+        found = common.plural(len(seen.problems), "problem")
+        console.print(f"{found}: nf4 verify {common.plain(path)} shows all")
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:
-    console.print(f"[bold]{view.name}[/] in {view.file}")
+    console.print(f"[bold]{common.plain(view.name)}[/] in {common.plain(view.file)}")
     if view.state is None:
-        console.print(
-            f"{view.dtype} {list(view.shape)}, {format_size(view.nbytes)}, full precision"
-            + (f": {view.reason}" if view.reason else "")
-        )
+        what = f"part of the state of {view.owner}" if view.owner else "not in 4 bit"
+        reason = f" ({view.reason})" if view.reason else ""
+        size = format_size(view.nbytes)
+        console.print(common.plain(f"{view.dtype} {list(view.shape)}, {size}, {what}{reason}"))
         return
     state = view.state
     nested = (
-        f"nested in runs of {state.nested_blocksize}, offset {state.nested_offset!r}"
+        f"nested in runs of {state.nested_blocksize}, offset {state.nested_offset:.6g}"
         if state.nested
         else "float32"
     )
     console.print(
-        f"{state.quant_type}, blocksize {state.blocksize}, decodes to {state.dtype} "
-        f"{list(state.shape)}; absmax {nested}"
+        common.plain(
+            f"{state.quant_type}, blocksize {state.blocksize}, decodes to {state.dtype} "
+            f"{list(state.shape)}; absmax {nested}"
+        )
     )
     console.print(
         f"{format_size(view.nbytes)} with its state, {view.bits_per_weight:.3f} bits a weight"
     )
     if view.error is not None:
         console.print(
-            f"error against the source: relative RMSE {view.error.rel_rmse:.4f}, max "
-            f"{view.error.max_abs:.4g}"
+            f"error against the source: relative RMSE {view.error.rel_rmse:.4f}, "
+            f"largest {view.error.max_abs:.3g}"
         )
     console.print("\ncodes, by value:")
     by_value = sorted(range(16), key=lambda code: (view.code_values[code], code))
@@ -131,7 +130,6 @@ def _print_tensor(console: Console, view: TensorView) -> None:
 
 def _print_bar(console: Console, label: str, count: int, largest: int, total: int) -> None:
     width = max(10, min(60, console.width - len(label) - 24))
-    bar = "█" * round(width * count / max(1, largest))
-    console.print(
-        f"  {label}  {bar:<{width}} {count:>10,} {count / max(1, total):6.1%}", soft_wrap=True
-    )
+    block = "█" if console.encoding.startswith("utf") else "#"
+    bar = block * round(width * count / max(1, largest))
+    console.print(f"  {label}  {bar:<{width}} {count:>10,} {count / max(1, total):6.1%}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +12,16 @@ import typer
 from . import common
 from .common import (
     EngineOption,
+    FsyncOption,
     JsonOption,
     MemoryOption,
     QuietOption,
+    ShardSizeOption,
     SourceArgument,
     WorkersOption,
     format_size,
+    plain,
+    plural,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -47,8 +52,8 @@ def quantize(
     skip_modules: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip-modules",
             "--keep",
+            "--skip-modules",
             metavar="PATTERN",
             show_default=False,
             help="Leave these modules in full precision: a glob over the module's path, or whole "
@@ -56,10 +61,18 @@ def quantize(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of tensors that stay floats. auto: the model's.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="Dtype of what stays float: auto (the model's), float32, float16, bfloat16.",
+        ),
     ] = "auto",
     compute_dtype: Annotated[
-        str, typer.Option("--compute-dtype", help="Loaders compute in it. auto: the model's.")
+        str,
+        typer.Option(
+            "--compute-dtype",
+            help="Dtype loaders compute in: auto (the model's), float32, float16, bfloat16.",
+        ),
     ] = "auto",
     quant_storage: Annotated[
         str,
@@ -67,20 +80,16 @@ def quantize(
             "--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."
         ),
     ] = "uint8",
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Of each output file.")
-    ] = "5GB",
+    max_shard_size: ShardSizeOption = "5GB",
     digest: Annotated[
-        str, typer.Option("--digest", help="Of files in the manifest: blake3 or sha256.")
+        str, typer.Option("--digest", help="Digest of files in the manifest: blake3 or sha256.")
     ] = "blake3",
     engine: EngineOption = "auto",
     workers: WorkersOption = None,
     memory: MemoryOption = None,
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
-    ] = False,
+    fsync: FsyncOption = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show what would be written, and write nothing.")
+        bool, typer.Option("--plan", help="Print what would be written, and write nothing.")
     ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -88,6 +97,7 @@ def quantize(
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..digest import ALGORITHMS
     from ..errors import UsageError
+    from ..limits import check_output
     from ..plan import make_plan
     from ..quantize import write_checkpoint
     from ..records import QuantConfig
@@ -110,6 +120,7 @@ def quantize(
         output = Path(f"{checkpoint.name}-nf4")
     decided = make_plan(checkpoint, config)
     limits = common.resources(workers, memory)
+    check_output(decided, output, limits.workers)
     if plan:
         if json:
             common.print_json(_plan_document(decided, limits, output))
@@ -191,29 +202,32 @@ def _table_of_groups(plan: Plan) -> Any:
 
 def _print_notes(console: Console, plan: Plan) -> None:
     for note in plan.notes:
-        console.print(f"[yellow]note:[/] {note}")
+        console.print(f"[yellow]note:[/] {plain(note)}")
 
 
 def _print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -> None:
     from ..limits import disk_bytes
 
     config = plan.config
+    absmax = "nested" if config.double_quant else "float32"
     console.print(
-        f"[bold]{plan.checkpoint.name}[/] -> [bold]{output}[/]: {config.quant_type}, blocksize "
-        f"{config.blocksize}, {'nested' if config.double_quant else 'float32'} absmax"
+        f"[bold]{plain(plan.checkpoint.name)}[/] -> [bold]{plain(output)}[/]: "
+        f"{config.quant_type}, blocksize {config.blocksize}, {absmax} absmax"
     )
     _print_notes(console, plan)
     console.print(_table_of_groups(plan))
     console.print(
-        f"output  {plan.shard_bytes:,} bytes in {len(plan.shards)} file(s), from "
-        f"{plan.source_bytes:,}: {plan.bits_per_weight:.2f} bits a weight"
+        f"output  {plan.shard_bytes:,} bytes in {plural(len(plan.shards), 'file')}, from "
+        f"{plan.source_bytes:,}: {_bits(plan)}"
     )
-    console.print(f"memory  at most {format_size(limits.memory)} with {limits.workers} worker(s)")
+    console.print(
+        f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
+    )
     console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
     if plan.checkpoint.extra_files:
-        console.print(f"copied  {', '.join(plan.checkpoint.extra_files)}")
+        console.print(f"copied  {plain(', '.join(plan.checkpoint.extra_files))}")
     if plan.checkpoint.left_files:
-        console.print(f"left    {', '.join(plan.checkpoint.left_files)}")
+        console.print(f"left    {plain(', '.join(plan.checkpoint.left_files))}")
 
 
 def _result_document(
@@ -248,15 +262,24 @@ def _print_result(
     _print_notes(console, plan)
     console.print(_table_of_groups(plan))
     console.print(
-        f"[bold]{output}[/]: {format_size(plan.source_bytes)} -> {format_size(plan.shard_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits a weight, in {seconds:.1f} s "
+        f"[bold]{plain(output)}[/]: {format_size(plan.source_bytes)} -> "
+        f"{format_size(plan.shard_bytes)}, {_bits(plan)}, in {seconds:.2f} s "
         f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
         f"{manifest.run.engine if manifest.run else ''})"
     )
-    errors = [(r.error.rel_rmse, n) for n, r in manifest.tensors.items() if r.error is not None]
-    worst, name = max(errors)
-    middle = sorted(errors)[len(errors) // 2][0]
+    errors = {n: r.error.rel_rmse for n, r in manifest.tensors.items() if r.error is not None}
+    worst = max(errors, key=lambda name: errors[name])
     console.print(
-        f"error   relative RMSE {middle:.4f} (median weight), worst {worst:.4f} in {name}"
+        f"error   relative RMSE {statistics.median(errors.values()):.4f} (median weight), worst "
+        f"{errors[worst]:.4f} in {plain(worst)}"
     )
-    console.print(f"next    nf4 verify {output} --source {source}")
+    console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
+
+
+def _bits(plan: Plan) -> str:
+    packed = [t for t in plan.tensors if t.state is not None]
+    bits = 8 * sum(t.nbytes_out for t in packed) / plan.quantized_parameters
+    share = plan.quantized_parameters / plan.parameters
+    return (
+        f"{plan.bits_per_weight:.2f} bits a weight ({bits:.2f} in the {share:.0%} that are 4-bit)"
+    )

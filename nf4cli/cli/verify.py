@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import common
 from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..verify import Report
+
+_SHOWN = 20  # findings printed
 
 
 def verify(
@@ -37,27 +44,33 @@ def verify(
             {
                 "path": str(path),
                 "ok": report.ok,
-                "findings": [asdict(finding) for finding in report.findings],
-                "checked": report.checked,
+                "checks": [asdict(check) for check in report.checks],
                 "unchecked": report.unchecked,
+                "findings": [asdict(finding) for finding in report.findings],
             }
         )
     elif not quiet or not report.ok:
-        console = common.out_console()
-        for sentence in report.checked:
-            console.print(f"[green]checked[/]  {sentence}")
-        for sentence in report.unchecked:
-            console.print(f"[yellow]not checked[/]  {sentence}")
-        for finding in report.findings:
-            console.print(f"[bold red]{finding.level}[/]  ", end="")
-            console.print(finding.message, markup=False)
-        if report.ok:
-            console.print(f"[bold green]{path} is good[/]")
-        else:
-            console.print(
-                f"[bold red]{path} is NOT good: {len(report.findings)} finding(s)[/]",
-            )
+        _print_report(common.out_console(), report, path, quiet)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _print_report(console: Console, report: Report, path: Path, quiet: bool) -> None:
+    if not quiet:
+        for check in report.checks:
+            mark = "[green]ok[/]    " if check.ok else "[bold red]FAILED[/]"
+            console.print(f"{mark}  {common.plain(check.what)}")
+        for sentence in report.unchecked:
+            console.print(f"[yellow]not checked:[/] {common.plain(sentence)}")
+    for finding in report.findings[:_SHOWN]:
+        console.print(f"[bold red]{finding.level}[/]  {common.plain(finding.message)}")
+    hidden = len(report.findings) - _SHOWN
+    if hidden > 0:
+        console.print(f"... and {common.plural(hidden, 'finding')} more; --json has them all")
+    if report.ok:
+        console.print(f"[bold green]{common.plain(path)} is good[/]")
+    else:
+        found = common.plural(len(report.findings), "finding")
+        console.print(f"[bold red]{common.plain(path)} is NOT good: {found}[/]")
 
 
 def _shards(place: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import MachineError
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +102,7 @@ def load(name: str) -> Engine:
     """The engine called `name`; "auto" takes the fastest that this machine has.
 
     Raises:
+        UsageError: no engine is called so.
         MachineError: it cannot run here; the message says what to install.
     """
     if name in ("auto", "cpu"):
@@ -112,4 +113,4 @@ def load(name: str) -> Engine:
         from .torch import TorchEngine
 
         return TorchEngine()
-    raise MachineError(f"no engine is called {name!r}: choose one of {', '.join(NAMES)}")
+    raise UsageError(f"no engine is called {name!r}: choose one of {', '.join(NAMES)}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
+from ..records import ITEMSIZE
 from . import GRANULE
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ class CpuEngine:
     def quantize(
         self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
     ) -> F64:
-        n = src.nbytes // (4 if dtype == "F32" else 2)
+        n = src.nbytes // ITEMSIZE[dtype]
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
         stats = np.empty((-(-n // GRANULE), 3), np.float64)
@@ -142,9 +145,11 @@ class CpuEngine:
     def dequantize(
         self, packed: U8, n: int, blocksize: int, quant_type: str, absmax: F32, dtype: str, out: U8
     ) -> None:
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
-        _expect(out.nbytes, n * (4 if dtype == "F32" else 2), "output bytes")
+        _expect(out.nbytes, n * ITEMSIZE[dtype], "output bytes")
         self._dequantize(
             _address(packed), n, blocksize, _c_codebook(quant_type), _address(absmax),
             _DTYPE[dtype], _address(out),
@@ -179,8 +184,8 @@ class CpuEngine:
         )  # fmt: skip
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
-        n = src.nbytes // (4 if from_dtype == "F32" else 2)
-        _expect(dst.nbytes, n * (4 if to_dtype == "F32" else 2), "output bytes")
+        n = src.nbytes // ITEMSIZE[from_dtype]
+        _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
         bad = self._cast(_address(src), _DTYPE[from_dtype], _address(dst), _DTYPE[to_dtype], n)
         if bad >= 0:
             raise NonFiniteError(bad)

@@ -1,6 +1,6 @@
 """The reference engine: the format's arithmetic in plain torch, made to be read.
 
-It runs on any torch device and is much slower than the compiled engines, which must equal it byte
+It is much slower than the compiled engines, which must equal it byte
 for byte.  Each step is the corresponding step of bitsandbytes 0.50.2's default implementation
 (bitsandbytes/backends/default/ops.py), except the order of the offset's sum, which bitsandbytes
 leaves to the machine and we define.
@@ -28,7 +28,7 @@ class TorchEngine:
     """See `Engine`.
 
     Args:
-        device: any torch device ("cpu", "mps", "xpu", ...).
+        device: a torch device with float64 ("cpu", "xpu", "cuda").
 
     Raises:
         MachineError: torch is not installed.
