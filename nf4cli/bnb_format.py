@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from .codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
@@ -24,6 +25,7 @@ NESTED_QUANT_MAP = ".nested_quant_map"
 _STATE = ".quant_state.bitsandbytes__"
 
 _FLOAT32_MAX = 3.4028234663852886e38
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 8, 2**48
 _OFFSET_ROOM = 24
 """Characters kept for nested_offset: the longest repr of a float32 is -1.1754943508222875e-38."""
 
@@ -47,6 +49,7 @@ class QuantState:
         shape: of the weight as the module holds it (Conv1D: transposed).
         nested: whether the absmax vector is itself quantized.
         nested_blocksize: elements of the absmax vector that share one nested_absmax.
+        nested_dtype: "float32", the only one there is.
         nested_offset: a float32 value, added to every decoded absmax; 0.0 when not nested.
     """
 
@@ -57,6 +60,7 @@ class QuantState:
     nested: bool
     nested_blocksize: int = NESTED_BLOCKSIZE
     nested_offset: float = 0.0
+    nested_dtype: str = "float32"
 
 
 def encode_state(state: QuantState) -> bytes:
@@ -75,7 +79,7 @@ def encode_state(state: QuantState) -> bytes:
     if state.nested:
         fields |= {
             "nested_blocksize": state.nested_blocksize,
-            "nested_dtype": "float32",
+            "nested_dtype": state.nested_dtype,
             "nested_offset": state.nested_offset,
         }
     text = json.dumps(fields)
@@ -134,8 +138,11 @@ def decode_state(blob: bytes, where: str) -> QuantState:
         shape=tuple(
             field(
                 "shape",
-                isinstance(shape, list) and all(integer(d) and d > 0 for d in shape),
-                "a list of positive integers",
+                isinstance(shape, list)
+                and len(shape) <= _MAX_DIMENSIONS
+                and all(integer(d) and 0 < d < _MAX_ELEMENTS for d in shape)
+                and prod(shape) < _MAX_ELEMENTS,
+                "a list of positive integers with a product below 2**48",
             )
         ),
         nested=nested,
@@ -145,6 +152,12 @@ def decode_state(blob: bytes, where: str) -> QuantState:
             "an integer from 1 to 4096",
         )
         or NESTED_BLOCKSIZE,
+        nested_dtype=field(
+            "nested_dtype",
+            not nested or fields.get("nested_dtype") == "float32",
+            "float32",
+        )
+        or "float32",
         nested_offset=float(
             field(
                 "nested_offset",
@@ -179,13 +192,13 @@ class QuantizedWeight:
     quant_type: str
 
 
-def find_quantized(checkpoint: Checkpoint) -> dict[str, QuantizedWeight]:
-    """Every packed weight by name, recognised by its quant_state blob."""
-    found = {}
+def find_quantized(checkpoint: Checkpoint) -> dict[str, list[QuantizedWeight]]:
+    """Every packed weight by name, recognised by its quant_state blob; there should be one each."""
+    found: dict[str, list[QuantizedWeight]] = {}
     for key in checkpoint.tensors:
         name, separator, quant_type = key.partition(_STATE)
         if separator:
-            found[name] = QuantizedWeight(name, key, quant_type)
+            found.setdefault(name, []).append(QuantizedWeight(name, key, quant_type))
     return found
 
 
@@ -206,9 +219,7 @@ def expected_tensors(
     Args:
         quant_storage: as torch spells it.
     """
-    n = 1
-    for dimension in state.shape:
-        n *= dimension
+    n = prod(state.shape)
     blocks = -(-n // state.blocksize)
     storage = STORAGE_NAME[quant_storage]
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -261,17 +272,34 @@ def quantization_config(
     }
 
 
-def config_problems(config: Mapping[str, Any], states: Iterable[QuantState]) -> list[str]:
-    """What a loader would get wrong with this config.json and these states."""
+def config_problems(
+    config: Mapping[str, Any], states: Iterable[QuantState], storages: Collection[str]
+) -> list[str]:
+    """What a loader would get wrong with this config.json and these states.
+
+    Args:
+        storages: the quant_storage of every packed tensor, each once.
+    """
     found = config.get("quantization_config")
     if not isinstance(found, dict):
         return ["config.json has no quantization_config: loaders take the packed bytes for floats"]
     problems = []
-    expected: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    expected: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+    }
+    if len(storages) == 1:
+        (expected["bnb_4bit_quant_storage"],) = storages
     kinds = {(state.quant_type, state.nested) for state in states}
     if len(kinds) == 1:
         ((expected["bnb_4bit_quant_type"], expected["bnb_4bit_use_double_quant"]),) = kinds
-    defaults = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    defaults = {
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_quant_storage": "uint8",
+        "load_in_8bit": False,
+    }
     for key, value in expected.items():
         if (have := found.get(key, defaults.get(key))) != value:
             problems.append(
@@ -328,7 +356,7 @@ def hits_v5(key: str, module: str) -> bool:
         return True
     try:
         return bool(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module))
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False  # transformers itself would raise on such a key
 
 
@@ -354,6 +382,12 @@ def path_forms(module: str, base_prefix: str) -> tuple[str, ...]:
     if module.startswith(prefix):
         return (module, module.removeprefix(prefix))
     return (module, prefix + module)
+
+
+def means(key: str, module: str, base_prefix: str) -> bool:
+    """Whether a skip list's `key` means `module` under either of its names, in transformers."""
+    forms = path_forms(module, base_prefix)
+    return any(hits_v5(key, form) or hits_v4(key, form) for form in forms)
 
 
 def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str) -> list[str]:

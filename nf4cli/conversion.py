@@ -10,7 +10,7 @@ import errno
 import math
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +24,7 @@ from .engines import GRANULE, Engine
 from .errors import InputError, NonFiniteError
 from .fileio import read_at, write_at
 from .limits import Resources
+from .manifest import FileRecord, Manifest, TensorRecord
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
 from .reader import ShardReaders
@@ -164,6 +165,47 @@ class Conversion:
         for digest in self._shard_digests.values():
             tensors |= digest.tensors
         return files, tensors
+
+    def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
+        """The record of this run, after `run`; the caller adds the output's files.
+
+        Args:
+            output_digests: of every output tensor, by key.
+        """
+        source_files, source_tensors = self.source_digests()
+        jobs = {job.plan.source.name: job for job in self.jobs}
+        plan = self.plan
+        return Manifest(
+            config=plan.config,
+            digest=self._algorithm or "",
+            source_name=plan.checkpoint.name,
+            source_files={
+                shard.path.name: FileRecord(shard.size, source_files[shard.path.name])
+                for shard in plan.checkpoint.shards
+            },
+            output_files={},
+            tensors={
+                t.source.name: TensorRecord(
+                    action=t.action,
+                    rule=t.rule,
+                    reason=t.reason,
+                    transposed=t.transposed,
+                    source_file=t.shard.path.name,
+                    source_dtype=t.source.dtype,
+                    source_shape=t.source.shape,
+                    source_digest=source_tensors[t.source.name],
+                    output_file=plan.shards[t.file].filename,
+                    outputs={key: output_digests.get(key, "") for key in t.outputs},
+                    state=jobs[t.source.name].state,
+                    error=jobs[t.source.name].error,
+                )
+                for t in plan.tensors
+            },
+            parameters=plan.parameters,
+            quantized_parameters=plan.quantized_parameters,
+            bits_per_weight=plan.bits_per_weight,
+            run=None,
+        )
 
     def _start_digest(self, shard: Shard, algorithm: str) -> None:
         digest = ShardDigest(shard.tensors, algorithm)

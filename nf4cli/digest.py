@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .reader import ByteReader
@@ -139,3 +140,12 @@ def digest_shard(
             digest.update(piece)
             progress(piece.nbytes)
     return digest.hexdigest(), digest.tensors
+
+
+def digest_file(path: Path, algorithm: str) -> str:
+    """The digest of any file."""
+    digest = new_file_hash(algorithm)
+    with path.open("rb") as file:
+        while data := file.read(_PIECE):
+            digest.update(memoryview(data))
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
 _MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
+_TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
 _WORKER_MEMORY = 2_000_000  # bytes a thread beside its buffers
 
 
@@ -47,7 +48,10 @@ def check_output(plan: Plan, output: Path, workers: int) -> None:
 
 def refuse_place(checkpoint: Checkpoint, output: Path) -> None:
     """Raises UsageError unless `output` is absent or an empty directory, outside of the source."""
-    source, target = checkpoint.root.resolve(), output.resolve()
+    try:
+        source, target = checkpoint.root.resolve(), output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{output} is a loop of symbolic links: choose another output") from error
     inside = source in target.parents and not checkpoint.is_file
     if target == source or inside:
         raise UsageError(
@@ -81,12 +85,15 @@ def disk_bytes(plan: Plan, workers: int) -> int:
     )
 
 
-def make_resources(workers: int | None, memory: int | None, cpus: int) -> Resources:
+def make_resources(
+    workers: int | None, memory: int | None, cpus: int, tensors: int = 0
+) -> Resources:
     """Threads and buffer sizes that keep the process below `memory` bytes.
 
     Args:
         workers: as asked, None for one a processor (at most 16).
         memory: as asked, None for no bound but the default buffers.
+        tensors: of the source, whose headers and plans are held in memory.
 
     Raises:
         UsageError: not even one worker with the smallest buffers fits, or workers < 1.
@@ -94,17 +101,18 @@ def make_resources(workers: int | None, memory: int | None, cpus: int) -> Resour
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1")
     threads = workers or max(1, min(cpus, 16))
+    base = _BASE_MEMORY + _TENSOR_MEMORY * tensors
     if memory is None:
         chunk = DEFAULT_CHUNK
     else:
-        room = memory - _BASE_MEMORY
+        room = memory - base
         smallest = 2 * _MIN_CHUNK + _WORKER_MEMORY
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{-(-(_BASE_MEMORY + smallest) // 1_000_000)}MB"
+                f"{-(-(base + smallest) // 1_000_000)}MB"
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - _WORKER_MEMORY) // 2)
         chunk -= chunk % _MIN_CHUNK
-    return Resources(threads, chunk, _BASE_MEMORY + threads * (2 * chunk + _WORKER_MEMORY))
+    return Resources(threads, chunk, base + threads * (2 * chunk + _WORKER_MEMORY))

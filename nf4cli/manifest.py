@@ -94,7 +94,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Indented, sorted where order has no meaning."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ class Manifest:
             )
         try:
             return _manifest_of(document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}: {error}): it was edited by hand, or "
                 "is incomplete. Quantize again, or remove it to check the files without it"
@@ -170,6 +170,8 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
         wanted = list if name == "keep" else type(getattr(QuantConfig(), name))
         if type(value) is not wanted:
             raise TypeError(f"recipe.{name} is {value!r}")
+    if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
+        raise TypeError("recipe.keep holds something else than strings")
     run = document.get("run")
     return Manifest(
         config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
@@ -187,6 +189,8 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
+    if not all(isinstance(file["name"], str) for file in files):
+        raise TypeError("a file's name is not a string")
     return {file["name"]: FileRecord(int(file["size"]), str(file["digest"])) for file in files}
 
 

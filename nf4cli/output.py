@@ -21,7 +21,7 @@ class new_directory:  # noqa: N801 - used like a function, in a with statement
     def __enter__(self) -> Path:
         self._output.parent.mkdir(parents=True, exist_ok=True)
         self._directory = Path(
-            tempfile.mkdtemp(prefix=f".{self._output.name}.partial-", dir=self._output.parent)
+            tempfile.mkdtemp(prefix=f".{self._output.name[:100]}.partial-", dir=self._output.parent)
         )
         self._directory.chmod(0o777 & ~_umask())
         return self._directory

@@ -77,9 +77,13 @@ def find_weights(
     weights: dict[str, PackedWeight] = {}
     problems: list[tuple[str, str]] = []
     quantized = bnb_format.find_quantized(checkpoint)
-    for name, found in quantized.items():
+    for name, states in quantized.items():
+        if len(states) > 1:
+            keys = " and ".join(state.state_key for state in states)
+            problems.append((name, f"{name} has more than one quant_state: {keys}"))
+            continue
         try:
-            weights[name] = _weight(checkpoint, readers, found)
+            weights[name] = _weight(checkpoint, readers, states[0])
         except InputError as error:
             problems.append((name, str(error)))
     for key in checkpoint.tensors:
@@ -131,6 +135,13 @@ def _weight(
             "a float dtype chosen as quant_storage"
         )
     expected = bnb_format.expected_tensors(found.name, state, storage)
+
+    packed = checkpoint.tensors[found.name][1]
+    if packed.nbytes != (prod(state.shape) + 1) // 2:
+        raise InputError(
+            f"{found.name} has {packed.nbytes:,} bytes: expected {(prod(state.shape) + 1) // 2:,} "
+            f"for a weight of shape {list(state.shape)}"
+        )
 
     def part(suffix: str) -> Placed:
         key = found.name + suffix

@@ -338,6 +338,13 @@ def _output_config(
         quantized=(selection.module_path(t.source.name) for t in tensors if t.action == "quantize"),
         base_prefix=selection.base_prefix(context.model_types),
     )
+    for t in tensors:
+        module = selection.module_path(t.source.name)
+        if t.rule == selection.USER.name and not any(bnb_format.hits(k, module) for k in skip):
+            raise UsageError(
+                f"--keep cannot leave {module} alone in full precision: loaders would take its "
+                "name to mean packed modules as well. Keep those too, or none"
+            )
     output = dict(checkpoint.config)
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in output] or ["torch_dtype"]
     output |= dict.fromkeys(dtype_keys, config.dtype)
@@ -363,7 +370,7 @@ def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
         )
     else:
         model_type = checkpoint.config.get("model_type")
-        if model_type not in selection.CHECKED_FAMILIES:
+        if not isinstance(model_type, str) or model_type not in selection.CHECKED_FAMILIES:
             notes.append(
                 f"model_type {model_type!r} was not compared with transformers: look at --plan, "
                 "and load the output once before you publish it"
@@ -379,4 +386,9 @@ def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
 
 def config_text(config: Mapping[str, Any]) -> str:
     """config.json as transformers formats it."""
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which only JSON's escapes can carry
+        text = json.dumps(config, indent=2)
+    return text + "\n"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .conversion import Conversion
-from .digest import OrderedDigest, ShardDigest
+from .digest import OrderedDigest, ShardDigest, digest_file
 from .engines import Engine
 from .limits import Resources, check_output
-from .manifest import FileRecord, Manifest, RunRecord, TensorRecord
+from .manifest import FileRecord, Manifest, RunRecord
 from .output import copy_files, new_directory
 from .pipeline import Progress, no_progress
 from .plan import Plan, TensorPlan, config_text
@@ -38,12 +38,18 @@ class _Files:
         self._pending = [0] * len(plan.shards)
         for t in plan.tensors:
             self._pending[t.file] += 1
+        self._layouts = plan.shards
+        self._directory = directory
+        self._algorithm = algorithm
         self._writers: list[ShardWriter] = []
         self._digests: list[ShardDigest] = []
         self._turns: list[OrderedDigest] = []
-        for layout in plan.shards:
-            self._writers.append(ShardWriter(directory, layout))
-            digest = ShardDigest(layout.tensors.values(), algorithm)
+
+    def open(self) -> None:
+        """Create every file; `close` undoes it even when this fails half way."""
+        for layout in self._layouts:
+            self._writers.append(ShardWriter(self._directory, layout))
+            digest = ShardDigest(layout.tensors.values(), self._algorithm)
             digest.update(layout.header)
             self._digests.append(digest)
             self._turns.append(OrderedDigest(digest))
@@ -116,13 +122,15 @@ def write_checkpoint(
             (directory / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n", "utf-8")
         files = _Files(plan, directory, digest)
         try:
+            files.open()
             conversion = Conversion(plan, engine, resources, files, digest, directory, progress)
             conversion.run()
         finally:
             files.close()
-        manifest = _manifest(plan, conversion, files, digest)
+        shard_digests, tensor_digests = files.digests()
         manifest = replace(
-            manifest,
+            conversion.manifest(tensor_digests),
+            output_files=_output_files(directory, shard_digests, digest),
             run=RunRecord(
                 engine=engine.name,
                 workers=resources.workers,
@@ -134,42 +142,13 @@ def write_checkpoint(
     return manifest
 
 
-def _manifest(plan: Plan, conversion: Conversion, files: _Files, algorithm: str) -> Manifest:
-    source_files, source_tensors = conversion.source_digests()
-    output_files, output_tensors = files.digests()
-    jobs = {job.plan.source.name: job for job in conversion.jobs}
-    tensors = {}
-    for t in plan.tensors:
-        job = jobs[t.source.name]
-        tensors[t.source.name] = TensorRecord(
-            action=t.action,
-            rule=t.rule,
-            reason=t.reason,
-            transposed=t.transposed,
-            source_file=t.shard.path.name,
-            source_dtype=t.source.dtype,
-            source_shape=t.source.shape,
-            source_digest=source_tensors[t.source.name],
-            output_file=plan.shards[t.file].filename,
-            outputs={key: output_tensors[key] for key in t.outputs},
-            state=job.state,
-            error=job.error,
-        )
-    return Manifest(
-        config=plan.config,
-        digest=algorithm,
-        source_name=plan.checkpoint.name,
-        source_files={
-            shard.path.name: FileRecord(shard.size, source_files[shard.path.name])
-            for shard in plan.checkpoint.shards
-        },
-        output_files={
-            layout.filename: FileRecord(layout.size, output_files[layout.filename])
-            for layout in plan.shards
-        },
-        tensors=tensors,
-        parameters=plan.parameters,
-        quantized_parameters=plan.quantized_parameters,
-        bits_per_weight=plan.bits_per_weight,
-        run=None,
-    )
+def _output_files(
+    directory: Path, shard_digests: dict[str, str], algorithm: str
+) -> dict[str, FileRecord]:
+    """Every file of the finished directory; the shards' digests are known already."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        digest = shard_digests.get(name) or digest_file(path, algorithm)
+        files[name] = FileRecord(path.stat().st_size, digest)
+    return files

@@ -126,9 +126,13 @@ class Rule:
     holds: Callable[[Context, TensorInfo, list[str]], bool]  # list: the dotted module path
 
 
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdecimal()
+
+
 def _layer_index(path: list[str]) -> int | None:
     for part, following in pairwise(path):
-        if part == "layers" and following.isdigit():
+        if part == "layers" and _is_number(following):
             return int(following)
     return None
 
@@ -139,7 +143,7 @@ def _inside_numbered_layer(path: list[str]) -> bool:
     Vocabulary-sized matrices stand outside the repeated layers; a layer's own width may happen to
     equal a vocab_size.
     """
-    return any(part.isdigit() for part in path[:-1])
+    return any(_is_number(part) for part in path[:-1])
 
 
 RULES: tuple[Rule, ...] = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,80 +17,23 @@ import numpy as np
 
 from . import bnb_format, selection
 from .codebook import codebook
-from .conversion import Conversion
-from .digest import digest_shard
+from .digest import digest_file, digest_shard
 from .engines import Engine
-from .errors import InputError, UsageError
+from .errors import InputError
 from .limits import Resources
-from .manifest import Manifest
-from .packed import PackedReader, PackedWeight, Placed, by_shard, find_weights, standard_nested_map
+from .manifest import FileRecord, Manifest
+from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
 from .pipeline import Progress, no_progress, run
-from .plan import Plan, TensorPlan, make_plan
-from .reader import ByteReader, ShardReaders
-from .records import SAFETENSORS_NAME, TORCH_NAME, Checkpoint, QuantConfig, Shard
-from .source import MANIFEST, open_checkpoint
+from .proof import check_source
+from .reader import ShardReaders
+from .records import Checkpoint, Shard
+from .report import LEVELS, Finding, Report
+from .source import INDEX, MANIFEST, open_checkpoint
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
-LEVELS = ("structure", "config", "state", "manifest", "source")
 _BLOCKS_AT_A_TIME = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        level: one of LEVELS.
-        where: the file or tensor.
-        message: what was found and what was expected.
-    """
-
-    level: str
-    where: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One check that was made.
-
-    Attributes:
-        level: as of its findings.
-        what: what holds when it is ok.
-        ok: whether it had no finding.
-    """
-
-    level: str
-    what: str
-    ok: bool
-
-
-@dataclass(slots=True)
-class Report:
-    """What was checked, what was not, and what is wrong.
-
-    Attributes:
-        findings: empty when all is well.
-        checks: in the order they were made.
-        unchecked: what could not be checked, and what it would take.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
-
-    def check(self, level: str, what: str) -> None:
-        """All findings of this level are in."""
-        self.checks.append(Check(level, what, all(f.level != level for f in self.findings)))
-
-    def add(self, level: str, where: str, message: str) -> None:
-        self.findings.append(Finding(level, where, message))
-
-    @property
-    def ok(self) -> bool:
-        return not self.findings
 
 
 def verify(
@@ -128,7 +70,7 @@ def verify(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     else:
-        _check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
+        check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 
@@ -152,6 +94,8 @@ def _check_structure(
         stateless = name not in parts and bnb_format.companion_owner(name) is None
         if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
             report.add("structure", name, f"{name} looks packed but has no quant_state")
+    if len(checkpoint.shards) > 1 and not (checkpoint.root / INDEX).is_file():
+        report.add("structure", INDEX, f"{INDEX} is missing: loaders cannot find the shards")
     report.check(
         "structure",
         f"every file opens, {len(weights)} quantization states are complete",
@@ -164,7 +108,9 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
         report.unchecked.append("config.json: there is none")
         return
     for problem in bnb_format.config_problems(
-        checkpoint.config, (weight.state for weight in weights.values())
+        checkpoint.config,
+        (weight.state for weight in weights.values()),
+        {bnb_format.storage_of(weight.packed[1]) or "" for weight in weights.values()},
     ):
         report.add("config", "config.json", problem)
     if not bnb_format.has_skip_list(checkpoint.config):
@@ -186,13 +132,14 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
                 "whose weight is packed",
             )
     context = selection.Context.of(checkpoint)
+    prefix = selection.base_prefix(context.model_types)
     for name, (_, tensor) in checkpoint.tensors.items():
         if name in weights or bnb_format.companion_owner(name) in weights:
             continue
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
         if rule.name in ("linear", "head") and not any(
-            form_hit(key, module, context) for key in keys
+            bnb_format.means(key, module, prefix) for key in keys
         ):
             report.add(
                 "config",
@@ -201,12 +148,6 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
                 "expect it in 4 bit and fail at the first forward",
             )
     report.check("config", "config.json says what the tensors need")
-
-
-def form_hit(key: str, module: str, context: selection.Context) -> bool:
-    """Whether `key` means `module` under either of the names that models give it."""
-    forms = bnb_format.path_forms(module, selection.base_prefix(context.model_types))
-    return any(bnb_format.hits_v5(key, form) or bnb_format.hits_v4(key, form) for form in forms)
 
 
 def _check_states(reader: PackedReader, weights: dict[str, PackedWeight], report: Report) -> None:
@@ -264,8 +205,9 @@ def _check_manifest(
         report.add("manifest", MANIFEST, str(error))
         return None
     here = {shard.path.name: shard for shard in checkpoint.shards}
-    for name in sorted(manifest.output_files.keys() - here.keys()):
-        report.add("manifest", name, f"{name} is missing: the manifest lists it")
+    for name, file in sorted(manifest.output_files.items()):
+        if name not in here:
+            _check_other_file(checkpoint.root, name, file, manifest.digest, report)
     for name in sorted(here.keys() - manifest.output_files.keys()):
         report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
     for weight in weights.values():
@@ -291,6 +233,26 @@ def _check_manifest(
     run(shards, lambda: check, min(resources.workers, max(1, len(shards))), lambda: None)
     report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
     return manifest
+
+
+def _check_other_file(
+    root: Path, name: str, record: FileRecord, algorithm: str, report: Report
+) -> None:
+    """A file beside the shards: configuration, tokenizer, code."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        report.add("manifest", name, f"{name} leads out of the directory")
+    elif not path.is_file():
+        report.add("manifest", name, f"{name} is missing: the manifest lists it")
+    elif (found := digest_file(path, algorithm)) != record.digest:
+        if name == "README.md":
+            report.unchecked.append("README.md: it was edited since, as a model card may be")
+        else:
+            report.add(
+                "manifest",
+                name,
+                f"{name} is not what was written: {algorithm} is {found}, expected {record.digest}",
+            )
 
 
 def _digest_findings(
@@ -319,191 +281,3 @@ def _digest_findings(
             f"{name}: {manifest.digest} is {digest}, the manifest says {record.digest}; no tensor "
             "differs, so the header does",
         )
-
-
-# -- with the source ----------------------------------------------------------------------------
-
-
-class _Comparison:
-    """The sink that compares: what a conversion would write, with what is there."""
-
-    def __init__(self, checkpoint: Checkpoint, readers: ShardReaders) -> None:
-        self._checkpoint = checkpoint
-        self._readers = readers
-        self._lock = threading.Lock()
-        self.first: dict[str, int] = {}  # key -> the first byte that differs
-        self.states: dict[str, str] = {}  # key -> what is wrong with a quant_state
-        self.compared = 0
-
-    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
-        placed = self._checkpoint.tensors.get(key)
-        if placed is not None and bnb_format.is_state_key(key):
-            self._compare_states(key, placed, data)
-            return
-        if placed is None or offset + data.nbytes > placed[1].nbytes:
-            return  # reported by the comparison of the headers
-        shard, tensor = placed
-        there = self._readers[shard].read(tensor.start + offset, data.nbytes)
-        with self._lock:
-            self.compared += data.nbytes
-        if np.array_equal(there, data):
-            return
-        place = offset + int(np.argmax(there != data))
-        with self._lock:
-            self.first[key] = min(place, self.first.get(key, place))
-
-    def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
-        """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
-        shard, tensor = placed
-        there = self._readers[shard].read(tensor.start, tensor.nbytes).tobytes()
-        expected = bnb_format.decode_state(data.tobytes(), key)
-        try:
-            same = bnb_format.decode_state(there, key) == expected
-        except InputError:
-            same = False
-        with self._lock:
-            self.compared += data.nbytes
-            if not same:
-                self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
-
-    def finish(self, plan: TensorPlan) -> None: ...
-
-    def abort(self) -> None: ...
-
-
-def _check_source(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    manifest: Manifest | None,
-    source: Path,
-    engine: Engine,
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-) -> None:
-    if manifest is None and not weights:
-        report.unchecked.append("the bytes against the source: no quantization state is complete")
-        return
-    config = manifest.config if manifest else recipe_of(checkpoint, weights)
-    original = open_checkpoint(source)
-    try:
-        plan = make_plan(original, config)
-    except UsageError as error:
-        report.add(
-            "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
-        )
-        return
-    with ShardReaders(checkpoint.shards) as readers:
-        sink = _Comparison(checkpoint, readers)
-        algorithm = manifest.digest if manifest else None
-        conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
-        conversion.run()
-    if manifest is not None:
-        digests, _ = conversion.source_digests()
-        for name, record in manifest.source_files.items():
-            if digests.get(name) not in (None, record.digest):
-                report.add(
-                    "source",
-                    name,
-                    f"{source if source.is_file() else source / name} is not the file that this "
-                    f"was made from: its {manifest.digest} is {digests[name]}, the manifest has "
-                    f"{record.digest}",
-                )
-    _compare_headers(checkpoint, plan, report)
-    _compare_config(checkpoint, plan, report)
-    for key, place in sorted(sink.first.items()):
-        report.add("source", key, _difference(checkpoint, weights, key, place))
-    for key, message in sorted(sink.states.items()):
-        report.add("source", key, message)
-    report.check(
-        "source",
-        f"every byte is the one the source gives ({sink.compared:,} bytes, quantized again with "
-        f"{engine.name})",
-    )
-
-
-def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:
-    """The options that would have made a checkpoint without manifest, as far as it shows them."""
-    weight = next(iter(weights.values()))
-    kept = next(
-        (
-            TORCH_NAME[t.dtype]
-            for name, (_, t) in checkpoint.tensors.items()
-            if t.dtype in TORCH_NAME
-            and name not in weights
-            and bnb_format.companion_owner(name) not in weights
-        ),
-        "auto",
-    )
-    found = checkpoint.config.get("quantization_config")
-    compute = found.get("bnb_4bit_compute_dtype") if isinstance(found, dict) else None
-    context = selection.Context.of(checkpoint)
-    keys = bnb_format.skip_list(checkpoint.config)
-    keep = [
-        selection.module_path(name)
-        for name, (_, tensor) in checkpoint.tensors.items()
-        if name not in weights
-        and bnb_format.companion_owner(name) not in weights
-        and selection.rule_of(context, tensor).name == "linear"
-        and any(form_hit(key, selection.module_path(name), context) for key in keys)
-    ]
-    return QuantConfig(
-        quant_type=weight.state.quant_type,
-        blocksize=weight.state.blocksize,
-        double_quant=weight.state.nested,
-        quant_storage=bnb_format.storage_of(weight.packed[1]) or "uint8",
-        compute_dtype=str(compute) if compute in SAFETENSORS_NAME else "auto",
-        dtype=kept,
-        keep=tuple(keep),
-    )
-
-
-def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
-    expected = {key: spec for t in plan.tensors for key, spec in t.outputs.items()}
-    for key, (dtype, shape) in expected.items():
-        placed = checkpoint.tensors.get(key)
-        if placed is None:
-            report.add("source", key, f"{key} is missing: the source gives {dtype} {list(shape)}")
-        elif not bnb_format.is_state_key(key) and (placed[1].dtype, placed[1].shape) != (
-            dtype,
-            shape,
-        ):
-            report.add(
-                "source",
-                key,
-                f"{key} is {placed[1].dtype} {list(placed[1].shape)}: the source gives {dtype} "
-                f"{list(shape)}",
-            )
-    for key in sorted(checkpoint.tensors.keys() - expected.keys()):
-        report.add("source", key, f"{key} is there, but the source gives no such tensor")
-
-
-def _compare_config(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
-    expected = plan.output_config
-    if expected is None:
-        return
-    for key in sorted(expected.keys() - {"quantization_config", "transformers_version"}):
-        if checkpoint.config.get(key) != expected[key]:
-            report.add(
-                "source",
-                "config.json",
-                f"config.json: {key} is {checkpoint.config.get(key)!r}, the source gives "
-                f"{expected[key]!r}",
-            )
-
-
-def _difference(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], key: str, place: int
-) -> str:
-    shard, tensor = checkpoint.tensors[key]
-    with ByteReader(shard.path, shard.size) as reader:
-        value = int(reader.read(tensor.start + place, 1)[0])
-    if key in weights:
-        where = f"elements {2 * place} and {2 * place + 1}"
-    else:
-        width = max(1, tensor.nbytes // max(1, tensor.numel))
-        where = f"element {place // width}"
-    return (
-        f"{key} in {shard.path.name}: byte {place:,} ({where}) is 0x{value:02x}, not what the "
-        "source gives; it is the first difference"
-    )

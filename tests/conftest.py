@@ -47,3 +47,10 @@ def llama_nf4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("output") / "llama-nf4"
     nf4_ok("quantize", llama, output)
     return output
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A working directory with a small Llama in `model`."""
+    write_checkpoint_dir(tmp_path / "model", llama_tensors(), LLAMA)
+    return tmp_path

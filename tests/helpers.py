@@ -164,3 +164,20 @@ def same_files(a: Path, b: Path, but: tuple[str, ...] = ()) -> bool:
         return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
     return content(a) == content(b)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+USAGE, INPUT, MACHINE = 2, 3, 4
+
+
+def refused(code: int, *arguments: object, says: tuple[str, ...], cwd: Path) -> str:
+    """The command fails as expected and leaves the working directory as it was."""
+    before = sorted(cwd.rglob("*"))
+    done = nf4(*arguments, cwd=cwd)
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for words in says:
+        assert words in done.stderr, done.stderr
+    assert sorted(cwd.rglob("*")) == before
+    return done.stderr

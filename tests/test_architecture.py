@@ -17,9 +17,10 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("records", "codebook"),
     ("bnb_format", "engines", "reader"),
     ("selection", "source", "writer", "digest", "pipeline", "output"),
-    ("plan", "manifest", "packed"),
+    ("plan", "manifest", "packed", "report"),
     ("limits",),
     ("conversion", "inspection"),
+    ("proof",),
     ("quantize", "verify", "dequantize"),
     ("cli", "__main__"),
 )
@@ -132,4 +133,4 @@ def test_files_can_be_read_in_a_sitting():
         *(ROOT / "cuda").iterdir(),
         *(ROOT / "tests").rglob("*.py"),
     ):
-        assert len(path.read_text().splitlines()) <= 550, path
+        assert len(path.read_text().splitlines()) <= 450, path

@@ -38,6 +38,12 @@ def edit_config(root: Path, change: Callable[[dict], object]) -> None:
     (root / "config.json").write_text(json.dumps(config))
 
 
+def edit_manifest(root: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((root / MANIFEST).read_text())
+    change(manifest)
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
 def edit_state(tensors: dict[str, torch.Tensor], **fields: object) -> None:
     state = json.loads(tensors[UP + STATE].numpy().tobytes()) | fields
     blob = json.dumps(state).encode()
@@ -112,6 +118,50 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config of another model": (
         "source",
         lambda d: edit_config(d, lambda c: c.update(num_attention_heads=8)),
+    ),
+    "tokenizer changed": ("manifest", lambda d: (d / "tokenizer.json").write_text("[]")),
+    "tokenizer deleted": ("manifest", lambda d: (d / "tokenizer.json").unlink()),
+    "config deleted": ("manifest", lambda d: (d / "config.json").unlink()),
+    "config also loads in 8 bit": (
+        "alone",
+        lambda d: edit_config(d, lambda c: c["quantization_config"].update(load_in_8bit=True)),
+    ),
+    "config of another storage": (
+        "alone",
+        lambda d: edit_config(
+            d, lambda c: c["quantization_config"].update(bnb_4bit_quant_storage="float32")
+        ),
+    ),
+    "compute dtype changed": (
+        "manifest",
+        lambda d: edit_config(
+            d, lambda c: c["quantization_config"].update(bnb_4bit_compute_dtype="float16")
+        ),
+    ),
+    "key added to config": ("manifest", lambda d: edit_config(d, lambda c: c.update(rope_theta=1))),
+    "two states": (
+        "alone",
+        lambda d: resave(d, lambda t: t.update({UP + STATE[:-3] + "fp4": t[UP + STATE].clone()})),
+    ),
+    "absurd shape": (
+        "alone",
+        lambda d: resave(d, lambda t: edit_state(t, shape=[10**9] * 1000)),
+    ),
+    "nested_dtype": (
+        "alone",
+        lambda d: resave(d, lambda t: edit_state(t, nested_dtype="bfloat16")),
+    ),
+    "manifest edited: error": (
+        "source",
+        lambda d: edit_manifest(d, lambda m: m["tensors"][UP]["error"].update(rel_rmse=0.01)),
+    ),
+    "manifest edited: source": (
+        "source",
+        lambda d: edit_manifest(d, lambda m: m["source"].update(files=[])),
+    ),
+    "manifest edited: digest": (
+        "manifest",
+        lambda d: edit_manifest(d, lambda m: m["output"]["files"][-1].update(digest="00")),
     ),
     "extra shard": (
         "manifest",
@@ -193,6 +243,27 @@ def test_experts_left_out_are_noticed(tmp_path, llama):
     done = nf4("verify", tmp_path / "out")
     assert done.returncode == 1
     assert "expect it in 4 bit" in done.stdout
+
+
+def test_shards_without_their_index(tmp_path):
+    tensors = {
+        f"model.layers.{i}.mlp.up_proj.weight": torch.randn(1000, 1024).bfloat16() for i in range(4)
+    }
+    source = write_checkpoint_dir(tmp_path / "src", tensors, {**LLAMA, "num_hidden_layers": 4})
+    nf4_ok("quantize", source, tmp_path / "out", "--max-shard-size", "1.2MB")
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    (tmp_path / "out" / MANIFEST).unlink()
+    done = nf4("verify", tmp_path / "out")
+    assert done.returncode == 1
+    assert "loaders cannot find the shards" in done.stdout
+
+
+def test_an_edited_model_card_is_no_damage(llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "src"))
+    (source / "README.md").write_text("card")
+    nf4_ok("quantize", source, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("another card")
+    assert "README.md: it was edited" in nf4_ok("verify", tmp_path / "out", "--source", source)
 
 
 def test_json(llama_nf4, copy):

@@ -18,7 +18,9 @@ from .inspect import inspect
 from .quantize import quantize
 from .verify import verify
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 app = typer.Typer(
     name="nf4",
@@ -54,6 +56,7 @@ def main() -> None:
 
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
+    _allow_open_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
@@ -65,6 +68,18 @@ def main() -> None:
         advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}{advice}; nothing was left behind", 4)
+
+
+def _allow_open_files() -> None:
+    """A conversion holds every shard open; the usual limit is far below what the system allows."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 16_384 if hard == resource.RLIM_INFINITY else min(16_384, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _interrupt(number: int, _: object) -> None:

@@ -54,7 +54,7 @@ def parse_size(text: str, option: str) -> int:
     Raises:
         UsageError: it is none of these.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match[2] == "I":
         raise UsageError(f"{option} {text!r} is not a size: write 5GB, 512MiB or bytes")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -69,11 +69,11 @@ def format_size(count: float) -> str:
     return f"{count:,.2f} TB"
 
 
-def resources(workers: int | None, memory: str | None) -> Resources:
+def resources(workers: int | None, memory: str | None, tensors: int = 0) -> Resources:
     from ..limits import make_resources
 
     bound = None if memory is None else parse_size(memory, "--memory")
-    return make_resources(workers, bound, processors())
+    return make_resources(workers, bound, processors(), tensors)
 
 
 def processors() -> int:

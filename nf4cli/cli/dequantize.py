@@ -45,9 +45,9 @@ def dequantize(
     from ..dequantize import write_dequantized
     from ..source import open_checkpoint
 
-    limits = common.resources(workers, memory)
     size = common.parse_size(max_shard_size, "--max-shard-size")
     checkpoint = open_checkpoint(source)
+    limits = common.resources(workers, memory, len(checkpoint.tensors))
     chosen = common.load_engine(engine)
     started = time.monotonic()
     total = sum(shard.size for shard in checkpoint.shards) * 3

@@ -119,7 +119,7 @@ def quantize(
     if output is None:
         output = Path(f"{checkpoint.name}-nf4")
     decided = make_plan(checkpoint, config)
-    limits = common.resources(workers, memory)
+    limits = common.resources(workers, memory, len(decided.tensors))
     check_output(decided, output, limits.workers)
     if plan:
         if json:

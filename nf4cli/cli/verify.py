@@ -14,7 +14,7 @@ from .common import EngineOption, JsonOption, MemoryOption, QuietOption, Workers
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..verify import Report
+    from ..report import Report
 
 _SHOWN = 20  # findings printed
 
@@ -76,4 +76,4 @@ def _print_report(console: Console, report: Report, path: Path, quiet: bool) -> 
 def _shards(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
-    return list(place.glob("*.safetensors")) if place.is_dir() else []
+    return [path for path in place.glob("*.safetensors") if path.is_file()]

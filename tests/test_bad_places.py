@@ -1,0 +1,212 @@
+"""Bad outputs, options and moments: full disks, signals, too few files, missing engines."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    INPUT,
+    LLAMA,
+    MACHINE,
+    USAGE,
+    llama_tensors,
+    nf4,
+    nf4_ok,
+    refused,
+    write_checkpoint_dir,
+)
+
+
+def test_output_exists(work):
+    (work / "model-nf4").mkdir()
+    (work / "model-nf4" / "precious").write_text("data")
+    refused(USAGE, "quantize", "model", says=("model-nf4 exists",), cwd=work)
+    (work / "file").write_text("data")
+    refused(USAGE, "quantize", "model", "file", says=("file exists",), cwd=work)
+
+
+def test_output_is_an_empty_directory(work):
+    (work / "out").mkdir()
+    nf4_ok("quantize", "model", "out", cwd=work)
+
+
+@pytest.mark.parametrize("output", ["model", "model/nf4", "./model/../model"])
+def test_source_is_output(work, output):
+    refused(USAGE, "quantize", "model", output, says=("model",), cwd=work)
+    nf4_ok("quantize", "model", cwd=work)
+    refused(USAGE, "dequantize", "model-nf4", "model-nf4/x", says=("source",), cwd=work)
+
+
+def test_source_through_a_link_is_output(work):
+    (work / "link").symlink_to(work / "model")
+    refused(USAGE, "quantize", "link", "model/out", says=("source",), cwd=work)
+
+
+def limited(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run nf4 where statvfs tells of a nearly full disk."""
+    code = (
+        "import shutil, sys, collections\n"
+        "shutil.disk_usage = lambda p: collections.namedtuple('u', 'total used free')(9, 9, 1000)\n"
+        f"sys.argv = ['nf4', *{list(arguments)!r}]\n"
+        "from nf4cli.cli import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+    )
+
+
+def test_disk_too_small_for_the_plan(work):
+    before = sorted(work.rglob("*"))
+    done = limited(work, "quantize", "model")
+    assert done.returncode == MACHINE
+    assert "1,000 free" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(work.rglob("*")) == before
+
+
+def full_tmpfs(size: str):
+    """A tmpfs of `size` for a test, or a named skip where we may not mount."""
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a really full disk needs root, to mount a small tmpfs")
+    return mount, size
+
+
+def test_disk_that_is_really_full(work):
+    mount, size = full_tmpfs("300k")
+    disk = work / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=False
+    ).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        code = (
+            "import shutil, sys, collections\n"
+            "usage = collections.namedtuple('u', 'total used free')(9, 9, 1 << 50)\n"
+            "shutil.disk_usage = lambda path: usage\n"
+            "sys.argv = ['nf4', 'quantize', 'model', 'disk/out']\n"
+            "from nf4cli.cli import main; main()"
+        )
+        big = {**llama_tensors(), "model.layers.0.big.weight": torch.randn(1000, 1000).bfloat16()}
+        write_checkpoint_dir(work / "model", big, LLAMA)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+        )
+        assert done.returncode == MACHINE
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_unwritable_output(work):
+    if os.geteuid() == 0:
+        target = "/proc/nf4-out"  # root may write everywhere else
+    else:
+        (work / "locked").mkdir(mode=0o500)
+        target = "locked/out"
+    refused(MACHINE, "quantize", "model", target, says=("error:",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--blocksize", "63"), "--blocksize 63"),
+        (("--quant-type", "nf5"), "--quant-type nf5"),
+        (("--quant-storage", "int8"), "--quant-storage int8"),
+        (("--compute-dtype", "half"), "--compute-dtype half"),
+        (("--dtype", "int4"), "--dtype int4"),
+        (("--digest", "md5"), "--digest md5"),
+        (("--max-shard-size", "big"), "'big' is not a size"),
+        (("--max-shard-size", "10"), "below 1 MB"),
+        (("--memory", "1MB"), "--memory 1,000,000 bytes is too little"),
+        (("--workers", "0"), "--workers 0"),
+        (("--memory", "9" * 400), "is not a size"),
+        (("--engine", "abacus"), "no engine is called 'abacus'"),
+        (("--skip-modules", "nope"), "'nope' matches no module"),
+    ],
+)
+def test_bad_options(work, options, says):
+    done = nf4("quantize", "model", *options, cwd=work)
+    assert done.returncode in (USAGE, MACHINE)
+    assert says in done.stderr
+    assert not (work / "model-nf4").exists()
+
+
+def test_storage_that_does_not_fit(work):
+    write_checkpoint_dir(work / "odd", {"a.0.b.weight": torch.ones(3, 3)}, LLAMA)
+    refused(
+        USAGE, "quantize", "odd", "--quant-storage", "float32", says=("a.0.b.weight",), cwd=work
+    )
+
+
+def test_keys_that_clash(work):
+    tensors = {"a.0.b.weight": torch.ones(4, 4), "a.0.b.weight.absmax": torch.ones(1)}
+    write_checkpoint_dir(work / "clash", tensors, LLAMA)
+    refused(INPUT, "quantize", "clash", says=("wanted by both",), cwd=work)
+
+
+def test_a_source_that_shrinks_while_it_is_read(work):
+    from nf4cli.errors import InputError
+    from nf4cli.reader import ByteReader
+
+    file = work / "model" / "model.safetensors"
+    size = file.stat().st_size
+    with ByteReader(file, size) as reader:
+        os.truncate(file, size // 2)
+        with pytest.raises(InputError, match="truncated by another process"):
+            reader.read(size // 2 - 10, 20)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        ByteReader(file, size)
+
+
+def test_missing_engine_names_the_compiler(work, monkeypatch):
+    from nf4cli.engines import cpu
+    from nf4cli.errors import MachineError
+
+    monkeypatch.setattr(cpu, "LIBRARY", work / "absent.so")
+    cpu._library.cache_clear()
+    with pytest.raises(MachineError, match=r"g\+\+"):
+        cpu.CpuEngine()
+    cpu._library.cache_clear()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(work, number):
+    big = {f"model.layers.0.m{i}.weight": torch.randn(4096, 4096).bfloat16() for i in range(6)}
+    write_checkpoint_dir(work / "big", big, LLAMA)
+    before = sorted(work.rglob("*"))
+    code = (  # the real command over an engine that takes its time
+        "import sys, time\n"
+        "from nf4cli.engines.cpu import CpuEngine\n"
+        "real = CpuEngine.quantize\n"
+        "CpuEngine.quantize = lambda *a: (time.sleep(0.2), real(*a))[1]\n"
+        "sys.argv = ['nf4', 'quantize', 'big']\n"
+        "from nf4cli.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(work.glob(".big-nf4.partial-*/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    pressed = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - pressed < 2
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert sorted(work.rglob("*")) == before
