@@ -112,7 +112,7 @@ def test_the_main_path_is_light(llama, llama_nf4, tmp_path):
         f"inspect {out}",
         f"dequantize {out} {tmp_path / 'back'} -q",
     ]
-    subprocess.run([sys.executable, "-c", code, *commands], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-I", "-c", code, *commands], check=True, capture_output=True)
 
 
 def test_help_is_light():
@@ -124,7 +124,7 @@ def test_help_is_light():
         "except SystemExit: pass\n"
         "assert not {'numpy', 'safetensors', 'blake3'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True)
 
 
 def test_files_can_be_read_in_a_sitting():

@@ -59,7 +59,7 @@ def limited(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "from nf4cli.cli import main; main()"
     )
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=work, check=False
     )
 
 
@@ -99,7 +99,7 @@ def test_disk_that_is_really_full(work):
         big = {**llama_tensors(), "model.layers.0.big.weight": torch.randn(1000, 1000).bfloat16()}
         write_checkpoint_dir(work / "model", big, LLAMA)
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=work, check=False
+            [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=work, check=False
         )
         assert done.returncode == MACHINE
         assert "No space left" in done.stderr
@@ -195,7 +195,7 @@ def test_a_signal_leaves_nothing_behind(work, number):
         "from nf4cli.cli import main; main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-I", "-c", code],
         cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
