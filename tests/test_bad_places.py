@@ -99,7 +99,11 @@ def test_disk_that_is_really_full(work):
         big = {**llama_tensors(), "model.layers.0.big.weight": torch.randn(1000, 1000).bfloat16()}
         write_checkpoint_dir(work / "model", big, LLAMA)
         done = subprocess.run(
-            [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=work, check=False
+            [sys.executable, "-I", "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            check=False,
         )
         assert done.returncode == MACHINE
         assert "No space left" in done.stderr
