@@ -291,7 +291,7 @@ def test_memory_is_kept(tmp_path):
     for bound in (80_000_000, 120_000_000):
         out = tmp_path / str(bound)
         done = subprocess.run(
-            [sys.executable, "-I", "-c", code, "quantize", source, out, "-q", "--memory", f"{bound}"],
+            [sys.executable, "-I", "-c", code, "quantize", source, out, "-q", f"--memory={bound}"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert int(done.stdout) * 1024 <= bound
