@@ -55,7 +55,7 @@ class Overview:
         files: shards.
         nbytes: bytes of all shards.
         parameters: floating-point weights, packed ones counted as what they decode to.
-        packed_parameters: those in 4 bit.
+        quantized_parameters: those in 4 bit.
         bits_per_weight: bits of all tensors for each parameter.
         groups: the largest first.
         quant_method: as config.json says, None where it says nothing.
@@ -70,7 +70,7 @@ class Overview:
     files: int
     nbytes: int
     parameters: int
-    packed_parameters: int
+    quantized_parameters: int
     bits_per_weight: float
     groups: tuple[Group, ...]
     model_type: str | None
@@ -135,7 +135,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         files=len(checkpoint.shards),
         nbytes=sum(shard.size for shard in checkpoint.shards),
         parameters=parameters,
-        packed_parameters=sum(g.elements for g in groups if g.packed),
+        quantized_parameters=sum(g.elements for g in groups if g.packed),
         bits_per_weight=8 * sum(g.nbytes for g in groups) / max(1, parameters),
         groups=tuple(sorted(groups, key=lambda g: (not g.packed, -g.nbytes))),
         model_type=model_type if isinstance(model_type, str) else None,

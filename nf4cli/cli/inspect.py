@@ -48,7 +48,7 @@ def _print_overview(console: Console, seen: Overview, path: Path) -> None:
     from rich import box
     from rich.table import Table
 
-    share = seen.packed_parameters / max(1, seen.parameters)
+    share = seen.quantized_parameters / max(1, seen.parameters)
     console.print(
         f"[bold]{common.plain(seen.name)}[/] ({common.plain(seen.model_type or 'no model_type')}): "
         f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
