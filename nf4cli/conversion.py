@@ -135,7 +135,6 @@ class Conversion:
         self._progress = progress
         self._lock = threading.Lock()
         self._digests: dict[Path, OrderedDigest] = {}
-        self._shard_digests: dict[Path, ShardDigest] = {}
         self._algorithm = digest
         self.jobs: list[_Job] = []
 
@@ -160,10 +159,10 @@ class Conversion:
 
     def source_digests(self) -> tuple[dict[str, str], dict[str, str]]:
         """(by file name, by tensor name), after `run`."""
-        files = {path.name: digest.hexdigest() for path, digest in self._shard_digests.items()}
+        files = {path.name: turns.digest.hexdigest() for path, turns in self._digests.items()}
         tensors: dict[str, str] = {}
-        for digest in self._shard_digests.values():
-            tensors |= digest.tensors
+        for turns in self._digests.values():
+            tensors |= turns.digest.tensors
         return files, tensors
 
     def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
@@ -210,12 +209,11 @@ class Conversion:
     def _start_digest(self, shard: Shard, algorithm: str) -> None:
         digest = ShardDigest(shard.tensors, algorithm)
         digest.update(self._readers[shard].read(0, shard.data_start))
-        self._shard_digests[shard.path] = digest
         self._digests[shard.path] = OrderedDigest(digest)
 
     def _abort(self) -> None:
-        for digest in self._digests.values():
-            digest.abort()
+        for turns in self._digests.values():
+            turns.abort()
         self._sink.abort()
 
     def _items(self) -> Iterator[_Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
@@ -14,13 +13,12 @@ from . import selection
 from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
 from .limits import Resources, refuse_place, require_disk
-from .output import copy_files, new_directory
+from .output import new_directory, write_side_files
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
-from .plan import check_shard_size, config_text, index_of, shard_name
+from .plan import check_shard_size, index_of, set_dtype, shard_name
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
-from .source import INDEX
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
 
 
@@ -101,16 +99,10 @@ def write_dequantized(
         copies = sum((checkpoint.root / f).stat().st_size for f in checkpoint.extra_files)
         require_disk(output, total + copies)
         with new_directory(output, fsync) as directory:
-            copy_files(checkpoint.root, checkpoint.extra_files, directory)
             config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-            if config:
-                if dtype != "auto":
-                    keys = [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]
-                    config |= dict.fromkeys(keys, dtype)
-                (directory / "config.json").write_text(config_text(config), "utf-8")
-            index = index_of(layouts)
-            if index is not None:
-                (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+            if config and dtype != "auto":
+                set_dtype(config, dtype)
+            write_side_files(directory, checkpoint, config, index_of(layouts))
             writers: list[ShardWriter] = []
             try:
                 writers += (ShardWriter(directory, layout) for layout in layouts)

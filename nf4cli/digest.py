@@ -86,14 +86,14 @@ class ShardDigest:
 
 
 class OrderedDigest:
-    """A ShardDigest fed by several threads: each waits for its turn by offset.
+    """A ShardDigest (`digest`) fed by several threads: each waits for its turn by offset.
 
     No thread can wait for ever: pieces are handed out in order, so the one before mine is
     already in another thread's hands, or `abort` was called.
     """
 
     def __init__(self, digest: ShardDigest) -> None:
-        self._digest = digest
+        self.digest = digest
         self._turn = threading.Condition()
         self._position = digest.position
         self._aborted = False
@@ -104,7 +104,7 @@ class OrderedDigest:
             self._turn.wait_for(lambda: self._position == start or self._aborted)
             if self._aborted:
                 return
-        self._digest.update(data)  # outside the lock: nobody else has this turn
+        self.digest.update(data)  # outside the lock: nobody else has this turn
         with self._turn:
             self._position += memoryview(data).nbytes
             self._turn.notify_all()

@@ -1,14 +1,14 @@
 """The errors a user can meet, each with the exit code the command line returns for it.
 
-A message names the object, what was found, what was expected and what to do next.  Anything that
-is not an Nf4Error is a bug and keeps its traceback.
+A message names the object, what was found, what was expected and what to do next.  What is
+neither an Nf4Error nor an OSError is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class Nf4Error(Exception):
-    """Base class: the only exceptions the command line turns into a message."""
+    """Base class: what the command line turns into a message, beside the system's OSError."""
 
     exit_code = 3
 

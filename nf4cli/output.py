@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from .records import Checkpoint
+from .source import INDEX
 
 
 class new_directory:  # noqa: N801 - used like a function, in a with statement
@@ -57,11 +63,34 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def copy_files(root: Path, names: tuple[str, ...], directory: Path) -> None:
-    """Copy files, with their subdirectories, content only; config.json is left to the caller."""
-    for name in names:
-        if name == "config.json":
-            continue
-        target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target)
+def write_side_files(
+    directory: Path,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any] | None,
+    index: Mapping[str, Any] | None,
+) -> None:
+    """Everything of an output but its shards: what is copied, config.json, the index.
+
+    Args:
+        config: the new config.json, None for none; the source's is never copied.
+        index: None where a single file needs none.
+    """
+    for name in checkpoint.extra_files:
+        if name != "config.json":
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.root / name, target)
+    if config:
+        (directory / "config.json").write_text(_config_text(config), "utf-8")
+    if index is not None:
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    """config.json as transformers formats it."""
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which only JSON's escapes can carry
+        text = json.dumps(config, indent=2)
+    return text + "\n"

@@ -6,7 +6,6 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -321,6 +320,12 @@ def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
     }
 
 
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Make config.json name `dtype`, under the keys it has (versions of transformers differ)."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config |= dict.fromkeys(keys, dtype)
+
+
 def _output_config(
     checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]
 ) -> dict[str, Any] | None:
@@ -346,8 +351,7 @@ def _output_config(
                 "name to mean packed modules as well. Keep those too, or none"
             )
     output = dict(checkpoint.config)
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in output] or ["torch_dtype"]
-    output |= dict.fromkeys(dtype_keys, config.dtype)
+    set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
         config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
     )
@@ -382,13 +386,3 @@ def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
             "the model again with safetensors first"
         )
     return notes
-
-
-def config_text(config: Mapping[str, Any]) -> str:
-    """config.json as transformers formats it."""
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which only JSON's escapes can carry
-        text = json.dumps(config, indent=2)
-    return text + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from dataclasses import replace
@@ -14,10 +13,10 @@ from .digest import OrderedDigest, ShardDigest, digest_file
 from .engines import Engine
 from .limits import Resources, check_output
 from .manifest import FileRecord, Manifest, RunRecord
-from .output import copy_files, new_directory
+from .output import new_directory, write_side_files
 from .pipeline import Progress, no_progress
-from .plan import Plan, TensorPlan, config_text
-from .source import INDEX, MANIFEST
+from .plan import Plan, TensorPlan
+from .source import MANIFEST
 from .writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class _Files:
         self._directory = directory
         self._algorithm = algorithm
         self._writers: list[ShardWriter] = []
-        self._digests: list[ShardDigest] = []
         self._turns: list[OrderedDigest] = []
 
     def open(self) -> None:
@@ -51,7 +49,6 @@ class _Files:
             self._writers.append(ShardWriter(self._directory, layout))
             digest = ShardDigest(layout.tensors.values(), self._algorithm)
             digest.update(layout.header)
-            self._digests.append(digest)
             self._turns.append(OrderedDigest(digest))
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
@@ -68,7 +65,7 @@ class _Files:
                 return
         writer = self._writers[plan.file]
         for piece in writer.tail():
-            self._digests[plan.file].update(piece)
+            self._turns[plan.file].digest.update(piece)
         writer.finish()
 
     def abort(self) -> None:
@@ -79,9 +76,9 @@ class _Files:
         """(by file name, by tensor key), when all is finished."""
         files: dict[str, str] = {}
         tensors: dict[str, str] = {}
-        for writer, digest in zip(self._writers, self._digests, strict=True):
-            files[writer.layout.filename] = digest.hexdigest()
-            tensors |= digest.tensors
+        for writer, turns in zip(self._writers, self._turns, strict=True):
+            files[writer.layout.filename] = turns.digest.hexdigest()
+            tensors |= turns.digest.tensors
         return files, tensors
 
     def close(self) -> None:
@@ -115,11 +112,7 @@ def write_checkpoint(
     check_output(plan, output, resources.workers)
     started = time.monotonic()
     with new_directory(output, fsync) as directory:
-        copy_files(plan.checkpoint.root, plan.checkpoint.extra_files, directory)
-        if plan.output_config is not None:
-            (directory / "config.json").write_text(config_text(plan.output_config), "utf-8")
-        if plan.index is not None:
-            (directory / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n", "utf-8")
+        write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
         files = _Files(plan, directory, digest)
         try:
             files.open()

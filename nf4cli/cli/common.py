@@ -90,10 +90,15 @@ def load_engine(name: str) -> Engine:
 
 
 def out_console() -> Console:
-    """For results, on stdout; the work is done by now, so a closed pipe may end us."""
+    """For results, on stdout."""
+    _let_a_closed_pipe_end_us()
+    return _console(stderr=False)
+
+
+def _let_a_closed_pipe_end_us() -> None:
+    """From the first result on the work is done, and `nf4 ... | head` may stop reading."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    return _console(stderr=False)
 
 
 def err_console() -> Console:
@@ -126,7 +131,7 @@ def plural(count: int, noun: str) -> str:
 
 def print_json(document: dict[str, Any]) -> None:
     """The only thing on stdout under --json; ASCII, whatever the locale."""
-    out_console()
+    _let_a_closed_pipe_end_us()
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
