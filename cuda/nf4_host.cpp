@@ -208,6 +208,29 @@ i64 cast_from(const void* src, int to, void* dst, i64 n) {
   }
 }
 
+// -- FP8 weights with scales -----------------------------------------------------------------------
+
+// Elements [first, first + n) of a row-major matrix, one scale each block_rows x block_columns.
+template <int kTo>
+i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table,
+                  const float* scale, i64 block_rows, i64 block_columns, void* dst) {
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  const i64 scale_columns = (columns + block_columns - 1) / block_columns;
+  for (i64 i = 0; i < n;) {
+    const i64 row = (first + i) / columns, column = (first + i) % columns;
+    const i64 block = column / block_columns;
+    const float unit = scale[row / block_rows * scale_columns + block];
+    const i64 edge = (block + 1) * block_columns < columns ? (block + 1) * block_columns : columns;
+    const i64 stop = n - i < edge - column ? n : i + edge - column;
+    for (; i < stop; i++) {
+      out[i] = Element<kTo>::store(table[src[i]] * unit);
+      const uint32_t bits = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
+      if (bits >= kInfBits) return i;
+    }
+  }
+  return -1;
+}
+
 }  // namespace
 
 // -- the C ABI --------------------------------------------------------------------------------
@@ -301,4 +324,18 @@ NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n
     case NF4_F16: return cast_from<NF4_F16>(src, to, dst, n);
     default: return cast_from<NF4_BF16>(src, to, dst, n);
   }
+}
+
+// src: elements [first, first + n) of a row-major float8 matrix of `columns` columns.
+// table: the 256 values of the format.  scale: one float each block of block_rows x block_columns,
+// row-major, partial blocks at the edges included.  dst: n elements of `to`: value * scale in
+// float32, rounded once.  Returns -1, or the index of the first result that is not finite.
+NF4_EXPORT(int64_t nf4_decode_float8)
+(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table, const float* scale,
+ i64 block_rows, i64 block_columns, int to, void* dst) {
+  const DefaultFloatEnvironment environment;
+  const auto run = to == NF4_F32   ? decode_float8<NF4_F32>
+                   : to == NF4_F16 ? decode_float8<NF4_F16>
+                                   : decode_float8<NF4_BF16>;
+  return run(src, first, n, columns, table, scale, block_rows, block_columns, dst);
 }

@@ -326,12 +326,23 @@ def skip_list(config: Mapping[str, Any]) -> list[str]:
     return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
 
 
-def is_quantized_config(config: Mapping[str, Any]) -> str | None:
-    """The quant_method of an already quantized checkpoint's config, None for a plain one."""
-    found = config.get("quantization_config")
-    if found is None:
-        return None
-    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of an already quantized checkpoint, None for a plain one.
+
+    Multimodal models may have it in a sub-config ("text_config").
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        found = part.get("quantization_config")
+        if found is not None:
+            return found if isinstance(found, dict) else {}
+    return None
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """The quant_method of an already quantized checkpoint, None for a plain one."""
+    found = quantization_of(config)
+    return None if found is None else str(found.get("quant_method", "unknown"))
 
 
 # -- the skip list ----------------------------------------------------------------------------
@@ -390,6 +401,9 @@ def means(key: str, module: str, base_prefix: str) -> bool:
     return any(hits_v5(key, form) or hits_v4(key, form) for form in forms)
 
 
+_DIGIT = re.compile(r"\d", re.ASCII)
+
+
 def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str) -> list[str]:
     """llm_int8_skip_modules that every loader reads as: keep these, quantize those.
 
@@ -401,8 +415,11 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str
         quantized: module paths of the packed weights.
         base_prefix: see `path_forms`.
     """
-    packed = [form for module in quantized for form in path_forms(module, base_prefix)]
-    haystack = "\n".join(packed)
+    # Layers and experts differ in digits only: what misses every masked path misses every path.
+    packed: dict[str, list[str]] = {}
+    for module in quantized:
+        for form in path_forms(module, base_prefix):
+            packed.setdefault(_masked(form), []).append(form)
     wanted = dict.fromkeys(VETTED_HEADS)
     for module in kept:
         path, experts, _ = module.partition(".experts.")
@@ -410,6 +427,12 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str
     return [
         key
         for key in wanted
-        # Most keys occur nowhere in the packed paths: one substring search spares the matchers.
-        if not (key in haystack and any(hits(key, module) for module in packed))
+        if not any(
+            hits(_masked(key), masked) and any(hits(key, form) for form in forms)
+            for masked, forms in packed.items()
+        )
     ]
+
+
+def _masked(path: str) -> str:
+    return _DIGIT.sub("0", path)

@@ -120,3 +120,19 @@ def nested_midpoints() -> F32:
     """float32 [255]: the value above which the next entry of `nested_map()` is the nearer one."""
     values = nested_map()
     return (values[:-1] + values[1:]) / np.float32(2)
+
+
+@cache
+def float8_e4m3() -> F32:
+    """float32 [256]: the value of every byte in float8 e4m3fn, as torch casts it.
+
+    Sign, four exponent bits (bias 7), three mantissa bits; no infinities, and NaN only where all
+    seven lower bits are set (Micikevicius et al., "FP8 formats for deep learning", 2022).
+    """
+    byte = np.arange(128)
+    exponent, mantissa = byte >> 3, byte & 7
+    subnormal = mantissa * 2.0**-9
+    normal = (8 + mantissa) * 2.0 ** (exponent - 10.0)
+    magnitude = np.where(exponent == 0, subnormal, normal).astype(np.float32)
+    magnitude.view(np.uint32)[127] = 0x7FF00000  # the NaN that torch's cast gives
+    return np.concatenate([magnitude, -magnitude])

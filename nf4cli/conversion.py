@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,7 +29,7 @@ from .manifest import FileRecord, Manifest, TensorRecord
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
 from .reader import ShardReaders
-from .records import ITEMSIZE, Shard, TensorError
+from .records import ITEMSIZE, Scale, Shard, TensorError, View
 from .selection import module_path
 
 if TYPE_CHECKING:
@@ -57,16 +58,28 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One piece of work: `count` elements of a tensor from element `start`.
+    """One piece of work: `count` elements of a weight from element `start`.
 
-    For a transposed tensor elements count in the order they are encoded, and its bytes are
-    digested by items of their own (`digest_only`), which read them in file order.
+    Elements count in the order they are written.
+
+    Attributes:
+        digest: its bytes are read in file order, and digested on the way.
     """
 
     job: _Job
     start: int
     count: int
-    digest_only: bool = False
+    digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Bytes [start, stop) of a source file that are only digested: what was transposed cannot be
+    digested in the order it is read, and of some tensors nothing is written."""
+
+    shard: Shard
+    start: int
+    stop: int
 
 
 @dataclass(eq=False, slots=True)
@@ -75,12 +88,14 @@ class _Job:
 
     Attributes:
         pending: items not done yet.
+        scale: float32 factors of a float8 weight, flat.
         stats: the engine's error sums by first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
     """
 
     plan: TensorPlan
     pending: int
+    scale: F32 | None = None
     stats: dict[int, F64] = field(default_factory=dict)
     absmax: _AbsmaxFile | None = None
     error: TensorError | None = None
@@ -172,7 +187,7 @@ class Conversion:
             output_digests: of every output tensor, by key.
         """
         source_files, source_tensors = self.source_digests()
-        jobs = {job.plan.source.name: job for job in self.jobs}
+        jobs = {job.plan.name: job for job in self.jobs}
         plan = self.plan
         return Manifest(
             config=plan.config,
@@ -184,19 +199,20 @@ class Conversion:
             },
             output_files={},
             tensors={
-                t.source.name: TensorRecord(
+                t.name: TensorRecord(
                     action=t.action,
                     rule=t.rule,
                     reason=t.reason,
-                    transposed=t.transposed,
-                    source_file=t.shard.path.name,
-                    source_dtype=t.source.dtype,
-                    source_shape=t.source.shape,
-                    source_digest=source_tensors[t.source.name],
-                    output_file=plan.shards[t.file].filename,
+                    transposed=t.view is not None,
+                    source_tensor=t.weight.stored.name,
+                    source_file=t.weight.shard.path.name,
+                    source_dtype=t.weight.stored.dtype,
+                    source_shape=t.weight.stored.shape,
+                    source_digest=source_tensors[t.weight.stored.name],
+                    output_file=plan.shards[t.file].filename if t.outputs else "",
                     outputs={key: output_digests.get(key, "") for key in t.outputs},
-                    state=jobs[t.source.name].state,
-                    error=jobs[t.source.name].error,
+                    state=jobs[t.name].state if t.outputs else None,
+                    error=jobs[t.name].error if t.outputs else None,
                 )
                 for t in plan.tensors
             },
@@ -216,32 +232,50 @@ class Conversion:
             turns.abort()
         self._sink.abort()
 
-    def _items(self) -> Iterator[_Item]:
+    def _items(self) -> Iterator[_Item | _Reading]:
         """Every chunk of every tensor, in the order of the source files."""
-        for plan in self.plan.tensors:
-            n = plan.source.numel
-            # An upcast writes more than it reads: the larger side must fit the buffer.
-            widest = (
-                max(ITEMSIZE[plan.source.dtype], *(ITEMSIZE[d] for d, _ in plan.outputs.values()))
-                if plan.action == "cast"
-                else ITEMSIZE[plan.source.dtype]
-            )
-            if plan.transposed:
-                widest *= 4  # reading it transposed takes a block and its copy as well
-            step = max(GRANULE, self._resources.chunk // widest // GRANULE * GRANULE)
-            starts = range(0, n, step)
-            separate = plan.transposed and self._algorithm is not None
-            job = _Job(plan, len(starts) * (2 if separate else 1))
-            if plan.state is not None and plan.state.nested:
-                job.absmax = _AbsmaxFile(self._scratch)
-            self.jobs.append(job)
-            if not starts:  # a tensor without elements
-                self._sink.finish(plan)
-            if separate:
-                for start in starts:
-                    yield _Item(job, start, min(step, n - start), digest_only=True)
-            for start in starts:
-                yield _Item(job, start, min(step, n - start))
+        stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.start))
+        for _, group in stored:
+            plans = list(group)
+            in_order = [p for p in plans if p.view is None and p.action != "drop"]
+            if self._algorithm is not None and not in_order:
+                yield from self._readings(plans[0])
+            for plan in plans:
+                if plan.outputs:
+                    yield from self._items_of(plan)
+
+    def _readings(self, plan: TensorPlan) -> Iterator[_Reading]:
+        tensor = plan.weight.stored
+        for start in range(tensor.start, tensor.stop, self._resources.chunk):
+            stop = min(start + self._resources.chunk, tensor.stop)
+            yield _Reading(plan.weight.shard, start, stop)
+
+    def _items_of(self, plan: TensorPlan) -> Iterator[_Item]:
+        step = max(GRANULE, self._resources.chunk // _widest(plan) // GRANULE * GRANULE)
+        starts = range(0, plan.numel, step)
+        job = _Job(plan, len(starts))
+        if plan.state is not None and plan.state.nested:
+            job.absmax = _AbsmaxFile(self._scratch)
+        if plan.weight.scale is not None:
+            job.scale = self._scales(plan.weight.scale)
+        self.jobs.append(job)
+        if not starts:  # a tensor without elements
+            self._sink.finish(plan)
+        for start in starts:
+            count = min(step, plan.numel - start)
+            yield _Item(job, start, count, self._algorithm is not None and plan.view is None)
+
+    def _scales(self, scale: Scale) -> F32:
+        """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
+        tensor = scale.tensor
+        raw = self._readers[scale.shard].read(tensor.start, tensor.nbytes)
+        values = np.empty(tensor.numel, np.float32)
+        if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
+            exponents = np.where(raw == 255, 0x7FC00000, raw.astype(np.uint32) << 23)
+            values[:] = np.where(raw == 0, 2.0**-127, exponents.astype(np.uint32).view(np.float32))
+        else:
+            self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
+        return values
 
     def item_done(self, item: _Item) -> None:
         job = item.job
@@ -251,13 +285,13 @@ class Conversion:
         if last:
             if job.plan.state is not None:
                 self._finish_state(job)
+            job.scale = None
             self._sink.finish(job.plan)
-        if not item.digest_only:
-            self._progress(job.plan.source.name, item.count * ITEMSIZE[job.plan.source.dtype])
+        self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
 
     def _finish_state(self, job: _Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
-        name, state = job.plan.source.name, job.plan.state
+        name, state = job.plan.name, job.plan.state
         assert state is not None
         if job.absmax is not None:
             state = replace(state, nested_offset=self._nest(name, job.plan, job.absmax))
@@ -306,46 +340,75 @@ class _Worker:
         self._source = np.empty(chunk, np.uint8)
         self._output = np.empty(chunk, np.uint8)
 
-    def __call__(self, item: _Item) -> None:
-        c, plan = self._conversion, item.job.plan
-        itemsize = ITEMSIZE[plan.source.dtype]
-        if plan.transposed and not item.digest_only:
-            data = self._read_transposed(item)
+    def __call__(self, item: _Item | _Reading) -> None:
+        c = self._conversion
+        if isinstance(item, _Reading):
+            data = self._source[: item.stop - item.start]
+            c._readers[item.shard].read_into(data, item.start)
+            c._digests[item.shard.path].update(item.start, data)
+            return
+        plan = item.job.plan
+        data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        dtype = plan.weight.stored.dtype
+        if plan.weight.scale is not None:
+            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
+        if plan.action == "quantize":
+            self._quantize(item, data, dtype)
+        elif plan.outputs[plan.name][0] != dtype:
+            self._cast(item, data, dtype)
         else:
-            data = self._source[: item.count * itemsize]
-            position = plan.source.start + item.start * itemsize
-            c._readers[plan.shard].read_into(data, position)
-            if c._algorithm is not None:
-                c._digests[plan.shard.path].update(position, data)
-        if item.digest_only:
-            pass
-        elif plan.action == "quantize":
-            self._quantize(item, data)
-        elif plan.action == "cast":
-            self._cast(item, data)
-        else:
-            c._sink.write(plan.source.name, item.start * itemsize, data)
+            c._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
         c.item_done(item)
 
-    def _read_transposed(self, item: _Item) -> U8:
-        """Elements [start, start+count) of the transpose of a [rows, columns] tensor."""
-        source = item.job.plan.source
-        rows, columns = source.shape
-        itemsize = ITEMSIZE[source.dtype]
-        first, last = item.start // rows, -(-(item.start + item.count) // rows)
-        reader = self._conversion._readers[item.job.plan.shard]
-        block = np.empty((rows, (last - first) * itemsize), np.uint8)
-        if last - first == columns:
-            reader.read_into(block.reshape(-1), source.start)
+    def _read(self, item: _Item) -> U8:
+        """Elements [start, start + count) as they lie, into the start of the buffer."""
+        c, weight = self._conversion, item.job.plan.weight
+        itemsize = ITEMSIZE[weight.stored.dtype]
+        data = self._source[: item.count * itemsize]
+        position = weight.stored.start + item.start * itemsize
+        c._readers[weight.shard].read_into(data, position)
+        if item.digest:
+            c._digests[weight.shard.path].update(position, data)
+        return data
+
+    def _decode(self, item: _Item, data: U8, scale: Scale) -> U8:
+        """Float8 -> the weight's dtype, into the rest of the buffer."""
+        weight, factors = item.job.plan.weight, item.job.scale
+        assert factors is not None
+        start = -(-item.count // 8) * 8  # aligned for the wider elements
+        out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
+        try:
+            self._conversion._engine.decode_float8(
+                data, item.start, weight.shape[1], factors, scale.block, out, weight.dtype
+            )
+        except NonFiniteError as error:
+            place = _element(item, error.index)
+            raise InputError(
+                f"{weight.name}{list(place)} in {weight.shard.path}, byte "
+                f"0x{int(data[error.index]):02x}, times its factor in {scale.tensor.name} is no "
+                f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
+            ) from error
+        return out
+
+    def _read_transposed(self, item: _Item, view: View) -> U8:
+        """Elements [start, start + count) of the transpose of a stored matrix."""
+        weight = item.job.plan.weight
+        itemsize = ITEMSIZE[weight.stored.dtype]
+        first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
+        reader = self._conversion._readers[weight.shard]
+        block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
+        origin = weight.stored.start + view.start * itemsize
+        if last - first == view.stride:
+            reader.read_into(block.reshape(-1), origin)
         else:
-            for row in range(rows):
-                reader.read_into(block[row], source.start + (row * columns + first) * itemsize)
+            for row in range(view.rows):
+                reader.read_into(block[row], origin + (row * view.stride + first) * itemsize)
         elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
         flat = np.ascontiguousarray(elements.T).reshape(-1)
-        skip = item.start - first * rows
+        skip = item.start - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
-    def _quantize(self, item: _Item, data: U8) -> None:
+    def _quantize(self, item: _Item, data: U8, dtype: str) -> None:
         c, plan = self._conversion, item.job.plan
         state = plan.state
         assert state is not None
@@ -353,49 +416,62 @@ class _Worker:
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
         try:
             sums = c._engine.quantize(
-                data, plan.source.dtype, state.blocksize, state.quant_type, packed, absmax
+                data, dtype, state.blocksize, state.quant_type, packed, absmax
             )
         except NonFiniteError as error:
-            raise InputError(_nonfinite(item, error.index, data)) from error
+            raise InputError(_nonfinite(item, error.index, data, dtype)) from error
         item.job.stats[item.start] = sums
-        name, first_block = plan.source.name, item.start // state.blocksize
+        name, first_block = plan.name, item.start // state.blocksize
         c._sink.write(name, item.start // 2, packed)
         if item.job.absmax is not None:
             item.job.absmax.write(first_block, absmax)
         else:
             c._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
 
-    def _cast(self, item: _Item, data: U8) -> None:
-        c, source = self._conversion, item.job.plan.source
-        ((dtype, _),) = item.job.plan.outputs.values()
+    def _cast(self, item: _Item, data: U8, from_dtype: str) -> None:
+        c, plan = self._conversion, item.job.plan
+        dtype, _ = plan.outputs[plan.name]
         out = self._output[: item.count * ITEMSIZE[dtype]]
         try:
-            c._engine.cast(data, source.dtype, out, dtype)
+            c._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:
             place = _element(item, error.index)
             raise InputError(
-                f"{source.name}{list(place)} in {item.job.plan.shard.path} is too large for "
-                f"{dtype}, the dtype of the kept tensors: choose another with --dtype"
+                f"{plan.weight.stored.name}{list(place)} in {plan.weight.shard.path} is too large "
+                f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
             ) from error
-        c._sink.write(source.name, item.start * ITEMSIZE[dtype], out)
+        c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
+
+
+def _widest(plan: TensorPlan) -> int:
+    """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
+    stored = ITEMSIZE[plan.weight.stored.dtype]
+    if plan.view is not None:
+        return 4 * stored  # reading it transposed takes a block and its copy as well
+    if plan.weight.scale is not None:
+        return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
+    if plan.action == "cast":  # an upcast writes more than it reads
+        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
+    return stored
 
 
 def _element(item: _Item, index: int) -> tuple[int, ...]:
     """The place in the source tensor of the item's element `index`."""
-    shape = item.job.plan.source.shape
-    flat = item.start + index
-    if item.job.plan.transposed:
-        return flat % shape[0], flat // shape[0]
-    return tuple(int(i) for i in np.unravel_index(flat, shape))
+    plan, flat = item.job.plan, item.start + index
+    stored = plan.weight.stored
+    if plan.view is not None:
+        column, row = divmod(flat, plan.view.rows)
+        flat = plan.view.start + row * plan.view.stride + column
+    return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
 
 
-def _nonfinite(item: _Item, index: int, data: U8) -> str:
-    source, shard = item.job.plan.source, item.job.plan.shard
-    bits = int(data.view(f"u{ITEMSIZE[source.dtype]}")[index])
-    mantissa = {"F32": 23, "F16": 10, "BF16": 7}[source.dtype]
+def _nonfinite(item: _Item, index: int, data: U8, dtype: str) -> str:
+    weight = item.job.plan.weight
+    bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
+    mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
     kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
     return (
-        f"{source.name}{list(_element(item, index))} in {shard.path} is {kind}: a 4-bit block "
-        "cannot hold it. Repair the source, or leave this module in full precision with "
-        f"--keep {module_path(source.name)}"
+        f"{weight.stored.name}{list(_element(item, index))} in {weight.shard.path} is {kind}: a "
+        "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
+        f"with --keep {module_path(weight.name)}"
     )

@@ -13,10 +13,11 @@ from . import selection
 from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
 from .limits import Resources, refuse_place, require_disk
+from .model_config import set_dtype
 from .output import new_directory, write_side_files
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
-from .plan import check_shard_size, index_of, set_dtype, shard_name
+from .plan import check_shard_size, index_of, shard_name
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out

@@ -139,7 +139,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         bits_per_weight=8 * sum(g.nbytes for g in groups) / max(1, parameters),
         groups=tuple(sorted(groups, key=lambda g: (not g.packed, -g.nbytes))),
         model_type=model_type if isinstance(model_type, str) else None,
-        quant_method=bnb_format.is_quantized_config(checkpoint.config),
+        quant_method=bnb_format.quant_method(checkpoint.config),
         skip_modules=tuple(bnb_format.skip_list(checkpoint.config)),
         kept_modules=_kept_modules(checkpoint),
         errors={

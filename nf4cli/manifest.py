@@ -34,12 +34,13 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """One source tensor and what became of it.
+    """One weight of the output, or a source tensor that nothing was written for.
 
     Attributes:
-        action: "quantize", "cast" or "copy".
+        action: "quantize", "cast", "copy" or "drop".
         rule, reason: why, see selection.py.
-        transposed: encoded as the transpose of the stored matrix.
+        transposed: written as the transpose of the stored matrix.
+        source_tensor: the stored tensor it was made from; several may share a fused one.
         source_digest: XXH3-128 of its bytes in the source.
         outputs: XXH3-128 of the bytes of every tensor written for it, by key.
         state, error: for "quantize".
@@ -49,6 +50,7 @@ class TensorRecord:
     rule: str
     reason: str
     transposed: bool
+    source_tensor: str
     source_file: str
     source_dtype: str
     source_shape: tuple[int, ...]
@@ -112,7 +114,9 @@ class Manifest:
                 "quantized_parameters": self.quantized_parameters,
                 "bits_per_weight": round(self.bits_per_weight, 4),
             },
-            "tensors": {name: _tensor_dict(self.tensors[name]) for name in sorted(self.tensors)},
+            "tensors": {
+                name: _tensor_dict(name, self.tensors[name]) for name in sorted(self.tensors)
+            },
         }
         if self.run is not None:
             document["run"] = asdict(self.run)
@@ -141,7 +145,7 @@ class Manifest:
             ) from error
 
 
-def _tensor_dict(record: TensorRecord) -> dict[str, Any]:
+def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "action": record.action,
         "rule": record.rule,
@@ -152,8 +156,14 @@ def _tensor_dict(record: TensorRecord) -> dict[str, Any]:
             "shape": list(record.source_shape),
             "digest": record.source_digest,
         },
-        "output": {"file": record.output_file, "digests": dict(sorted(record.outputs.items()))},
     }
+    if record.source_tensor != name:
+        fields["source"]["tensor"] = record.source_tensor
+    if record.outputs:
+        fields["output"] = {
+            "file": record.output_file,
+            "digests": dict(sorted(record.outputs.items())),
+        }
     if record.transposed:
         fields["transposed"] = True
     if record.state is not None:
@@ -179,7 +189,9 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
         source_name=document["source"]["name"],
         source_files=_file_records(document["source"]["files"]),
         output_files=_file_records(document["output"]["files"]),
-        tensors={name: _tensor_record(fields) for name, fields in document["tensors"].items()},
+        tensors={
+            name: _tensor_record(name, fields) for name, fields in document["tensors"].items()
+        },
         parameters=document["output"]["parameters"],
         quantized_parameters=document["output"]["quantized_parameters"],
         bits_per_weight=document["output"]["bits_per_weight"],
@@ -194,19 +206,24 @@ def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
     return {file["name"]: FileRecord(int(file["size"]), str(file["digest"])) for file in files}
 
 
-def _tensor_record(fields: dict[str, Any]) -> TensorRecord:
+def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
     state, error = fields.get("quant_state"), fields.get("error")
+    if fields["action"] == "drop":
+        output: dict[str, Any] = {"file": "", "digests": {}}
+    else:
+        output = fields["output"]
     return TensorRecord(
         action=str(fields["action"]),
         rule=str(fields["rule"]),
         reason=str(fields["reason"]),
         transposed=bool(fields.get("transposed", False)),
+        source_tensor=str(fields["source"].get("tensor", name)),
         source_file=str(fields["source"]["file"]),
         source_dtype=str(fields["source"]["dtype"]),
         source_shape=tuple(fields["source"]["shape"]),
         source_digest=str(fields["source"]["digest"]),
-        output_file=str(fields["output"]["file"]),
-        outputs=dict(fields["output"]["digests"]),
+        output_file=str(output["file"]),
+        outputs=dict(output["digests"]),
         state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
         error=TensorError(float(error["rel_rmse"]), float(error["max_abs"])) if error else None,
     )

@@ -7,53 +7,73 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from . import bnb_format, selection
+from . import bnb_format, model_config, selection
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
+from .families import consult
 from .records import (
     ITEMSIZE,
     SAFETENSORS_NAME,
     STORAGE_NAME,
+    TARGETS,
     TORCH_NAME,
     Checkpoint,
     QuantConfig,
     Shard,
     TensorInfo,
+    View,
+    Weight,
 )
 from .source import SINGLE, shard_count
+from .weights import contents
 from .writer import ShardLayout, fill_shards, lay_out
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one source tensor.
+    """What happens to one weight, or to a stored tensor that becomes none.
 
     Attributes:
-        source: where it lies.
-        shard: the source file that holds it.
-        action: "quantize", "cast" or "copy".
+        weight: what it is and where it lies.
+        action: "quantize", "cast", "copy", or "drop" for a tensor that nothing is written for.
         rule: the name of the selection rule that decided.
         reason: the same in words.
-        transposed: the encoded matrix is the transpose of the stored one (Conv1D).
+        view: the stored matrix whose transpose is written (Conv1D, fused experts), None for
+            the tensor as it lies.
         state: for "quantize": the quantization state, its offset not known yet.
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
     """
 
-    source: TensorInfo
-    shard: Shard
+    weight: Weight
     action: str
     rule: str
     reason: str
-    transposed: bool
+    view: View | None
     state: QuantState | None
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
     file: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its key in the output."""
+        return self.weight.name
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.weight.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read for it."""
+        return self.numel * ITEMSIZE[self.weight.stored.dtype]
 
     @property
     def nbytes_out(self) -> int:
@@ -94,12 +114,14 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Elements of all floating-point source tensors."""
-        return sum(t.source.numel for t in self.tensors if t.source.dtype in TORCH_NAME)
+        """Elements of all floating-point weights."""
+        return sum(
+            t.numel for t in self.tensors if t.weight.dtype in TORCH_NAME and t.action != "drop"
+        )
 
     @property
     def quantized_parameters(self) -> int:
-        return sum(t.source.numel for t in self.tensors if t.action == "quantize")
+        return sum(t.numel for t in self.tensors if t.action == "quantize")
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,7 +132,7 @@ class Plan:
     def scratch_bytes(self) -> int:
         """Largest temporary file: the float32 absmax of the biggest weight."""
         return max(
-            (4 * -(-t.source.numel // t.state.blocksize) for t in self.tensors if t.state),
+            (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
             default=0,
         )
 
@@ -122,7 +144,7 @@ class Plan:
         for t in self.tensors:
             key = (t.action, t.reason)
             count[key] += 1
-            elements[key] += t.source.numel
+            elements[key] += t.numel
             nbytes[key] += t.nbytes_out
         order = sorted(count, key=lambda key: (key[0] != "quantize", -nbytes[key], key))
         return [(*key, count[key], elements[key], nbytes[key]) for key in order]
@@ -135,8 +157,15 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return n
 
 
-def make_plan(checkpoint: Checkpoint, config: QuantConfig) -> Plan:
+Oracle = Callable[[Checkpoint], "selection.Answer | None"]
+"""Given the source as the model holds it, what transformers says of it, or None for the rules."""
+
+
+def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = consult) -> Plan:
     """Decide the whole conversion.
+
+    Args:
+        oracle: see `families.consult`.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
@@ -144,22 +173,25 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig) -> Plan:
     """
     _check_options(config)
     _refuse_part_of_a_set(checkpoint)
-    _refuse_quantized(checkpoint)
-    choices = selection.select(checkpoint, config.keep)
-    model_dtype = _model_dtype(checkpoint, config)
+    _refuse_packed(checkpoint)
+    model_dtype = model_config.dtype_of(checkpoint, config.dtype)
+    found = contents(checkpoint, model_dtype)
+    model = found.as_checkpoint(checkpoint)
+    model_config.check_headers(model)
+    answer = oracle(model)
+    choices = selection.select(model, config.keep, config.target, answer)
     torch_dtype = TORCH_NAME[model_dtype]
     config = replace(
         config,
         dtype=torch_dtype,
         compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
+        asked=f"transformers {answer.version}" if answer else "",
     )
     tensors = [
-        _plan_tensor(shard, tensor, choices[tensor.name], config, model_dtype)
-        for shard in checkpoint.shards
-        for tensor in shard.tensors
-    ]
+        _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
+    ] + [_drop(*checkpoint.tensors[name], reason) for name, reason in found.left.items()]
     _refuse_key_clashes(tensors)
-    tensors, shards = _place(tensors, config.max_shard_size)
+    tensors, shards = _place(tensors, checkpoint.shards, config.max_shard_size)
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -167,7 +199,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig) -> Plan:
         shards=tuple(shards),
         index=index_of(shards),
         output_config=_output_config(checkpoint, config, tensors),
-        notes=tuple(_notes(checkpoint, tensors)),
+        notes=tuple(_notes(checkpoint, config, tensors)),
     )
 
 
@@ -178,9 +210,15 @@ def _check_options(config: QuantConfig) -> None:
         ("--quant-storage", config.quant_storage, tuple(STORAGE_NAME)),
         ("--compute-dtype", config.compute_dtype, ("auto", *SAFETENSORS_NAME)),
         ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
+        ("--target", config.target, TARGETS),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
+    if config.target == "vllm" and config.quant_storage != "uint8":
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not go with --target vllm, which reads "
+            "uint8 only"
+        )
     check_shard_size(config.max_shard_size)
 
 
@@ -200,17 +238,9 @@ def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    method = bnb_format.is_quantized_config(checkpoint.config)
-    if method is not None:
-        advice = (
-            "undo it first: nf4 dequantize" if method == "bitsandbytes" else
-            "start from the original full-precision checkpoint"
-        )  # fmt: skip
-        raise InputError(
-            f"{checkpoint.root} is already quantized (quant_method {method!r} in config.json's "
-            f"quantization_config): {advice}"
-        )
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    if bnb_format.quant_method(checkpoint.config) is not None:
+        return  # float8.py reads it or refuses it by name
     packed = bnb_format.find_quantized(checkpoint)
     if packed:
         raise InputError(
@@ -220,55 +250,40 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _model_dtype(checkpoint: Checkpoint, config: QuantConfig) -> str:
-    """The safetensors dtype that every kept floating tensor gets.
-
-    Loaders build the model in one dtype, and transformers 5 fails on a mixture: it is the one
-    asked for, else the config's, else the one that most of the source's bytes have.
-    """
-    if config.dtype != "auto":
-        return SAFETENSORS_NAME[config.dtype]
-    declared = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if isinstance(declared, str) and declared.removeprefix("torch.") in SAFETENSORS_NAME:
-        return SAFETENSORS_NAME[declared.removeprefix("torch.")]
-    nbytes: Counter[str] = Counter()
-    for _, tensor in checkpoint.tensors.values():
-        if tensor.dtype in TORCH_NAME:
-            nbytes[tensor.dtype] += tensor.nbytes
-    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype), default="BF16")
-
-
-def _plan_tensor(
-    shard: Shard,
-    tensor: TensorInfo,
-    choice: selection.Choice,
-    config: QuantConfig,
-    model_dtype: str,
+def _plan_weight(
+    weight: Weight, choice: selection.Choice, config: QuantConfig, model_dtype: str
 ) -> TensorPlan:
-    rule = choice.rule
+    rule, view = choice.rule, weight.view
     if not choice.quantize:
-        cast = tensor.dtype in TORCH_NAME and tensor.dtype != model_dtype
-        outputs = {tensor.name: (model_dtype if cast else tensor.dtype, tensor.shape)}
+        cast = weight.dtype in TORCH_NAME and weight.stored.dtype != model_dtype
+        outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
         action = "cast" if cast else "copy"
-        return TensorPlan(tensor, shard, action, rule.name, rule.reason, False, None, outputs)
-    packed_bytes = (tensor.numel + 1) // 2
+        return TensorPlan(weight, action, rule.name, rule.reason, view, None, outputs)
+    shape = weight.shape
+    if choice.transposed:
+        rows, columns = shape
+        shape, view = (columns, rows), View(0, rows, columns, columns)
+    packed_bytes = (prod(shape) + 1) // 2
     if packed_bytes % ITEMSIZE[STORAGE_NAME[config.quant_storage]]:
         raise UsageError(
-            f"--quant-storage {config.quant_storage} does not fit {tensor.name!r}, whose "
+            f"--quant-storage {config.quant_storage} does not fit {weight.name!r}, whose "
             f"{packed_bytes:,} packed bytes are no multiple of its size: use uint8, or keep the "
-            f"module with --keep {selection.module_path(tensor.name)}"
+            f"module with --keep {selection.module_path(weight.name)}"
         )
     state = QuantState(
         quant_type=config.quant_type,
         blocksize=config.blocksize,
-        dtype=TORCH_NAME[tensor.dtype],
-        shape=tensor.shape[::-1] if choice.transposed else tensor.shape,
+        dtype=TORCH_NAME[weight.dtype],
+        shape=shape,
         nested=config.double_quant,
     )
-    outputs = bnb_format.expected_tensors(tensor.name, state, config.quant_storage)
-    return TensorPlan(
-        tensor, shard, "quantize", rule.name, rule.reason, choice.transposed, state, outputs
-    )
+    outputs = bnb_format.expected_tensors(weight.name, state, config.quant_storage)
+    return TensorPlan(weight, "quantize", rule.name, rule.reason, view, state, outputs)
+
+
+def _drop(shard: Shard, tensor: TensorInfo, reason: str) -> TensorPlan:
+    weight = Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor)
+    return TensorPlan(weight, "drop", "scale", reason, None, None, {})
 
 
 def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
@@ -278,16 +293,17 @@ def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
             if key in owners:
                 raise InputError(
                     f"the output key {key!r} is wanted by both {owners[key]!r} and "
-                    f"{plan.source.name!r}: rename the tensor in the source"
+                    f"{plan.name!r}: rename the tensor in the source"
                 )
-            owners[key] = plan.source.name
+            owners[key] = plan.name
 
 
 def _place(
-    tensors: list[TensorPlan], max_shard_size: int
+    tensors: list[TensorPlan], shards: Iterable[Shard], max_shard_size: int
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Fill output files in source order; a weight and its companions stay together."""
-    files = fill_shards(tensors, lambda plan: plan.nbytes_out, max_shard_size)
+    written = [plan for plan in tensors if plan.outputs]
+    files = fill_shards(written, lambda plan: plan.nbytes_out, max_shard_size)
     layouts = []
     for number, members in enumerate(files):
         name = shard_name(number, len(files))
@@ -295,9 +311,12 @@ def _place(
         layouts.append(
             lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
         )
-    return [
-        replace(plan, file=number) for number, members in enumerate(files) for plan in members
-    ], layouts
+    placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
+    placed += [plan for plan in tensors if not plan.outputs]
+    # Read in the order of the source: its files are digested on the way.
+    order = {shard.path: i for i, shard in enumerate(shards)}
+    placed.sort(key=lambda plan: (order[plan.weight.shard.path], plan.weight.stored.start))
+    return placed, layouts
 
 
 def shard_name(number: int, count: int) -> str:
@@ -320,65 +339,66 @@ def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
     }
 
 
-def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Make config.json name `dtype`, under the keys it has (versions of transformers differ)."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    config |= dict.fromkeys(keys, dtype)
-
-
 def _output_config(
     checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]
 ) -> dict[str, Any] | None:
     if not checkpoint.config:
         return None
-    context = selection.Context.of(checkpoint)
-    skip = bnb_format.skip_modules(
-        kept=(
-            selection.module_path(t.source.name)
-            for t in tensors
-            if t.action != "quantize"
-            and len(t.source.shape) == 2
-            and t.source.name.endswith(selection.WEIGHT)
-        ),
-        quantized=(selection.module_path(t.source.name) for t in tensors if t.action == "quantize"),
-        base_prefix=selection.base_prefix(context.model_types),
-    )
+    kept, packed, user = [], [], []
     for t in tensors:
-        module = selection.module_path(t.source.name)
-        if t.rule == selection.USER.name and not any(bnb_format.hits(k, module) for k in skip):
+        module = selection.module_path(t.name)
+        if t.action == "quantize":
+            packed.append(module)
+        elif len(t.weight.shape) == 2 and t.name.endswith(selection.WEIGHT):
+            kept.append(module)
+        if t.rule == selection.USER.name:
+            user.append(module)
+    if config.target == "vllm":
+        kept += model_config.vllm_fused_modules(kept, packed)
+    prefix = selection.base_prefix(selection.Context.of(checkpoint).model_types)
+    skip = bnb_format.skip_modules(kept, packed, prefix)
+    for module in user:
+        if not any(bnb_format.hits(key, module) for key in skip):
             raise UsageError(
                 f"--keep cannot leave {module} alone in full precision: loaders would take its "
                 "name to mean packed modules as well. Keep those too, or none"
             )
-    output = dict(checkpoint.config)
-    set_dtype(output, config.dtype)
+    output = model_config.without_quantization(checkpoint.config)
+    model_config.set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
         config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
     )
     return output
 
 
-def _notes(checkpoint: Checkpoint, tensors: list[TensorPlan]) -> list[str]:
+def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     notes = []
-    experts = [t for t in tensors if t.rule == "experts"]
+    experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
     if experts:
-        share = sum(t.source.numel for t in experts) / sum(t.source.numel for t in tensors)
+        weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]
+        total = sum(t.numel for t in weights)
+        bits = 8 * sum(t.nbytes_out for t in tensors) / total
+        fused = all(t.rule == "fused-experts" for t in experts)
         notes.append(
-            f"{len(experts)} expert weights ({share:.0%} of all) stay in full precision: "
-            "transformers 5 cannot load experts in 4 bit"
+            f"the experts stay in {config.dtype}: {sum(t.numel for t in experts) / total:.0%} of "
+            f"all weights, so the output has {bits:.2f} bits a weight. "
+            + (
+                "They lie in 3-D parameters, which no loader holds in 4 bit"
+                if fused
+                else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
+                "--target vllm, --target unsloth"
+            )
         )
     if not checkpoint.config:
         notes.append(
             "there is no config.json: the output holds tensors only, and heads or embeddings with "
             "unusual names were not recognised by their vocabulary size"
         )
-    else:
-        model_type = checkpoint.config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in selection.CHECKED_FAMILIES:
-            notes.append(
-                f"model_type {model_type!r} was not compared with transformers: look at --plan, "
-                "and load the output once before you publish it"
-            )
+    if config.asked:
+        notes.append(
+            f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
+            "the manifest)"
+        )
     needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
     if needed:
         notes.append(

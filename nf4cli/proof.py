@@ -94,7 +94,7 @@ def check_source(
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
     try:
-        plan = make_plan(original, config)
+        plan = make_plan(original, config, lambda _: _recorded_answer(manifest))
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
@@ -150,6 +150,18 @@ def _compare_manifest(
             report.add("source", MANIFEST, f"{MANIFEST}: {name} is not what the source gives")
 
 
+def _recorded_answer(manifest: Manifest | None) -> selection.Answer | None:
+    """What transformers answered in the run that is checked, as its manifest has it."""
+    if manifest is None or not manifest.config.asked:
+        return None
+    rearranged = selection.REARRANGED.name
+    return selection.Answer(
+        version=manifest.config.asked.removeprefix("transformers "),
+        quantized=frozenset(n for n, t in manifest.tensors.items() if t.action == "quantize"),
+        rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
+    )
+
+
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:
     """The options that would have made a checkpoint without manifest, as far as it shows them."""
     weight = next(iter(weights.values()))
@@ -186,6 +198,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         ),
         dtype=kept,
         keep=tuple(keep),
+        target="vllm" if any("experts" in name.split(".") for name in weights) else "transformers",
     )
 
 

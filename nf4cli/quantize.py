@@ -36,7 +36,7 @@ class _Files:
         self._file_of = {key: t.file for t in plan.tensors for key in t.outputs}
         self._pending = [0] * len(plan.shards)
         for t in plan.tensors:
-            self._pending[t.file] += 1
+            self._pending[t.file] += bool(t.outputs)
         self._layouts = plan.shards
         self._directory = directory
         self._algorithm = algorithm

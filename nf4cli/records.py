@@ -25,6 +25,11 @@ STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 """quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""
 
 
+TARGETS = ("transformers", "vllm", "unsloth")
+"""Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
+of a mixture as a 4-bit matrix of its own, which transformers 5 does not."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a safetensors file, from its header.
@@ -58,6 +63,22 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """A matrix inside a stored tensor, in elements.
+
+    Attributes:
+        start: the first element, counted from the stored tensor's first.
+        rows, columns: as they lie in the file.
+        stride: from one row to the next.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One safetensors file.
 
@@ -72,6 +93,42 @@ class Shard:
     size: int
     data_start: int
     tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The factors of a float8 weight.
+
+    Attributes:
+        shard, tensor: where they lie.
+        block: (rows, columns) of the weight that share one factor.
+    """
+
+    shard: Shard
+    tensor: TensorInfo
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor as the model holds it, and the stored bytes that it is made from.
+
+    Attributes:
+        name: the key a loader looks for.
+        dtype: of its values: the stored dtype, or the one that float8 decodes to.
+        shape: as the model holds it, or as it is stored where `view` is None.
+        shard, stored: the tensor in the file; several weights may share one.
+        view: the part of `stored` that it is, transposed; None for all of it, as it lies.
+        scale: of a float8 weight.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Shard
+    stored: TensorInfo
+    view: View | None = None
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +168,9 @@ class QuantConfig:
         compute_dtype: bnb_4bit_compute_dtype, or "auto" for the model's dtype.
         dtype: dtype of the kept floating tensors, or "auto" for the model's.
         keep: patterns of modules to leave in full precision.
+        target: the loader it is for, one of TARGETS.
+        asked: who was asked which modules are held in 4 bit ("transformers 5.23.0"), "" where
+            the rules alone decided.
         max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
             a shard of its own.
     """
@@ -122,6 +182,8 @@ class QuantConfig:
     compute_dtype: str = "auto"
     dtype: str = "auto"
     keep: tuple[str, ...] = field(default=())
+    target: str = "transformers"
+    asked: str = ""
     max_shard_size: int = 5_000_000_000
 
 

@@ -47,30 +47,21 @@ BASE_PREFIX: Mapping[str, str] = {
 
 T5_FAMILIES = frozenset(("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop"))
 
-CHECKED_FAMILIES = frozenset(
-    (
-        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 stablelm olmo olmo2 smollm3 "
-        "granite gpt2 gpt_neo gpt_neox opt bloom mpt bert roberta xlm-roberta camembert electra "
-        "distilbert modernbert t5 mt5 whisper vit clip mixtral qwen3_moe deepseek_v3 gpt_oss "
-        "mamba llava qwen2_vl idefics3"
-    ).split()
-)
-"""Families these rules were compared with transformers on, or that share such a family's code."""
 
-UNSUPPORTED_FAMILIES: Mapping[str, str] = dict.fromkeys(
-    (
-        "zamba zamba2 jetmoe switch_transformers git swiftformer bark mimi rf_detr pp_doclayout_v3 "
-        "deepseek_v4 minimax_m3"
-    ).split(),
-    "its weights do not follow the naming rules, so nf4 cannot tell its Linear layers",
-) | dict.fromkeys(
-    (
-        "molmo2 gte new nomic_bert jina_embeddings_v3 kimi_k25 radio step3p7 minimax_m3_vl "
-        "mistral_large4"
-    ).split(),
-    "transformers 5 splits, merges or permutes its weights while loading, which a packed weight "
-    "cannot go through",
-)
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What transformers itself says of a checkpoint (exact.py).
+
+    Attributes:
+        version: of transformers.
+        quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
+        rearranged: tensors that it splits, merges or permutes while loading, which a packed
+            weight cannot go through.
+    """
+
+    version: str
+    quantized: frozenset[str]
+    rearranged: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +73,17 @@ class Context:
         vocab_sizes: every `*vocab_size` of the config and its sub-configs, but type_vocab_size.
         num_layers: num_hidden_layers of the decoder, None where unknown.
         names: every tensor name.
+        target: the loader the output is for, see records.TARGETS.
     """
 
     model_types: frozenset[str]
     vocab_sizes: frozenset[int]
     num_layers: int | None
     names: frozenset[str]
+    target: str = "transformers"
 
     @staticmethod
-    def of(checkpoint: Checkpoint) -> Context:
+    def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
         config = checkpoint.config
         items = list(_config_items(config))
         text = config.get("text_config")
@@ -107,7 +100,13 @@ class Context:
             ),
             num_layers=layers if isinstance(layers, int) else None,
             names=frozenset(checkpoint.tensors),
+            target=target,
         )
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether the loader takes experts as 4-bit matrices of their own."""
+        return self.target != "transformers" or bool(self.model_types & {"llama4", "llama4_text"})
 
 
 def _config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -147,6 +146,11 @@ def _inside_numbered_layer(path: list[str]) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "fused-experts",
+        "experts in one 3-D parameter, which no loader holds in 4 bit",
+        lambda c, t, p: len(t.shape) == 3 and "experts" in t.name.split("."),
+    ),
     Rule("not-a-weight", "a bias or buffer", lambda c, t, p: not t.name.endswith(WEIGHT)),
     Rule("not-2d", "not a matrix: a norm, a convolution", lambda c, t, p: len(t.shape) != 2),
     Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
@@ -175,7 +179,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "experts",
         "an expert: transformers 5 fuses experts into 3-D parameters it cannot hold in 4 bit",
-        lambda c, t, p: "experts" in p,
+        lambda c, t, p: "experts" in p and not c.takes_experts,
     ),
     Rule(
         "fp32-module",
@@ -216,6 +220,12 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+REARRANGED = Rule(
+    "changed-on-load", "transformers rearranges this weight while loading", lambda c, t, p: True
+)
+NOT_REPLACED = Rule(
+    "asked", "transformers, when asked, does not hold this in 4 bit", lambda c, t, p: True
+)
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
 USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
@@ -245,22 +255,24 @@ def matches(pattern: str, path: str) -> bool:
     return f".{pattern}." in f".{path}."
 
 
-def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice]:
+def select(
+    checkpoint: Checkpoint,
+    keep: Iterable[str] = (),
+    target: str = "transformers",
+    answer: Answer | None = None,
+) -> dict[str, Choice]:
     """The fate of every tensor, by name.
 
     Args:
+        checkpoint: with its tensors as the model holds them (weights.py).
         keep: the user's patterns, see `matches`.
+        answer: what transformers said, where it was asked: it can only keep more.
 
     Raises:
-        InputError: the family is known not to follow the rules, or nothing is left to quantize.
+        InputError: nothing is left to quantize.
         UsageError: a pattern matches no module.
     """
-    context = Context.of(checkpoint)
-    for family in sorted(context.model_types & UNSUPPORTED_FAMILIES.keys()):
-        raise InputError(
-            f"model_type {family!r} is not supported: {UNSUPPORTED_FAMILIES[family]}. "
-            "Convert it with transformers' own BitsAndBytesConfig instead"
-        )
+    context = Context.of(checkpoint, target)
     patterns = tuple(keep)
     unmatched = set(patterns)
     choices: dict[str, Choice] = {}
@@ -268,7 +280,7 @@ def select(checkpoint: Checkpoint, keep: Iterable[str] = ()) -> dict[str, Choice
         path = module_path(name)
         hits = {pattern for pattern in patterns if matches(pattern, path)}
         unmatched -= hits
-        choices[name] = _choose(context, tensor, bool(hits))
+        choices[name] = _choose(context, tensor, bool(hits), answer)
     for pattern in sorted(unmatched):
         raise UsageError(
             f"--keep {pattern!r} matches no module; the modules are called like "
@@ -292,8 +304,13 @@ def rule_of(context: Context, tensor: TensorInfo) -> Rule:
     return next((rule for rule in RULES if rule.holds(context, tensor, path)), QUANTIZED)
 
 
-def _choose(context: Context, tensor: TensorInfo, user: bool) -> Choice:
+def _choose(context: Context, tensor: TensorInfo, user: bool, answer: Answer | None) -> Choice:
     rule = rule_of(context, tensor)
+    if rule is QUANTIZED and answer is not None and "experts" not in tensor.name.split("."):
+        if tensor.name in answer.rearranged:
+            rule = REARRANGED
+        elif tensor.name not in answer.quantized:
+            rule = NOT_REPLACED
     if rule is not QUANTIZED:
         return Choice(False, rule)
     if user:

@@ -1,5 +1,5 @@
 # Sourced by demo, test and nf4: makes .venv beside this folder and installs the checkout into it.
-# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]
+# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; bootstrap_transformers4 (for the tests)
 # Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -49,4 +49,22 @@ bootstrap() {
   printf '%s\n' "$now" >"$stamp"
   # What serves an extra serves the plain command too.
   [ -z "$extra" ] || fingerprint "" >"$venv/.installed"
+}
+
+# What nf4 writes must load in transformers 4 too, which cannot be installed beside 5.
+bootstrap_transformers4() {
+  local stamp now
+  local -a packages=(torch==2.13.0 transformers==4.57.6 bitsandbytes==0.50.2 safetensors==0.8.0 accelerate)
+  second="$root/.venv-transformers4"
+  stamp="$second/.installed"
+  now="${packages[*]}"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+    return
+  fi
+  printf 'setting up %s ...\n' "${second#"$root"/}" >&2
+  [ -x "$second/bin/python" ] || "${NF4_PYTHON:-python3}" -m venv "$second"
+  rm -f "$stamp"
+  "$second/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}" ||
+    die "installing transformers 4 for the tests failed; the lines above say why"
+  printf '%s\n' "$now" >"$stamp"
 }

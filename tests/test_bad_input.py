@@ -257,7 +257,7 @@ def test_a_kept_value_that_does_not_fit_the_dtype(work):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fbgemm_fp8", "mxfp4"])
 def test_already_quantized_config(work, method):
     config = {**LLAMA, "quantization_config": {"quant_method": method}}
     write_checkpoint_dir(work / "model", llama_tensors(), config)
@@ -270,12 +270,29 @@ def test_any_quantization_config(work, value):
     refused(INPUT, "quantize", "model", says=("already quantized",), cwd=work)
 
 
-@pytest.mark.parametrize("value", [["a"], {"a": 1}, 3, None, "[/x]", "\ud800"])
-def test_an_odd_model_type_is_survived(work, value):
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 3, None, ""])
+def test_a_config_without_a_model_type(work, value):
     write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "model_type": value})
-    nf4_ok("quantize", "model", cwd=work)
-    nf4_ok("verify", "model-nf4", "--source", "model", cwd=work)
-    nf4_ok("inspect", "model-nf4", cwd=work)
+    refused(INPUT, "quantize", "model", says=("no model_type", "own repository"), cwd=work)
+
+
+@pytest.mark.parametrize("value", ["[/x]", "\ud800", "llama9"])
+def test_a_model_type_that_nobody_knows(work, value):
+    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "model_type": value})
+    refused(INPUT, "quantize", "model", says=("model_type",), cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the tensors have 2 layers"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers 1, but the tensors have 2 layers"),
+        ({"hidden_size": 128}, "hidden_size 128, but model.layers.0.input_layernorm.weight has 64"),
+    ],
+)
+def test_a_config_of_another_model(work, change, says):
+    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, **change})
+    refused(INPUT, "quantize", "model", says=(says,), cwd=work)
 
 
 def test_a_superscript_is_no_layer_number(work):

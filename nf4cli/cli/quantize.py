@@ -80,6 +80,27 @@ def quantize(
             "--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."
         ),
     ] = "uint8",
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="Who loads it: transformers; vllm or unsloth, which take experts in 4 bit.",
+        ),
+    ] = "transformers",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Ask the installed transformers which modules it holds in 4 bit. Done anyway for "
+            "families that the rules are not known to be right for.",
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Let transformers run the model's own code when asked."
+        ),
+    ] = False,
     max_shard_size: ShardSizeOption = "5GB",
     digest: Annotated[
         str, typer.Option("--digest", help="Digest of files in the manifest: blake3 or sha256.")
@@ -97,6 +118,7 @@ def quantize(
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..digest import ALGORITHMS
     from ..errors import UsageError
+    from ..families import consult
     from ..limits import check_output
     from ..plan import make_plan
     from ..quantize import write_checkpoint
@@ -113,12 +135,13 @@ def quantize(
         compute_dtype=compute_dtype,
         dtype=dtype,
         keep=tuple(skip_modules or ()),
+        target=target,
         max_shard_size=common.parse_size(max_shard_size, "--max-shard-size"),
     )
     checkpoint = open_checkpoint(source)
     if output is None:
         output = Path(f"{checkpoint.name}-nf4")
-    decided = make_plan(checkpoint, config)
+    decided = make_plan(checkpoint, config, lambda model: consult(model, exact, trust_remote_code))
     limits = common.resources(workers, memory, len(decided.tensors))
     check_output(decided, output, limits.workers)
     if plan:
@@ -170,8 +193,9 @@ def _plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any
         "groups": _groups(plan),
         "tensors": [
             {
-                "name": t.source.name, "action": t.action, "rule": t.rule, "reason": t.reason,
-                "dtype": t.source.dtype, "shape": list(t.source.shape), "bytes": t.nbytes_out,
+                "name": t.name, "action": t.action, "rule": t.rule, "reason": t.reason,
+                "dtype": t.weight.stored.dtype, "shape": list(t.weight.shape),
+                "bytes": t.nbytes_out,
             }
             for t in plan.tensors
         ],
@@ -191,7 +215,8 @@ def _table_of_groups(plan: Plan) -> Any:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("what", "why", "tensors", "weights", "bytes"):
         table.add_column(heading, justify="left" if heading in ("what", "why") else "right")
-    words = {"quantize": "4-bit", "cast": f"to {plan.config.dtype}", "copy": "kept"}
+    words = {"quantize": "4-bit", "cast": f"to {plan.config.dtype}", "copy": "kept",
+             "drop": "left out"}  # fmt: skip
     for action, reason, count, elements, nbytes in plan.groups():
         table.add_row(
             words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes),

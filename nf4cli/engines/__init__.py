@@ -97,6 +97,22 @@ class Engine(Protocol):
         """
         ...
 
+    def decode_float8(
+        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
+        dst: U8, to_dtype: str,
+    ) -> None:  # fmt: skip
+        """Float8 e4m3 with scales: value * scale in float32, rounded once to `to_dtype`.
+
+        Args:
+            src: elements [first, first + n) of a row-major matrix of `columns` columns.
+            scale: [ceil(rows/block[0]), ceil(columns/block[1])], flat, one a block.
+            dst: out, n elements of `to_dtype` (raw bytes).
+
+        Raises:
+            NonFiniteError: a result is NaN or infinite.
+        """
+        ...
+
 
 def load(name: str) -> Engine:
     """The engine called `name`; "auto" takes the fastest that this machine has.

@@ -124,6 +124,9 @@ class CpuEngine:
             "nested_dequantize", None, pointer, i64, i64, pointer, pointer, f32, pointer
         )
         self._cast = function("cast", i64, pointer, c_int, pointer, c_int, i64)
+        self._decode_float8 = function(
+            "decode_float8", i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, c_int, pointer
+        )
 
     def quantize(
         self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
@@ -187,6 +190,21 @@ class CpuEngine:
         n = src.nbytes // ITEMSIZE[from_dtype]
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
         bad = self._cast(_address(src), _DTYPE[from_dtype], _address(dst), _DTYPE[to_dtype], n)
+        if bad >= 0:
+            raise NonFiniteError(bad)
+
+    def decode_float8(
+        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
+        dst: U8, to_dtype: str,
+    ) -> None:  # fmt: skip
+        n = src.nbytes
+        rows = -(-(first + n) // columns)
+        _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
+        _expect(int(scale.size < -(-rows // block[0]) * -(-columns // block[1])), 0, "short scales")
+        bad = self._decode_float8(
+            _address(src), first, n, columns, _address(codebook.float8_e4m3()), _address(scale),
+            *block, _DTYPE[to_dtype], _address(dst),
+        )  # fmt: skip
         if bad >= 0:
             raise NonFiniteError(bad)
 

@@ -126,6 +126,21 @@ class TorchEngine:
         if len(bad):
             raise NonFiniteError(int(bad[0]))
 
+    def decode_float8(
+        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
+        dst: U8, to_dtype: str,
+    ) -> None:  # fmt: skip
+        torch = self._torch
+        values = self._to(src).view(torch.float8_e4m3fn).float()
+        place = first + torch.arange(src.nbytes, device=self._device)
+        row, column = place // columns, place % columns
+        unit = self._to(scale)[row // block[0] * -(-columns // block[1]) + column // block[1]]
+        y = (values * unit).to(self._dtypes[to_dtype])
+        _store(dst, y.view(torch.uint8))
+        bad = (~torch.isfinite(y)).nonzero()
+        if len(bad):
+            raise NonFiniteError(int(bad[0]))
+
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
         """The error sums, added in the order that cuda/nf4_host.cpp defines."""
         torch = self._torch

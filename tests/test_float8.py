@@ -1,0 +1,245 @@
+"""Float8 sources: decoded as torch casts, in the pass that quantizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    INPUT,
+    LLAMA,
+    llama_tensors,
+    nf4_ok,
+    raw,
+    read_all,
+    refused,
+    write_checkpoint_dir,
+)
+
+from nf4cli import codebook
+from nf4cli.errors import NonFiniteError
+
+FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [24, 40],
+}  # fmt: skip
+GATE = "model.layers.0.mlp.gate_proj.weight"
+
+
+def compressed(strategy: str, **more: object) -> dict:
+    weights = {"type": "float", "num_bits": 8, "strategy": strategy, "symmetric": True, **more}
+    return {
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+
+
+def spread(scale: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """One factor an element."""
+    full = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return full[: shape[0], : shape[1]]
+
+
+def float8_model(
+    root: Path, quantization: dict, suffix: str, block: tuple[int, int], form: str, dtype: str
+) -> dict[str, torch.Tensor]:
+    """A float8 checkpoint in two shards; returns what its weights decode to, in bf16.
+
+    Args:
+        block: elements that share a factor, 0 for all of the dimension.
+        form: shape of the scale tensors: "matrix", "vector" or "scalar".
+        dtype: of the scale tensors.
+    """
+    generator = torch.Generator().manual_seed(7)
+    stored, decoded = {}, {}
+    for name, value in llama_tensors().items():
+        if "layers" not in name or value.dim() != 2:
+            stored[name] = decoded[name] = value
+            continue
+        rows, columns = block[0] or value.shape[0], block[1] or value.shape[1]
+        grid = (-(-value.shape[0] // rows), -(-value.shape[1] // columns))
+        scale = torch.rand(grid, generator=generator) * 0.01 + 1e-4
+        if dtype == "float8_e8m0fnu":
+            scale = torch.exp2(torch.randint(-12, -3, grid, generator=generator).float())
+        scale = scale.to(getattr(torch, dtype))
+        factors = spread(scale.float(), tuple(value.shape), (rows, columns))
+        bits = (value.float() / factors).clamp(-448, 448).to(torch.float8_e4m3fn)
+        decoded[name] = (bits.to(torch.float32) * factors).to(torch.bfloat16)
+        stored[name] = bits
+        shape = {"matrix": grid, "vector": grid[:1], "scalar": ()}[form]
+        stored[name + suffix] = scale.reshape(shape)
+        stored[name.removesuffix("weight") + "input_scale"] = torch.ones(())
+    write_checkpoint_dir(root, stored, {**LLAMA, "quantization_config": quantization}, shards=2)
+    return decoded
+
+
+CASES = {
+    "deepseek": (FP8, "_scale_inv", (24, 40), "matrix", "float32"),
+    "whole blocks": ({**FP8, "weight_block_size": [32, 64]}, "_scale_inv", (32, 64), "matrix",
+                     "float32"),
+    "powers of two": (FP8, "_scale_inv", (24, 40), "matrix", "float8_e8m0fnu"),
+    "static": ({**FP8, "weight_block_size": None}, "_scale_inv", (0, 0), "scalar", "bfloat16"),
+    "per tensor": (compressed("tensor"), "_scale", (0, 0), "matrix", "bfloat16"),
+    "per channel": (compressed("channel"), "_scale", (1, 0), "matrix", "bfloat16"),
+    "per row": (compressed("channel"), "_scale", (1, 0), "vector", "float32"),
+    "blocks": (compressed("block", block_structure=[16, 32]), "_scale", (16, 32), "matrix",
+               "float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_output_is_that_of_the_decoded_model(name, tmp_path):
+    decoded = float8_model(tmp_path / "float8", *CASES[name])
+    write_checkpoint_dir(tmp_path / "plain", decoded, LLAMA)
+    for source in ("float8", "plain"):
+        nf4_ok("quantize", tmp_path / source, tmp_path / f"{source}-nf4", "--keep", "o_proj")
+    ours, plain = read_all(tmp_path / "float8-nf4"), read_all(tmp_path / "plain-nf4")
+    assert ours.keys() == plain.keys()
+    for key in plain:
+        assert torch.equal(ours[key], plain[key]), key
+    assert ours["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    configs = [json.loads((tmp_path / f"{s}-nf4" / "config.json").read_text())
+               for s in ("float8", "plain")]  # fmt: skip
+    for config in configs:
+        config["quantization_config"]["llm_int8_skip_modules"].sort()
+    assert configs[0] == configs[1]
+    assert "is good" in nf4_ok("verify", tmp_path / "float8-nf4", "--source", tmp_path / "float8")
+
+
+def test_every_byte_decodes_as_torch_casts_it():
+    bits = torch.arange(256, dtype=torch.uint8)
+    theirs = bits.view(torch.float8_e4m3fn).to(torch.float32).numpy()
+    ours = codebook.float8_e4m3()
+    assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"),
+    [(7, 50, (3, 16)), (5, 64, (2, 64)), (4, 33, (4, 40)), (9, 17, (1, 17))],
+)
+def test_engines_decode_any_part_as_torch(engine, dtype, rows, columns, block):
+    torch_dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    generator = torch.Generator().manual_seed(rows)
+    bits = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+    bits[(bits & 127) == 127] = 1
+    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=generator) * 0.3
+    expected = (
+        bits.view(torch.float8_e4m3fn).float() * spread(scale, (rows, columns), block)
+    ).to(torch_dtype)  # fmt: skip
+    flat = bits.reshape(-1).numpy()
+    for first, last in ((0, rows * columns), (1, columns + 3), (columns * 2, rows * columns)):
+        out = np.empty((last - first) * torch_dtype.itemsize, np.uint8)
+        part = flat[first:last].copy()
+        engine.decode_float8(part, first, columns, scale.reshape(-1).numpy(), block, out, dtype)
+        assert np.array_equal(out, raw(expected.reshape(-1)[first:last]))
+
+
+@pytest.mark.parametrize(("byte", "scale"), [(0x7F, 1.0), (0xFF, 1.0), (1, float("nan")),
+                                             (1, float("inf")), (0x7E, 3e38)])  # fmt: skip
+def test_a_result_that_is_not_finite_is_found(engine, byte, scale):
+    bits = np.zeros(100, np.uint8)
+    bits[37] = byte
+    if scale != 1.0:
+        bits[:] = byte
+    out = np.empty(200, np.uint8)
+    with pytest.raises(NonFiniteError) as caught:
+        engine.decode_float8(bits, 0, 10, np.full(1, scale, np.float32), (10, 10), out, "BF16")
+    assert caught.value.index == (37 if scale == 1.0 else 0)
+
+
+def broken(work: Path, change: object) -> None:
+    """A float8 checkpoint in `work / "model"` whose tensors `change` has edited."""
+    float8_model(work / "whole", *CASES["deepseek"])
+    config = json.loads((work / "whole" / "config.json").read_text())
+    tensors = read_all(work / "whole")
+    change(tensors, config)
+    write_checkpoint_dir(work / "model8", tensors, config)
+
+
+def drop(t: dict, c: dict) -> None:
+    del t[GATE + "_scale_inv"]
+
+
+def reshape(t: dict, c: dict) -> None:
+    t[GATE + "_scale_inv"] = torch.ones(5, 2)
+
+
+def integers(t: dict, c: dict) -> None:
+    t[GATE + "_scale_inv"] = t[GATE + "_scale_inv"].int()
+
+
+def orphan(t: dict, c: dict) -> None:
+    del t[GATE]
+
+
+def unscaled(t: dict, c: dict) -> None:
+    del c["quantization_config"]
+
+
+def e5m2(t: dict, c: dict) -> None:
+    t[GATE] = t[GATE].float().to(torch.float8_e5m2)
+
+
+def cube(t: dict, c: dict) -> None:
+    t[GATE] = t[GATE].reshape(2, 64, 64)
+
+
+def damaged(t: dict, c: dict) -> None:
+    t[GATE].view(torch.uint8)[3, 5] = 0x7F
+
+
+def nan_scale(t: dict, c: dict) -> None:
+    t[GATE + "_scale_inv"][1, 1] = float("nan")
+
+
+def integer_groups(t: dict, c: dict) -> None:
+    c["quantization_config"] = compressed("channel", num_bits=4)
+
+
+def no_groups(t: dict, c: dict) -> None:
+    c["quantization_config"] = {"quant_method": "compressed-tensors"}
+
+
+def grouped(t: dict, c: dict) -> None:
+    c["quantization_config"] = compressed("group", group_size=128)
+
+
+def fnuz(t: dict, c: dict) -> None:
+    c["quantization_config"] = {**FP8, "fmt": "e5m2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (drop, (GATE, "no " + GATE + "_scale_inv")),
+        (reshape, (GATE + "_scale_inv", "[5, 2]", "[6, 2]")),
+        (integers, (GATE + "_scale_inv", "I32", "F32")),
+        (orphan, (GATE + "_scale_inv", "no float8 weight")),
+        (unscaled, ("F8_E4M3", "no quantization_config")),
+        (e5m2, (GATE, "F8_E5M2")),
+        (cube, (GATE, "[2, 64, 64]")),
+        (damaged, (GATE + "[3, 5]", "0x7f")),
+        (nan_scale, (GATE + "[24, 40]", GATE + "_scale_inv")),
+        (integer_groups, ("compressed-tensors", "4-bit float")),
+        (no_groups, ("compressed-tensors", "config_groups")),
+        (grouped, ("compressed-tensors", "'group'")),
+        (fnuz, ("'fp8'", "'e5m2'")),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else "",
+)
+def test_what_does_not_fit_is_refused(work, change, says):
+    broken(work, change)
+    refused(INPUT, "quantize", "model8", "-q", says=says, cwd=work)
+
+
+@pytest.mark.parametrize(
+    "name", ["q.qweight", "q.weight_packed", "mlp.experts.gate_up_proj_blocks"]
+)
+def test_packed_names_are_refused_without_a_config_too(work, name):
+    tensors = {**llama_tensors(), f"model.layers.0.{name}": torch.ones(8, 8, dtype=torch.int32)}
+    write_checkpoint_dir(work / "packed", tensors, LLAMA)
+    refused(INPUT, "quantize", "packed", says=("already quantized", name), cwd=work)
