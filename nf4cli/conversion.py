@@ -6,12 +6,10 @@ compared with (verify.py): the proof runs the code that made the bytes.
 
 from __future__ import annotations
 
-import errno
 import math
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,7 +21,7 @@ from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
 from .digest import OrderedDigest, ShardDigest
 from .engines import GRANULE, Engine
 from .errors import InputError, NonFiniteError
-from .fileio import read_at, write_at
+from .items import AbsmaxFile, Item, Job, Reading, element, widest
 from .limits import Resources
 from .manifest import FileRecord, Manifest, TensorRecord
 from .pipeline import Progress, no_progress, run
@@ -35,9 +33,7 @@ from .selection import module_path
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .engines import F32, F64, U8
-
-_ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a time
+    from .engines import F32, U8
 
 
 class Sink(Protocol):
@@ -54,74 +50,6 @@ class Sink(Protocol):
     def abort(self) -> None:
         """The run has failed: let go of every thread that waits in `write`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One piece of work: `count` elements of a weight from element `start`.
-
-    Elements count in the order they are written.
-
-    Attributes:
-        digest: its bytes are read in file order, and digested on the way.
-    """
-
-    job: _Job
-    start: int
-    count: int
-    digest: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """Bytes [start, stop) of a source file that are only digested: what was transposed cannot be
-    digested in the order it is read, and of some tensors nothing is written."""
-
-    shard: Shard
-    start: int
-    stop: int
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A tensor being worked on.
-
-    Attributes:
-        pending: items not done yet.
-        scale: float32 factors of a float8 weight, flat.
-        stats: the engine's error sums by first element.
-        absmax: temporary file of the float32 absmax vector, for double quantization.
-    """
-
-    plan: TensorPlan
-    pending: int
-    scale: F32 | None = None
-    stats: dict[int, F64] = field(default_factory=dict)
-    absmax: _AbsmaxFile | None = None
-    error: TensorError | None = None
-    state: bnb_format.QuantState | None = None
-
-
-class _AbsmaxFile:
-    """A float32 vector on disk: the only thing that grows with a tensor, kept out of memory."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close
-
-    def write(self, start: int, values: F32) -> None:
-        write_at(self._file.fileno(), memoryview(values.view(np.uint8)), 4 * start)
-
-    def pieces(self, size: int) -> Iterator[tuple[int, F32]]:
-        """(first element, values), _ABSMAX_PIECE at a time."""
-        for start in range(0, size, _ABSMAX_PIECE):
-            values = np.empty(min(_ABSMAX_PIECE, size - start), np.float32)
-            view = memoryview(values.view(np.uint8))
-            if read_at(self._file.fileno(), view, 4 * start) < view.nbytes:
-                raise OSError(errno.EIO, "a temporary file lost its end")
-            yield start, values
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Conversion:
@@ -151,7 +79,7 @@ class Conversion:
         self._lock = threading.Lock()
         self._digests: dict[Path, OrderedDigest] = {}
         self._algorithm = digest
-        self.jobs: list[_Job] = []
+        self.jobs: list[Job] = []
 
     def run(self) -> None:
         """Convert everything.
@@ -232,7 +160,7 @@ class Conversion:
             turns.abort()
         self._sink.abort()
 
-    def _items(self) -> Iterator[_Item | _Reading]:
+    def _items(self) -> Iterator[Item | Reading]:
         """Every chunk of every tensor, in the order of the source files."""
         stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.start))
         for _, group in stored:
@@ -244,18 +172,18 @@ class Conversion:
                 if plan.outputs:
                     yield from self._items_of(plan)
 
-    def _readings(self, plan: TensorPlan) -> Iterator[_Reading]:
+    def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
         tensor = plan.weight.stored
         for start in range(tensor.start, tensor.stop, self._resources.chunk):
             stop = min(start + self._resources.chunk, tensor.stop)
-            yield _Reading(plan.weight.shard, start, stop)
+            yield Reading(plan.weight.shard, start, stop)
 
-    def _items_of(self, plan: TensorPlan) -> Iterator[_Item]:
-        step = max(GRANULE, self._resources.chunk // _widest(plan) // GRANULE * GRANULE)
+    def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
+        step = max(GRANULE, self._resources.chunk // widest(plan) // GRANULE * GRANULE)
         starts = range(0, plan.numel, step)
-        job = _Job(plan, len(starts))
+        job = Job(plan, len(starts))
         if plan.state is not None and plan.state.nested:
-            job.absmax = _AbsmaxFile(self._scratch)
+            job.absmax = AbsmaxFile(self._scratch)
         if plan.weight.scale is not None:
             job.scale = self._scales(plan.weight.scale)
         self.jobs.append(job)
@@ -263,7 +191,7 @@ class Conversion:
             self._sink.finish(plan)
         for start in starts:
             count = min(step, plan.numel - start)
-            yield _Item(job, start, count, self._algorithm is not None and plan.view is None)
+            yield Item(job, start, count, self._algorithm is not None and plan.view is None)
 
     def _scales(self, scale: Scale) -> F32:
         """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
@@ -277,7 +205,7 @@ class Conversion:
             self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
         return values
 
-    def item_done(self, item: _Item) -> None:
+    def item_done(self, item: Item) -> None:
         job = item.job
         with self._lock:
             job.pending -= 1
@@ -289,7 +217,7 @@ class Conversion:
             self._sink.finish(job.plan)
         self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
 
-    def _finish_state(self, job: _Job) -> None:
+    def _finish_state(self, job: Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
         name, state = job.plan.name, job.plan.state
         assert state is not None
@@ -310,7 +238,7 @@ class Conversion:
         job.stats.clear()
         job.state = state
 
-    def _nest(self, name: str, plan: TensorPlan, absmax: _AbsmaxFile) -> float:
+    def _nest(self, name: str, plan: TensorPlan, absmax: AbsmaxFile) -> float:
         """Double-quantize a weight's absmax vector; returns the offset."""
         _, (blocks,) = plan.outputs[name + bnb_format.ABSMAX]
         total = 0.0
@@ -340,9 +268,9 @@ class _Worker:
         self._source = np.empty(chunk, np.uint8)
         self._output = np.empty(chunk, np.uint8)
 
-    def __call__(self, item: _Item | _Reading) -> None:
+    def __call__(self, item: Item | Reading) -> None:
         c = self._conversion
-        if isinstance(item, _Reading):
+        if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
             c._readers[item.shard].read_into(data, item.start)
             c._digests[item.shard.path].update(item.start, data)
@@ -360,7 +288,7 @@ class _Worker:
             c._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
         c.item_done(item)
 
-    def _read(self, item: _Item) -> U8:
+    def _read(self, item: Item) -> U8:
         """Elements [start, start + count) as they lie, into the start of the buffer."""
         c, weight = self._conversion, item.job.plan.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
@@ -371,7 +299,7 @@ class _Worker:
             c._digests[weight.shard.path].update(position, data)
         return data
 
-    def _decode(self, item: _Item, data: U8, scale: Scale) -> U8:
+    def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
         """Float8 -> the weight's dtype, into the rest of the buffer."""
         weight, factors = item.job.plan.weight, item.job.scale
         assert factors is not None
@@ -382,7 +310,7 @@ class _Worker:
                 data, item.start, weight.shape[1], factors, scale.block, out, weight.dtype
             )
         except NonFiniteError as error:
-            place = _element(item, error.index)
+            place = element(item, error.index)
             raise InputError(
                 f"{weight.name}{list(place)} in {weight.shard.path}, byte "
                 f"0x{int(data[error.index]):02x}, times its factor in {scale.tensor.name} is no "
@@ -390,7 +318,7 @@ class _Worker:
             ) from error
         return out
 
-    def _read_transposed(self, item: _Item, view: View) -> U8:
+    def _read_transposed(self, item: Item, view: View) -> U8:
         """Elements [start, start + count) of the transpose of a stored matrix."""
         weight = item.job.plan.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
@@ -408,7 +336,7 @@ class _Worker:
         skip = item.start - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
-    def _quantize(self, item: _Item, data: U8, dtype: str) -> None:
+    def _quantize(self, item: Item, data: U8, dtype: str) -> None:
         c, plan = self._conversion, item.job.plan
         state = plan.state
         assert state is not None
@@ -428,14 +356,14 @@ class _Worker:
         else:
             c._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
 
-    def _cast(self, item: _Item, data: U8, from_dtype: str) -> None:
+    def _cast(self, item: Item, data: U8, from_dtype: str) -> None:
         c, plan = self._conversion, item.job.plan
         dtype, _ = plan.outputs[plan.name]
         out = self._output[: item.count * ITEMSIZE[dtype]]
         try:
             c._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:
-            place = _element(item, error.index)
+            place = element(item, error.index)
             raise InputError(
                 f"{plan.weight.stored.name}{list(place)} in {plan.weight.shard.path} is too large "
                 f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
@@ -443,35 +371,13 @@ class _Worker:
         c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
 
 
-def _widest(plan: TensorPlan) -> int:
-    """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
-    stored = ITEMSIZE[plan.weight.stored.dtype]
-    if plan.view is not None:
-        return 4 * stored  # reading it transposed takes a block and its copy as well
-    if plan.weight.scale is not None:
-        return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
-    if plan.action == "cast":  # an upcast writes more than it reads
-        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
-    return stored
-
-
-def _element(item: _Item, index: int) -> tuple[int, ...]:
-    """The place in the source tensor of the item's element `index`."""
-    plan, flat = item.job.plan, item.start + index
-    stored = plan.weight.stored
-    if plan.view is not None:
-        column, row = divmod(flat, plan.view.rows)
-        flat = plan.view.start + row * plan.view.stride + column
-    return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
-
-
-def _nonfinite(item: _Item, index: int, data: U8, dtype: str) -> str:
+def _nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
     weight = item.job.plan.weight
     bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
     mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
     kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
     return (
-        f"{weight.stored.name}{list(_element(item, index))} in {weight.shard.path} is {kind}: a "
+        f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
         "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
         f"with --keep {module_path(weight.name)}"
     )

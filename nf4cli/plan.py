@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from . import bnb_format, model_config, selection
+from . import bnb_format, model_config, selection, skip_list
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
@@ -180,6 +180,8 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
     model_config.check_headers(model)
     answer = oracle(model)
     choices = selection.select(model, config.keep, config.target, answer)
+    prefix = selection.base_prefix(selection.Context.of(checkpoint).model_types)
+    skip = _skip_modules(choices, prefix, config.target)
     torch_dtype = TORCH_NAME[model_dtype]
     config = replace(
         config,
@@ -198,7 +200,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
         tensors=tuple(tensors),
         shards=tuple(shards),
         index=index_of(shards),
-        output_config=_output_config(checkpoint, config, tensors),
+        output_config=_output_config(checkpoint, config, skip),
         notes=tuple(_notes(checkpoint, config, tensors)),
     )
 
@@ -339,30 +341,36 @@ def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
     }
 
 
+def _skip_modules(choices: dict[str, selection.Choice], prefix: str, target: str) -> list[str]:
+    """The skip list; a module that no list can tell from a kept one is kept as well.
+
+    Raises:
+        UsageError: the user keeps a module that cannot be told from packed ones.
+    """
+    while True:
+        kept = selection.kept_modules(choices)
+        packed = {selection.module_path(n): n for n, c in choices.items() if c.quantize}
+        entries = list(kept)
+        if target == "vllm":
+            entries += model_config.vllm_fused_modules(kept, packed)
+        skip = skip_list.skip_modules(entries, packed, prefix)
+        lost = next(skip_list.unmeant(kept, skip, prefix), None)
+        if lost is None:
+            return skip
+        if kept[lost].rule is selection.USER:
+            raise UsageError(
+                f"--keep cannot leave {lost} alone in full precision: loaders would take its "
+                "name to mean packed modules as well. Keep those too, or none"
+            )
+        for module in skip_list.entangled(lost, packed, prefix):
+            choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
+
+
 def _output_config(
-    checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]
+    checkpoint: Checkpoint, config: QuantConfig, skip: list[str]
 ) -> dict[str, Any] | None:
     if not checkpoint.config:
         return None
-    kept, packed, user = [], [], []
-    for t in tensors:
-        module = selection.module_path(t.name)
-        if t.action == "quantize":
-            packed.append(module)
-        elif len(t.weight.shape) == 2 and t.name.endswith(selection.WEIGHT):
-            kept.append(module)
-        if t.rule == selection.USER.name:
-            user.append(module)
-    if config.target == "vllm":
-        kept += model_config.vllm_fused_modules(kept, packed)
-    prefix = selection.base_prefix(selection.Context.of(checkpoint).model_types)
-    skip = bnb_format.skip_modules(kept, packed, prefix)
-    for module in user:
-        if not any(bnb_format.hits(key, module) for key in skip):
-            raise UsageError(
-                f"--keep cannot leave {module} alone in full precision: loaders would take its "
-                "name to mean packed modules as well. Keep those too, or none"
-            )
     output = model_config.without_quantization(checkpoint.config)
     model_config.set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import bnb_format, selection
+from . import bnb_format, selection, skip_list
 from .conversion import Conversion
 from .engines import Engine
 from .errors import InputError, UsageError
@@ -186,7 +186,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         if name not in weights
         and bnb_format.companion_owner(name) not in weights
         and selection.rule_of(context, tensor).name == "linear"
-        and any(bnb_format.means(key, selection.module_path(name), prefix) for key in keys)
+        and any(skip_list.means(key, selection.module_path(name), prefix) for key in keys)
     ]
     return QuantConfig(
         quant_type=weight.state.quant_type,

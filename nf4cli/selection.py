@@ -22,10 +22,10 @@ WEIGHT = ".weight"
 HEADS = frozenset(
     (
         "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
-        "qa_outputs seq_relationship head"
+        "qa_outputs seq_relationship head pre_classifier text_projection"
     ).split()
 )
-"""Last name parts of output heads: transformers never quantizes the output embedding."""
+"""Last name parts of output heads, and what no version of transformers packs beside them."""
 
 EMBEDDINGS = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$")
 ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "wg"])
@@ -41,9 +41,17 @@ BASE_PREFIX: Mapping[str, str] = {
     "gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer",
     "bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta",
     "distilbert": "distilbert", "electra": "electra", "mpnet": "mpnet",
+    "dinov2": "dinov2", "dinov2_with_registers": "dinov2_with_registers", "vit": "vit",
     "t5": "", "mt5": "", "umt5": "", "longt5": "",
 }  # fmt: skip
 """The attribute a headed model keeps its base model under; elsewhere it is `model`."""
+
+DINOV2 = frozenset(("dinov2", "dinov2_with_registers"))
+RENAMED: Mapping[str, tuple[str, ...]] = {
+    "weights_in": ("gate_proj", "up_proj"),
+    "weights_out": ("down_proj",),
+}
+"""Modules of Dinov2's SwiGLU -> what transformers 5 calls the parts it splits them into."""
 
 T5_FAMILIES = frozenset(("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop"))
 
@@ -207,7 +215,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "changed-on-load",
         "transformers 5 rearranges this weight while loading",
-        lambda c, t, p: "dinov2" in c.model_types and p[-1] in ("weights_in", "weights_out"),
+        lambda c, t, p: p[-1] in RENAMED and bool(c.model_types & DINOV2),
     ),
     Rule(
         "extra-layer",
@@ -226,17 +234,29 @@ REARRANGED = Rule(
 NOT_REPLACED = Rule(
     "asked", "transformers, when asked, does not hold this in 4 bit", lambda c, t, p: True
 )
+ENTANGLED = Rule(
+    "entangled",
+    "loaders cannot tell its name from that of a module that has to be kept",
+    lambda c, t, p: True,
+)
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
 USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The fate of one tensor."""
+    """The fate of one tensor.
+
+    Attributes:
+        rule: why.
+        transposed: it is stored [in, out] (Conv1D).
+        matrix: it is the 2-D weight of a module.
+    """
 
     quantize: bool
     rule: Rule
     transposed: bool = False
+    matrix: bool = True
 
 
 def module_path(tensor_name: str) -> str:
@@ -298,6 +318,20 @@ def select(
     return choices
 
 
+def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """The kept modules with a matrix, by path: a Linear among them would be expected in 4 bit."""
+    found = {}
+    for name, choice in choices.items():
+        if choice.quantize or not choice.matrix:
+            continue
+        path = module_path(name)
+        found[path] = choice
+        parent, _, leaf = path.rpartition(".")
+        for part in RENAMED.get(leaf, ()):
+            found[f"{parent}.{part}" if parent else part] = choice
+    return found
+
+
 def rule_of(context: Context, tensor: TensorInfo) -> Rule:
     """The first rule that keeps a tensor, or QUANTIZED."""
     path = module_path(tensor.name).split(".")
@@ -312,7 +346,8 @@ def _choose(context: Context, tensor: TensorInfo, user: bool, answer: Answer | N
         elif tensor.name not in answer.quantized:
             rule = NOT_REPLACED
     if rule is not QUANTIZED:
-        return Choice(False, rule)
+        matrix = len(tensor.shape) == 2 and tensor.name.endswith(WEIGHT)
+        return Choice(False, rule, matrix=matrix)
     if user:
         return Choice(False, USER)
     leaf = module_path(tensor.name).rpartition(".")[2]

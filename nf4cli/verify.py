@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import bnb_format, selection
+from . import bnb_format, selection, skip_list
 from .codebook import codebook
 from .digest import digest_file, digest_shard
 from .engines import Engine
@@ -123,7 +123,7 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
     keys = bnb_format.skip_list(checkpoint.config)
     packed = {selection.module_path(name) for name in weights}
     for module in sorted(packed):
-        key = next((key for key in keys if bnb_format.hits(key, module)), None)
+        key = next((key for key in keys if skip_list.hits(key, module)), None)
         if key is not None:
             report.add(
                 "config",
@@ -139,7 +139,7 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
         if rule.name in ("linear", "head") and not any(
-            bnb_format.means(key, module, prefix) for key in keys
+            skip_list.means(key, module, prefix) for key in keys
         ):
             report.add(
                 "config",

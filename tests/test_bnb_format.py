@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from nf4cli import bnb_format
+from nf4cli import bnb_format, skip_list
 from nf4cli.bnb_format import QuantState
 from nf4cli.errors import InputError
 
@@ -104,19 +104,19 @@ NAMES = st.lists(
 
 @given(NAMES, NAMES)
 def test_v5_matcher_is_transformers_own(key, module):
-    assert bnb_format.hits_v5(key, module) == (not should_convert_module(module, [key]))
+    assert skip_list.hits_v5(key, module) == (not should_convert_module(module, [key]))
 
 
 @given(st.lists(NAMES, max_size=6), st.lists(NAMES, min_size=1, max_size=6))
 def test_no_entry_of_a_skip_list_means_a_packed_module(kept, quantized):
-    for key in bnb_format.skip_modules(kept, quantized, "model"):
+    for key in skip_list.skip_modules(kept, quantized, "model"):
         for module in quantized:
-            for form in bnb_format.path_forms(module, "model"):
-                assert not bnb_format.hits(key, form), (key, form)
+            for form in skip_list.path_forms(module, "model"):
+                assert not skip_list.hits(key, form), (key, form)
 
 
 def test_a_skip_list_holds_heads_and_both_forms():
-    keys = bnb_format.skip_modules(
+    keys = skip_list.skip_modules(
         ["model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.w1"],
         ["model.layers.0.mlp.gate_proj"], "model",
     )  # fmt: skip

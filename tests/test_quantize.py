@@ -59,7 +59,9 @@ def large(tmp_path, dtype="BF16", shards=1):
         "model.layers.0.empty": torch.zeros(0, 4),
         "model.layers.0.scalar": torch.tensor(3.5),
     }
-    return write_checkpoint_dir(tmp_path / "src", tensors, {**LLAMA, "vocab_size": 70, "num_hidden_layers": 1}, shards)
+    return write_checkpoint_dir(
+        tmp_path / "src", tensors, {**LLAMA, "vocab_size": 70, "num_hidden_layers": 1}, shards
+    )
 
 
 @pytest.mark.parametrize("dtype", list(TORCH_DTYPES))

@@ -1,0 +1,112 @@
+"""The pieces of work that a conversion is cut into, and what is known of a weight meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .bnb_format import QuantState
+from .fileio import read_at, write_at
+from .plan import TensorPlan
+from .records import ITEMSIZE, Shard, TensorError
+
+if TYPE_CHECKING:
+    from .engines import F32, F64
+
+ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One piece of work: `count` elements of a weight from element `start`.
+
+    Elements count in the order they are written.
+
+    Attributes:
+        digest: its bytes are read in file order, and digested on the way.
+    """
+
+    job: Job
+    start: int
+    count: int
+    digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Bytes [start, stop) of a source file that are only digested: what was transposed cannot be
+    digested in the order it is read, and of some tensors nothing is written."""
+
+    shard: Shard
+    start: int
+    stop: int
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A tensor being worked on.
+
+    Attributes:
+        pending: items not done yet.
+        scale: float32 factors of a float8 weight, flat.
+        stats: the engine's error sums by first element.
+        absmax: temporary file of the float32 absmax vector, for double quantization.
+    """
+
+    plan: TensorPlan
+    pending: int
+    scale: F32 | None = None
+    stats: dict[int, F64] = field(default_factory=dict)
+    absmax: AbsmaxFile | None = None
+    error: TensorError | None = None
+    state: QuantState | None = None
+
+
+class AbsmaxFile:
+    """A float32 vector on disk: the only thing that grows with a tensor, kept out of memory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close
+
+    def write(self, start: int, values: F32) -> None:
+        write_at(self._file.fileno(), memoryview(values.view(np.uint8)), 4 * start)
+
+    def pieces(self, size: int) -> Iterator[tuple[int, F32]]:
+        """(first element, values), ABSMAX_PIECE at a time."""
+        for start in range(0, size, ABSMAX_PIECE):
+            values = np.empty(min(ABSMAX_PIECE, size - start), np.float32)
+            view = memoryview(values.view(np.uint8))
+            if read_at(self._file.fileno(), view, 4 * start) < view.nbytes:
+                raise OSError(errno.EIO, "a temporary file lost its end")
+            yield start, values
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def widest(plan: TensorPlan) -> int:
+    """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
+    stored = ITEMSIZE[plan.weight.stored.dtype]
+    if plan.view is not None:
+        return 4 * stored  # reading it transposed takes a block and its copy as well
+    if plan.weight.scale is not None:
+        return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
+    if plan.action == "cast":  # an upcast writes more than it reads
+        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
+    return stored
+
+
+def element(item: Item, index: int) -> tuple[int, ...]:
+    """The place in the source tensor of the item's element `index`."""
+    plan, flat = item.job.plan, item.start + index
+    stored = plan.weight.stored
+    if plan.view is not None:
+        column, row = divmod(flat, plan.view.rows)
+        flat = plan.view.start + row * plan.view.stride + column
+    return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
