@@ -222,11 +222,14 @@ i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float
     const float unit = scale[row / block_rows * scale_columns + block];
     const i64 edge = (block + 1) * block_columns < columns ? (block + 1) * block_columns : columns;
     const i64 stop = n - i < edge - column ? n : i + edge - column;
+    const i64 begin = i;
+    uint32_t largest = 0;
     for (; i < stop; i++) {
       out[i] = Element<kTo>::store(table[src[i]] * unit);
       const uint32_t bits = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
-      if (bits >= kInfBits) return i;
+      largest = bits > largest ? bits : largest;
     }
+    if (largest >= kInfBits) return first_nonfinite<kTo>(out, begin);
   }
   return -1;
 }

@@ -302,3 +302,14 @@ def test_wrong_buffer_sizes_are_bugs_not_memory_errors():
     with pytest.raises(ValueError, match="packed bytes"):
         engine.quantize(np.zeros(256, np.uint8), "F32", 64, "nf4", np.empty(31, np.uint8),
                         np.empty(1, np.float32))  # fmt: skip
+
+
+def test_the_tables_live_as_long_as_the_engine(monkeypatch):
+    """C holds their addresses during a call: an array fetched for one call could die under it."""
+    engine = CpuEngine()
+    for name in ("nested_midpoints", "float8_e4m3"):
+        monkeypatch.delattr(f"nf4cli.codebook.{name}")
+    codes, nested = np.empty(300, np.uint8), np.empty(2, np.float32)
+    engine.nested_quantize(np.linspace(0, 1, 300, dtype=np.float32), 0.5, codes, nested)
+    out = np.empty(64, np.uint8)
+    engine.decode_float8(codes[:32] & 63, 0, 8, np.ones(4, np.float32), (4, 4), out, "BF16")

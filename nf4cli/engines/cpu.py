@@ -100,6 +100,10 @@ class CpuEngine:
                 f"this processor cannot run the {isa!r} engine: it can run {', '.join(usable)}"
             )
         self.name = f"cpu ({isa})"
+        # Held here, because C gets their addresses: two threads may fill a cache at once, and the
+        # table of the one that loses would be freed under its call.
+        self._nested_midpoints = codebook.nested_midpoints()
+        self._float8 = codebook.float8_e4m3()
         library = _library()
         pointer, i64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         f32, f64 = ctypes.c_float, ctypes.c_double
@@ -165,7 +169,7 @@ class CpuEngine:
         _expect(codes.nbytes, absmax.size, "codes")
         _expect(nested_absmax.size, -(-absmax.size // codebook.NESTED_BLOCKSIZE), "nested_absmax")
         self._nested_quantize(
-            _address(absmax), absmax.size, offset, _address(codebook.nested_midpoints()),
+            _address(absmax), absmax.size, offset, _address(self._nested_midpoints),
             _address(codes), _address(nested_absmax),
         )  # fmt: skip
 
@@ -202,7 +206,7 @@ class CpuEngine:
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
         _expect(int(scale.size < -(-rows // block[0]) * -(-columns // block[1])), 0, "short scales")
         bad = self._decode_float8(
-            _address(src), first, n, columns, _address(codebook.float8_e4m3()), _address(scale),
+            _address(src), first, n, columns, _address(self._float8), _address(scale),
             *block, _DTYPE[to_dtype], _address(dst),
         )  # fmt: skip
         if bad >= 0:
