@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,10 @@ from .model_config import set_dtype
 from .output import new_directory, write_side_files
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
-from .plan import check_shard_size, index_of, shard_name
+from .plan import check_shard_size, index_of
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
+from .source import shard_name
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
 
 
@@ -64,6 +66,35 @@ class Summary:
     files: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A checkpoint that will be decoded: everything is known but the values.
+
+    Attributes:
+        config: the new config.json.
+    """
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, PackedWeight]
+    outputs: tuple[_Output, ...]
+    layouts: tuple[ShardLayout, ...]
+    file_of: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all output shards."""
+        return sum(layout.size for layout in self.layouts)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the whole output."""
+        root = self.checkpoint.root
+        return self.shard_bytes + sum(
+            (root / name).stat().st_size for name in self.checkpoint.extra_files
+        )
+
+
 def write_dequantized(
     checkpoint: Checkpoint,
     output: Path,
@@ -85,42 +116,59 @@ def write_dequantized(
         UsageError, MachineError: `output` exists, lies in the source, or does not fit.
         OSError: a disk is full or fails.
     """
+    refuse_place(checkpoint.root, output, checkpoint.is_file)
+    decoding = plan_decoding(checkpoint, engine, dtype, max_shard_size)
+    require_disk(output, decoding.disk_bytes)
+    with new_directory(output, fsync) as directory:
+        return decode_into(decoding, directory, engine, resources, progress)
+
+
+def plan_decoding(
+    checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int
+) -> Decoding:
+    """Read every state and lay the output out; see `write_dequantized`."""
     if dtype not in ("auto", *SAFETENSORS_NAME):
         raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
     check_shard_size(max_shard_size)
-    refuse_place(checkpoint, output)
     with ShardReaders(checkpoint.shards) as readers:
         weights = load_weights(checkpoint, readers)
         packed = PackedReader(readers, engine)
         for weight in weights.values():
             packed.require_standard_table(weight)
-        outputs = _outputs(checkpoint, weights, dtype)
-        layouts, file_of = _lay_out(outputs, max_shard_size)
-        total = sum(layout.size for layout in layouts)
-        copies = sum((checkpoint.root / f).stat().st_size for f in checkpoint.extra_files)
-        require_disk(output, total + copies)
-        with new_directory(output, fsync) as directory:
-            config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-            if config and dtype != "auto":
-                set_dtype(config, dtype)
-            write_side_files(directory, checkpoint, config, index_of(layouts))
-            writers: list[ShardWriter] = []
-            try:
-                writers += (ShardWriter(directory, layout) for layout in layouts)
+    outputs = _outputs(checkpoint, weights, dtype)
+    layouts, file_of = _lay_out(outputs, checkpoint.stem, max_shard_size)
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if config and dtype != "auto":
+        set_dtype(config, dtype)
+    return Decoding(checkpoint, weights, tuple(outputs), tuple(layouts), file_of, config)
 
-                def worker(item: _Item) -> None:
-                    writer = writers[file_of[item.output.source.name]]
-                    _convert(item, checkpoint, packed, engine, writer)
-                    progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
 
-                items = _items(outputs, resources.chunk)
-                run(items, lambda: worker, resources.workers, lambda: None)
-                for writer in writers:
-                    writer.finish()
-            finally:
-                for writer in writers:
-                    writer.close()
-    return Summary(len(weights), len(outputs) - len(weights), total, len(layouts))
+def decode_into(
+    decoding: Decoding, directory: Path, engine: Engine, resources: Resources, progress: Progress
+) -> Summary:
+    """Decode into an empty directory, which the caller removes on any failure."""
+    checkpoint, outputs, layouts = decoding.checkpoint, decoding.outputs, decoding.layouts
+    write_side_files(directory, checkpoint, decoding.config, index_of(layouts))
+    writers: list[ShardWriter] = []
+    with ShardReaders(checkpoint.shards) as readers:
+        packed = PackedReader(readers, engine)
+        try:
+            writers += (ShardWriter(directory, layout) for layout in layouts)
+
+            def worker(item: _Item) -> None:
+                writer = writers[decoding.file_of[item.output.source.name]]
+                _convert(item, checkpoint, packed, engine, writer)
+                progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
+
+            items = _items(outputs, resources.chunk)
+            run(items, lambda: worker, resources.workers, lambda: None)
+            for writer in writers:
+                writer.finish()
+        finally:
+            for writer in writers:
+                writer.close()
+    decoded = len(decoding.weights)
+    return Summary(decoded, len(outputs) - decoded, decoding.shard_bytes, len(layouts))
 
 
 def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: str) -> list[_Output]:
@@ -146,19 +194,21 @@ def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: st
 
 
 def _lay_out(
-    outputs: list[_Output], max_shard_size: int
+    outputs: list[_Output], stem: str, max_shard_size: int
 ) -> tuple[list[ShardLayout], dict[str, int]]:
     files = fill_shards(outputs, lambda output: output.nbytes, max_shard_size)
     layouts = [
         lay_out(
-            shard_name(number, len(files)), [(o.source.name, o.dtype, o.shape) for o in members], ()
+            shard_name(stem, number, len(files)),
+            [(o.source.name, o.dtype, o.shape) for o in members],
+            (),
         )
         for number, members in enumerate(files)
     ]
     return layouts, {o.source.name: i for i, members in enumerate(files) for o in members}
 
 
-def _items(outputs: list[_Output], chunk: int) -> Iterator[_Item]:
+def _items(outputs: Sequence[_Output], chunk: int) -> Iterator[_Item]:
     for output in outputs:
         n = TensorInfo("", "U8", output.shape, 0).numel
         width = max(ITEMSIZE[output.dtype], ITEMSIZE[output.source.dtype])

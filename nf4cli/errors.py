@@ -25,6 +25,10 @@ class InputError(Nf4Error):
     exit_code = 3
 
 
+class NothingToQuantizeError(InputError):
+    """A checkpoint without a linear layer that may become 4-bit."""
+
+
 class MachineError(Nf4Error):
     """The machine cannot do it: disk full, no engine, I/O error (exit code 4)."""
 

@@ -16,6 +16,7 @@ from . import exact
 from .errors import InputError, MachineError
 from .records import Checkpoint
 from .selection import Answer
+from .skip_list import Names
 
 
 @cache
@@ -73,3 +74,17 @@ def _follows(config: Mapping[str, Any]) -> bool:
     parts = [part for part in config.values() if isinstance(part, dict)]
     types = [part.get("model_type") for part in parts]
     return config["model_type"] in known["follow"] and not any(t in known["differ"] for t in types)
+
+
+def names_of(config: Mapping[str, Any], answer: Answer | None = None) -> Names:
+    """What loaders call the modules of a family's checkpoints."""
+    if "_class_name" in config and "model_type" not in config:
+        return Names()  # diffusers calls them what the files do
+    family = config.get("model_type")
+    known = survey()["names"].get(family, {}) if isinstance(family, str) else {}
+    renamings = tuple((source, target) for source, target in known.get("renamed", ()))
+    return Names(
+        base_prefix=known.get("prefix", "model"),
+        renamings=renamings,
+        modules=answer.modules if answer else {},
+    )

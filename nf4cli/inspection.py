@@ -53,6 +53,7 @@ class Overview:
 
     Attributes:
         files: shards.
+        model_type: of config.json, or the class of a component of a diffusers pipeline.
         nbytes: bytes of all shards.
         parameters: floating-point weights, packed ones counted as what they decode to.
         quantized_parameters: those in 4 bit.
@@ -129,7 +130,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
     ]
     parameters = sum(g.elements for g in groups if g.packed or g.kind in TORCH_NAME)
     manifest = _manifest(checkpoint)
-    model_type = checkpoint.config.get("model_type")
+    model_type = checkpoint.config.get("model_type", checkpoint.config.get("_class_name"))
     return Overview(
         name=checkpoint.name,
         files=len(checkpoint.shards),

@@ -10,7 +10,6 @@ from pathlib import Path
 from .engines import GRANULE
 from .errors import MachineError, UsageError
 from .plan import Plan
-from .records import Checkpoint
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
@@ -42,17 +41,21 @@ def check_output(plan: Plan, output: Path, workers: int) -> None:
         UsageError: it exists, or it is the source or inside it.
         MachineError: not enough free space.
     """
-    refuse_place(plan.checkpoint, output)
+    refuse_place(plan.checkpoint.root, output, plan.checkpoint.is_file)
     require_disk(output, disk_bytes(plan, workers))
 
 
-def refuse_place(checkpoint: Checkpoint, output: Path) -> None:
-    """Raises UsageError unless `output` is absent or an empty directory, outside of the source."""
+def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
+    """Raises UsageError unless `output` is absent or an empty directory, outside of the source.
+
+    Args:
+        root: the source, or the directory of one that `is_file`.
+    """
     try:
-        source, target = checkpoint.root.resolve(), output.resolve()
+        source, target = root.resolve(), output.resolve()
     except (OSError, RuntimeError) as error:
         raise UsageError(f"{output} is a loop of symbolic links: choose another output") from error
-    inside = source in target.parents and not checkpoint.is_file
+    inside = source in target.parents and not is_file
     if target == source or inside:
         raise UsageError(
             f"the output {output} is the source directory or lies inside it: give another place, "

@@ -51,8 +51,13 @@ def dtype_of(checkpoint: Checkpoint, asked: str) -> str:
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Make config.json name `dtype`, under the keys it has (versions of transformers differ)."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    """Make config.json name `dtype`, under the keys it has (versions of transformers differ).
+
+    A component of diffusers has none, and is none the better for one that it does not know.
+    """
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    if not keys and "_class_name" not in config:
+        keys = ["torch_dtype"]
     config |= dict.fromkeys(keys, dtype)
 
 

@@ -7,11 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .records import Checkpoint
-from .source import INDEX
+from .source import index_name
 
 
 class new_directory:  # noqa: N801 - used like a function, in a with statement
@@ -83,7 +84,37 @@ def write_side_files(
     if config:
         (directory / "config.json").write_text(_config_text(config), "utf-8")
     if index is not None:
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        name = index_name(checkpoint.stem)
+        (directory / name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Files that go into an output as they are.
+
+    Attributes:
+        root: where they come from.
+        files: path in the output -> path under root.
+        texts: path in the output -> its content, which the source has in another form.
+        left: paths under root that are not copied.
+    """
+
+    root: Path
+    files: dict[str, str]
+    texts: dict[str, str]
+    left: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        copied = sum((self.root / name).stat().st_size for name in self.files.values())
+        return copied + sum(len(text.encode()) for text in self.texts.values())
+
+    def write(self, directory: Path) -> None:
+        for name, source in self.files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.root / source, directory / name)
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, "utf-8")
 
 
 def _config_text(config: Mapping[str, Any]) -> str:

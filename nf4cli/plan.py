@@ -7,7 +7,7 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from . import bnb_format, model_config, selection, skip_list
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
-from .families import consult
+from .families import consult, names_of
 from .records import (
     ITEMSIZE,
     SAFETENSORS_NAME,
@@ -30,7 +30,7 @@ from .records import (
     View,
     Weight,
 )
-from .source import SINGLE, shard_count
+from .source import shard_count, shard_name
 from .weights import contents
 from .writer import ShardLayout, fill_shards, lay_out
 
@@ -172,6 +172,11 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
         InputError: the source is already quantized, or is of a kind that nf4 cannot convert.
     """
     _check_options(config)
+    if checkpoint.is_diffusers and config.quant_storage != "uint8":
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not go with {checkpoint.name}: diffusers "
+            "reads uint8 only"
+        )
     _refuse_part_of_a_set(checkpoint)
     _refuse_packed(checkpoint)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype)
@@ -180,8 +185,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
     model_config.check_headers(model)
     answer = oracle(model)
     choices = selection.select(model, config.keep, config.target, answer)
-    prefix = selection.base_prefix(selection.Context.of(checkpoint).model_types)
-    skip = _skip_modules(choices, prefix, config.target)
+    skip = _skip_modules(choices, names_of(checkpoint.config, answer), config.target)
     torch_dtype = TORCH_NAME[model_dtype]
     config = replace(
         config,
@@ -193,7 +197,7 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
         _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
     ] + [_drop(*checkpoint.tensors[name], reason) for name, reason in found.left.items()]
     _refuse_key_clashes(tensors)
-    tensors, shards = _place(tensors, checkpoint.shards, config.max_shard_size)
+    tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -257,7 +261,11 @@ def _plan_weight(
 ) -> TensorPlan:
     rule, view = choice.rule, weight.view
     if not choice.quantize:
-        cast = weight.dtype in TORCH_NAME and weight.stored.dtype != model_dtype
+        cast = (
+            weight.dtype in TORCH_NAME
+            and weight.stored.dtype != model_dtype
+            and rule is not selection.DIFFUSERS_FP32
+        )
         outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
         action = "cast" if cast else "copy"
         return TensorPlan(weight, action, rule.name, rule.reason, view, None, outputs)
@@ -301,14 +309,14 @@ def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
 
 
 def _place(
-    tensors: list[TensorPlan], shards: Iterable[Shard], max_shard_size: int
+    tensors: list[TensorPlan], checkpoint: Checkpoint, max_shard_size: int
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Fill output files in source order; a weight and its companions stay together."""
     written = [plan for plan in tensors if plan.outputs]
     files = fill_shards(written, lambda plan: plan.nbytes_out, max_shard_size)
     layouts = []
     for number, members in enumerate(files):
-        name = shard_name(number, len(files))
+        name = shard_name(checkpoint.stem, number, len(files))
         entries = [[(key, *spec) for key, spec in plan.outputs.items()] for plan in members]
         layouts.append(
             lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
@@ -316,17 +324,12 @@ def _place(
     placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
     placed += [plan for plan in tensors if not plan.outputs]
     # Read in the order of the source: its files are digested on the way.
-    order = {shard.path: i for i, shard in enumerate(shards)}
+    order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
     placed.sort(key=lambda plan: (order[plan.weight.shard.path], plan.weight.stored.start))
     return placed, layouts
 
 
-def shard_name(number: int, count: int) -> str:
-    """The file name of shard `number` (from 0) of `count`."""
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
+def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
     """The index's content; None for a single file, which needs none."""
     if len(shards) == 1:
         return None
@@ -341,7 +344,9 @@ def index_of(shards: list[ShardLayout]) -> dict[str, Any] | None:
     }
 
 
-def _skip_modules(choices: dict[str, selection.Choice], prefix: str, target: str) -> list[str]:
+def _skip_modules(
+    choices: dict[str, selection.Choice], names: skip_list.Names, target: str
+) -> list[str]:
     """The skip list; a module that no list can tell from a kept one is kept as well.
 
     Raises:
@@ -350,19 +355,18 @@ def _skip_modules(choices: dict[str, selection.Choice], prefix: str, target: str
     while True:
         kept = selection.kept_modules(choices)
         packed = {selection.module_path(n): n for n, c in choices.items() if c.quantize}
-        entries = list(kept)
-        if target == "vllm":
-            entries += model_config.vllm_fused_modules(kept, packed)
-        skip = skip_list.skip_modules(entries, packed, prefix)
-        lost = next(skip_list.unmeant(kept, skip, prefix), None)
+        entries = skip_list.collapse(kept, packed)
+        fused = model_config.vllm_fused_modules(kept, packed) if target == "vllm" else []
+        skip = skip_list.skip_modules([*entries, *fused], packed, names)
+        lost = next(skip_list.unmeant(entries, skip, names), None)
         if lost is None:
             return skip
-        if kept[lost].rule is selection.USER:
+        if kept[entries[lost]].rule is selection.USER:
             raise UsageError(
                 f"--keep cannot leave {lost} alone in full precision: loaders would take its "
                 "name to mean packed modules as well. Keep those too, or none"
             )
-        for module in skip_list.entangled(lost, packed, prefix):
+        for module in skip_list.entangled(lost, packed, names):
             choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
 
 

@@ -13,6 +13,7 @@ from . import bnb_format, selection, skip_list
 from .conversion import Conversion
 from .engines import Engine
 from .errors import InputError, UsageError
+from .families import names_of
 from .limits import Resources
 from .manifest import Manifest
 from .packed import PackedWeight, Placed
@@ -178,7 +179,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
     found = checkpoint.config.get("quantization_config")
     compute = found.get("bnb_4bit_compute_dtype") if isinstance(found, dict) else None
     context = selection.Context.of(checkpoint)
-    prefix = selection.base_prefix(context.model_types)
+    names = names_of(checkpoint.config)
     keys = bnb_format.skip_list(checkpoint.config)
     keep = [
         selection.module_path(name)
@@ -186,7 +187,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         if name not in weights
         and bnb_format.companion_owner(name) not in weights
         and selection.rule_of(context, tensor).name == "linear"
-        and any(skip_list.means(key, selection.module_path(name), prefix) for key in keys)
+        and any(skip_list.means(key, selection.module_path(name), names) for key in keys)
     ]
     return QuantConfig(
         quant_type=weight.state.quant_type,

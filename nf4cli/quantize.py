@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,38 +111,54 @@ def write_checkpoint(
         OSError: a disk is full or fails.
     """
     check_output(plan, output, resources.workers)
-    started = time.monotonic()
     with new_directory(output, fsync) as directory:
-        write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
-        files = _Files(plan, directory, digest)
-        try:
-            files.open()
-            conversion = Conversion(plan, engine, resources, files, digest, directory, progress)
-            conversion.run()
-        finally:
-            files.close()
-        shard_digests, tensor_digests = files.digests()
-        manifest = replace(
-            conversion.manifest(tensor_digests),
-            output_files=_output_files(directory, shard_digests, digest),
-            run=RunRecord(
-                engine=engine.name,
-                workers=resources.workers,
-                seconds=round(time.monotonic() - started, 3),
-                source=str(plan.checkpoint.root.resolve()),
-            ),
-        )
-        (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        return fill_directory(plan, directory, engine, resources, digest, progress)
+
+
+def fill_directory(
+    plan: Plan,
+    directory: Path,
+    engine: Engine,
+    resources: Resources,
+    digest: str,
+    progress: Progress,
+) -> Manifest:
+    """Quantize into an empty directory, which the caller removes on any failure."""
+    started = time.monotonic()
+    write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+    files = _Files(plan, directory, digest)
+    try:
+        files.open()
+        conversion = Conversion(plan, engine, resources, files, digest, directory, progress)
+        conversion.run()
+    finally:
+        files.close()
+    shard_digests, tensor_digests = files.digests()
+    manifest = replace(
+        conversion.manifest(tensor_digests),
+        output_files=file_records(directory, digest, shard_digests),
+        run=RunRecord(
+            engine=engine.name,
+            workers=resources.workers,
+            seconds=round(time.monotonic() - started, 3),
+            source=str(plan.checkpoint.root.resolve()),
+        ),
+    )
+    (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
 
 
-def _output_files(
-    directory: Path, shard_digests: dict[str, str], algorithm: str
+def file_records(
+    directory: Path, algorithm: str, known: Mapping[str, str]
 ) -> dict[str, FileRecord]:
-    """Every file of the finished directory; the shards' digests are known already."""
+    """Every file of a finished directory.
+
+    Args:
+        known: digests of files that need not be read again.
+    """
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        digest = shard_digests.get(name) or digest_file(path, algorithm)
+        digest = known.get(name) or digest_file(path, algorithm)
         files[name] = FileRecord(path.stat().st_size, digest)
     return files

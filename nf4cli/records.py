@@ -25,6 +25,8 @@ STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 """quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""
 
 
+MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
+
 TARGETS = ("transformers", "vllm", "unsloth")
 """Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
 of a mixture as a 4-bit matrix of its own, which transformers 5 does not."""
@@ -154,6 +156,18 @@ class Checkpoint:
     is_file: bool
     extra_files: tuple[str, ...]
     left_files: tuple[str, ...]
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether it is a component of a diffusers pipeline: other names, another loader."""
+        if self.config:
+            return "_class_name" in self.config and "model_type" not in self.config
+        return self.shards[0].path.name.startswith(DIFFUSERS_STEM)
+
+    @property
+    def stem(self) -> str:
+        """What the names of its weight files begin with, as its loader expects them."""
+        return DIFFUSERS_STEM if self.is_diffusers else MODEL_STEM
 
 
 @dataclass(frozen=True, slots=True)

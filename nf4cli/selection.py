@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
-from .errors import InputError, UsageError
+from .components import EMBEDDERS, NOT_LINEAR, fp32_modules
+from .errors import NothingToQuantizeError, UsageError
 from .records import TORCH_NAME, Checkpoint, TensorInfo
+from .skip_list import hits_v4
 
 WEIGHT = ".weight"
 
 HEADS = frozenset(
     (
         "lm_head embed_out proj_out vocab_projector output_projection lm_loss score classifier "
-        "qa_outputs seq_relationship head pre_classifier text_projection"
+        "qa_outputs seq_relationship head pre_classifier text_projection objective"
     ).split()
 )
 """Last name parts of output heads, and what no version of transformers packs beside them."""
 
-EMBEDDINGS = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$")
+HEAD_PARTS = frozenset(("classifier", "lm_predictions", "bbox_embed", "class_embed"))
+"""Parts of the paths of heads that have several layers."""
+
+EMBEDDINGS = re.compile(
+    r"embed|_emb$|codebook|reference_points|^query_feat|^queries_feat"
+    r"|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$",
+    re.IGNORECASE,
+)
 ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "wg"])
 
 CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
@@ -37,23 +46,10 @@ CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
 """Families whose linear layers are transformers' Conv1D, stored [in, out]: bitsandbytes encodes
 the transposed weight."""
 
-BASE_PREFIX: Mapping[str, str] = {
-    "gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer",
-    "bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta",
-    "distilbert": "distilbert", "electra": "electra", "mpnet": "mpnet",
-    "dinov2": "dinov2", "dinov2_with_registers": "dinov2_with_registers", "vit": "vit",
-    "t5": "", "mt5": "", "umt5": "", "longt5": "",
-}  # fmt: skip
-"""The attribute a headed model keeps its base model under; elsewhere it is `model`."""
-
 DINOV2 = frozenset(("dinov2", "dinov2_with_registers"))
-RENAMED: Mapping[str, tuple[str, ...]] = {
-    "weights_in": ("gate_proj", "up_proj"),
-    "weights_out": ("down_proj",),
-}
-"""Modules of Dinov2's SwiGLU -> what transformers 5 calls the parts it splits them into."""
-
-T5_FAMILIES = frozenset(("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop"))
+T5_FAMILIES = frozenset(
+    ("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop", "pop2piano")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +61,13 @@ class Answer:
         quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
         rearranged: tensors that it splits, merges or permutes while loading, which a packed
             weight cannot go through.
+        modules: path in the checkpoint -> path in the model, where they differ.
     """
 
     version: str
     quantized: frozenset[str]
     rearranged: frozenset[str]
+    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +80,8 @@ class Context:
         num_layers: num_hidden_layers of the decoder, None where unknown.
         names: every tensor name.
         target: the loader the output is for, see records.TARGETS.
+        diffusers: a component of a diffusers pipeline.
+        fp32: what diffusers keeps in float32 of it.
     """
 
     model_types: frozenset[str]
@@ -89,6 +89,8 @@ class Context:
     num_layers: int | None
     names: frozenset[str]
     target: str = "transformers"
+    diffusers: bool = False
+    fp32: tuple[str, ...] = ()
 
     @staticmethod
     def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
@@ -109,12 +111,18 @@ class Context:
             num_layers=layers if isinstance(layers, int) else None,
             names=frozenset(checkpoint.tensors),
             target=target,
+            diffusers=checkpoint.is_diffusers,
+            fp32=fp32_modules(config) if checkpoint.is_diffusers else (),
         )
 
     @property
     def takes_experts(self) -> bool:
         """Whether the loader takes experts as 4-bit matrices of their own."""
-        return self.target != "transformers" or bool(self.model_types & {"llama4", "llama4_text"})
+        return (
+            self.target != "transformers"
+            or self.diffusers
+            or bool(self.model_types & {"llama4", "llama4_text"})
+        )
 
 
 def _config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -153,7 +161,34 @@ def _inside_numbered_layer(path: list[str]) -> bool:
     return any(_is_number(part) for part in path[:-1])
 
 
+def _is_embedder(path: list[str]) -> bool:
+    """Of a diffusers component; inside its blocks there are large layers of such names, too."""
+    parts = path[-1:] if _inside_numbered_layer(path) else path
+    return any(EMBEDDERS.search(part) for part in parts)
+
+
+def _has_experts(context: Context, path: list[str]) -> bool:
+    """Whether a router stands beside experts: Krea's gated MLP calls a large layer `gate`."""
+    experts = ".".join([*path[:-1], "experts", ""])
+    return any(name.startswith(experts) for name in context.names)
+
+
+DIFFUSERS_FP32 = Rule(
+    "diffusers-fp32",
+    "diffusers keeps this module in float32",
+    # Its loader matches modules as transformers 4 does, and tensors by any part of their names.
+    lambda c, t, p: any(hits_v4(key, ".".join(p)) or key in t.name.split(".") for key in c.fp32),
+)
+
+
+def _is_embedding(path: list[str]) -> bool:
+    """Whether the module, or the list that it is an entry of, is called like an embedding."""
+    numbered = _is_number(path[-1]) and len(path) > 1
+    return bool(EMBEDDINGS.search(path[-2] if numbered else path[-1]))
+
+
 RULES: tuple[Rule, ...] = (
+    DIFFUSERS_FP32,
     Rule(
         "fused-experts",
         "experts in one 3-D parameter, which no loader holds in 4 bit",
@@ -163,15 +198,23 @@ RULES: tuple[Rule, ...] = (
     Rule("not-2d", "not a matrix: a norm, a convolution", lambda c, t, p: len(t.shape) != 2),
     Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
     Rule("empty", "no elements", lambda c, t, p: t.numel == 0),
-    Rule("embedding", "an embedding", lambda c, t, p: bool(EMBEDDINGS.search(p[-1]))),
+    Rule("norm", "a norm for each head", lambda c, t, p: p[-1].endswith("norm")),
+    Rule(
+        "embedding",
+        "an embedding",
+        lambda c, t, p: _is_embedding(p) or (c.diffusers and _is_embedder(p)),
+    ),
     Rule(
         "head",
         "an output head",
         lambda c, t, p: (
-            p[-1] in HEADS
-            or "classifier" in p
-            or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
-            or p[-2:] == ["pred_layer", "proj"]
+            not c.diffusers
+            and (
+                p[-1] in HEADS
+                or not HEAD_PARTS.isdisjoint(p)
+                or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
+                or p[-2:] == ["pred_layer", "proj"]
+            )
         ),
     ),
     Rule(
@@ -182,7 +225,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "router",
         "a mixture-of-experts router",
-        lambda c, t, p: p[-1] in ROUTERS or "router" in p,
+        lambda c, t, p: (
+            (p[-1] in ROUTERS and (not c.diffusers or _has_experts(c, p))) or "router" in p
+        ),
     ),
     Rule(
         "experts",
@@ -203,7 +248,8 @@ RULES: tuple[Rule, ...] = (
         "own-linear",
         "this family has its own Linear class, which bitsandbytes does not replace",
         lambda c, t, p: (
-            bool(c.model_types & {"falcon", "ibert"})
+            (c.diffusers and not NOT_LINEAR.isdisjoint(p))
+            or bool(c.model_types & {"falcon", "ibert"})
             or (p[-1] == "dt_proj" and bool(c.model_types & {"mamba", "falcon_mamba", "jamba"}))
         ),
     ),
@@ -215,7 +261,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "changed-on-load",
         "transformers 5 rearranges this weight while loading",
-        lambda c, t, p: p[-1] in RENAMED and bool(c.model_types & DINOV2),
+        lambda c, t, p: p[-1] in ("weights_in", "weights_out") and bool(c.model_types & DINOV2),
     ),
     Rule(
         "extra-layer",
@@ -289,7 +335,7 @@ def select(
         answer: what transformers said, where it was asked: it can only keep more.
 
     Raises:
-        InputError: nothing is left to quantize.
+        NothingToQuantizeError: nothing is left.
         UsageError: a pattern matches no module.
     """
     context = Context.of(checkpoint, target)
@@ -312,7 +358,7 @@ def select(
         for choice in choices.values():
             kept[choice.rule.reason] = kept.get(choice.rule.reason, 0) + 1
         why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
-        raise InputError(
+        raise NothingToQuantizeError(
             f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
         )
     return choices
@@ -320,16 +366,7 @@ def select(
 
 def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:
     """The kept modules with a matrix, by path: a Linear among them would be expected in 4 bit."""
-    found = {}
-    for name, choice in choices.items():
-        if choice.quantize or not choice.matrix:
-            continue
-        path = module_path(name)
-        found[path] = choice
-        parent, _, leaf = path.rpartition(".")
-        for part in RENAMED.get(leaf, ()):
-            found[f"{parent}.{part}" if parent else part] = choice
-    return found
+    return {module_path(n): c for n, c in choices.items() if c.matrix and not c.quantize}
 
 
 def rule_of(context: Context, tensor: TensorInfo) -> Rule:
@@ -352,11 +389,6 @@ def _choose(context: Context, tensor: TensorInfo, user: bool, answer: Answer | N
         return Choice(False, USER)
     leaf = module_path(tensor.name).rpartition(".")[2]
     return Choice(True, QUANTIZED, is_transposed(context.model_types, leaf))
-
-
-def base_prefix(model_types: Iterable[str]) -> str:
-    """The attribute a headed model of this family keeps its base model under, "" for none."""
-    return next((BASE_PREFIX[m] for m in sorted(model_types) if m in BASE_PREFIX), "model")
 
 
 def is_transposed(model_types: Iterable[str], leaf: str) -> bool:

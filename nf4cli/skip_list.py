@@ -9,7 +9,8 @@ for a packed one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 VETTED_HEADS = (
     "lm_head", "embed_out", "proj_out", "vocab_projector", "cls.predictions.decoder",
@@ -45,48 +46,90 @@ def hits_vllm(key: str, module: str) -> bool:
     return key in module.split(".") or module == key or module.startswith(key + ".")
 
 
-def path_forms(module: str, base_prefix: str) -> tuple[str, ...]:
-    """A module's path as the headed and the bare model call it.
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What loaders may call a module that the checkpoint has under one path.
 
-    Args:
-        base_prefix: the attribute of the headed model that holds the bare one, "" for none.
+    Attributes:
+        base_prefix: the attribute of a headed model that holds the bare one, "" for none: a
+            checkpoint of either loads into either.
+        renamings: (path in the checkpoint, path in the model) of whole leading parts that some
+            version of transformers renames while loading; `*` stands for a number.
+        modules: the same for single modules, as transformers answered.
     """
-    if not base_prefix:
-        return (module,)
-    prefix = base_prefix + "."
-    if module.startswith(prefix):
-        return (module, module.removeprefix(prefix))
-    return (module, prefix + module)
+
+    base_prefix: str = ""
+    renamings: tuple[tuple[str, str], ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    def forms(self, module: str) -> tuple[str, ...]:
+        """Every path a loader may have for it, its own first."""
+        found = dict.fromkeys(self._with_and_without_base(module))
+        for form in tuple(found):
+            for source, target in self.renamings:
+                renamed = _rename(form, source, target)
+                if renamed is not None:
+                    found |= dict.fromkeys(self._with_and_without_base(renamed))
+        if module in self.modules:
+            found |= dict.fromkeys(self._with_and_without_base(self.modules[module]))
+        return tuple(found)
+
+    def _with_and_without_base(self, module: str) -> tuple[str, str]:
+        prefix = self.base_prefix + "." if self.base_prefix else ""
+        if module.startswith(prefix):
+            return module, module.removeprefix(prefix)
+        return module, prefix + module
 
 
-def means(key: str, module: str, base_prefix: str) -> bool:
-    """Whether a skip list's `key` means `module` under either of its names, in transformers."""
-    forms = path_forms(module, base_prefix)
-    return any(hits_v5(key, form) or hits_v4(key, form) for form in forms)
+def _rename(path: str, source: str, target: str) -> str | None:
+    """`path` with its leading `source` exchanged for `target`, None where it has another."""
+    parts, wanted = path.split("."), source.split(".") if source else []
+    if len(parts) < len(wanted):
+        return None
+    numbers = []
+    for part, want in zip(parts, wanted, strict=False):
+        if want == "*" and part.isdecimal():
+            numbers.append(part)
+        elif part != want:
+            return None
+    places = iter(numbers)
+    renamed = [next(places, "*") if part == "*" else part for part in target.split(".") if part]
+    return ".".join([*renamed, *parts[len(wanted) :]])
 
 
-_DIGIT = re.compile(r"\d", re.ASCII)
+def means(key: str, module: str, names: Names) -> bool:
+    """Whether a skip list's `key` means `module` under any of its names, in transformers."""
+    return any(hits_v5(key, form) or hits_v4(key, form) for form in names.forms(module))
 
 
-def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str) -> list[str]:
+def collapse(kept: Iterable[str], quantized: Iterable[str]) -> dict[str, str]:
+    """Entry -> a kept module it stands for: `mlp.experts` where all experts of a layer stay."""
+    mixed = {_without_expert(module) for module in quantized}
+    found = {}
+    for module in kept:
+        experts = _without_expert(module)
+        found[module if experts in mixed else experts] = module
+    return found
+
+
+def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) -> list[str]:
     """llm_int8_skip_modules that every loader reads as: keep these, quantize those.
 
     A key that any matcher would take for a quantized module is left out, so no weight that is
     packed is ever loaded as a float.
 
     Args:
-        kept: module paths of the matrices that stay in full precision.
-        quantized: module paths of the packed weights.
-        base_prefix: see `path_forms`.
+        kept: paths of the matrices that stay in full precision, see `collapse`.
+        quantized: paths of the packed modules.
     """
     # Layers and experts differ in digits only: what misses every masked path misses every path.
     packed: dict[str, list[str]] = {}
     for module in quantized:
-        for form in path_forms(module, base_prefix):
+        for form in names.forms(module):
             packed.setdefault(_masked(form), []).append(form)
     wanted = dict.fromkeys(VETTED_HEADS)
     for module in kept:
-        wanted |= dict.fromkeys(path_forms(_without_expert(module), base_prefix))
+        wanted |= dict.fromkeys(names.forms(module))
     return [
         key
         for key in wanted
@@ -97,33 +140,35 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], base_prefix: str
     ]
 
 
-def _without_expert(module: str) -> str:
-    """`mlp.experts.7.up_proj` -> `mlp.experts`: one entry for all experts of a layer."""
-    path, experts, _ = module.partition(".experts.")
-    return path + experts.rstrip(".")
+def unmeant(kept: Iterable[str], keys: Collection[str], names: Names) -> Iterator[str]:
+    """The kept modules that some version of transformers finds no entry for."""
+    here = set(keys)
+    for module in kept:
+        for form in names.forms(module):
+            if form not in here and not all(
+                any(matches(key, form) for key in keys) for matches in (hits_v4, hits_v5)
+            ):
+                yield module
+                break
+
+
+def entangled(module: str, quantized: Iterable[str], names: Names) -> list[str]:
+    """The packed modules that an entry for `module` would be taken to mean."""
+    keys = names.forms(module)
+    return [
+        other
+        for other in quantized
+        if any(hits(key, form) for key in keys for form in names.forms(other))
+    ]
+
+
+_DIGIT = re.compile(r"\d", re.ASCII)
 
 
 def _masked(path: str) -> str:
     return _DIGIT.sub("0", path)
 
 
-def unmeant(kept: Iterable[str], keys: Collection[str], base_prefix: str) -> Iterator[str]:
-    """The kept modules that some version of transformers finds no entry for."""
-    here = set(keys)
-    for module in kept:
-        forms = path_forms(_without_expert(module), base_prefix)
-        if here.isdisjoint(forms) and not all(
-            any(matches(key, form) for key in keys for form in forms)
-            for matches in (hits_v4, hits_v5)
-        ):
-            yield module
-
-
-def entangled(module: str, quantized: Iterable[str], base_prefix: str) -> list[str]:
-    """The packed modules that an entry for `module` would be taken to mean."""
-    keys = path_forms(_without_expert(module), base_prefix)
-    return [
-        other
-        for other in quantized
-        if any(hits(key, form) for key in keys for form in path_forms(other, base_prefix))
-    ]
+def _without_expert(module: str) -> str:
+    path, experts, _ = module.partition(".experts.")
+    return path + experts.rstrip(".")

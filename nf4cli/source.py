@@ -16,25 +16,31 @@ from typing import Any
 
 from .errors import InputError
 from .reader import read_shard
-from .records import Checkpoint, Shard, TensorInfo
+from .records import DIFFUSERS_STEM, MODEL_STEM, Checkpoint, Shard, TensorInfo
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MANIFEST = "nf4_manifest.json"
+PIPELINE_RECORD = "nf4_pipeline.json"
+_OURS = (MANIFEST, PIPELINE_RECORD)
 
 # Formats that hold the same weights again (or a pickle, which we never read): not copied.
 _WEIGHT_FORMATS = (
     "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
     "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
-    "*.index.json",
+    "*.index.json", "*.index.*.json",
 )  # fmt: skip
 _MODEL_FILES = (
     "config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-_LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
+LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_VARIANT = re.compile(
+    rf"({MODEL_STEM}|{DIFFUSERS_STEM})(?:\.[\w-]+?)?(-\d{{5}}-of-\d{{5}})?(?:\.[\w-]+)?\.safetensors"
+)
+"""model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
+model-00001-of-00002.fp16.safetensors as earlier versions of diffusers wrote it."""
+_INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
 _MAX_JSON = 100_000_000  # bytes; the safetensors library's cap on headers
 
 
@@ -49,7 +55,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         root, name = path, path.resolve().name
-        index, files = _find_shards(root)
+        index, files = find_shards(root)
         if all(file.name.startswith("adapter_model") for file in files):
             raise InputError(_not_a_checkpoint(root, "it has no model", root.iterdir()))
     elif path.is_file():
@@ -76,7 +82,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_index(root / index, shards)
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
     if path.is_dir():
-        extra, left = _other_files(root, {shard.path for shard in shards})
+        extra, left = other_files(root, files, index)
     else:
         extra, left = _companions_of_file(root) if config else (), ()
     return Checkpoint(root, name, shards, tensors, config, path.is_file(), extra, left)
@@ -99,14 +105,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _find_shards(root: Path) -> tuple[str | None, list[Path]]:
-    """The index's name (or None) and the shard files, in transformers' order of preference."""
+def find_shards(root: Path) -> tuple[str | None, list[Path]]:
+    """The index's name (or None) and the shard files, in the loaders' order of preference.
+
+    Files of a variant (model.fp16.safetensors) count where there are no others.
+    """
     found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and p.is_file())
-    if (root / SINGLE).is_file():
-        return None, [root / SINGLE]
-    indexes = sorted(root.glob("*.safetensors.index.json"))
-    if (root / INDEX).is_file():
-        indexes = [root / INDEX]
+    for stem in (MODEL_STEM, DIFFUSERS_STEM):
+        single, index = root / shard_name(stem, 0, 1), root / index_name(stem)
+        if single.is_file():
+            return None, [single]
+        if index.is_file():
+            return index.name, _indexed_files(index)
+    indexes = sorted(p for p in root.glob("*.json") if _INDEX.fullmatch(p.name))
     if len(indexes) == 1:
         return indexes[0].name, _indexed_files(indexes[0])
     if len(indexes) > 1:
@@ -137,6 +148,38 @@ def _find_shards(root: Path) -> tuple[str | None, list[Path]]:
     )
 
 
+def shard_name(stem: str, number: int, count: int) -> str:
+    """The file name of shard `number` (from 0) of `count`.
+
+    Args:
+        stem: see `Checkpoint.stem`.
+    """
+    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{part}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """The file name of the index of several shards."""
+    return f"{stem}.safetensors.index.json"
+
+
+def plain_name(name: str) -> str:
+    """A weight file's name without its variant: `model.fp16.safetensors` -> `model.safetensors`."""
+    match = _VARIANT.fullmatch(name)
+    return f"{match[1]}{match[2] or ''}.safetensors" if match else name
+
+
+def plain_index(name: str) -> str:
+    """What the index of a set is called that a weight file belongs to, without its variant."""
+    match = _VARIANT.fullmatch(name)
+    return index_name(match[1] if match else MODEL_STEM)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file's name is one of weights, or of an index of them, in any format."""
+    return any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
+
+
 def shard_count(name: str) -> int:
     """Files of the set that a file name like model-00001-of-00003.safetensors speaks of, else 1."""
     match = _NUMBERED.fullmatch(name)
@@ -149,11 +192,14 @@ def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
     if "adapter_config.json" in names:
         return message + " It is a PEFT adapter: merge it into its base model first"
     if any(fnmatch(n, pattern) for n in names for pattern in _PICKLES):
+        diffusers = any(n.startswith(DIFFUSERS_STEM) for n in names)
+        library, dtype = ("diffusers", "") if diffusers else ("transformers", ", dtype='auto'")
+        directory = path if path.is_dir() else path.parent
         return (
             message
             + " It has pickled weights, which nf4 never opens because unpickling runs code. "
-            'If you trust them, convert them once: python -c "from transformers import AutoModel; '
-            f"AutoModel.from_pretrained('{path if path.is_dir() else path.parent}', dtype='auto')"
+            f'If you trust them, convert them once: python -c "from {library} import AutoModel; '
+            f"AutoModel.from_pretrained('{directory}'{dtype})"
             ".save_pretrained('OUT')\" (with your model's Auto class)"
         )
     if any(n.endswith(".gguf") for n in names):
@@ -225,21 +271,22 @@ def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
     return tensors
 
 
-def _other_files(root: Path, shards: set[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def other_files(
+    root: Path, shards: Iterable[Path], index: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(to copy, to leave) of everything beside the shards, relative to root, sorted."""
     modules = _sentence_transformers_modules(root)
+    known = {index, *_OURS, *(path.name for path in shards)}
     extra, left = [], []
     for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = sorted(d for d in subdirectories if d not in _LEFT_DIRECTORIES)
+        subdirectories[:] = sorted(d for d in subdirectories if d not in LEFT_DIRECTORIES)
         for name in names:
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
-            if path in shards or relative in (INDEX, MANIFEST):
+            if relative in known:
                 continue
             wanted = name.endswith(".safetensors") and path.parent in modules
-            if not path.is_file() or (
-                not wanted and any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
-            ):
+            if not path.is_file() or (not wanted and is_weight_file(name)):
                 left.append(relative)
             else:
                 extra.append(relative)

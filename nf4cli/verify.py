@@ -20,6 +20,7 @@ from .codebook import codebook
 from .digest import digest_file, digest_shard
 from .engines import Engine
 from .errors import InputError
+from .families import names_of
 from .limits import Resources
 from .manifest import FileRecord, Manifest
 from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
@@ -28,7 +29,7 @@ from .proof import check_source
 from .reader import ShardReaders
 from .records import Checkpoint, Shard
 from .report import LEVELS, Finding, Report
-from .source import INDEX, MANIFEST, open_checkpoint
+from .source import MANIFEST, index_name, open_checkpoint
 
 if TYPE_CHECKING:
     pass
@@ -94,8 +95,9 @@ def _check_structure(
         stateless = name not in parts and bnb_format.companion_owner(name) is None
         if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
             report.add("structure", name, f"{name} looks packed but has no quant_state")
-    if len(checkpoint.shards) > 1 and not (checkpoint.root / INDEX).is_file():
-        report.add("structure", INDEX, f"{INDEX} is missing: loaders cannot find the shards")
+    index = index_name(checkpoint.stem)
+    if len(checkpoint.shards) > 1 and not (checkpoint.root / index).is_file():
+        report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
     report.check(
         "structure",
         f"every file opens, {len(weights)} quantization states are complete",
@@ -121,9 +123,11 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
         report.check("config", "config.json says what the tensors need")
         return
     keys = bnb_format.skip_list(checkpoint.config)
+    context = selection.Context.of(checkpoint)
+    hits = skip_list.hits_v4 if context.diffusers else skip_list.hits
     packed = {selection.module_path(name) for name in weights}
     for module in sorted(packed):
-        key = next((key for key in keys if skip_list.hits(key, module)), None)
+        key = next((key for key in keys if hits(key, module)), None)
         if key is not None:
             report.add(
                 "config",
@@ -131,15 +135,14 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
                 f"llm_int8_skip_modules has {key!r}, which some loader takes to mean {module}, "
                 "whose weight is packed",
             )
-    context = selection.Context.of(checkpoint)
-    prefix = selection.base_prefix(context.model_types)
+    names = names_of(checkpoint.config)
     for name, (_, tensor) in checkpoint.tensors.items():
         if name in weights or bnb_format.companion_owner(name) in weights:
             continue
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
         if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, prefix) for key in keys
+            skip_list.means(key, module, names) for key in keys
         ):
             report.add(
                 "config",
@@ -207,7 +210,7 @@ def _check_manifest(
     here = {shard.path.name: shard for shard in checkpoint.shards}
     for name, file in sorted(manifest.output_files.items()):
         if name not in here:
-            _check_other_file(checkpoint.root, name, file, manifest.digest, report)
+            check_other_file(checkpoint.root, name, file, manifest.digest, report)
     for name in sorted(here.keys() - manifest.output_files.keys()):
         report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
     for weight in weights.values():
@@ -235,7 +238,7 @@ def _check_manifest(
     return manifest
 
 
-def _check_other_file(
+def check_other_file(
     root: Path, name: str, record: FileRecord, algorithm: str, report: Report
 ) -> None:
     """A file beside the shards: configuration, tokenizer, code."""

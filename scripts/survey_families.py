@@ -3,12 +3,14 @@
 
     PYTHONPATH=. python scripts/survey_families.py [PYTHON ...]
 
-Each PYTHON is an interpreter with a version of transformers in it (default: this one).  Every
+Each PYTHON is an interpreter with a version of transformers in it, the oldest first (default:
+this one).  Every
 model class of every family is built on the meta device from its default configuration, and the
 main one also with each of the configuration's switches turned.  A family follows the rules when
 in no version they quantize a tensor that transformers cannot hold in 4 bit as it is.  (Its own
 default also keeps whatever module comes last, which a skip list overrules: that is no
-difference.)  Writes nf4cli/families.json.
+difference.)  Writes nf4cli/families.json, with what each family's modules are called in the
+checkpoint and in the model.
 
 Some families need more libraries to be built: timm, torchvision, pillow, scipy.
 """
@@ -27,20 +29,23 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "nf4cli" / "families.json"
+FACTS = ROOT / "tests" / "goldens" / "families.json"
 NOWHERE = Path("checkpoint")
 
 LAYERS = re.compile(r"(^|_)(n_?layers?|layers?|depth)$")
 MOST_LAYERS = 8  # enough to meet each kind of layer of the families that mix them
 SECONDS = 120  # for one family
-SECONDS_OF_SWITCHES = 20
+SECONDS_OF_SWITCHES = 4
 SHOWN = 5
 
 OUTSIDE_DEFAULTS = {
@@ -53,9 +58,32 @@ OUTSIDE_DEFAULTS = {
 
 FILLED = {
     "head_dim": 128, "num_key_value_heads": 8, "prediction_length": 24, "vocab_size": 32000,
-    "pad_token_id": 0, "moe_layer_start_index": 1, "hidden_size_per_layer_input": 256,
+    "pad_token_id": 0, "n_routed_experts": 8, "num_experts": 8, "rope_theta": 10000.0,
+    "vocabulary_map": {"<image>": 4}, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256, "top_k_experts": 2, "downsample_rate": "4/8",
+    "deepstack_layer_map": [[0, 0]],
 }  # fmt: skip
 """Values for the defaults that some families leave open."""
+
+MENDED: dict[str, dict[str, Any]] = {
+    "aya_vision": {
+        "vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4, "num_hidden_layers": 8},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "text_config": {"shared_expert_intermediate_size": 512},
+            "spatial_merge_size": 2,
+        }
+    },
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 512},
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+}
+"""Values for the defaults that contradict each other or lack something."""
 
 
 # -- one family -------------------------------------------------------------------------------
@@ -131,29 +159,32 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def mended(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with some values changed, also inside of others."""
+    deeper = {k: mended(config.get(k, {}), v) for k, v in changes.items() if isinstance(v, dict)}
+    return {**config, **changes, **deeper}
+
+
 def why_not(model: Any, name: str, rearranged: Iterable[str]) -> str:
     """Why transformers does not hold this tensor in 4 bit, "" where only its default keeps it."""
-    from torch import nn
-
-    from nf4cli.exact import targets_of
+    from nf4cli.exact import converts, is_linear, targets_of
 
     if name in rearranged:
         return "rearranged while loading"
     state = model.state_dict()
-    target, _ = targets_of(model, [name], state).get(name, ("", False))
+    (target, *_), _ = targets_of(model, [name], state).get(name, (("",), False))
     if target not in state:
         return "no place in the model"
     path = target.rpartition(".")[0]
     module = model.get_submodule(path)
-    if type(module) is not nn.Linear or target != f"{path}.weight":
+    if target != f"{path}.weight" or not is_linear(module):
         return f"in {type(module).__name__}"
     if model.get_output_embeddings() is module:
         return "output embedding"
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if target in tied or target in tied.values():
         return "tied"
-    last = list(model.named_parameters())[-1][0].removesuffix(".weight").removesuffix(".bias")
-    return "" if path == last else "kept by name"
+    return "" if converts(path, model._keep_in_fp32_modules or ()) else "kept in float32"
 
 
 def wrongly_quantized(
@@ -184,7 +215,7 @@ def classes_of(made: Any) -> list[Any]:
     """The model classes of a configuration, likeliest first; parts of models have no Auto class."""
     from transformers import PreTrainedModel
 
-    from nf4cli.exact import auto_classes
+    from nf4cli.meta_model import auto_classes
 
     if found := auto_classes(made):
         return found
@@ -195,7 +226,7 @@ def classes_of(made: Any) -> list[Any]:
         if isinstance(c, type)
         and issubclass(c, PreTrainedModel)
         and c.__dict__.get("config_class", c.__dict__.get("config")) is not None
-        and c.config_class is type(made)
+        and getattr(c, "config_class", None) is type(made)
     ]
 
 
@@ -206,10 +237,63 @@ def generic(names: Mapping[str, str]) -> dict[str, str]:
 
 def written(made: Any, use_diff: bool) -> dict[str, Any]:
     """A configuration as config.json has it."""
-    from nf4cli.exact import structure
+    from nf4cli.meta_model import structure
 
     found: dict[str, Any] = structure(json.loads(made.to_json_string(use_diff=use_diff)))
     return found
+
+
+def matrices(names: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The modules with a matrix, of the first layers alone and without experts."""
+    first = re.compile(r"(\.[2-9]|\.\d\d+)\.")
+    suffix = ".weight"
+    found = [n for n, shape in names.items() if len(shape) == 2 and n.endswith(suffix)]
+    found = [name for name in found if not first.search(name) and ".experts." not in name]
+    return [name.removesuffix(suffix) for name in found]
+
+
+def renamings(model: Any, paths: Iterable[str]) -> set[tuple[str, str]]:
+    """Leading parts of module paths in a checkpoint -> what they are in the model."""
+    from nf4cli.exact import targets_of
+
+    state = model.state_dict()
+    prefix = model.base_model_prefix + "."
+    pairs = set()
+    targets = targets_of(model, [f"{path}.weight" for path in paths], state)
+    for name, (found, _) in targets.items():
+        here = name.removesuffix(".weight")
+        for there in (target.removesuffix(".weight") for target in found if target in state):
+            if here.removeprefix(prefix) != there.removeprefix(prefix):
+                pairs.add(leading(here, there))
+    return pairs
+
+
+def leading(here: str, there: str) -> tuple[str, str]:
+    """Two paths without the parts that they end in alike, but a part of each; numbers as *."""
+    ours, theirs = (re.sub(r"\b\d+\b", "*", path).split(".") for path in (here, there))
+    while len(ours) > 1 < len(theirs) and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return ".".join(ours), ".".join(theirs)
+
+
+def facts_of(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What scripts/families_page.py applies the rules to: matrices, each layer's once."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, shape in sorted(checkpoint_names(model).items()):
+        if len(shape) > 1:
+            tensors.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape)
+    return {"class": type(model).__name__, "config": told(config), "tensors": tensors}
+
+
+def told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that the rules look at."""
+    found = {k: told(v) if isinstance(v, dict) else v for k, v in config.items()}
+    return {
+        k: v
+        for k, v in found.items()
+        if k == "model_type" or k.endswith("vocab_size") or (isinstance(v, dict) and v)
+    }
 
 
 def short_config(made: Any, model_class: Any) -> dict[str, Any]:
@@ -221,28 +305,44 @@ def short_config(made: Any, model_class: Any) -> dict[str, Any]:
     }
 
 
-def survey_family(model_type: str) -> dict[str, Any]:
-    """The outcome for one family."""
+def survey_family(model_type: str, older: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The outcome for one family.
+
+    Args:
+        older: model class -> paths of modules in the checkpoints that an older version writes.
+    """
     from transformers import CONFIG_MAPPING
 
-    from nf4cli import exact
+    from nf4cli import meta_model
 
     config_class = CONFIG_MAPPING[model_type]
-    full = written(config_class(), False)
+    full = mended(written(config_class(), False), MENDED.get(model_type, {}))
     config = shortened(full)
 
     seen: set[Any] = set()
+    prefixes: list[str] = []
+    renamed: set[tuple[str, str]] = set()
+    called: dict[str, list[str]] = {}
+    facts: list[dict[str, Any]] = []
 
     def attempt(model_class: Any, wanted: dict[str, Any]) -> tuple[dict[str, str], Counter[str]]:
         made = config_class.from_dict(deepcopy(wanted))
-        exact.without_downloads(made)
-        model = exact.build(model_class, made)
+        meta_model.without_downloads(made)
+        model = meta_model.build(model_class, made)
         kind = (model_class, *((n, *tensor.shape) for n, tensor in model.state_dict().items()))
         if kind in seen or len(kind) == 1:
             return {}, Counter()
         seen.add(kind)
         configs = [short_config(made, model_class), written(made, False)]
-        return wrongly_quantized(model, checkpoint_names(model), configs)
+        names = checkpoint_names(model)
+        if not facts:
+            facts.append(facts_of(model, written(made, False) | {"model_type": model_type}))
+        paths = matrices(names)
+        called.setdefault(model_class.__name__, []).extend(paths)
+        renamed.update(renamings(model, [*paths, *older.get(model_class.__name__, ())]))
+        if base := model.base_model_prefix:
+            prefixes.append(base if hasattr(model, base) else "")
+        return wrongly_quantized(model, names, configs)
 
     wrong: dict[str, dict[str, str]] = {}
     failures: list[str] = []
@@ -273,8 +373,12 @@ def survey_family(model_type: str) -> dict[str, Any]:
     return {
         "outcome": "differs" if wrong else "follows",
         "main": main.__name__,
+        "facts": facts[0],
         "wrong": wrong,
         "kept": kept,
+        "prefix": next(filter(None, prefixes), ""),
+        "renamed": sorted(renamed),
+        "called": {name: sorted({*paths}) for name, paths in called.items()},
         "failures": [" ".join(f.split())[:200] for f in failures],
     }
 
@@ -282,7 +386,7 @@ def survey_family(model_type: str) -> dict[str, Any]:
 # -- all families of one version ----------------------------------------------------------------
 
 
-def in_a_fork(model_type: str) -> dict[str, Any]:
+def in_a_fork(model_type: str, older: Mapping[str, list[str]]) -> dict[str, Any]:
     """`survey_family` in a process of its own, which may hang or die."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -290,7 +394,7 @@ def in_a_fork(model_type: str) -> dict[str, Any]:
         signal.alarm(SECONDS)
         os.close(reader)
         try:
-            found = survey_family(model_type)
+            found = survey_family(model_type, older)
         except BaseException as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             found = {"outcome": "not_built", "reason": text}
@@ -307,46 +411,88 @@ def in_a_fork(model_type: str) -> dict[str, Any]:
     return found_there
 
 
-def survey_version(only: list[str]) -> None:
-    """Prints one line of JSON for this interpreter's transformers."""
+def survey_version(only: list[str], result: Path) -> None:
+    """Writes what this interpreter's transformers says; `result` may hold what another said."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="critical")
     import torch
     import transformers
     from transformers import CONFIG_MAPPING
 
     torch.set_num_threads(1)
-    survey_family("llama")  # imports once what every fork needs
-    families = {}
-    for number, model_type in enumerate(only or sorted(CONFIG_MAPPING)):
-        families[model_type] = in_a_fork(model_type)
-        print(f"\r{number + 1} {model_type:40}", end="", file=sys.stderr, flush=True)
+    before = json.loads(result.read_text()) if result.exists() else {"families": {}}
+    called = {k: found.get("called", {}) for k, found in before["families"].items()}
+    survey_family("llama", {})  # imports once what every fork needs
+    wanted = sorted({*only} & {*CONFIG_MAPPING} if only else CONFIG_MAPPING)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the threads only wait for their forks
+        found = pool.map(lambda name: in_a_fork(name, called.get(name, {})), wanted)
+        families = {}
+        for model_type, facts in zip(wanted, found, strict=True):
+            families[model_type] = facts
+            print(f"\r{len(families)} {model_type:40}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    json.dump({"transformers": transformers.__version__, "families": families}, sys.stdout)
+    result.write_text(json.dumps({"transformers": transformers.__version__, "families": families}))
+
+
+def in_version(python: str, only: list[str], older: dict[str, Any] | None) -> dict[str, Any]:
+    """`survey_version` under another interpreter."""
+    with TemporaryDirectory() as directory:
+        result = Path(directory) / "result.json"
+        if older:
+            result.write_text(json.dumps(older))
+        options = [f"--worker={result}", *(f"--only={model_type}" for model_type in only)]
+        subprocess.run([python, __file__, *options], check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
 
 
 # -- together -----------------------------------------------------------------------------------
 
 
-def merged(versions: list[dict[str, Any]]) -> dict[str, Any]:
-    """families.json from what each version said."""
-    differ: dict[str, set[str]] = {}
-    follow: set[str] = set()
-    reasons: dict[str, str] = {}
+def brief(known: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of names: what both sides have under the base prefix is said once, without it."""
+    prefix = known["prefix"] + "."
+    pairs = {
+        (a.removeprefix(prefix), b.removeprefix(prefix))
+        if a.startswith(prefix) and b.startswith(prefix)
+        else (a, b)
+        for a, b in known["renamed"]
+    }
+    return {"prefix": known["prefix"], "renamed": sorted(pairs)}
+
+
+def merged(versions: list[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+    """families.json from what each version said, and what it held of other families before."""
+    differ: dict[str, set[str]] = {k: set(v) for k, v in before.get("differ", {}).items()}
+    follow: set[str] = set(before.get("follow", ()))
+    reasons: dict[str, str] = dict(before.get("not_built", {}))
+    names: dict[str, Any] = dict(before.get("names", {}))
+    surveyed = {model_type for version in versions for model_type in version["families"]}
+    for table in (differ, reasons, names):
+        for model_type in surveyed & table.keys():
+            del table[model_type]
+    follow -= surveyed
     for version in versions:
         for model_type, found in version["families"].items():
             if found["outcome"] == "not_built":
                 reasons[model_type] = found["reason"]
-            elif found["outcome"] == "follows":
+                continue
+            known = names.setdefault(model_type, {"prefix": "", "renamed": []})
+            known["prefix"] = known["prefix"] or found["prefix"]
+            known["renamed"] = sorted({*map(tuple, [*known["renamed"], *found["renamed"]])})
+            if found["outcome"] == "follows":
                 follow.add(model_type)
             else:
-                names = (name for wrong in found["wrong"].values() for name in wrong)
-                differ.setdefault(model_type, set()).update(names)
+                wrong = (name for listed in found["wrong"].values() for name in listed)
+                differ.setdefault(model_type, set()).update(wrong)
     built = follow | differ.keys()
+    names = {k: brief(v) for k, v in names.items()}
+    usual = {"prefix": "model", "renamed": []}
     return {
         "transformers": sorted(version["transformers"] for version in versions),
         "follow": sorted(follow - differ.keys()),
         "differ": {k: sorted(v)[:SHOWN] for k, v in sorted(differ.items())},
         "not_built": {k: v for k, v in sorted(reasons.items()) if k not in built},
+        "names": {k: v for k, v in sorted(names.items()) if v != usual},
     }
 
 
@@ -354,26 +500,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("python", nargs="*", default=[sys.executable])
     parser.add_argument("--only", action="append", default=[], help="survey this family alone")
+    parser.add_argument(
+        "--again", action="store_true", help="survey only the families that do not follow yet"
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--report", type=Path, help="also write everything that was found here")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        survey_version(arguments.only)
+        survey_version(arguments.only, arguments.worker)
         return
-    only = [f"--only={model_type}" for model_type in arguments.only]
-    versions = [
-        json.loads(
-            subprocess.run(
-                [python, __file__, "--worker", *only], check=True, stdout=subprocess.PIPE
-            ).stdout
-        )
-        for python in arguments.python
-    ]
+    before = json.loads(arguments.output.read_text()) if arguments.again or arguments.only else {}
+    only = arguments.only
+    if arguments.again:
+        only = [*before["differ"], *before["not_built"]]
+    versions: list[dict[str, Any]] = []
+    for python in arguments.python:
+        versions.append(in_version(python, only, versions[-1] if versions else None))
     if arguments.report:
         arguments.report.write_text(json.dumps(versions, indent=1))
-    result = merged(versions)
-    if not arguments.only:
-        OUTPUT.write_text(json.dumps(result, indent=1) + "\n")
+    facts = json.loads(FACTS.read_text()) if before and FACTS.exists() else {}
+    for version in versions:
+        built = {k: v["facts"] for k, v in version["families"].items() if "facts" in v}
+        facts |= built
+    FACTS.write_text(json.dumps(dict(sorted(facts.items())), indent=None) + "\n")
+    result = merged(versions, before)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"transformers {', '.join(result['transformers'])}: {len(result['follow'])} families "
         f"follow the rules, {len(result['differ'])} differ, {len(result['not_built'])} not built"

@@ -145,7 +145,7 @@ def load(tiny: Tiny, source: Path, quantized: Path, save_to: Path | None) -> dic
 def load_all(sources: Path, quantized: Path, save: Path | None) -> dict[str, Any]:
     return {
         path.name: load(
-            MODELS[path.name.partition("@")[0]], sources / path.name, path,
+            MODELS[path.name.partition("@")[0]], sources / path.name.partition("+")[0], path,
             save / path.name if save else None,
         )
         for path in sorted(quantized.iterdir())

@@ -12,9 +12,8 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.utils import unpack_tensor_to_dict
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from nf4cli import bnb_format, skip_list
+from nf4cli import bnb_format
 from nf4cli.bnb_format import QuantState
 from nf4cli.errors import InputError
 
@@ -94,33 +93,3 @@ def test_an_impossible_state_is_refused_by_name(change, named):
 def test_a_state_that_is_no_json_object_is_refused(blob):
     with pytest.raises(InputError, match="here"):
         bnb_format.decode_state(blob, "here")
-
-
-NAMES = st.lists(
-    st.sampled_from("model layers 0 10 q_proj proj gate gate_proj lm_head".split()),
-    min_size=1, max_size=5,
-).map(".".join)  # fmt: skip
-
-
-@given(NAMES, NAMES)
-def test_v5_matcher_is_transformers_own(key, module):
-    assert skip_list.hits_v5(key, module) == (not should_convert_module(module, [key]))
-
-
-@given(st.lists(NAMES, max_size=6), st.lists(NAMES, min_size=1, max_size=6))
-def test_no_entry_of_a_skip_list_means_a_packed_module(kept, quantized):
-    for key in skip_list.skip_modules(kept, quantized, "model"):
-        for module in quantized:
-            for form in skip_list.path_forms(module, "model"):
-                assert not skip_list.hits(key, form), (key, form)
-
-
-def test_a_skip_list_holds_heads_and_both_forms():
-    keys = skip_list.skip_modules(
-        ["model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.w1"],
-        ["model.layers.0.mlp.gate_proj"], "model",
-    )  # fmt: skip
-    assert "lm_head" in keys
-    assert "layers.0.mlp.gate" in keys
-    assert "model.layers.0.mlp.gate" in keys
-    assert "model.layers.0.mlp.experts" in keys

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from nf4cli import __version__
 from nf4cli.cli import app
+from nf4cli.selection import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,6 +65,17 @@ def test_the_design_page_names_every_module():
             assert f"`{path.stem}`" in page, path.name
 
 
+def test_the_page_of_families_is_what_the_rules_say():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "families_page.py", "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert "| llama | " in page
+    assert all(f"| {rule.name} | {rule.reason} |" in page for rule in RULES)
+
+
 def test_version():
     assert nf4("--version").stdout == f"nf4 {__version__}\n"
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
@@ -97,6 +109,13 @@ def test_the_scripts_name_the_package_that_is_missing(tmp_path, names, says):
 
 
 def test_scripts_can_be_run():
-    for name in ("demo", "test", "nf4", "bench_convert.py"):
+    for name in (
+        "demo",
+        "test",
+        "nf4",
+        "bench_convert.py",
+        "families_page.py",
+        "survey_families.py",
+    ):
         assert os.access(ROOT / "scripts" / name, os.X_OK)
     assert "scripts/test" in (ROOT / ".ci" / "run").read_text()

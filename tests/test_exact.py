@@ -69,6 +69,13 @@ def test_rearranged_weights():
     assert not ask(FACTS["llama"]["config"], shapes("llama")).rearranged
 
 
+def test_what_a_module_is_called_in_the_model():
+    answer = ask(FACTS["llava"]["config"], shapes("llava"))
+    key = "language_model.model.layers.0.mlp.up_proj"
+    assert answer.modules[key] == "model.language_model.layers.0.mlp.up_proj"
+    assert not ask(FACTS["llama"]["config"], shapes("llama")).modules
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert_mlm", "opt"])
 def test_names_without_the_base_prefix(name):
     prefix = {"gpt2": "transformer.", "bert_mlm": "bert."}.get(name, "model.")

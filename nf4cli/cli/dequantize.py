@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,9 @@ from .common import (
     WorkersOption,
     format_size,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from ..dequantize import Summary
 
 
 def dequantize(
@@ -42,35 +46,59 @@ def dequantize(
     quiet: QuietOption = False,
 ) -> None:
     """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
+    from ..assembly import part_shards, write_decoded_pipeline
     from ..dequantize import write_dequantized
+    from ..diffusion import is_pipeline
     from ..source import open_checkpoint
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
-    checkpoint = open_checkpoint(source)
-    limits = common.resources(workers, memory, len(checkpoint.tensors))
+    total = sum(file.stat().st_size for file in part_shards(source)) * 3
+    display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
     chosen = common.load_engine(engine)
     started = time.monotonic()
-    total = sum(shard.size for shard in checkpoint.shards) * 3
-    display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
-    with display:
-        summary = write_dequantized(checkpoint, output, chosen, limits, dtype, size, fsync, display)
+    if is_pipeline(source):
+        limits = common.resources(workers, memory)
+        with display:
+            parts = write_decoded_pipeline(
+                source, output, chosen, limits, dtype, size, fsync, display
+            )
+    else:
+        checkpoint = open_checkpoint(source)
+        limits = common.resources(workers, memory, len(checkpoint.tensors))
+        with display:
+            whole = write_dequantized(
+                checkpoint, output, chosen, limits, dtype, size, fsync, display
+            )
+        parts = {"": whole}
     seconds = time.monotonic() - started
     if json:
-        common.print_json(
-            {
-                "output": str(output),
-                "engine": chosen.name,
-                "seconds": round(seconds, 3),
-                "decoded": summary.decoded,
-                "kept": summary.kept,
-                "output_bytes": summary.nbytes,
-                "files": summary.files,
-            }
-        )
+        common.print_json(_document(parts, output, chosen.name, seconds))
     elif not quiet:
-        common.out_console().print(
-            f"[bold]{common.plain(output)}[/]: {summary.decoded} weights decoded, "
-            f"{summary.kept} kept, "
-            f"{format_size(summary.nbytes)} in {common.plural(summary.files, 'file')}, "
-            f"in {seconds:.2f} s ({chosen.name})"
-        )
+        console = common.out_console()
+        for name, summary in parts.items():
+            console.print(
+                f"[bold]{common.plain(output / name)}[/]: {summary.decoded} weights decoded, "
+                f"{summary.kept} kept, "
+                f"{format_size(summary.nbytes)} in {common.plural(summary.files, 'file')}"
+            )
+        console.print(f"in {seconds:.2f} s ({chosen.name})")
+
+
+def _document(
+    parts: dict[str, Summary], output: Path, engine: str, seconds: float
+) -> dict[str, Any]:
+    whole = {
+        "output": str(output),
+        "engine": engine,
+        "seconds": round(seconds, 3),
+        **{
+            key: sum(getattr(part, name) for part in parts.values())
+            for key, name in (
+                ("decoded", "decoded"), ("kept", "kept"), ("output_bytes", "nbytes"),
+                ("files", "files"),
+            )
+        },
+    }  # fmt: skip
+    if "" not in parts:
+        whole["components"] = {name: asdict(part) for name, part in parts.items()}
+    return whole

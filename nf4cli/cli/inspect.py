@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common
+from . import common, pipelines, views
 from .common import JsonOption, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..inspection import Overview, TensorView
+    from ..inspection import TensorView
+    from ..records import Checkpoint
 
 
 def inspect(
@@ -27,63 +27,31 @@ def inspect(
 ) -> None:
     """Show what is 4-bit, what is not, sizes, bits a weight, and errors where they are known."""
     from .. import inspection
+    from ..diffusion import is_pipeline
     from ..source import open_checkpoint
 
-    checkpoint = open_checkpoint(path)
-    if tensor is None:
-        seen = inspection.overview(checkpoint)
-        if json:
-            common.print_json(asdict(seen))
-        else:
-            _print_overview(common.out_console(), seen, path)
+    if is_pipeline(path):
+        pipelines.inspect(path, tensor, json, show_tensor)
         return
+    checkpoint = open_checkpoint(path)
+    if tensor is not None:
+        show_tensor(checkpoint, tensor, json)
+        return
+    seen = inspection.overview(checkpoint)
+    if json:
+        common.print_json(asdict(seen))
+    else:
+        views.print_overview(common.out_console(), seen, path)
+
+
+def show_tensor(checkpoint: Checkpoint, tensor: str, json: bool) -> None:
+    from .. import inspection
+
     view = inspection.tensor_view(checkpoint, tensor, common.load_engine("auto"))
     if json:
         common.print_json(asdict(view))
     else:
         _print_tensor(common.out_console(), view)
-
-
-def _print_overview(console: Console, seen: Overview, path: Path) -> None:
-    from rich import box
-    from rich.table import Table
-
-    share = seen.quantized_parameters / max(1, seen.parameters)
-    console.print(
-        f"[bold]{common.plain(seen.name)}[/] ({common.plain(seen.model_type or 'no model_type')}): "
-        f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
-        f"{seen.bits_per_weight:.2f} bits a weight, "
-        f"{format_size(seen.nbytes)} in {common.plural(seen.files, 'file')}"
-    )
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("kind", "tensors", "weights", "bytes", "for example"):
-        right = heading in ("tensors", "weights", "bytes")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=right)
-    for group in seen.groups:
-        table.add_row(
-            ("4-bit: " if group.packed else "kept: ") + group.kind, f"{group.tensors:,}",
-            f"{group.elements:,}", format_size(group.nbytes), common.plain(group.example),
-            style="bold" if group.packed else None,
-        )  # fmt: skip
-    console.print(table)
-    if seen.quant_method is not None:
-        kept = ", ".join(common.plain(k) for k in seen.kept_modules) or "nothing of this model"
-        console.print(f"config.json: {common.plain(seen.quant_method)}; kept out of 4 bit: {kept}")
-    if seen.errors:
-        ranked = sorted(seen.errors.items(), key=lambda item: -item[1].rel_rmse)
-        middle = statistics.median(error.rel_rmse for error in seen.errors.values())
-        console.print(f"error against the source: relative RMSE {middle:.4f} (median); the worst:")
-        for name, error in ranked[:3]:
-            console.print(
-                f"  {error.rel_rmse:.4f}, largest {error.max_abs:.3g}, {common.plain(name)}"
-            )
-    elif any(group.packed for group in seen.groups):
-        console.print("error against the source: not known, there is no manifest")
-    for problem in seen.problems[:5]:
-        console.print(f"[bold red]problem[/]  {common.plain(problem)}")
-    if seen.problems:
-        found = common.plural(len(seen.problems), "problem")
-        console.print(f"{found}: nf4 verify {common.plain(path)} shows all")
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import common
+from . import common, views
 from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..report import Report
-
-_SHOWN = 20  # findings printed
 
 
 def verify(
@@ -32,48 +24,33 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Check a 4-bit checkpoint; exit code 1 when something is wrong with it."""
-    from .. import verify as library
+    from ..assembly import part_shards, verify_pipeline
+    from ..diffusion import is_pipeline
+    from ..verify import verify as verify_checkpoint
 
     limits = common.resources(workers, memory)
-    total = sum(file.stat().st_size for place in (path, source) if place for file in _shards(place))
+    total = sum(f.stat().st_size for place in (path, source) if place for f in part_shards(place))
     display = common.ProgressDisplay(total, "verifying", not (quiet or json))
+    chosen = common.load_engine(engine)
     with display:
-        report = library.verify(path, source, common.load_engine(engine), limits, display)
+        if is_pipeline(path):
+            pipeline = verify_pipeline(path, source, chosen, limits, display)
+            own, parts = pipeline.own, pipeline.parts
+        else:
+            own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
+    reports = [own, *parts.values()]
+    ok = all(report.ok for report in reports)
     if json:
-        common.print_json(
-            {
-                "path": str(path),
-                "ok": report.ok,
-                "checks": [asdict(check) for check in report.checks],
-                "unchecked": report.unchecked,
-                "findings": [asdict(finding) for finding in report.findings],
-            }
-        )
-    elif not quiet or not report.ok:
-        _print_report(common.out_console(), report, path, quiet)
-    raise typer.Exit(0 if report.ok else 1)
-
-
-def _print_report(console: Console, report: Report, path: Path, quiet: bool) -> None:
-    if not quiet:
-        for check in report.checks:
-            mark = "[green]ok[/]    " if check.ok else "[bold red]FAILED[/]"
-            console.print(f"{mark}  {common.plain(check.what)}")
-        for sentence in report.unchecked:
-            console.print(f"[yellow]not checked:[/] {common.plain(sentence)}")
-    for finding in report.findings[:_SHOWN]:
-        console.print(f"[bold red]{finding.level}[/]  {common.plain(finding.message)}")
-    hidden = len(report.findings) - _SHOWN
-    if hidden > 0:
-        console.print(f"... and {common.plural(hidden, 'finding')} more; --json has them all")
-    if report.ok:
-        console.print(f"[bold green]{common.plain(path)} is good[/]")
-    else:
-        found = common.plural(len(report.findings), "finding")
-        console.print(f"[bold red]{common.plain(path)} is NOT good: {found}[/]")
-
-
-def _shards(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    return [path for path in place.glob("*.safetensors") if path.is_file()]
+        document = {"path": str(path), **views.report_document(own), "ok": ok}
+        if parts:
+            document["components"] = {n: views.report_document(r) for n, r in parts.items()}
+        common.print_json(document)
+    elif not quiet or not ok:
+        console = common.out_console()
+        for name, report in [*parts.items(), ("", own)]:
+            if name and not quiet:
+                console.print(f"[bold]{common.plain(name)}[/]")
+            if not quiet:
+                views.print_checks(console, report)
+        views.print_verdict(console, [f for r in reports for f in r.findings], path)
+    raise typer.Exit(0 if ok else 1)

@@ -1,0 +1,174 @@
+"""Diffusers pipelines on the command line: a section for each component."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import common, views
+from .common import format_size, plain, plural
+
+if TYPE_CHECKING:
+    from ..diffusion import PipelinePlan
+    from ..limits import Resources
+    from ..plan import Oracle
+    from ..records import Checkpoint, QuantConfig
+
+
+def quantize(
+    source: Path,
+    output: Path | None,
+    config: QuantConfig,
+    oracle: Oracle,
+    digest: str,
+    engine: str,
+    workers: int | None,
+    memory: str | None,
+    fsync: bool,
+    plan: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """nf4 quantize, of a directory with model_index.json."""
+    from ..assembly import check_pipeline_output, write_pipeline
+    from ..diffusion import make_pipeline_plan
+
+    if output is None:
+        output = Path(f"{source.resolve().name}-nf4")
+    decided = make_pipeline_plan(source, config, oracle)
+    tensors = sum(len(part.tensors) for part in decided.parts.values())
+    limits = common.resources(workers, memory, tensors)
+    check_pipeline_output(decided, output, limits.workers)
+    if plan:
+        if json:
+            common.print_json(_plan_document(decided, limits, output))
+        else:
+            _print_plan(decided, limits, output)
+        return
+    chosen = common.load_engine(engine)
+    started = time.monotonic()
+    display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
+    with display:
+        manifests = write_pipeline(decided, output, chosen, limits, digest, fsync, display)
+    seconds = time.monotonic() - started
+    if json:
+        common.print_json({
+            "output": str(output),
+            "engine": chosen.name,
+            "seconds": round(seconds, 3),
+            "source_bytes": decided.source_bytes,
+            "output_bytes": decided.shard_bytes,
+            "components": {
+                name: views.result_document(
+                    decided.parts[name], manifest, output / name,
+                    manifest.run.seconds if manifest.run else 0.0,
+                )
+                for name, manifest in manifests.items()
+            },
+            "copied_bytes": decided.copies.nbytes,
+            "notes": list(decided.notes),
+        })  # fmt: skip
+        return
+    if quiet:
+        return
+    console = common.out_console()
+    views.print_notes(console, decided.notes)
+    for name, part in decided.parts.items():
+        console.print(f"[bold]{plain(name)}[/]: {views.bits(part)}")
+        console.print(views.table_of_groups(part))
+        views.print_errors(console, manifests[name])
+    console.print(
+        f"[bold]{plain(output)}[/]: {format_size(decided.source_bytes)} -> "
+        f"{format_size(decided.shard_bytes)} in {plural(len(decided.parts), 'component')}, "
+        f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({chosen.name})"
+    )
+    console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
+
+
+def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:
+    from ..assembly import pipeline_disk_bytes
+
+    return {
+        "source": str(plan.root),
+        "output": str(output),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "peak_memory_bytes": limits.memory,
+        "peak_disk_bytes": pipeline_disk_bytes(plan, limits.workers),
+        "workers": limits.workers,
+        "components": {
+            name: views.plan_document(part, limits, output / name)
+            for name, part in plan.parts.items()
+        },
+        "copied_files": sorted([*plan.copies.files, *plan.copies.texts]),
+        "copied_bytes": plan.copies.nbytes,
+        "left_files": plan.left_files,
+        "notes": list(plan.notes),
+    }
+
+
+def _print_plan(plan: PipelinePlan, limits: Resources, output: Path) -> None:
+    from ..assembly import pipeline_disk_bytes
+
+    console = common.out_console()
+    console.print(f"[bold]{plain(plan.root)}[/] -> [bold]{plain(output)}[/]")
+    views.print_notes(console, plan.notes)
+    for name, part in plan.parts.items():
+        files = plural(len(part.shards), "file")
+        console.print(f"[bold]{plain(name)}[/]: {part.shard_bytes:,} bytes in {files}")
+        console.print(views.table_of_groups(part))
+    console.print(
+        f"output  {plan.shard_bytes:,} bytes in {plural(len(plan.parts), 'component')}, from "
+        f"{plan.source_bytes:,}, and {plan.copies.nbytes:,} bytes copied"
+    )
+    console.print(
+        f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
+    )
+    console.print(f"disk    {format_size(pipeline_disk_bytes(plan, limits.workers))} at the peak")
+    console.print(f"copied  {plain(', '.join(sorted((*plan.copies.files, *plan.copies.texts))))}")
+    if plan.left_files:
+        console.print(f"left    {plain(', '.join(plan.left_files))}")
+
+
+def inspect(
+    path: Path, tensor: str | None, json: bool, show_tensor: Callable[[Checkpoint, str, bool], None]
+) -> None:
+    """nf4 inspect: every component with weights that can be read, or one tensor of one of them.
+
+    Raises:
+        UsageError: the tensor's name does not begin with a component's.
+    """
+    from ..diffusion import components_of
+    from ..errors import InputError, UsageError
+    from ..inspection import overview
+    from ..source import open_checkpoint
+
+    components = components_of(path)
+    if tensor is not None:
+        name, _, rest = tensor.replace("/", ".", 1).partition(".")
+        if name not in components or not rest:
+            raise UsageError(
+                f"{tensor!r} names no component of {path}: write COMPONENT.TENSOR, where COMPONENT "
+                f"is one of {', '.join(components)}"
+            )
+        show_tensor(open_checkpoint(path / name), rest, json)
+        return
+    seen = {}
+    for name in components:
+        try:
+            seen[name] = overview(open_checkpoint(path / name))
+        except InputError:
+            if components[name].converts:
+                raise
+    if json:
+        common.print_json({
+            "name": path.resolve().name,
+            "components": {name: asdict(part) for name, part in seen.items()},
+        })  # fmt: skip
+        return
+    console = common.out_console()
+    for name, part in seen.items():
+        views.print_overview(console, part, path / name)

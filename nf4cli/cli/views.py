@@ -1,0 +1,243 @@
+"""How a plan and a finished conversion are shown: tables, and the documents of --json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import format_size, plain, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..inspection import Overview
+    from ..limits import Resources
+    from ..manifest import Manifest
+    from ..plan import Plan
+    from ..report import Finding, Report
+
+_SHOWN = 20  # findings printed
+
+
+def _groups(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "action": action,
+            "reason": reason,
+            "tensors": count,
+            "elements": elements,
+            "bytes": nbytes,
+        }
+        for action, reason, count, elements, nbytes in plan.groups()
+    ]
+
+
+def plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any]:
+    from ..limits import disk_bytes
+
+    return {
+        "source": str(plan.checkpoint.root),
+        "output": str(output),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "files": [{"name": s.filename, "bytes": s.size} for s in plan.shards],
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "peak_memory_bytes": limits.memory,
+        "peak_disk_bytes": disk_bytes(plan, limits.workers),
+        "workers": limits.workers,
+        "groups": _groups(plan),
+        "tensors": [
+            {
+                "name": t.name, "action": t.action, "rule": t.rule, "reason": t.reason,
+                "dtype": t.weight.stored.dtype, "shape": list(t.weight.shape),
+                "bytes": t.nbytes_out,
+            }
+            for t in plan.tensors
+        ],
+        "skip_modules": (plan.output_config or {})
+        .get("quantization_config", {})
+        .get("llm_int8_skip_modules", []),
+        "copied_files": list(plan.checkpoint.extra_files),
+        "left_files": list(plan.checkpoint.left_files),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+
+
+def table_of_groups(plan: Plan) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("what", "why", "tensors", "weights", "bytes"):
+        table.add_column(heading, justify="left" if heading in ("what", "why") else "right")
+    words = {"quantize": "4-bit", "cast": f"to {plan.config.dtype}", "copy": "kept",
+             "drop": "left out"}  # fmt: skip
+    for action, reason, count, elements, nbytes in plan.groups():
+        table.add_row(
+            words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes),
+            style="bold" if action == "quantize" else None,
+        )  # fmt: skip
+    return table
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"[yellow]note:[/] {plain(note)}")
+
+
+def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -> None:
+    from ..limits import disk_bytes
+
+    config = plan.config
+    absmax = "nested" if config.double_quant else "float32"
+    console.print(
+        f"[bold]{plain(plan.checkpoint.name)}[/] -> [bold]{plain(output)}[/]: "
+        f"{config.quant_type}, blocksize {config.blocksize}, {absmax} absmax"
+    )
+    print_notes(console, plan.notes)
+    console.print(table_of_groups(plan))
+    console.print(
+        f"output  {plan.shard_bytes:,} bytes in {plural(len(plan.shards), 'file')}, from "
+        f"{plan.source_bytes:,}: {bits(plan)}"
+    )
+    console.print(
+        f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
+    )
+    console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
+    if plan.checkpoint.extra_files:
+        console.print(f"copied  {plain(', '.join(plan.checkpoint.extra_files))}")
+    if plan.checkpoint.left_files:
+        console.print(f"left    {plain(', '.join(plan.checkpoint.left_files))}")
+
+
+def result_document(plan: Plan, manifest: Manifest, output: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "engine": manifest.run.engine if manifest.run else None,
+        "seconds": round(seconds, 3),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.shard_bytes,
+        "files": [
+            {"name": name, "bytes": record.size, manifest.digest: record.digest}
+            for name, record in sorted(manifest.output_files.items())
+        ],
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "groups": _groups(plan),
+        "errors": {
+            name: {"rel_rmse": record.error.rel_rmse, "max_abs": record.error.max_abs}
+            for name, record in manifest.tensors.items()
+            if record.error is not None
+        },
+        "notes": list(plan.notes),
+    }
+
+
+def print_result(
+    console: Console, plan: Plan, manifest: Manifest, output: Path, seconds: float, source: Path
+) -> None:
+    print_notes(console, plan.notes)
+    console.print(table_of_groups(plan))
+    console.print(
+        f"[bold]{plain(output)}[/]: {format_size(plan.source_bytes)} -> "
+        f"{format_size(plan.shard_bytes)}, {bits(plan)}, in {seconds:.2f} s "
+        f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
+        f"{manifest.run.engine if manifest.run else ''})"
+    )
+    print_errors(console, manifest)
+    console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
+
+
+def print_errors(console: Console, manifest: Manifest) -> None:
+    errors = {n: r.error.rel_rmse for n, r in manifest.tensors.items() if r.error is not None}
+    worst = max(errors, key=lambda name: errors[name])
+    console.print(
+        f"error   relative RMSE {statistics.median(errors.values()):.4f} (median weight), worst "
+        f"{errors[worst]:.4f} in {plain(worst)}"
+    )
+
+
+def bits(plan: Plan) -> str:
+    packed = [t for t in plan.tensors if t.state is not None]
+    packed_bits = 8 * sum(t.nbytes_out for t in packed) / plan.quantized_parameters
+    share = plan.quantized_parameters / plan.parameters
+    return (
+        f"{plan.bits_per_weight:.2f} bits a weight ({packed_bits:.2f} in the {share:.0%} that are "
+        "4-bit)"
+    )
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    return {
+        "ok": report.ok,
+        "checks": [asdict(check) for check in report.checks],
+        "unchecked": report.unchecked,
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+
+
+def print_checks(console: Console, report: Report) -> None:
+    for check in report.checks:
+        mark = "[green]ok[/]    " if check.ok else "[bold red]FAILED[/]"
+        console.print(f"{mark}  {plain(check.what)}")
+    for sentence in report.unchecked:
+        console.print(f"[yellow]not checked:[/] {plain(sentence)}")
+
+
+def print_verdict(console: Console, findings: list[Finding], path: Path) -> None:
+    for finding in findings[:_SHOWN]:
+        console.print(f"[bold red]{finding.level}[/]  {plain(finding.message)}")
+    hidden = len(findings) - _SHOWN
+    if hidden > 0:
+        console.print(f"... and {plural(hidden, 'finding')} more; --json has them all")
+    if findings:
+        found = plural(len(findings), "finding")
+        console.print(f"[bold red]{plain(path)} is NOT good: {found}[/]")
+    else:
+        console.print(f"[bold green]{plain(path)} is good[/]")
+
+
+def print_overview(console: Console, seen: Overview, path: Path) -> None:
+    from rich import box
+    from rich.table import Table
+
+    share = seen.quantized_parameters / max(1, seen.parameters)
+    console.print(
+        f"[bold]{plain(seen.name)}[/] ({plain(seen.model_type or 'no model_type')}): "
+        f"{seen.parameters:,} weights, {share:.1%} in 4 bit, "
+        f"{seen.bits_per_weight:.2f} bits a weight, "
+        f"{format_size(seen.nbytes)} in {plural(seen.files, 'file')}"
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("kind", "tensors", "weights", "bytes", "for example"):
+        right = heading in ("tensors", "weights", "bytes")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=right)
+    for group in seen.groups:
+        table.add_row(
+            ("4-bit: " if group.packed else "kept: ") + group.kind, f"{group.tensors:,}",
+            f"{group.elements:,}", format_size(group.nbytes), plain(group.example),
+            style="bold" if group.packed else None,
+        )  # fmt: skip
+    console.print(table)
+    if seen.quant_method is not None:
+        kept = ", ".join(plain(k) for k in seen.kept_modules) or "nothing of this model"
+        console.print(f"config.json: {plain(seen.quant_method)}; kept out of 4 bit: {kept}")
+    if seen.errors:
+        ranked = sorted(seen.errors.items(), key=lambda item: -item[1].rel_rmse)
+        middle = statistics.median(error.rel_rmse for error in seen.errors.values())
+        console.print(f"error against the source: relative RMSE {middle:.4f} (median); the worst:")
+        for name, error in ranked[:3]:
+            console.print(f"  {error.rel_rmse:.4f}, largest {error.max_abs:.3g}, {plain(name)}")
+    elif any(group.packed for group in seen.groups):
+        console.print("error against the source: not known, there is no manifest")
+    for problem in seen.problems[:5]:
+        console.print(f"[bold red]problem[/]  {plain(problem)}")
+    if seen.problems:
+        found = plural(len(seen.problems), "problem")
+        console.print(f"{found}: nf4 verify {plain(path)} shows all")

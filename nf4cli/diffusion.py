@@ -1,0 +1,349 @@
+"""A diffusers pipeline: its components, which of them become 4-bit, what is copied as it is.
+
+Each component that is converted is a checkpoint like any other, with its own config.json and
+manifest; this module knows the directory around them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from . import __version__, bnb_format
+from .components import converts
+from .digest import ALGORITHMS
+from .errors import InputError, NothingToQuantizeError, UsageError
+from .families import consult
+from .manifest import FileRecord
+from .output import Copies
+from .plan import Oracle, Plan, make_plan
+from .records import Checkpoint, QuantConfig
+from .selection import matches, module_path
+from .source import (
+    LEFT_DIRECTORIES,
+    MANIFEST,
+    PIPELINE_RECORD,
+    find_shards,
+    is_weight_file,
+    open_checkpoint,
+    other_files,
+    plain_index,
+    plain_name,
+    read_json,
+)
+
+INDEX_FILE = "model_index.json"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One entry of model_index.json.
+
+    Attributes:
+        name: its key, and its directory.
+        library, class_name: its value.
+    """
+
+    name: str
+    library: str
+    class_name: str
+
+    @property
+    def converts(self) -> bool:
+        """Whether nf4 makes it 4-bit."""
+        return converts(self.name, self.library, self.class_name)
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """The whole conversion of a pipeline, decided.
+
+    Attributes:
+        root: the source.
+        parts: component -> its plan.
+        copies: everything else.
+        notes: what the user should know, one sentence each.
+    """
+
+    root: Path
+    parts: Mapping[str, Plan]
+    copies: Copies
+    notes: tuple[str, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source shards of all parts."""
+        return sum(plan.source_bytes for plan in self.parts.values())
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the output shards of all parts, exactly."""
+        return sum(plan.shard_bytes for plan in self.parts.values())
+
+    @property
+    def left_files(self) -> list[str]:
+        """Files that are not copied."""
+        own = [f"{n}/{f}" for n, plan in self.parts.items() for f in plan.checkpoint.left_files]
+        return sorted([*own, *self.copies.left])
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """nf4_pipeline.json: what an output holds beside its converted components.
+
+    Attributes:
+        digest: algorithm.
+        components: those that were converted; their own manifests have the rest.
+        files: every other file, and the manifests of the components.
+    """
+
+    digest: str
+    components: tuple[str, ...]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> str:
+        document = {
+            "nf4_pipeline": RECORD_VERSION,
+            "tool": {"name": "nf4cli", "version": __version__},
+            "digest": self.digest,
+            "components": sorted(self.components),
+            "files": [
+                {"name": name, "size": record.size, "digest": record.digest}
+                for name, record in sorted(self.files.items())
+            ],
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @staticmethod
+    def from_file(path: Path) -> Record:
+        """Raises InputError: not such a record, damaged, or of a newer format."""
+        document = read_json(path)
+        version = document.get("nf4_pipeline")
+        if version != RECORD_VERSION:
+            raise InputError(
+                f"{path} has format {version!r}; this version of nf4 reads {RECORD_VERSION}: "
+                "install the nf4cli that wrote it, or quantize again"
+            )
+        files, components = document.get("files"), document.get("components")
+        if (
+            document.get("digest") not in ALGORITHMS
+            or not isinstance(components, list)
+            or not all(isinstance(name, str) for name in components)
+            or not isinstance(files, list)
+            or not all(_is_file_entry(file) for file in files)
+        ):
+            raise InputError(
+                f"{path} is damaged: it was edited by hand, or is incomplete. Quantize again, or "
+                "remove it to check the files without it"
+            )
+        return Record(
+            digest=str(document["digest"]),
+            components=tuple(components),
+            files={file["name"]: FileRecord(file["size"], file["digest"]) for file in files},
+        )
+
+
+def _is_file_entry(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and type(value.get("size")) is int
+        and isinstance(value.get("digest"), str)
+    )
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a path is a directory with a model_index.json."""
+    return (path / INDEX_FILE).is_file()
+
+
+def components_of(root: Path) -> dict[str, Component]:
+    """The components of a pipeline, by name.
+
+    Raises:
+        InputError: model_index.json is not what diffusers writes, or names a component that is
+            not there.
+    """
+    path = root / INDEX_FILE
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise InputError(
+            f'{path} has no "_class_name": expected the index of a diffusers pipeline. Download '
+            "it again"
+        )
+    found = {}
+    for name, value in index.items():
+        if name.startswith("_") or not _is_component(value):
+            continue
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise InputError(
+                f"{path}: the component {name!r} leads out of the directory; expected the plain "
+                "name of a directory beside it"
+            )
+        if not (root / name).is_dir():
+            raise InputError(
+                f"{path} names the component {name} ({value[1]}), but {root / name} is no "
+                "directory: download it again, or set the entry to [null, null]"
+            )
+        found[name] = Component(name, value[0], value[1])
+    return found
+
+
+def _is_component(value: object) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    )
+
+
+def packed_components(root: Path, components: Mapping[str, Component]) -> list[str]:
+    """The components that hold packed weights, or should: what a finished output is made of."""
+    return [name for name, c in components.items() if c.converts and _says_packed(root / name)]
+
+
+def _says_packed(directory: Path) -> bool:
+    config = directory / "config.json"
+    if (directory / MANIFEST).is_file() or not config.is_file():
+        return (directory / MANIFEST).is_file()
+    try:
+        return bnb_format.quant_method(read_json(config)) == "bitsandbytes"
+    except InputError:
+        return True  # whoever opens it says what is wrong
+
+
+def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult) -> PipelinePlan:
+    """Decide the whole conversion of a pipeline.
+
+    Args:
+        config: `keep` patterns may begin with a component's name, or be one.
+
+    Raises:
+        UsageError, InputError: see `make_plan`; no component has anything to quantize.
+    """
+    if config.target != "transformers":
+        raise UsageError(
+            f"--target {config.target} does not load diffusers pipelines: leave the option out"
+        )
+    components = components_of(root)
+    wanted = [name for name, component in components.items() if component.converts]
+    if not wanted:
+        names = ", ".join(f"{c.name} ({c.class_name})" for c in components.values())
+        raise InputError(
+            f"{root / INDEX_FILE} names no denoiser and no text encoder of diffusers' or "
+            f"transformers' own classes, only {names or 'nothing'}: there is nothing to quantize"
+        )
+    kept = {name for name in components if name in config.keep}
+    checkpoints = {name: open_checkpoint(root / name) for name in wanted if name not in kept}
+    patterns = _keep_patterns(config.keep, components, checkpoints)
+    parts: dict[str, Plan] = {}
+    notes = [f"{name} is kept as it is, by --keep" for name in wanted if name in kept]
+    for name, checkpoint in checkpoints.items():
+        try:
+            plan = make_plan(checkpoint, replace(config, keep=patterns[name]), oracle)
+        except NothingToQuantizeError as error:
+            notes.append(f"{name} is copied as it is: {error}")
+            continue
+        parts[name] = plan
+        notes += [f"{name}: {note}" for note in plan.notes]
+    if not parts:
+        raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
+    copies = copies_of(root, components, parts)
+    return PipelinePlan(root, parts, copies, tuple(notes))
+
+
+def _keep_patterns(
+    keep: Collection[str], components: Collection[str], checkpoints: Mapping[str, Checkpoint]
+) -> dict[str, tuple[str, ...]]:
+    """Each component's own --keep patterns.
+
+    Raises:
+        UsageError: a pattern matches no module of any component.
+    """
+    modules = {n: {module_path(t) for t in c.tensors} for n, c in checkpoints.items()}
+    found: dict[str, list[str]] = {name: [] for name in checkpoints}
+    for pattern in keep:
+        if pattern in components:
+            continue
+        hits = [
+            (name, own)
+            for name, paths in modules.items()
+            for own in _own_patterns(pattern, name)
+            if any(matches(own, path) for path in paths)
+        ]
+        if not hits:
+            raise UsageError(
+                f"--keep {pattern!r} matches no module of {', '.join(checkpoints) or 'any part'}: "
+                "give a component (text_encoder), a component and a module of it "
+                "(transformer.proj_out), or a pattern for all of them ('*.to_q')"
+            )
+        for name, own in hits:
+            found[name].append(own)
+    return {name: tuple(dict.fromkeys(patterns)) for name, patterns in found.items()}
+
+
+def _own_patterns(pattern: str, component: str) -> list[str]:
+    """A pattern as a component sees it: `transformer.proj_out` is `proj_out` to transformer."""
+    head, dot, rest = pattern.partition(".")
+    own = dot and rest and fnmatchcase(component, head) and not head.startswith("*")
+    return [rest] if own else [pattern]
+
+
+def copies_of(root: Path, components: Collection[str], converted: Collection[str]) -> Copies:
+    """Everything of a pipeline but its converted components."""
+    copies = Copies(root, {}, {}, [])
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            if path.name not in (*converted, *LEFT_DIRECTORIES):
+                _add_directory(copies, path, path.name in components)
+        elif path.name == PIPELINE_RECORD:
+            continue
+        elif path.is_file() and not is_weight_file(path.name):
+            copies.files[path.name] = path.name
+        else:
+            copies.left.append(path.name)
+    return copies
+
+
+def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
+    """A part that stays as it is: one set of its weights, under plain names, and the rest."""
+    try:
+        index, shards = find_shards(directory)
+    except InputError:
+        index, shards = None, []
+    extra, left = other_files(directory, shards, index)
+    if not shards and component:  # pickles, or what else its loader reads: not for us to judge
+        extra, left = tuple(sorted((*extra, *left))), ()
+    if (directory / MANIFEST).is_file():
+        extra = (*extra, MANIFEST)
+    prefix = directory.name + "/"
+    copies.files.update({prefix + name: prefix + name for name in extra})
+    copies.left.extend(prefix + name for name in left)
+    copies.files.update({prefix + plain_name(s.name): prefix + s.name for s in shards})
+    if index is None:
+        return
+    if all(plain_name(shard.name) == shard.name for shard in shards):
+        copies.files[prefix + index] = prefix + index
+        return
+    content: dict[str, Any] = read_json(directory / index)
+    weight_map = {tensor: plain_name(file) for tensor, file in content["weight_map"].items()}
+    text = json.dumps({**content, "weight_map": weight_map}, indent=2) + "\n"
+    copies.texts[prefix + plain_index(shards[0].name)] = text
+
+
+def stray_weights(root: Path, known: Collection[str], converted: Collection[str]) -> list[str]:
+    """Weight files of an output that nobody put there, outside of its converted components."""
+    here = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    return sorted(
+        name
+        for name in here
+        if name not in known
+        and name.partition("/")[0] not in converted
+        and not re.search(r"(^|/)\.", name)
+        and is_weight_file(name.rpartition("/")[2])
+    )
