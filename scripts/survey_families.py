@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib import import_module
@@ -165,26 +165,33 @@ def mended(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return {**config, **changes, **deeper}
 
 
-def why_not(model: Any, name: str, rearranged: Iterable[str]) -> str:
-    """Why transformers does not hold this tensor in 4 bit, "" where only its default keeps it."""
+def why_not(model: Any, wrong: set[str], rearranged: Collection[str]) -> dict[str, str]:
+    """Why transformers cannot hold these tensors in 4 bit; what only its default keeps is absent."""
     from nf4cli.exact import converts, is_linear, targets_of
 
-    if name in rearranged:
-        return "rearranged while loading"
     state = model.state_dict()
-    (target, *_), _ = targets_of(model, [name], state).get(name, (("",), False))
-    if target not in state:
-        return "no place in the model"
-    path = target.rpartition(".")[0]
-    module = model.get_submodule(path)
-    if target != f"{path}.weight" or not is_linear(module):
-        return f"in {type(module).__name__}"
-    if model.get_output_embeddings() is module:
-        return "output embedding"
+    targets = targets_of(model, wrong, state)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if target in tied or target in tied.values():
-        return "tied"
-    return "" if converts(path, model._keep_in_fp32_modules or ()) else "kept in float32"
+    shared = {*tied, *tied.values()}
+
+    def reason(name: str) -> str:
+        if name in rearranged:
+            return "rearranged while loading"
+        (target, *_), _ = targets.get(name, (("",), False))
+        if target not in state:
+            return "no place in the model"
+        path = target.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if target != f"{path}.weight" or not is_linear(module):
+            return f"in {type(module).__name__}"
+        if model.get_output_embeddings() is module:
+            return "output embedding"
+        if target in shared:
+            return "tied"
+        return "" if converts(path, model._keep_in_fp32_modules or ()) else "kept in float32"
+
+    reasons = {name: reason(name) for name in wrong}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def wrongly_quantized(
@@ -207,8 +214,7 @@ def wrongly_quantized(
         chosen = {name for name, rule in rules.items() if rule is QUANTIZED}
         wrong |= chosen - answer.quantized
         kept = Counter(rules[name].name for name in answer.quantized - chosen)
-    reasons = {name: why_not(model, name, answer.rearranged) for name in wrong}
-    return {name: reason for name, reason in reasons.items() if reason}, kept
+    return why_not(model, wrong, answer.rearranged), kept
 
 
 def classes_of(made: Any) -> list[Any]:
