@@ -135,7 +135,7 @@ class Record:
         if (
             document.get("digest") not in ALGORITHMS
             or not isinstance(components, list)
-            or not all(isinstance(name, str) for name in components)
+            or not all(isinstance(name, str) and _is_plain(name) for name in components)
             or not isinstance(files, list)
             or not all(_is_file_entry(file) for file in files)
         ):
@@ -154,6 +154,7 @@ def _is_file_entry(value: object) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("name"), str)
+        and "\0" not in value["name"]
         and type(value.get("size")) is int
         and isinstance(value.get("digest"), str)
     )
@@ -182,7 +183,7 @@ def components_of(root: Path) -> dict[str, Component]:
     for name, value in index.items():
         if name.startswith("_") or not _is_component(value):
             continue
-        if name != os.path.basename(name) or name in ("", ".", ".."):
+        if not _is_plain(name):
             raise InputError(
                 f"{path}: the component {name!r} leads out of the directory; expected the plain "
                 "name of a directory beside it"
@@ -194,6 +195,11 @@ def components_of(root: Path) -> dict[str, Component]:
             )
         found[name] = Component(name, value[0], value[1])
     return found
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a directory beside the index, and leads nowhere else."""
+    return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
 
 
 def _is_component(value: object) -> bool:
@@ -254,7 +260,22 @@ def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult
     if not parts:
         raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
     copies = copies_of(root, components, parts)
+    whole = ", ".join(
+        f"{c.name} ({c.class_name}, {nbytes:,} bytes)"
+        for c in components.values()
+        if not c.converts and (nbytes := _weight_bytes(copies, c.name))
+    )
+    if whole:
+        notes.append(f"in full precision stays {whole}")
     return PipelinePlan(root, parts, copies, tuple(notes))
+
+
+def _weight_bytes(copies: Copies, component: str) -> int:
+    return sum(
+        (copies.root / source).stat().st_size
+        for source in copies.files.values()
+        if source.startswith(f"{component}/") and is_weight_file(source.rpartition("/")[2])
+    )
 
 
 def _keep_patterns(

@@ -203,12 +203,14 @@ def answer_of(model: Any, names: Mapping[str, tuple[int, ...]], root: Path) -> A
     modules = {}
     placed = False
     for name, shape in names.items():
-        (target, *_), changed = targets.get(name, (("",), False))
+        found, changed = targets.get(name, (("",), False))
+        target = found[0]
         if target not in state:
             continue
         placed = True
-        if name.endswith(WEIGHT) and target.endswith(WEIGHT):
-            modules[name.removesuffix(WEIGHT)] = target.removesuffix(WEIGHT)
+        if name.endswith(WEIGHT):
+            parts = tuple(part.removesuffix(WEIGHT) for part in found if part.endswith(WEIGHT))
+            modules[name.removesuffix(WEIGHT)] = parts
         if changed:
             rearranged.add(name)
         elif target in packed:
@@ -227,7 +229,7 @@ def answer_of(model: Any, names: Mapping[str, tuple[int, ...]], root: Path) -> A
         version=str(transformers.__version__),
         quantized=frozenset(quantized),
         rearranged=frozenset(rearranged),
-        modules={path: there for path, there in modules.items() if path != there},
+        modules={path: there for path, there in modules.items() if there != (path,)},
     )
 
 

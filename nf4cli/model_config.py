@@ -102,13 +102,15 @@ def check_headers(checkpoint: Checkpoint) -> None:
     text = checkpoint.config.get("text_config")
     config = text if isinstance(text, dict) else checkpoint.config
     layers: set[int] = set()
+    norms: dict[int, str] = {}
     for name, (_, tensor) in checkpoint.tensors.items():
         match = _LAYER.fullmatch(name)
         if match is None:
             continue
         layers.add(int(match[1]))
         if match[2] == "input_layernorm.weight" and len(tensor.shape) == 1:
-            _check_hidden_size(checkpoint, config, name, tensor.shape[0])
+            norms[tensor.shape[0]] = name
+    _check_hidden_size(checkpoint, config, norms)
     key, count = _first(config, _LAYER_COUNTS)
     if not layers or not count:
         return
@@ -122,10 +124,12 @@ def check_headers(checkpoint: Checkpoint) -> None:
 
 
 def _check_hidden_size(
-    checkpoint: Checkpoint, config: Mapping[str, Any], name: str, found: int
+    checkpoint: Checkpoint, config: Mapping[str, Any], norms: Mapping[int, str]
 ) -> None:
+    """One layer of another size is a family's own affair; all of them are another model's."""
     key, size = _first(config, _HIDDEN_SIZES)
-    if size and found != size:
+    if size and norms and size not in norms:
+        found, name = next(iter(norms.items()))
         raise InputError(
             f"{checkpoint.root}: config.json says {key} {size}, but {name} has {found} elements: "
             "config.json is of another model. Download both again"

@@ -29,11 +29,17 @@ HEADS = frozenset(
 )
 """Last name parts of output heads, and what no version of transformers packs beside them."""
 
-HEAD_PARTS = frozenset(("classifier", "lm_predictions", "bbox_embed", "class_embed"))
+HEAD_PARTS = frozenset(
+    (
+        "classifier lm_predictions bbox_embed class_embed bbox_predictor enc_bbox_head "
+        "enc_score_head"
+    ).split()
+)
 """Parts of the paths of heads that have several layers."""
 
 EMBEDDINGS = re.compile(
-    r"embed|_emb$|codebook|reference_points|^query_feat|^queries_feat"
+    r"embed|_emb$|codebook|reference_points|^query_feat|^queries_feat|^query_\d"
+    r"|bias_values|prompt_ctx|emb_layers|^pe_k$"
     r"|^(wte|wpe|shared|relative_attention_bias|\w+_tokens?)$",
     re.IGNORECASE,
 )
@@ -46,7 +52,28 @@ CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
 """Families whose linear layers are transformers' Conv1D, stored [in, out]: bitsandbytes encodes
 the transposed weight."""
 
-DINOV2 = frozenset(("dinov2", "dinov2_with_registers"))
+REARRANGED_PARTS: Mapping[str, frozenset[str]] = {
+    family: frozenset(parts.split())
+    for families, parts in {
+        "dinov2 dinov2_with_registers": "weights_in weights_out",
+        "nomic_bert jina_embeddings_v3": "Wqkv",
+        "gte": "qkv_proj up_gate_proj",
+        "molmo2 molmo2_text": "ff_proj att_proj",
+        "kimi_k25": "wqkv",
+        "minimax_m3_vl": "shared_experts",
+        "mistral_large4": "wk wq",
+        "radio nemotron_h_omni qianfan_ocr": "qkv",
+        "unlimited_ocr unlimited_ocr_vision unlimited_ocr_vision_encoder": "qkv_proj",
+        "tipsv2 tipsv2_dpt tipsv2_vision_model": "qkv w12",
+        "sapiens2": "w12",
+        "hrm_text": "gqkv_proj gate_up_proj",
+        "nemo_speechlm": "w_qkv",
+        "gradium_phonon_tts": "in_proj",
+    }.items()
+    for family in families.split()
+}
+"""Family -> name parts of the weights that transformers 5 splits, merges or permutes."""
+
 T5_FAMILIES = frozenset(
     ("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop", "pop2piano")
 )
@@ -61,13 +88,14 @@ class Answer:
         quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
         rearranged: tensors that it splits, merges or permutes while loading, which a packed
             weight cannot go through.
-        modules: path in the checkpoint -> path in the model, where they differ.
+        modules: path in the checkpoint -> paths in the model, where they differ: several for a
+            weight that is split.
     """
 
     version: str
     quantized: frozenset[str]
     rearranged: frozenset[str]
-    modules: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +211,8 @@ DIFFUSERS_FP32 = Rule(
 
 def _is_embedding(path: list[str]) -> bool:
     """Whether the module, or the list that it is an entry of, is called like an embedding."""
+    if path == ["query"]:
+        return True
     numbered = _is_number(path[-1]) and len(path) > 1
     return bool(EMBEDDINGS.search(path[-2] if numbered else path[-1]))
 
@@ -237,7 +267,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "fp32-module",
         "transformers keeps this module in float32",
-        lambda c, t, p: (p[-1] == "wo" and bool(c.model_types & T5_FAMILIES)) or "qformer" in p,
+        lambda c, t, p: (
+            (p[-1] == "wo" and bool(c.model_types & T5_FAMILIES))
+            or "qformer" in p
+            or ("compressor" in p and "deepseek_v4" in c.model_types)
+        ),
     ),
     Rule(
         "multihead-attention",
@@ -251,7 +285,13 @@ RULES: tuple[Rule, ...] = (
             (c.diffusers and not NOT_LINEAR.isdisjoint(p))
             or bool(c.model_types & {"falcon", "ibert"})
             or (p[-1] == "dt_proj" and bool(c.model_types & {"mamba", "falcon_mamba", "jamba"}))
+            or (p[-1] == "wo_a" and "deepseek_v4" in c.model_types)
         ),
+    ),
+    Rule(
+        "shared",
+        "several layers share this module, which is saved with each of them",
+        lambda c, t, p: not {"shared_transf", "shared_transformer"}.isdisjoint(p),
     ),
     Rule(
         "name",
@@ -261,7 +301,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "changed-on-load",
         "transformers 5 rearranges this weight while loading",
-        lambda c, t, p: p[-1] in ("weights_in", "weights_out") and bool(c.model_types & DINOV2),
+        lambda c, t, p: any(
+            not REARRANGED_PARTS.get(family, frozenset()).isdisjoint(p) for family in c.model_types
+        ),
     ),
     Rule(
         "extra-layer",

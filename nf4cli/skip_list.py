@@ -60,7 +60,7 @@ class Names:
 
     base_prefix: str = ""
     renamings: tuple[tuple[str, str], ...] = ()
-    modules: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def forms(self, module: str) -> tuple[str, ...]:
         """Every path a loader may have for it, its own first."""
@@ -70,8 +70,8 @@ class Names:
                 renamed = _rename(form, source, target)
                 if renamed is not None:
                     found |= dict.fromkeys(self._with_and_without_base(renamed))
-        if module in self.modules:
-            found |= dict.fromkeys(self._with_and_without_base(self.modules[module]))
+        for there in self.modules.get(module, ()):
+            found |= dict.fromkeys(self._with_and_without_base(there))
         return tuple(found)
 
     def _with_and_without_base(self, module: str) -> tuple[str, str]:

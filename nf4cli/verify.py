@@ -243,7 +243,7 @@ def check_other_file(
 ) -> None:
     """A file beside the shards: configuration, tokenizer, code."""
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
         report.add("manifest", name, f"{name} leads out of the directory")
     elif not path.is_file():
         report.add("manifest", name, f"{name} is missing: the manifest lists it")

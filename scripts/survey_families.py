@@ -166,7 +166,7 @@ def mended(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def why_not(model: Any, wrong: set[str], rearranged: Collection[str]) -> dict[str, str]:
-    """Why transformers cannot hold these tensors in 4 bit; what only its default keeps is absent."""
+    """Why transformers cannot hold these in 4 bit; without those that only its default keeps."""
     from nf4cli.exact import converts, is_linear, targets_of
 
     state = model.state_dict()

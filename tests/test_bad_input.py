@@ -287,7 +287,7 @@ def test_a_model_type_that_nobody_knows(work, value):
     [
         ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the tensors have 2 layers"),
         ({"num_hidden_layers": 1}, "num_hidden_layers 1, but the tensors have 2 layers"),
-        ({"hidden_size": 128}, "hidden_size 128, but model.layers.0.input_layernorm.weight has 64"),
+        ({"hidden_size": 128}, "hidden_size 128, but model.layers.1.input_layernorm.weight has 64"),
     ],
 )
 def test_a_config_of_another_model(work, change, says):

@@ -241,6 +241,7 @@ def test_keep_speaks_of_components_and_of_their_modules(pipe, tmp_path):
     out = tmp_path / "out"
     text = nf4_ok("quantize", pipe, out, "--keep", "text_encoder", "--keep", "transformer.proj_out")
     assert "text_encoder is kept as it is" in text
+    assert "in full precision stays vae (AutoencoderKL, " in text
     assert same_files(out / "text_encoder", pipe / "text_encoder")
     assert "single_transformer_blocks.0.proj_out.weight.absmax" not in read_all(out / "transformer")
     nf4_ok("verify", out, "--source", pipe)
@@ -294,7 +295,7 @@ def test_float32_modules_of_diffusers_keep_their_precision(pipe, tmp_path):
         ('{"_class_name": "X", "../vae": ["diffusers", "UNet2DModel"]}', "leads out"),
         ('{"_class_name": "X", "/etc": ["diffusers", "UNet2DModel"]}', "leads out"),
         ('{"_class_name": "X", "..": ["diffusers", "UNet2DModel"]}', "leads out"),
-        ('{"_class_name": "X", "a\\u0000b": ["diffusers", "UNet2DModel"]}', "no directory"),
+        ('{"_class_name": "X", "a\\u0000b": ["diffusers", "UNet2DModel"]}', "leads out"),
     ],
 )  # fmt: skip
 def test_a_bad_index_is_refused(pipe, tmp_path, text, says):
@@ -360,10 +361,17 @@ def test_a_run_that_ends_early_leaves_nothing(pipe, tmp_path):
         ("transformer/config.json", lambda p: p.write_text("{")),
         (f"transformer/{WEIGHTS}", lambda p: p.unlink()),
         (f"transformer/{MANIFEST}", lambda p: p.unlink()),
+        (
+            f"transformer/{MANIFEST}",
+            lambda p: p.write_text(p.read_text().replace('"config.json"', '"a\\u0000b"')),
+        ),
         ("scheduler/scheduler_config.json", lambda p: p.unlink()),
         ("model_index.json", lambda p: p.write_text("{}")),
         (PIPELINE_RECORD, lambda p: p.write_text("{}")),
         (PIPELINE_RECORD, lambda p: p.write_text('{"nf4_pipeline": 1, "files": [1]}')),
+        (PIPELINE_RECORD, lambda p: p.write_text(p.read_text().replace("vae/", "../vae/"))),
+        (PIPELINE_RECORD, lambda p: p.write_text(p.read_text().replace("vae/", "a\\u0000"))),
+        (PIPELINE_RECORD, lambda p: p.write_text(p.read_text().replace('"transf', '"../transf'))),
         ("vae/diffusion_pytorch_model.bin", lambda p: p.write_text("from elsewhere")),
         ("transformer", shutil.rmtree),
     ],
