@@ -72,7 +72,7 @@ def test_rearranged_weights():
 def test_what_a_module_is_called_in_the_model():
     answer = ask(FACTS["llava"]["config"], shapes("llava"))
     key = "language_model.model.layers.0.mlp.up_proj"
-    assert answer.modules[key] == "model.language_model.layers.0.mlp.up_proj"
+    assert answer.modules[key] == ("model.language_model.layers.0.mlp.up_proj",)
     assert not ask(FACTS["llama"]["config"], shapes("llama")).modules
 
 
