@@ -17,9 +17,8 @@ from typing import Any
 
 from .bnb_format import quant_method, quantization_of
 from .errors import InputError
-from .records import Checkpoint, Scale, Shard, TensorInfo
+from .records import FLOAT8, Checkpoint, Scale, Shard, TensorInfo
 
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}
 _FOLDED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".prob_scale")
@@ -100,7 +99,7 @@ def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str
     suffix = None if config is None else _SCALE_SUFFIX[config["quant_method"]]
     blocks = _block_sizes(config or {})
     for name, (shard, tensor) in checkpoint.tensors.items():
-        if tensor.dtype not in _FLOAT8:
+        if tensor.dtype not in FLOAT8:
             continue
         where = f"{name} in {shard.path}"
         if suffix is None:

@@ -16,7 +16,7 @@ from .errors import InputError, UsageError
 from .manifest import Manifest
 from .packed import PackedReader, PackedWeight, find_weights
 from .reader import ShardReaders
-from .records import TORCH_NAME, Checkpoint, TensorError
+from .records import FLOAT8, TORCH_NAME, Checkpoint, TensorError
 from .source import MANIFEST
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def overview(checkpoint: Checkpoint) -> Overview:
         Group(kind, packed, len(rows), sum(r[1] for r in rows), sum(r[2] for r in rows), rows[0][0])
         for (kind, packed), rows in kinds.items()
     ]
-    parameters = sum(g.elements for g in groups if g.packed or g.kind in TORCH_NAME)
+    parameters = sum(g.elements for g in groups if g.packed or g.kind in (*TORCH_NAME, *FLOAT8))
     manifest = _manifest(checkpoint)
     model_type = checkpoint.config.get("model_type", checkpoint.config.get("_class_name"))
     return Overview(

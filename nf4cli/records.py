@@ -19,6 +19,9 @@ ITEMSIZE: Mapping[str, int] = {
 TORCH_NAME: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes the engines encode from and decode to, by safetensors name, as torch spells them."""
 
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""The float8 dtypes that weights are stored in, by safetensors name."""
+
 SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.items()}
 
 STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}

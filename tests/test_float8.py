@@ -109,6 +109,29 @@ def test_the_output_is_that_of_the_decoded_model(name, tmp_path):
     assert "is good" in nf4_ok("verify", tmp_path / "float8-nf4", "--source", tmp_path / "float8")
 
 
+def test_whole_blocks_decode_as_transformers_does():
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    from nf4cli.engines.cpu import CpuEngine
+
+    generator = torch.Generator().manual_seed(3)
+    bits = (torch.randn(256, 384, generator=generator) * 20).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3, generator=generator) * 0.01
+    theirs = Fp8Dequantize(None)._dequantize_one(bits, scale, torch.bfloat16)
+    out = np.empty(2 * bits.numel(), np.uint8)
+    CpuEngine().decode_float8(
+        raw(bits.view(torch.uint8)), 0, 384, scale.reshape(-1).numpy(), (128, 128), out, "BF16"
+    )
+    assert np.array_equal(out, raw(theirs))
+
+
+def test_inspect_counts_float8_weights(tmp_path):
+    float8_model(tmp_path / "float8", *CASES["deepseek"])
+    seen = json.loads(nf4_ok("inspect", tmp_path / "float8", "--json"))
+    assert seen["parameters"] > 100_000
+    assert 8 < seen["bits_per_weight"] < 16
+
+
 def test_every_byte_decodes_as_torch_casts_it():
     bits = torch.arange(256, dtype=torch.uint8)
     theirs = bits.view(torch.float8_e4m3fn).to(torch.float32).numpy()
