@@ -1,4 +1,29 @@
-// Which of the compiled copies of nf4_host.cpp this processor can run.
+// What the CPU engine asks of its machine, beside arithmetic: which of the compiled copies of
+// nf4_host.cpp this processor can run, and the strided reads of a stored matrix's columns.
+
+#include <cerrno>
+#include <cstdint>
+#include <unistd.h>
+
+// `rows` runs of `width` bytes, `stride` bytes apart in the file from `offset` on, into dst one
+// behind the other.  Returns the bytes read, fewer than rows * width only at the end of the file,
+// or -errno.  (A loop over five thousand preads costs more in Python than the reads themselves.)
+extern "C" __attribute__((visibility("default"))) int64_t nf4_read_rows(
+    int fd, int64_t offset, int64_t rows, int64_t stride, int64_t width, uint8_t* dst) {
+  int64_t total = 0;
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t done = 0; done < width;) {
+      const ssize_t count =
+          pread(fd, dst + total, (size_t)(width - done), (off_t)(offset + row * stride + done));
+      if (count == 0) return total;
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) return -errno;
+      done += count;
+      total += count;
+    }
+  }
+  return total;
+}
 
 extern "C" __attribute__((visibility("default"))) int nf4_can_run_generic(void) { return 1; }
 

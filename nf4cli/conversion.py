@@ -329,8 +329,7 @@ class _Worker:
         if last - first == view.stride:
             reader.read_into(block.reshape(-1), origin)
         else:
-            for row in range(view.rows):
-                reader.read_into(block[row], origin + (row * view.stride + first) * itemsize)
+            reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
         elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
         flat = np.ascontiguousarray(elements.T).reshape(-1)
         skip = item.start - first * view.rows

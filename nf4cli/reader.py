@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, MachineError
 from .fileio import read_at
 from .records import ITEMSIZE, Shard, TensorInfo
 
@@ -102,10 +102,31 @@ class ByteReader:
         """
         count = read_at(self._fd, memoryview(buffer), offset)
         if count < buffer.nbytes:
-            raise InputError(
-                f"{self.path} ended at byte {offset + count:,} while it was being read: "
-                "it was truncated by another process"
-            )
+            self._truncated(offset + count)
+
+    def read_rows(self, block: NDArray[np.uint8], offset: int, stride: int) -> None:
+        """Fill `block` [rows, width] with runs of bytes that lie `stride` apart from `offset` on.
+
+        Raises:
+            InputError: the file ends before the block is full.
+        """
+        from .engines import cpu
+
+        try:
+            count = cpu.read_rows(self._fd, block, offset, stride)
+        except MachineError:  # the torch engine runs without the compiled library
+            for row, run in enumerate(block):
+                self.read_into(run, offset + row * stride)
+            return
+        if count < block.nbytes:
+            rows, rest = divmod(count, block.shape[1])
+            self._truncated(offset + rows * stride + rest)
+
+    def _truncated(self, place: int) -> None:
+        raise InputError(
+            f"{self.path} ended at byte {place:,} while it was being read: "
+            "it was truncated by another process"
+        )
 
     def read(self, offset: int, count: int) -> NDArray[np.uint8]:
         """`count` bytes from `offset`, in a new array."""

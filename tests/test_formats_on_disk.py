@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from nf4cli.digest import OrderedDigest, ShardDigest, digest_shard
+from nf4cli.engines import cpu
+from nf4cli.errors import InputError
 from nf4cli.pipeline import run
 from nf4cli.reader import ByteReader, read_shard
 from nf4cli.records import ITEMSIZE
@@ -110,3 +112,21 @@ def test_a_reader_checks_the_size(tmp_path):
     path.write_bytes(bytes(100))
     with ByteReader(path, 100) as reader:
         assert reader.read(90, 10).nbytes == 10
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_are_read_a_stride_apart(tmp_path, monkeypatch, compiled):
+    if not compiled:  # as where the library could not be built
+        monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "absent.so")
+        cpu._library.cache_clear()
+    data = np.arange(1000, dtype=np.uint16).view(np.uint8)
+    (tmp_path / "x").write_bytes(data.tobytes())
+    try:
+        with ByteReader(tmp_path / "x", 2000) as reader:
+            block = np.zeros((7, 30), np.uint8)
+            reader.read_rows(block, 100, 200)
+            assert all(np.array_equal(block[i], data[100 + 200 * i :][:30]) for i in range(7))
+            with pytest.raises(InputError, match="ended at byte 2,000"):
+                reader.read_rows(block, 790, 200)
+    finally:
+        cpu._library.cache_clear()

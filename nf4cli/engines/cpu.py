@@ -7,6 +7,7 @@ holds one copy of the code an instruction set; the best one this processor can r
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,26 @@ def available() -> tuple[str, ...]:
         for isa in ISAS
         if hasattr(library, f"nf4_can_run_{isa}") and getattr(library, f"nf4_can_run_{isa}")()
     )
+
+
+def read_rows(fd: int, block: NDArray[np.uint8], offset: int, stride: int) -> int:
+    """Fill `block` [rows, width] with runs of bytes that lie `stride` apart from `offset` on.
+
+    Returns:
+        Bytes read, fewer than the block's only at the end of the file.
+
+    Raises:
+        OSError: the disk fails.
+        MachineError: the compiled library is missing.
+    """
+    i64 = ctypes.c_int64
+    function = _library().nf4_read_rows
+    function.restype, function.argtypes = i64, (ctypes.c_int, i64, i64, i64, i64, ctypes.c_void_p)
+    rows, width = block.shape
+    count = int(function(fd, offset, rows, stride, width, _address(block)))
+    if count < 0:
+        raise OSError(-count, os.strerror(-count))
+    return count
 
 
 def _address(array: NDArray[Any]) -> int:
