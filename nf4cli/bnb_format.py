@@ -23,6 +23,9 @@ NESTED_ABSMAX = ".nested_absmax"
 NESTED_QUANT_MAP = ".nested_quant_map"
 _STATE = ".quant_state.bitsandbytes__"
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where config.json says how a checkpoint is quantized."""
+
 _FLOAT32_MAX = 3.4028234663852886e38
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 8, 2**48
 _OFFSET_ROOM = 24
@@ -325,16 +328,27 @@ def skip_list(config: Mapping[str, Any]) -> list[str]:
     return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
 
 
+def without_skip_list(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config.json whose quantization_config does not say what is not packed."""
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        return dict(config)
+    rest = {key: value for key, value in found.items() if key != "llm_int8_skip_modules"}
+    return {**config, "quantization_config": rest}
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of an already quantized checkpoint, None for a plain one.
 
-    Multimodal models may have it in a sub-config ("text_config").
+    Multimodal models may have it in a sub-config ("text_config"); early compressed-tensors called
+    it compression_config.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
-        found = part.get("quantization_config")
-        if found is not None:
-            return found if isinstance(found, dict) else {}
+        for key in QUANTIZATION_KEYS:
+            found = part.get(key)
+            if found is not None:
+                return found if isinstance(found, dict) else {}
     return None
 
 

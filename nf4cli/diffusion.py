@@ -174,7 +174,7 @@ def components_of(root: Path) -> dict[str, Component]:
     """
     path = root / INDEX_FILE
     index = read_json(path)
-    if not isinstance(index.get("_class_name"), str):
+    if not isinstance(index.get("_class_name"), (str, list)):
         raise InputError(
             f'{path} has no "_class_name": expected the index of a diffusers pipeline. Download '
             "it again"
@@ -246,6 +246,12 @@ def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult
         )
     kept = {name for name in components if name in config.keep}
     checkpoints = {name: open_checkpoint(root / name) for name in wanted if name not in kept}
+    for name, checkpoint in checkpoints.items():
+        if not checkpoint.config:
+            raise InputError(
+                f"{root / name} has no config.json with content, without which diffusers cannot "
+                f"load it: download it again, or leave it as it is with --keep {name}"
+            )
     patterns = _keep_patterns(config.keep, components, checkpoints)
     parts: dict[str, Plan] = {}
     notes = [f"{name} is kept as it is, by --keep" for name in wanted if name in kept]

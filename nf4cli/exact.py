@@ -25,7 +25,8 @@ from .meta_model import (
     quiet,
     refuse_absurd,
 )  # fmt: skip
-from .selection import WEIGHT, Answer
+from .records import Answer
+from .selection import WEIGHT
 
 _INSTALL = "pip install 'nf4cli[exact]'"
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from . import exact
 from .errors import InputError, MachineError
-from .records import Checkpoint
-from .selection import Answer
+from .records import Answer, Checkpoint
 from .skip_list import Names
 
 
@@ -73,7 +72,8 @@ def _follows(config: Mapping[str, Any]) -> bool:
     known = survey()
     parts = [part for part in config.values() if isinstance(part, dict)]
     types = [part.get("model_type") for part in parts]
-    return config["model_type"] in known["follow"] and not any(t in known["differ"] for t in types)
+    asked = {t for t in types if isinstance(t, str)} & known["differ"].keys()
+    return config["model_type"] in known["follow"] and not asked
 
 
 def names_of(config: Mapping[str, Any], answer: Answer | None = None) -> Names:

@@ -20,8 +20,16 @@ from .errors import InputError
 from .records import FLOAT8, Checkpoint, Scale, Shard, TensorInfo
 
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
-_SCALE_SUFFIX = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}
-_FOLDED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".prob_scale")
+_SCALE_SUFFIX = {"fp8": ("_scale_inv", "_scale"), "compressed-tensors": ("_scale",)}
+_FOLDED = (
+    ".input_scale",
+    ".output_scale",
+    ".activation_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".prob_scale",
+)
 """What only a float8 kernel reads: the scales of activations and of the key-value cache."""
 
 _TELLTALES = {
@@ -73,19 +81,28 @@ def _fp8_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def _compressed_problem(config: Mapping[str, Any]) -> str | None:
+    if config.get("transform_config"):
+        return "quant_method 'compressed-tensors' with a transform_config"
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         return "quant_method 'compressed-tensors' without config_groups"
     for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            return f"quant_method 'compressed-tensors' whose {name} has no weights"
-        kind, bits = weights.get("type"), weights.get("num_bits")
-        if (kind, bits) != ("float", 8):
-            return f"quant_method 'compressed-tensors', {name} of {bits}-bit {kind}"
-        if weights.get("strategy") not in ("tensor", "channel", "block"):
-            return f"quant_method 'compressed-tensors', strategy {weights.get('strategy')!r}"
+        if problem := _group_problem(group):
+            return f"quant_method 'compressed-tensors', {name}: {problem}"
     return None
+
+
+def _group_problem(group: object) -> str | None:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        return "no weights"
+    if weights.get("symmetric") is False:
+        return "weights with zero points"
+    kind, bits = weights.get("type"), weights.get("num_bits")
+    if (kind, bits) != ("float", 8):
+        return f"{bits}-bit {kind}"
+    strategy = weights.get("strategy")
+    return None if strategy in ("tensor", "channel", "block") else f"strategy {strategy!r}"
 
 
 def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str]]:
@@ -96,35 +113,34 @@ def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str
     """
     scales: dict[str, Scale] = {}
     config = quantization_of(checkpoint.config) if is_float8(checkpoint) else None
-    suffix = None if config is None else _SCALE_SUFFIX[config["quant_method"]]
+    suffixes = () if config is None else _SCALE_SUFFIX[config["quant_method"]]
     blocks = _block_sizes(config or {})
     for name, (shard, tensor) in checkpoint.tensors.items():
         if tensor.dtype not in FLOAT8:
             continue
         where = f"{name} in {shard.path}"
-        if suffix is None:
+        if not suffixes:
             raise InputError(
                 f"{where} is {tensor.dtype}, but config.json has no quantization_config that says "
                 f"how it is scaled: {WHERE_TO_GO}"
             )
         if tensor.dtype != "F8_E4M3":
             raise InputError(f"{where} is {tensor.dtype}; nf4 reads F8_E4M3: {WHERE_TO_GO}")
-        placed = checkpoint.tensors.get(name + suffix)
+        placed = next(filter(None, (checkpoint.tensors.get(name + s) for s in suffixes)), None)
         if placed is None:
             raise InputError(
-                f"{where} is F8_E4M3 but there is no {name + suffix}: it is incomplete. "
+                f"{where} is F8_E4M3 but there is no {name + suffixes[0]}: it is incomplete. "
                 "Download it again"
             )
         scales[name] = _scale(tensor, *placed, blocks)
     used = {scale.tensor.name for scale in scales.values()}
     left = dict.fromkeys(used, "the scales of a float8 weight, which are multiplied in")
-    if suffix is not None:
+    if suffixes:
         for name in checkpoint.tensors:
-            if name.endswith(".weight" + suffix) and name not in used:
+            if name.endswith(tuple(f".weight{suffix}" for suffix in suffixes)) and name not in used:
                 raise InputError(
-                    f"{name} in {checkpoint.root} has no float8 weight "
-                    f"{name.removesuffix(suffix)} beside it: the checkpoint is incomplete. "
-                    "Download it again"
+                    f"{name} in {checkpoint.root} has no float8 weight beside it: the checkpoint "
+                    "is incomplete. Download it again"
                 )
             if name.endswith(_FOLDED):
                 left[name] = "a scale that only float8 kernels read"

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,11 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences warnings and the loggers of every library."""
+    """Silences warnings and the loggers of every library; keeps stdout for our own document."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -84,7 +85,7 @@ def blaming(root: Path, version: str) -> Iterator[None]:
             f"transformers {version} needs a missing library for the model in {root}: "
             f"{_one_line(error)}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         hint = "Correct config.json or try another version of transformers"
         if "offline" in str(error).lower():
             hint = "nf4 never goes online: download what it needs into the cache first"
@@ -94,7 +95,7 @@ def blaming(root: Path, version: str) -> Iterator[None]:
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or "no message"
 
 
@@ -163,9 +164,9 @@ def config_of(root: Path, config: Mapping[str, Any], trust: bool) -> Any:
         found = named[0].config_class
     else:
         raise InputError(
-            f"{where}: model_type is {model_type!r}, expected one of the "
-            f"{len(CONFIG_MAPPING)} that transformers {transformers.__version__} knows. "
-            "Try a newer transformers"
+            f"{where}: model_type is {model_type!r}, none of the "
+            f"{len(list(CONFIG_MAPPING.keys()))} that transformers {transformers.__version__} "
+            "knows. Try a newer transformers"
         )
     made = found.from_dict(structure(config))
     without_downloads(made)

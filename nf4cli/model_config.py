@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from .bnb_format import QUANTIZATION_KEYS
 from .errors import InputError, UsageError
 from .records import SAFETENSORS_NAME, TORCH_NAME, Checkpoint
 
@@ -66,7 +67,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key != "quantization_config"
+        if key not in QUANTIZATION_KEYS
     }
 
 
@@ -77,8 +78,14 @@ def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[s
         UsageError: one part of a fused module is kept and another is packed.
     """
     whole, here = set(kept), set(packed)
+    experts = {module.partition(".experts.")[0] for module in here if ".experts." in module}
     fused = []
     for module in sorted(whole):
+        if ".experts." in module and module.partition(".experts.")[0] in experts:
+            raise UsageError(
+                f"--target vllm: {module} stays in full precision and other experts of its layer "
+                "do not, but vLLM loads them as one: keep them all, or none"
+            )
         parent, _, leaf = module.rpartition(".")
         for name, parts in _VLLM_FUSED.items():
             if leaf not in parts or "experts" in parent.split("."):

@@ -23,6 +23,7 @@ from .records import (
     STORAGE_NAME,
     TARGETS,
     TORCH_NAME,
+    Answer,
     Checkpoint,
     QuantConfig,
     Shard,
@@ -157,7 +158,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return n
 
 
-Oracle = Callable[[Checkpoint], "selection.Answer | None"]
+Oracle = Callable[[Checkpoint], Answer | None]
 """Given the source as the model holds it, what transformers says of it, or None for the rules."""
 
 
@@ -264,7 +265,7 @@ def _plan_weight(
         cast = (
             weight.dtype in TORCH_NAME
             and weight.stored.dtype != model_dtype
-            and rule is not selection.DIFFUSERS_FP32
+            and rule not in (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
         )
         outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
         action = "cast" if cast else "copy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from .packed import PackedWeight, Placed
 from .pipeline import Progress
 from .plan import Plan, TensorPlan, make_plan
 from .reader import ByteReader, ShardReaders
-from .records import SAFETENSORS_NAME, TORCH_NAME, Checkpoint, QuantConfig
+from .records import SAFETENSORS_NAME, TORCH_NAME, Answer, Checkpoint, QuantConfig
 from .report import Report
 from .source import MANIFEST, open_checkpoint
 
@@ -109,7 +110,7 @@ def check_source(
     if manifest is not None:
         _compare_manifest(manifest, conversion, source, report)
     _compare_headers(checkpoint, plan, report)
-    _compare_config(checkpoint, plan, manifest is not None, report)
+    _compare_config(checkpoint, plan, manifest, report)
     for key, place in sorted(sink.first.items()):
         report.add("source", key, _difference(checkpoint, weights, key, place))
     for key, message in sorted(sink.states.items()):
@@ -151,14 +152,18 @@ def _compare_manifest(
             report.add("source", MANIFEST, f"{MANIFEST}: {name} is not what the source gives")
 
 
-def _recorded_answer(manifest: Manifest | None) -> selection.Answer | None:
+def _recorded_answer(manifest: Manifest | None) -> Answer | None:
     """What transformers answered in the run that is checked, as its manifest has it."""
     if manifest is None or not manifest.config.asked:
         return None
     rearranged = selection.REARRANGED.name
-    return selection.Answer(
+    return Answer(
         version=manifest.config.asked.removeprefix("transformers "),
-        quantized=frozenset(n for n, t in manifest.tensors.items() if t.action == "quantize"),
+        quantized=frozenset(
+            name
+            for name, t in manifest.tensors.items()
+            if t.action == "quantize" or t.rule in (selection.USER.name, selection.ENTANGLED.name)
+        ),
         rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
     )
 
@@ -223,7 +228,9 @@ def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None
         report.add("source", key, f"{key} is there, but the source gives no such tensor")
 
 
-def _compare_config(checkpoint: Checkpoint, plan: Plan, manifest: bool, report: Report) -> None:
+def _compare_config(
+    checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
+) -> None:
     """Our own config.json must be the one the source gives; of others, what the source says."""
     expected = plan.output_config
     if expected is None:
@@ -231,16 +238,19 @@ def _compare_config(checkpoint: Checkpoint, plan: Plan, manifest: bool, report: 
     if not checkpoint.config:
         report.add("source", "config.json", "config.json is missing: the source has one")
         return
-    keys = set(expected) | (set(checkpoint.config) if manifest else set())
+    found = dict(checkpoint.config)
+    if manifest is not None and manifest.config.asked:
+        # The names in its skip list are transformers' answer, which is not asked for again.
+        expected, found = (bnb_format.without_skip_list(config) for config in (expected, found))
+    keys = set(expected) | (set(found) if manifest else set())
     if not manifest:
         keys -= {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
     for key in sorted(keys):
-        if checkpoint.config.get(key) != expected.get(key):
+        if json.dumps(found.get(key)) != json.dumps(expected.get(key)):  # a NaN equals itself
             report.add(
                 "source",
                 "config.json",
-                f"config.json: {key} is {checkpoint.config.get(key)!r}, the source gives "
-                f"{expected.get(key)!r}",
+                f"config.json: {key} is {found.get(key)!r}, the source gives {expected.get(key)!r}",
             )
 
 

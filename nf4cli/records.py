@@ -174,6 +174,25 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What transformers itself says of a checkpoint (exact.py).
+
+    Attributes:
+        version: of transformers.
+        quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
+        rearranged: tensors that it splits, merges or permutes while loading, which a packed
+            weight cannot go through.
+        modules: path in the checkpoint -> paths in the model, where they differ: several for a
+            weight that is split.
+    """
+
+    version: str
+    quantized: frozenset[str]
+    rearranged: frozenset[str]
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantConfig:
     """Everything about the output that a user may choose and that changes its bytes.
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
 from .components import EMBEDDERS, NOT_LINEAR, fp32_modules
 from .errors import NothingToQuantizeError, UsageError
-from .records import TORCH_NAME, Checkpoint, TensorInfo
+from .records import TORCH_NAME, Answer, Checkpoint, TensorInfo
 from .skip_list import hits_v4
 
 WEIGHT = ".weight"
@@ -77,25 +77,6 @@ REARRANGED_PARTS: Mapping[str, frozenset[str]] = {
 T5_FAMILIES = frozenset(
     ("t5", "mt5", "umt5", "longt5", "pix2struct_text_model", "udop", "pop2piano")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What transformers itself says of a checkpoint (exact.py).
-
-    Attributes:
-        version: of transformers.
-        quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
-        rearranged: tensors that it splits, merges or permutes while loading, which a packed
-            weight cannot go through.
-        modules: path in the checkpoint -> paths in the model, where they differ: several for a
-            weight that is split.
-    """
-
-    version: str
-    quantized: frozenset[str]
-    rearranged: frozenset[str]
-    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +198,16 @@ def _is_embedding(path: list[str]) -> bool:
     return bool(EMBEDDINGS.search(path[-2] if numbered else path[-1]))
 
 
+KEPT_FP32 = Rule(
+    "fp32-value",
+    "transformers keeps this in float32: it chooses between experts",
+    lambda c, t, p: not {"e_score_correction_bias", "moe_statics"}.isdisjoint(t.name.split(".")),
+)
+
+
 RULES: tuple[Rule, ...] = (
     DIFFUSERS_FP32,
+    KEPT_FP32,
     Rule(
         "fused-experts",
         "experts in one 3-D parameter, which no loader holds in 4 bit",

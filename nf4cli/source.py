@@ -41,6 +41,7 @@ _VARIANT = re.compile(
 """model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
 model-00001-of-00002.fp16.safetensors as earlier versions of diffusers wrote it."""
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
+_MAX_DEPTH = 64
 _MAX_JSON = 100_000_000  # bytes; the safetensors library's cap on headers
 
 
@@ -100,9 +101,27 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    if _is_deeper(value, _MAX_DEPTH):
+        raise InputError(
+            f"{path} is nested more than {_MAX_DEPTH} levels deep: this is no {path.name}"
+        )
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def find_shards(root: Path) -> tuple[str | None, list[Path]]:

@@ -282,6 +282,23 @@ def test_a_model_type_that_nobody_knows(work, value):
     refused(INPUT, "quantize", "model", says=("model_type",), cwd=work)
 
 
+def test_a_part_with_an_odd_model_type(work):
+    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "x": {"model_type": ["a"]}})
+    nf4_ok("quantize", "model", cwd=work)
+
+
+def test_a_config_with_a_number_that_is_none(work):
+    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "x": float("nan")})
+    nf4_ok("quantize", "model", cwd=work)
+    nf4_ok("verify", "model-nf4", "--source", "model", cwd=work)
+
+
+def test_a_config_nested_too_deep(work):
+    text = json.dumps(LLAMA)[:-1] + ', "x": ' + '{"a": ' * 900 + "1" + "}" * 900 + "}"
+    (work / "model" / "config.json").write_text(text)
+    refused(INPUT, "quantize", "model", says=("levels deep",), cwd=work)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

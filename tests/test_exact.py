@@ -119,7 +119,7 @@ def test_how_a_config_is_loaded_does_not_matter():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama9"}, "model_type is 'llama9', expected one of the"),
+        ({"model_type": "llama9"}, "model_type is 'llama9', none of the"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
         ({"model_type": None, "architectures": None}, "model_type is None"),
         ({"num_attention_heads": 0}, "cannot build the model that .*config.json describes"),
@@ -198,6 +198,15 @@ def test_foreign_code_runs_when_trusted(remote):
     answer = ask({**config, "model_type": "own"}, shapes("llama"), root, trust=True)
     assert marker.exists()
     assert answer.quantized == theirs("llama", answer.version)
+
+
+def test_foreign_code_cannot_end_the_run_or_speak_for_it(remote, capsys):
+    root, _, config = remote
+    module = root / "modeling_own.py"
+    module.write_text("print('hello')\nimport sys\nsys.exit(0)\n" + module.read_text())
+    with pytest.raises(InputError, match="SystemExit"):
+        ask({**config, "model_type": "own"}, shapes("llama"), root, trust=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_foreign_code_that_is_not_there(remote):

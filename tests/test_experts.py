@@ -159,6 +159,22 @@ def test_vllm_refuses_what_it_cannot_load(work):
     refused(USAGE, "quantize", "model", "--target", "sglang", says=("--target sglang",), cwd=work)
 
 
+def test_vllm_refuses_experts_that_are_half_packed(tmp_path):
+    source = mixtral(tmp_path / "src")
+    refused(USAGE, "quantize", source, "out", "--target", "vllm", "--keep", "experts.1",
+            says=("other experts of its layer", "keep them all"), cwd=tmp_path)  # fmt: skip
+
+
+def test_what_chooses_between_experts_keeps_its_float32(tmp_path):
+    """In bfloat16 the biases of DeepSeek-V3's router, 7.398 and 7.411, would be one value."""
+    bias = torch.tensor([7.3979, 7.4107, 7.4161, 7.4085])
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    tensors = {**llama_tensors(), name: bias}
+    source = write_checkpoint_dir(tmp_path / "src", tensors, {**LLAMA, "model_type": "deepseek_v3"})
+    nf4_ok("quantize", source, tmp_path / "out")
+    assert torch.equal(read_all(tmp_path / "out")[name], bias)
+
+
 def test_vllm_is_told_its_own_names_of_kept_modules(work):
     nf4_ok("quantize", "model", "out", "--target", "vllm", "--keep", "layers.0.mlp", cwd=work)
     config = json.loads((work / "out" / "config.json").read_text())

@@ -61,8 +61,9 @@ def test_exact_agrees_with_the_rules_and_is_recorded(work):
     assert manifest["recipe"]["asked"] == "transformers 5.23.0"
 
 
-def test_the_proof_of_an_answer_needs_no_transformers(work):
-    nf4_ok("quantize", "model", "exact", "--exact", "-q", cwd=work)
+@pytest.mark.parametrize("keep", [(), ("--keep", "mlp"), ("--keep", "layers.0")])
+def test_the_proof_of_an_answer_needs_no_transformers(work, keep):
+    nf4_ok("quantize", "model", "exact", "--exact", "-q", *keep, cwd=work)
     code = (
         "import sys\n"
         "sys.modules['transformers'] = sys.modules['torch'] = None\n"

@@ -82,6 +82,8 @@ CASES = {
                      "float32"),
     "powers of two": (FP8, "_scale_inv", (24, 40), "matrix", "float8_e8m0fnu"),
     "static": ({**FP8, "weight_block_size": None}, "_scale_inv", (0, 0), "scalar", "bfloat16"),
+    "AutoFP8": ({"quant_method": "fp8", "activation_scheme": "static"}, "_scale", (0, 0), "scalar",
+                "float32"),
     "per tensor": (compressed("tensor"), "_scale", (0, 0), "matrix", "bfloat16"),
     "per channel": (compressed("channel"), "_scale", (1, 0), "matrix", "bfloat16"),
     "per row": (compressed("channel"), "_scale", (1, 0), "vector", "float32"),
@@ -231,6 +233,14 @@ def grouped(t: dict, c: dict) -> None:
     c["quantization_config"] = compressed("group", group_size=128)
 
 
+def zero_points(t: dict, c: dict) -> None:
+    c["quantization_config"] = compressed("channel", symmetric=False)
+
+
+def transformed(t: dict, c: dict) -> None:
+    c["quantization_config"] = {**compressed("channel"), "transform_config": {"x": {}}}
+
+
 def fnuz(t: dict, c: dict) -> None:
     c["quantization_config"] = {**FP8, "fmt": "e5m2"}
 
@@ -241,7 +251,7 @@ def fnuz(t: dict, c: dict) -> None:
         (drop, (GATE, "no " + GATE + "_scale_inv")),
         (reshape, (GATE + "_scale_inv", "[5, 2]", "[6, 2]")),
         (integers, (GATE + "_scale_inv", "I32", "F32")),
-        (orphan, (GATE + "_scale_inv", "no float8 weight")),
+        (orphan, (GATE + "_scale_inv", "no float8 weight beside it")),
         (unscaled, ("F8_E4M3", "no quantization_config")),
         (e5m2, (GATE, "F8_E5M2")),
         (cube, (GATE, "[2, 64, 64]")),
@@ -251,12 +261,28 @@ def fnuz(t: dict, c: dict) -> None:
         (no_groups, ("compressed-tensors", "config_groups")),
         (grouped, ("compressed-tensors", "'group'")),
         (fnuz, ("'fp8'", "'e5m2'")),
+        (zero_points, ("compressed-tensors", "zero points")),
+        (transformed, ("compressed-tensors", "transform_config")),
     ],
     ids=lambda x: x.__name__ if callable(x) else "",
 )
 def test_what_does_not_fit_is_refused(work, change, says):
     broken(work, change)
     refused(INPUT, "quantize", "model8", "-q", says=says, cwd=work)
+
+
+def test_early_compressed_tensors_and_all_scales_of_kernels(tmp_path):
+    quantization = compressed("channel")
+    float8_model(tmp_path / "new", quantization, "_scale", (1, 0), "matrix", "bfloat16")
+    tensors, config = read_all(tmp_path / "new"), {**LLAMA, "compression_config": quantization}
+    tensors["model.layers.0.self_attn.k_proj.output_scale"] = torch.ones(1)
+    write_checkpoint_dir(tmp_path / "old", tensors, config)
+    for name in ("new", "old"):
+        nf4_ok("quantize", tmp_path / name, tmp_path / f"{name}-nf4")
+    new, old = read_all(tmp_path / "new-nf4"), read_all(tmp_path / "old-nf4")
+    assert new.keys() == old.keys()
+    assert all(torch.equal(new[key], old[key]) for key in new)
+    assert "compression_config" not in json.loads((tmp_path / "old-nf4/config.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from .common import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from ..records import Checkpoint
-    from ..selection import Answer
+    from ..records import Answer, Checkpoint
 
 
 def quantize(
