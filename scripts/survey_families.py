@@ -480,7 +480,7 @@ def merged(versions: list[dict[str, Any]], before: Mapping[str, Any]) -> dict[st
     for version in versions:
         for model_type, found in version["families"].items():
             if found["outcome"] == "not_built":
-                reasons[model_type] = found["reason"]
+                reasons[model_type] = re.sub(r"'?/[\w./-]+'?>?", "...", found["reason"])
                 continue
             known = names.setdefault(model_type, {"prefix": "", "renamed": []})
             known["prefix"] = known["prefix"] or found["prefix"]
