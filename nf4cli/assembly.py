@@ -26,7 +26,7 @@ from .manifest import Manifest
 from .output import new_directory
 from .pipeline import Progress, no_progress
 from .quantize import file_records, fill_directory
-from .report import Finding, Report
+from .report import Report
 from .source import PIPELINE_RECORD, open_checkpoint
 from .verify import check_other_file, verify
 
@@ -96,15 +96,6 @@ class PipelineReport:
 
     own: Report = field(default_factory=Report)
     parts: dict[str, Report] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        return self.own.ok and all(report.ok for report in self.parts.values())
-
-    @property
-    def findings(self) -> list[Finding]:
-        """All of them."""
-        return [*self.own.findings, *(f for r in self.parts.values() for f in r.findings)]
 
 
 def verify_pipeline(

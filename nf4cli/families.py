@@ -14,7 +14,7 @@ from typing import Any
 
 from . import exact
 from .errors import InputError, MachineError
-from .records import Answer, Checkpoint
+from .records import Answer, Checkpoint, is_diffusers_config
 from .skip_list import Names
 
 
@@ -39,7 +39,7 @@ def consult(
         MachineError: `always`, and transformers is not installed.
     """
     config = checkpoint.config
-    if not config or ("_class_name" in config and "model_type" not in config):
+    if not config or is_diffusers_config(config):
         return None  # a bare file; a component of a diffusers pipeline
     family = config.get("model_type")
     if not isinstance(family, str) or not family:
@@ -78,7 +78,7 @@ def _follows(config: Mapping[str, Any]) -> bool:
 
 def names_of(config: Mapping[str, Any], answer: Answer | None = None) -> Names:
     """What loaders call the modules of a family's checkpoints."""
-    if "_class_name" in config and "model_type" not in config:
+    if is_diffusers_config(config):
         return Names()  # diffusers calls them what the files do
     family = config.get("model_type")
     known = survey()["names"].get(family, {}) if isinstance(family, str) else {}

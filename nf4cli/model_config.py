@@ -122,7 +122,7 @@ def check_headers(checkpoint: Checkpoint) -> None:
     if not layers or not count:
         return
     found = max(layers) + 1
-    extra = any(_EXTRA_LAYERS.search(k) for k, _ in _items(checkpoint.config))
+    extra = any(_EXTRA_LAYERS.search(k) for k, _ in config_items(checkpoint.config))
     if found < count or (found > count and not extra):
         raise InputError(
             f"{checkpoint.root}: config.json says {key} {count}, but the tensors have {found} "
@@ -147,8 +147,9 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int]:
     return next(((k, config[k]) for k in keys if type(config.get(k)) is int), ("", 0))
 
 
-def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of a config.json, those of its sub-configs included."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):
-            yield from _items(value)
+            yield from config_items(value)

@@ -72,11 +72,6 @@ class TensorPlan:
         return prod(self.weight.shape)
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes that are read for it."""
-        return self.numel * ITEMSIZE[self.weight.stored.dtype]
-
-    @property
     def nbytes_out(self) -> int:
         return sum(_nbytes(dtype, shape) for dtype, shape in self.outputs.values())
 

@@ -136,6 +136,11 @@ class Weight:
     scale: Scale | None = None
 
 
+def is_diffusers_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a diffusers component."""
+    return "_class_name" in config and "model_type" not in config
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A directory (or one file) of safetensors shards with what lies beside them.
@@ -164,7 +169,7 @@ class Checkpoint:
     def is_diffusers(self) -> bool:
         """Whether it is a component of a diffusers pipeline: other names, another loader."""
         if self.config:
-            return "_class_name" in self.config and "model_type" not in self.config
+            return is_diffusers_config(self.config)
         return self.shards[0].path.name.startswith(DIFFUSERS_STEM)
 
     @property

@@ -8,14 +8,14 @@ that holds keeps the tensor and gives the reason that --plan and the manifest sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any
 
 from .components import EMBEDDERS, NOT_LINEAR, fp32_modules
 from .errors import NothingToQuantizeError, UsageError
+from .model_config import config_items
 from .records import TORCH_NAME, Answer, Checkpoint, TensorInfo
 from .skip_list import hits_v4
 
@@ -104,7 +104,7 @@ class Context:
     @staticmethod
     def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
         config = checkpoint.config
-        items = list(_config_items(config))
+        items = list(config_items(config))
         text = config.get("text_config")
         layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
         return Context(
@@ -132,13 +132,6 @@ class Context:
             or self.diffusers
             or bool(self.model_types & {"llama4", "llama4_text"})
         )
-
-
-def _config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _config_items(value)
 
 
 @dataclass(frozen=True, slots=True)
