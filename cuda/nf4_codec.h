@@ -14,17 +14,21 @@
 #ifndef NF4_CODEC_H
 #define NF4_CODEC_H
 
+#if defined(__CUDACC_RTC__)  // NVRTC: no system headers, and none of CUDA's own are needed
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef long long int64_t;
+#define NF4_FN static __device__ __forceinline__
+#else
 #include <stdint.h>
 #include <string.h>
-
-#if defined(__CUDACC__)
-#define NF4_FN static __host__ __device__ __forceinline__
-#else
 #define NF4_FN static inline __attribute__((always_inline))
 #endif
 
-// Source and destination element types; the numbers are part of the C ABI (engines/cpu.py).
-enum nf4_dtype { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2 };
+// Element types; the numbers are part of the C ABI and of the kernels' names (engines/).
+enum nf4_dtype { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2, NF4_E4M3 = 3 };
 
 // One 4-bit table, in ascending order of value (FP4's own code order is not ascending).
 //   midpoints[i]  float32 (values[i] + values[i+1]) / 2; entry 15 is unused padding
@@ -38,6 +42,10 @@ struct nf4_codebook {
   uint8_t codes[16];
 };
 
+#if defined(__CUDACC_RTC__)
+NF4_FN float nf4_float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+NF4_FN uint32_t nf4_bits_of_float(float value) { return __float_as_uint(value); }
+#else
 NF4_FN float nf4_float_of_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
@@ -49,17 +57,34 @@ NF4_FN uint32_t nf4_bits_of_float(float value) {
   memcpy(&bits, &value, 4);
   return bits;
 }
+#endif
 
 // -- 16-bit floats, as raw bits ---------------------------------------------------------------
 
 NF4_FN float nf4_f32_of_bf16(uint16_t raw) { return nf4_float_of_bits((uint32_t)raw << 16); }
 
 // Exact: the exponent is moved by a multiplication with 2^112, which also normalises subnormals.
+// (A GPU has an instruction for it; the two differ in the payload of a NaN only, which no code has.)
 NF4_FN float nf4_f32_of_f16(uint16_t raw) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(raw));
+  return value;
+#else
   const uint32_t magnitude = (uint32_t)(raw & 0x7fffu) << 13;
   const uint32_t scaled = nf4_bits_of_float(nf4_float_of_bits(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return nf4_float_of_bits(scaled | special | (uint32_t)(raw & 0x8000u) << 16);
+#endif
+}
+
+// float8 e4m3fn, exact, by the same trick: 2^120 puts its exponent (bias 7) where float32 has it.
+// The values are those of codebook.float8_e4m3(), NaN (0x7f and 0xff) included.
+NF4_FN float nf4_f32_of_e4m3(uint8_t raw) {
+  const uint32_t magnitude = (uint32_t)(raw & 0x7fu) << 20;
+  const uint32_t scaled = nf4_bits_of_float(nf4_float_of_bits(magnitude) * 0x1p120f);
+  const uint32_t special = magnitude == 0x07f00000u ? 0x7ff00000u : 0u;
+  return nf4_float_of_bits(scaled | special | (uint32_t)(raw & 0x80u) << 24);
 }
 
 // Round to nearest even; a NaN becomes torch's quiet NaN 0x7fc0, sign dropped as torch does.
@@ -91,6 +116,8 @@ NF4_FN uint16_t nf4_f16_of_f32(float value) {
 NF4_FN float nf4_reciprocal(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
 // The rank (0..15) of a scaled value: how many midpoints lie below it.  A tie takes the lower.
+// Engines search as their machine likes (a tree in registers, one in shared memory); every search
+// asks `scaled > midpoint`, of midpoints in ascending order, and nothing else.
 NF4_FN int nf4_rank(float scaled, const float* midpoints) {
   int rank = 0;
   for (int i = 0; i < 15; i++) rank += scaled > midpoints[i] ? 1 : 0;
@@ -101,10 +128,16 @@ NF4_FN float nf4_decode(float table_value, float absmax) { return table_value * 
 
 // -- nested 8-bit (double quantization of the absmax vector) -----------------------------------
 
-// The index of the nearest of 256 ascending values by their 255 midpoints, ties to the lower:
-// eight of these steps, for bit 7 down to 0, from rank 0.
-NF4_FN int nf4_nested_step(float scaled, const float* midpoints, int rank, int bit) {
+// One step of the search for the nearest of 2^k ascending values by their midpoints, ties to the
+// lower: from rank 0, for bit k-1 down to 0.
+NF4_FN int nf4_search_step(float scaled, const float* midpoints, int rank, int bit) {
   return rank + ((int)(scaled > midpoints[rank + (1 << bit) - 1]) << bit);
+}
+
+// The same on a heap (node 1 is the root, node k has children 2k and 2k+1): from node 1, k of these
+// steps end at node 2^k + rank.
+NF4_FN int nf4_heap_step(float scaled, const float* heap, int node) {
+  return 2 * node + (int)(scaled > heap[node]);
 }
 
 // Two roundings, never a fused one: bitsandbytes multiplies, stores, then adds the offset.

@@ -80,7 +80,7 @@ NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksi
   const uint32_t largest = load_block<kDtype>(src, blocksize, x);
   *absmax = nf4_float_of_bits(largest);
   if (largest >= kInfBits) return false;
-  Search::run(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, packed, sums, worst);
+  search_block(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, packed, sums, worst);
   return true;
 }
 
@@ -98,7 +98,7 @@ bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search
   for (int i = 0; i < n; i++) x[i] = x[i] / *absmax;
   const int padded = (n + kRow - 1) / kRow * kRow;
   for (int i = n; i < padded; i++) x[i] = 0.0f;
-  Search::run(search, x, padded, 1.0f, *absmax, bytes, sums, worst);
+  search_block(search, x, padded, 1.0f, *absmax, bytes, sums, worst);
   memcpy(packed, bytes, (size_t)(n + 1) / 2);
   return true;
 }
@@ -301,7 +301,7 @@ NF4_EXPORT(void nf4_nested_quantize)
     nested_absmax[start / kRun] = largest;
     int rank[kRun] = {0};
     for (int bit = 7; bit >= 0; bit--)
-      for (int i = 0; i < count; i++) rank[i] = nf4_nested_step(x[i], midpoints, rank[i], bit);
+      for (int i = 0; i < count; i++) rank[i] = nf4_search_step(x[i], midpoints, rank[i], bit);
     for (int i = 0; i < count; i++) codes[start + i] = (uint8_t)rank[i];
   }
 }

@@ -20,11 +20,13 @@ namespace {
 
 constexpr int kMaxBlock = 4096;   // the largest blocksize bitsandbytes accepts
 constexpr int kRow = 16;          // error sums run over 16 interleaved partial sums, see Sums
+constexpr int kSegment = 64;      // elements that are added up by them
 
 // The error sums of one granule (see the C ABI below), and the order they are defined in, which
-// is part of the contract between engines.  Within a block, in units of its absmax: partial sum j
-// takes the elements j, j+16, j+32, ... in turn, then the 16 partial sums are folded in halves
-// (j += j+8, j+4, j+2, j+1).  Blocks are added in turn, in float64, times the absmax squared.
+// is part of the contract between engines.  Within a segment (64 elements, or a block of 32), in
+// units of its block's absmax: partial sum j takes the elements j, j+16, j+32, ... in turn, then the
+// 16 partial sums are folded in halves (j += j+8, j+4, j+2, j+1).  Segments are added in turn, in
+// float64, times the absmax squared.
 struct Sums {
   double error2 = 0.0, value2 = 0.0;
 
@@ -98,14 +100,14 @@ struct Search {
     memcpy(&codes, wide, 64);
   }
 
-  // x[n] (n a multiple of 16) times scale -> n/2 packed bytes and the block's error sums;
+  // x[n] (n a multiple of 16, up to kSegment) times scale -> n/2 packed bytes and their error sums;
   // worst: the largest error so far, lane by lane.
   NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
                   uint8_t* packed, Sums& sums, Worst& worst) {
     VF error2[kVectors] = {}, value2[kVectors] = {};
     VU largest[kVectors] = {};
 #if NF4_LANES < 16
-    alignas(64) int32_t codes[kMaxBlock];
+    alignas(64) int32_t codes[kSegment];
 #endif
     const VF root = VF{} + s.tree.part[0][1];
     for (int i = 0; i < n; i += kRow) {
@@ -200,8 +202,8 @@ struct Search {
   NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
                   uint8_t* packed, Sums& sums, Worst& worst) {
     const nf4_codebook& book = s.book;
-    float y[kMaxBlock];
-    int32_t codes[kMaxBlock];
+    float y[kSegment];
+    int32_t codes[kSegment];
     for (int i = 0; i < n; i++) y[i] = x[i] * scale;
     for (int i = 0; i < n; i++) codes[i] = nf4_rank(y[i], book.midpoints);
     float error2[kRow] = {0}, value2[kRow] = {0};
@@ -230,6 +232,14 @@ struct Lookup {
 };
 
 #endif
+
+// A whole block, n a multiple of 16, segment by segment.
+NF4_FN void search_block(const Search& search, const float* x, int n, float scale, float absmax,
+                         uint8_t* packed, Sums& sums, Worst& worst) {
+  for (int i = 0; i < n; i += kSegment)
+    Search::run(search, x + i, n - i < kSegment ? n - i : kSegment, scale, absmax, packed + i / 2,
+                sums, worst);
+}
 
 }  // namespace
 

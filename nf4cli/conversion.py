@@ -19,7 +19,7 @@ import numpy as np
 from . import bnb_format
 from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
 from .digest import OrderedDigest, ShardDigest
-from .engines import GRANULE, Engine
+from .engines import GRANULE, Engine, Float8
 from .errors import InputError, NonFiniteError
 from .items import AbsmaxFile, Item, Job, Reading, element, widest
 from .limits import Resources
@@ -264,9 +264,8 @@ class _Worker:
 
     def __init__(self, conversion: Conversion) -> None:
         self._conversion = conversion
-        chunk = conversion._resources.chunk
-        self._source = np.empty(chunk, np.uint8)
-        self._output = np.empty(chunk, np.uint8)
+        chunk, engine = conversion._resources.chunk, conversion._engine
+        self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
 
     def __call__(self, item: Item | Reading) -> None:
         c = self._conversion
@@ -277,12 +276,14 @@ class _Worker:
             return
         plan = item.job.plan
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        if plan.action == "quantize":
+            self._quantize(item, data)
+            c.item_done(item)
+            return
         dtype = plan.weight.stored.dtype
         if plan.weight.scale is not None:
             data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
-        if plan.action == "quantize":
-            self._quantize(item, data, dtype)
-        elif plan.outputs[plan.name][0] != dtype:
+        if plan.outputs[plan.name][0] != dtype:
             self._cast(item, data, dtype)
         else:
             c._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
@@ -301,21 +302,14 @@ class _Worker:
 
     def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
         """Float8 -> the weight's dtype, into the rest of the buffer."""
-        weight, factors = item.job.plan.weight, item.job.scale
-        assert factors is not None
+        weight, float8 = item.job.plan.weight, _float8(item)
+        assert float8 is not None
         start = -(-item.count // 8) * 8  # aligned for the wider elements
         out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
         try:
-            self._conversion._engine.decode_float8(
-                data, item.start, weight.shape[1], factors, scale.block, out, weight.dtype
-            )
+            self._conversion._engine.decode_float8(data, float8, out, weight.dtype)
         except NonFiniteError as error:
-            place = element(item, error.index)
-            raise InputError(
-                f"{weight.name}{list(place)} in {weight.shard.path}, byte "
-                f"0x{int(data[error.index]):02x}, times its factor in {scale.tensor.name} is no "
-                f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
-            ) from error
+            raise InputError(_damaged(item, error.index, data, scale)) from error
         return out
 
     def _read_transposed(self, item: Item, view: View) -> U8:
@@ -335,18 +329,21 @@ class _Worker:
         skip = item.start - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
-    def _quantize(self, item: Item, data: U8, dtype: str) -> None:
+    def _quantize(self, item: Item, data: U8) -> None:
         c, plan = self._conversion, item.job.plan
-        state = plan.state
+        weight, state = plan.weight, plan.state
         assert state is not None
         packed = self._output[: (item.count + 1) // 2]
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
         try:
             sums = c._engine.quantize(
-                data, dtype, state.blocksize, state.quant_type, packed, absmax
-            )
+                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax,
+                _float8(item),
+            )  # fmt: skip
         except NonFiniteError as error:
-            raise InputError(_nonfinite(item, error.index, data, dtype)) from error
+            if weight.scale is not None:
+                raise InputError(_damaged(item, error.index, data, weight.scale)) from error
+            raise InputError(_nonfinite(item, error.index, data, weight.dtype)) from error
         item.job.stats[item.start] = sums
         name, first_block = plan.name, item.start // state.blocksize
         c._sink.write(name, item.start // 2, packed)
@@ -368,6 +365,25 @@ class _Worker:
                 f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
             ) from error
         c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
+
+
+def _float8(item: Item) -> Float8 | None:
+    """What decodes the item, None for one that is stored in its own dtype."""
+    weight = item.job.plan.weight
+    if weight.scale is None:
+        return None
+    factors = item.job.scale
+    assert factors is not None
+    return Float8(item.start, weight.shape[1], factors, weight.scale.block)
+
+
+def _damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
+    weight = item.job.plan.weight
+    return (
+        f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
+        f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
+        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
+    )
 
 
 def _nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
 from .source import shard_name
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
+
+if TYPE_CHECKING:
+    from .engines import U8
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +158,18 @@ def decode_into(
         try:
             writers += (ShardWriter(directory, layout) for layout in layouts)
 
-            def worker(item: _Item) -> None:
-                writer = writers[decoding.file_of[item.output.source.name]]
-                _convert(item, checkpoint, packed, engine, writer)
-                progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
+            def make_worker() -> Callable[[_Item], None]:
+                buffers = engine.buffer(resources.chunk), engine.buffer(resources.chunk)
+
+                def worker(item: _Item) -> None:
+                    writer = writers[decoding.file_of[item.output.source.name]]
+                    _convert(item, checkpoint, packed, engine, writer, buffers)
+                    progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
+
+                return worker
 
             items = _items(outputs, resources.chunk)
-            run(items, lambda: worker, resources.workers, lambda: None)
+            run(items, make_worker, resources.workers, lambda: None)
             for writer in writers:
                 writer.finish()
         finally:
@@ -228,6 +236,7 @@ def _convert(
     packed: PackedReader,
     engine: Engine,
     writer: ShardWriter,
+    buffers: tuple[U8, U8],
 ) -> None:
     output = item.output
     name, itemsize = output.source.name, ITEMSIZE[output.dtype]
@@ -245,7 +254,10 @@ def _convert(
             data = out
         writer.write(name, item.start * itemsize, data)
         return
-    data = packed.decode(output.weight, item.start, item.count, output.dtype)
+    fits = item.count * itemsize <= buffers[1].nbytes  # an item of a large unit may not
+    data = packed.decode(
+        output.weight, item.start, item.count, output.dtype, *(buffers if fits else ())
+    )
     if not output.transposed:
         writer.write(name, item.start * itemsize, data)
         return

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engines import GRANULE
+from .engines import GRANULE, Engine
 from .errors import MachineError, UsageError
 from .plan import Plan
 
@@ -16,7 +16,6 @@ DEFAULT_CHUNK = 8 << 20
 _MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
-_WORKER_MEMORY = 2_000_000  # bytes a thread beside its buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +88,13 @@ def disk_bytes(plan: Plan, workers: int) -> int:
 
 
 def make_resources(
-    workers: int | None, memory: int | None, cpus: int, tensors: int = 0
+    engine: Engine, workers: int | None, memory: int | None, cpus: int, tensors: int = 0
 ) -> Resources:
     """Threads and buffer sizes that keep the process below `memory` bytes.
 
     Args:
-        workers: as asked, None for one a processor (at most 16).
+        engine: what the threads will call.
+        workers: as asked, None for one a processor (at most 16) and the engine's spare ones.
         memory: as asked, None for no bound but the default buffers.
         tensors: of the source, whose headers and plans are held in memory.
 
@@ -103,19 +103,19 @@ def make_resources(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1")
-    threads = workers or max(1, min(cpus, 16))
-    base = _BASE_MEMORY + _TENSOR_MEMORY * tensors
+    threads = workers or max(1, min(cpus, 16)) + engine.spare_threads
+    base = _BASE_MEMORY + engine.extra_memory + _TENSOR_MEMORY * tensors
     if memory is None:
         chunk = DEFAULT_CHUNK
     else:
         room = memory - base
-        smallest = 2 * _MIN_CHUNK + _WORKER_MEMORY
+        smallest = 2 * _MIN_CHUNK + engine.worker_memory
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
                 f"{-(-(base + smallest) // 1_000_000)}MB"
             )
         threads = min(threads, room // smallest)
-        chunk = min(DEFAULT_CHUNK, (room // threads - _WORKER_MEMORY) // 2)
+        chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)
         chunk -= chunk % _MIN_CHUNK
-    return Resources(threads, chunk, base + threads * (2 * chunk + _WORKER_MEMORY))
+    return Resources(threads, chunk, base + threads * (2 * chunk + engine.worker_memory))

@@ -15,6 +15,7 @@ import numpy as np
 from . import bnb_format
 from .bnb_format import QuantState
 from .codebook import codebook, nested_map
+from .engines import NestedAbsmax
 from .errors import InputError
 from .reader import ShardReaders
 from .records import ITEMSIZE, Checkpoint, Shard, TensorInfo
@@ -186,23 +187,27 @@ class PackedReader:
 
     def absmax(self, weight: PackedWeight, first: int, count: int) -> F32:
         """Decoded absmax of blocks [first, first + count)."""
+        stored = self._stored_absmax(weight, first, count)
+        if isinstance(stored, NestedAbsmax):
+            return self._engine.nested_dequantize(stored)
+        return stored
+
+    def _stored_absmax(self, weight: PackedWeight, first: int, count: int) -> F32 | NestedAbsmax:
+        """The same as it is stored."""
         if weight.nested_absmax is None or weight.nested_quant_map is None:
             return self.read(weight.absmax, 4 * first, 4 * count).view(np.float32)
         run = weight.state.nested_blocksize
         aligned = first // run * run
         codes = self.read(weight.absmax, aligned, first + count - aligned)
         runs = -(-codes.size // run)
-        nested = self.read(weight.nested_absmax, 4 * (aligned // run), 4 * runs).view(np.float32)
-        out = np.empty(codes.size, np.float32)
-        self._engine.nested_dequantize(
+        return NestedAbsmax(
             codes,
+            first - aligned,
             run,
             self.floats(weight.nested_quant_map),
-            nested,
+            self.read(weight.nested_absmax, 4 * (aligned // run), 4 * runs).view(np.float32),
             weight.state.nested_offset,
-            out,
         )
-        return out[first - aligned :]
 
     def packed(self, weight: PackedWeight, start: int, count: int) -> U8:
         """The bytes of elements [start, start + count); start is even."""
@@ -217,30 +222,47 @@ class PackedReader:
                 "nf4 decodes NF4 and FP4 only"
             )
 
-    def decode(self, weight: PackedWeight, start: int, count: int, dtype: str) -> U8:
+    def decode(
+        self, weight: PackedWeight, start: int, count: int, dtype: str,
+        packed: U8 | None = None, out: U8 | None = None,
+    ) -> U8:  # fmt: skip
         """Elements [start, start + count) as raw bytes of `dtype`; start is a block's first.
+
+        Args:
+            packed, out: buffers for the packed and the decoded bytes, at least as large, to be
+                used again (`Engine.buffer`); None for new ones.
 
         Raises:
             InputError: a scale is too large for `dtype`.
         """
         blocksize = weight.state.blocksize
-        blocks = -(-count // blocksize)
-        out = np.empty(count * ITEMSIZE[dtype], np.uint8)
-        absmax = self.absmax(weight, start // blocksize, blocks)
-        if dtype == "F16" and (np.abs(absmax) > np.finfo(np.float16).max).any():
+        blocks, nbytes = -(-count // blocksize), count * ITEMSIZE[dtype]
+        absmax = self._stored_absmax(weight, start // blocksize, blocks)
+        if dtype == "F16" and self._overflows(absmax):
             raise InputError(
                 f"{weight.name} has values too large for float16: choose another --dtype"
             )
+        if packed is None:
+            packed = self.packed(weight, start, count)
+        else:
+            shard, tensor = weight.packed
+            packed = packed[: (count + 1) // 2]
+            self._readers[shard].read_into(packed, tensor.start + start // 2)
+        out = np.empty(nbytes, np.uint8) if out is None else out[:nbytes]
         self._engine.dequantize(
-            self.packed(weight, start, count),
-            count,
-            blocksize,
-            weight.state.quant_type,
-            absmax,
-            dtype,
-            out,
+            packed, count, blocksize, weight.state.quant_type, absmax, dtype, out
         )
         return out
+
+    def _overflows(self, absmax: F32 | NestedAbsmax) -> bool:
+        """Whether a scale is too large for float16."""
+        largest = float(np.finfo(np.float16).max)
+        if isinstance(absmax, NestedAbsmax):
+            bound = np.abs(absmax.map).max() * np.abs(absmax.absmax).max() + abs(absmax.offset)
+            if bound < largest:
+                return False
+            absmax = self._engine.nested_dequantize(absmax)
+        return bool((np.abs(absmax) > largest).any())
 
 
 def standard_nested_map(values: F32) -> bool:

@@ -155,7 +155,7 @@ print(sorted(times)[2])
 PROFILE = """
 import json, sys, threading, time
 from pathlib import Path
-from nf4cli import conversion, digest, engines, reader, writer
+from nf4cli import digest, items, reader, writer
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.limits import make_resources
 from nf4cli.plan import make_plan
@@ -177,10 +177,11 @@ watch(CpuEngine, "quantize", "encode")
 watch(CpuEngine, "nested_quantize", "double quantization")
 watch(CpuEngine, "sum", "double quantization")
 watch(writer.ShardWriter, "write", "write")
-watch(conversion._AbsmaxFile, "write", "double quantization")
+watch(items.AbsmaxFile, "write", "double quantization")
 start, cpu = time.perf_counter(), time.process_time()
 plan = make_plan(open_checkpoint(Path(sys.argv[1])), QuantConfig())
-write_checkpoint(plan, Path(sys.argv[2]), engines.load("cpu"), make_resources(2, None, 2))
+engine = CpuEngine()
+write_checkpoint(plan, Path(sys.argv[2]), engine, make_resources(engine, 2, None, 2))
 cpu = time.process_time() - cpu
 spent["the rest"] = cpu - sum(spent.values())
 print(json.dumps({"wall": time.perf_counter() - start, "cpu": cpu, "spent": spent}))

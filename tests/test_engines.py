@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf4cli.codebook import BLOCKSIZES, QUANT_TYPES, codebook, nested_map
-from nf4cli.engines import GRANULE
+from nf4cli.engines import GRANULE, Float8, NestedAbsmax
 from nf4cli.engines.cpu import CpuEngine, available
 from nf4cli.errors import MachineError, NonFiniteError
 
@@ -175,8 +175,7 @@ def test_nested_decoding_rounds_twice(engine):
     codes = generator.integers(0, 256, 100_000).astype(np.uint8)
     nested = generator.uniform(0, 1, -(-codes.size // 256)).astype(np.float32)
     offset = float(np.float32(0.3337))
-    out = np.empty(codes.size, np.float32)
-    engine.nested_dequantize(codes, 256, nested_map(), nested, offset, out)
+    out = engine.nested_dequantize(NestedAbsmax(codes, 0, 256, nested_map(), nested, offset))
     product = (nested_map()[codes] * nested.repeat(256)[: codes.size]).astype(np.float32)
     np.testing.assert_array_equal(out, product + np.float32(offset))
     fused = nested_map()[codes].astype(np.float64) * nested.repeat(256)[: codes.size] + offset
@@ -312,4 +311,4 @@ def test_the_tables_live_as_long_as_the_engine(monkeypatch):
     codes, nested = np.empty(300, np.uint8), np.empty(2, np.float32)
     engine.nested_quantize(np.linspace(0, 1, 300, dtype=np.float32), 0.5, codes, nested)
     out = np.empty(64, np.uint8)
-    engine.decode_float8(codes[:32] & 63, 0, 8, np.ones(4, np.float32), (4, 4), out, "BF16")
+    engine.decode_float8(codes[:32] & 63, Float8(0, 8, np.ones(4, np.float32), (4, 4)), out, "BF16")

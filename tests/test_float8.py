@@ -20,6 +20,7 @@ from helpers import (
 )
 
 from nf4cli import codebook
+from nf4cli.engines import Float8
 from nf4cli.errors import NonFiniteError
 
 FP8 = {
@@ -121,9 +122,8 @@ def test_whole_blocks_decode_as_transformers_does():
     scale = torch.rand(2, 3, generator=generator) * 0.01
     theirs = Fp8Dequantize(None)._dequantize_one(bits, scale, torch.bfloat16)
     out = np.empty(2 * bits.numel(), np.uint8)
-    CpuEngine().decode_float8(
-        raw(bits.view(torch.uint8)), 0, 384, scale.reshape(-1).numpy(), (128, 128), out, "BF16"
-    )
+    float8 = Float8(0, 384, scale.reshape(-1).numpy(), (128, 128))
+    CpuEngine().decode_float8(raw(bits.view(torch.uint8)), float8, out, "BF16")
     assert np.array_equal(out, raw(theirs))
 
 
@@ -159,7 +159,8 @@ def test_engines_decode_any_part_as_torch(engine, dtype, rows, columns, block):
     for first, last in ((0, rows * columns), (1, columns + 3), (columns * 2, rows * columns)):
         out = np.empty((last - first) * torch_dtype.itemsize, np.uint8)
         part = flat[first:last].copy()
-        engine.decode_float8(part, first, columns, scale.reshape(-1).numpy(), block, out, dtype)
+        float8 = Float8(first, columns, scale.reshape(-1).numpy(), block)
+        engine.decode_float8(part, float8, out, dtype)
         assert np.array_equal(out, raw(expected.reshape(-1)[first:last]))
 
 
@@ -171,8 +172,9 @@ def test_a_result_that_is_not_finite_is_found(engine, byte, scale):
     if scale != 1.0:
         bits[:] = byte
     out = np.empty(200, np.uint8)
+    float8 = Float8(0, 10, np.full(1, scale, np.float32), (10, 10))
     with pytest.raises(NonFiniteError) as caught:
-        engine.decode_float8(bits, 0, 10, np.full(1, scale, np.float32), (10, 10), out, "BF16")
+        engine.decode_float8(bits, float8, out, "BF16")
     assert caught.value.index == (37 if scale == 1.0 else 0)
 
 

@@ -342,10 +342,10 @@ def test_a_run_that_ends_early_leaves_nothing(pipe, tmp_path):
         if what == BLOCK:
             raise InterruptedRunError("enough")
 
-    plan = make_pipeline_plan(pipe, QuantConfig())
+    plan, engine = make_pipeline_plan(pipe, QuantConfig()), engines.load("cpu")
     with pytest.raises(InterruptedRunError):
         write_pipeline(
-            plan, tmp_path / "out", engines.load("cpu"), make_resources(2, None, 2),
+            plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2),
             progress=interrupt,
         )  # fmt: skip
     assert sorted(tmp_path.rglob("*")) == before

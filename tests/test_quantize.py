@@ -37,10 +37,11 @@ from nf4cli.source import MANIFEST, open_checkpoint
 
 def convert(source, output, engine="cpu", workers=1, chunk=None, **options):
     plan = make_plan(open_checkpoint(source), QuantConfig(**options))
-    resources = make_resources(workers, None, 2)
+    chosen = engines.load(engine)
+    resources = make_resources(chosen, workers, None, 2)
     if chunk:
         resources = replace(resources, chunk=chunk)
-    return plan, write_checkpoint(plan, output, engines.load(engine), resources)
+    return plan, write_checkpoint(plan, output, chosen, resources)
 
 
 def large(tmp_path, dtype="BF16", shards=1):

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,10 +31,23 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="auto, cpu, or torch (slow reference).")
+    str,
+    typer.Option(
+        "--engine", help="auto (a usable GPU, else the CPU), cpu, cuda, or torch (slow reference)."
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        show_default=False,
+        help="GPUs: cuda (all of them), cuda:1, cuda:0,1. Default: the first. For the engine "
+        "torch, a torch device.",
+    ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", help="Threads. Default: one a processor, at most 16.")
+    int | None,
+    typer.Option("--workers", help="Threads. Default: one a processor, at most 16, and one a GPU."),
 ]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="A bound on memory that is kept, like 200MB.")
@@ -69,11 +83,13 @@ def format_size(count: float) -> str:
     return f"{count:,.2f} TB"
 
 
-def resources(workers: int | None, memory: str | None, tensors: int = 0) -> Resources:
+def resources(
+    engine: Engine, workers: int | None, memory: str | None, tensors: int = 0
+) -> Resources:
     from ..limits import make_resources
 
     bound = None if memory is None else parse_size(memory, "--memory")
-    return make_resources(workers, bound, processors(), tensors)
+    return make_resources(engine, workers, bound, processors(), tensors)
 
 
 def processors() -> int:
@@ -83,10 +99,15 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def load_engine(name: str) -> Engine:
+def load_engine(name: str, device: str | None = None, quiet: bool = False) -> Engine:
     from .. import engines
 
-    return engines.load(name)
+    return engines.load(name, device, engines.no_notice if quiet else note)
+
+
+def note(sentence: str) -> None:
+    """A message that is not an error, on stderr."""
+    err_console().print(f"[yellow]note:[/] {plain(sentence)}")
 
 
 def out_console() -> Console:
@@ -101,8 +122,9 @@ def _let_a_closed_pipe_end_us() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
+@cache
 def err_console() -> Console:
-    """For progress and messages, on stderr."""
+    """For progress and messages, on stderr; one for all, so that no message tears a bar."""
     return _console(stderr=True)
 
 

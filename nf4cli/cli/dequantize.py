@@ -11,6 +11,7 @@ import typer
 
 from . import common
 from .common import (
+    DeviceOption,
     EngineOption,
     FsyncOption,
     JsonOption,
@@ -39,6 +40,7 @@ def dequantize(
     ] = "auto",
     max_shard_size: ShardSizeOption = "5GB",
     engine: EngineOption = "auto",
+    device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
     fsync: FsyncOption = False,
@@ -54,17 +56,17 @@ def dequantize(
     size = common.parse_size(max_shard_size, "--max-shard-size")
     total = sum(file.stat().st_size for file in part_shards(source)) * 3
     display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
-    chosen = common.load_engine(engine)
+    chosen = common.load_engine(engine, device, quiet)
     started = time.monotonic()
     if is_pipeline(source):
-        limits = common.resources(workers, memory)
+        limits = common.resources(chosen, workers, memory)
         with display:
             parts = write_decoded_pipeline(
                 source, output, chosen, limits, dtype, size, fsync, display
             )
     else:
         checkpoint = open_checkpoint(source)
-        limits = common.resources(workers, memory, len(checkpoint.tensors))
+        limits = common.resources(chosen, workers, memory, len(checkpoint.tensors))
         with display:
             whole = write_dequantized(
                 checkpoint, output, chosen, limits, dtype, size, fsync, display

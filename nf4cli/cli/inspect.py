@@ -47,7 +47,7 @@ def inspect(
 def show_tensor(checkpoint: Checkpoint, tensor: str, json: bool) -> None:
     from .. import inspection
 
-    view = inspection.tensor_view(checkpoint, tensor, common.load_engine("auto"))
+    view = inspection.tensor_view(checkpoint, tensor, common.load_engine("cpu"))
     if json:
         common.print_json(asdict(view))
     else:

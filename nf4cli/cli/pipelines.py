@@ -13,6 +13,7 @@ from .common import format_size, plain, plural
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
+    from ..engines import Engine
     from ..limits import Resources
     from ..plan import Oracle
     from ..records import Checkpoint, QuantConfig
@@ -24,7 +25,7 @@ def quantize(
     config: QuantConfig,
     oracle: Oracle,
     digest: str,
-    engine: str,
+    engine: Engine,
     workers: int | None,
     memory: str | None,
     fsync: bool,
@@ -40,7 +41,7 @@ def quantize(
         output = Path(f"{source.resolve().name}-nf4")
     decided = make_pipeline_plan(source, config, oracle)
     tensors = sum(len(part.tensors) for part in decided.parts.values())
-    limits = common.resources(workers, memory, tensors)
+    limits = common.resources(engine, workers, memory, tensors)
     check_pipeline_output(decided, output, limits.workers)
     if plan:
         if json:
@@ -48,16 +49,15 @@ def quantize(
         else:
             _print_plan(decided, limits, output)
         return
-    chosen = common.load_engine(engine)
     started = time.monotonic()
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:
-        manifests = write_pipeline(decided, output, chosen, limits, digest, fsync, display)
+        manifests = write_pipeline(decided, output, engine, limits, digest, fsync, display)
     seconds = time.monotonic() - started
     if json:
         common.print_json({
             "output": str(output),
-            "engine": chosen.name,
+            "engine": engine.name,
             "seconds": round(seconds, 3),
             "source_bytes": decided.source_bytes,
             "output_bytes": decided.shard_bytes,
@@ -83,7 +83,7 @@ def quantize(
     console.print(
         f"[bold]{plain(output)}[/]: {format_size(decided.source_bytes)} -> "
         f"{format_size(decided.shard_bytes)} in {plural(len(decided.parts), 'component')}, "
-        f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({chosen.name})"
+        f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({engine.name})"
     )
     console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
 

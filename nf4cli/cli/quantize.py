@@ -10,6 +10,7 @@ import typer
 
 from . import common, pipelines, views
 from .common import (
+    DeviceOption,
     EngineOption,
     FsyncOption,
     JsonOption,
@@ -98,6 +99,7 @@ def quantize(
         str, typer.Option("--digest", help="Digest of files in the manifest: blake3 or sha256.")
     ] = "blake3",
     engine: EngineOption = "auto",
+    device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
     fsync: FsyncOption = False,
@@ -142,7 +144,7 @@ def quantize(
             config,
             oracle,
             digest,
-            engine,
+            common.load_engine(engine, device, quiet),
             workers,
             memory,
             fsync,
@@ -155,7 +157,8 @@ def quantize(
     if output is None:
         output = Path(f"{checkpoint.name}-nf4")
     decided = make_plan(checkpoint, config, oracle)
-    limits = common.resources(workers, memory, len(decided.tensors))
+    chosen = common.load_engine(engine, device, quiet)
+    limits = common.resources(chosen, workers, memory, len(decided.tensors))
     check_output(decided, output, limits.workers)
     if plan:
         if json:
@@ -163,7 +166,6 @@ def quantize(
         else:
             views.print_plan(common.out_console(), decided, limits, output)
         return
-    chosen = common.load_engine(engine)
     started = time.monotonic()
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:

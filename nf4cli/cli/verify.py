@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from . import common, views
-from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from .common import (
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    WorkersOption,
+)
 
 
 def verify(
@@ -18,6 +25,7 @@ def verify(
         typer.Option("--source", help="What it was made from: quantize again and compare."),
     ] = None,
     engine: EngineOption = "auto",
+    device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
     json: JsonOption = False,
@@ -28,10 +36,10 @@ def verify(
     from ..diffusion import is_pipeline
     from ..verify import verify as verify_checkpoint
 
-    limits = common.resources(workers, memory)
+    chosen = common.load_engine(engine, device, quiet)
+    limits = common.resources(chosen, workers, memory)
     total = sum(f.stat().st_size for place in (path, source) if place for f in part_shards(place))
     display = common.ProgressDisplay(total, "verifying", not (quiet or json))
-    chosen = common.load_engine(engine)
     with display:
         if is_pipeline(path):
             pipeline = verify_pipeline(path, source, chosen, limits, display)

@@ -7,9 +7,12 @@ travel as raw bytes.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +26,56 @@ GRANULE = 65_536
 """Elements that share one row of error sums.  Work is split at multiples of it, so that the sums,
 like the bytes, do not depend on how a tensor was cut into chunks."""
 
-NAMES = ("auto", "cpu", "torch")
+NAMES = ("auto", "cpu", "cuda", "torch")
+
+Notify = Callable[[str], None]
+"""Told, in a sentence, what a user should know of an engine; from any thread."""
+
+
+def no_notice(sentence: str) -> None:
+    """The Notify that drops it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """What turns float8 e4m3 bytes into values: where they lie in their matrix, and its factors.
+
+    Attributes:
+        first: elements of the row-major matrix before them.
+        columns: of the matrix.
+        scale: float32 [ceil(rows/block[0]), ceil(columns/block[1])], flat, one a block.
+        block: (rows, columns) of elements that share a factor.
+    """
+
+    first: int
+    columns: int
+    scale: F32
+    block: tuple[int, int]
+
+    def from_(self, start: int) -> Float8:
+        """The same, `start` elements further on."""
+        return replace(self, first=self.first + start)
+
+
+@dataclass(frozen=True, slots=True)
+class NestedAbsmax:
+    """An absmax vector as double quantization left it.
+
+    Attributes:
+        codes: uint8, from the start of a run on.
+        skip: codes before the first that is meant.
+        blocksize: codes that share an entry of `absmax`.
+        map: float32 [256].
+        absmax: float32 [ceil(codes/blocksize)].
+        offset: a float32 value.
+    """
+
+    codes: U8
+    skip: int
+    blocksize: int
+    map: F32
+    absmax: F32
+    offset: float
 
 
 class Engine(Protocol):
@@ -35,8 +87,28 @@ class Engine(Protocol):
     name: str
     """What it is, for the output and the manifest: "cpu (avx512)"."""
 
+    spare_threads: int
+    """Threads beyond one a processor that it can keep busy (they wait for a GPU)."""
+
+    extra_memory: int
+    """Bytes of host memory that it takes beyond what the CPU engine does, whoever calls it."""
+
+    worker_memory: int
+    """Bytes of host memory that it takes for a thread that calls it, beside `buffer`s."""
+
+    def buffer(self, nbytes: int) -> U8:
+        """Host memory, not initialised, that the engine reads and writes without detours."""
+        ...
+
     def quantize(
-        self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        packed: U8,
+        absmax: F32,
+        float8: Float8 | None = None,
     ) -> F64:
         """Encode n elements in blocks, each under its own largest magnitude.
 
@@ -44,6 +116,7 @@ class Engine(Protocol):
             src: raw bytes of n elements of `dtype`; the whole tensor, or a part of it that
                 starts at a multiple of GRANULE elements and, unless it is the last part, holds
                 a multiple of GRANULE elements.
+            float8: src is n float8 bytes, decoded to `dtype` first (see `decode_float8`).
             packed: out, (n+1)//2 bytes, the first element in the high nibble.
             absmax: out, ceil(n/blocksize) elements.
 
@@ -52,12 +125,19 @@ class Engine(Protocol):
             error, each against the value decoded with the block's own float32 absmax.
 
         Raises:
-            NonFiniteError: src holds a NaN or an infinity.
+            NonFiniteError: src holds a NaN or an infinity, or decodes to one.
         """
         ...
 
     def dequantize(
-        self, packed: U8, n: int, blocksize: int, quant_type: str, absmax: F32, dtype: str, out: U8
+        self,
+        packed: U8,
+        n: int,
+        blocksize: int,
+        quant_type: str,
+        absmax: F32 | NestedAbsmax,
+        dtype: str,
+        out: U8,
     ) -> None:
         """The inverse: n elements of `dtype` into `out` (raw bytes)."""
         ...
@@ -77,16 +157,9 @@ class Engine(Protocol):
         """
         ...
 
-    def nested_dequantize(
-        self,
-        codes: U8,
-        nested_blocksize: int,
-        nested_map: F32,
-        nested_absmax: F32,
-        offset: float,
-        out: F32,
-    ) -> None:
-        """The inverse: nested_map[codes[i]] * nested_absmax[i // nested_blocksize] + offset."""
+    def nested_dequantize(self, nested: NestedAbsmax) -> F32:
+        """The inverse: map[codes[i]] * absmax[i // blocksize] + offset, of all codes but those
+        to skip."""
         ...
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
@@ -97,15 +170,11 @@ class Engine(Protocol):
         """
         ...
 
-    def decode_float8(
-        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
-        dst: U8, to_dtype: str,
-    ) -> None:  # fmt: skip
+    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
         """Float8 e4m3 with scales: value * scale in float32, rounded once to `to_dtype`.
 
         Args:
-            src: elements [first, first + n) of a row-major matrix of `columns` columns.
-            scale: [ceil(rows/block[0]), ceil(columns/block[1])], flat, one a block.
+            src: n bytes.
             dst: out, n elements of `to_dtype` (raw bytes).
 
         Raises:
@@ -114,19 +183,55 @@ class Engine(Protocol):
         ...
 
 
-def load(name: str) -> Engine:
+def load(name: str, device: str | None = None, notify: Notify = no_notice) -> Engine:
     """The engine called `name`; "auto" takes the fastest that this machine has.
 
+    Args:
+        device: "cuda" for all GPUs, "cuda:1" or "cuda:0,1" for these (engines auto and cuda; None
+            takes the first); a torch device for the engine torch.
+
     Raises:
-        UsageError: no engine is called so.
+        UsageError: no engine is called so, or there is no such device.
         MachineError: it cannot run here; the message says what to install.
     """
-    if name in ("auto", "cpu"):
-        from .cpu import CpuEngine
-
-        return CpuEngine()
+    if name not in NAMES:
+        raise UsageError(f"no engine is called {name!r}: choose one of {', '.join(NAMES)}")
     if name == "torch":
         from .torch import TorchEngine
 
-        return TorchEngine()
-    raise UsageError(f"no engine is called {name!r}: choose one of {', '.join(NAMES)}")
+        return TorchEngine(device or "cpu")
+    on_gpu = device is not None and device != "cpu"
+    if name == "cpu" and on_gpu:
+        raise UsageError(f"--device {device} is not for the engine cpu: use --engine cuda")
+    if name == "cuda" or (name == "auto" and on_gpu):
+        return _cuda(device, notify)
+    if name == "auto" and device is None and (engine := _cuda_if_usable(notify)) is not None:
+        return engine
+    from .cpu import CpuEngine
+
+    return CpuEngine()
+
+
+def _cuda(device: str | None, notify: Notify) -> Engine:
+    match = re.fullmatch(r"cuda(?::(\d{1,4}(?:,\d{1,4})*))?", device or "cuda:0")
+    if match is None:
+        raise UsageError(f"--device {device!r} is not one: write cuda, cuda:1 or cuda:0,1")
+    from .cuda import CudaEngine
+
+    indices = tuple(dict.fromkeys(map(int, match[1].split(",")))) if match[1] else None
+    return CudaEngine(indices, notify=notify)
+
+
+def _cuda_if_usable(notify: Notify) -> Engine | None:
+    """The CUDA engine, where there is a driver with a GPU and nothing else is missing."""
+    from .cupy_device import driver
+
+    try:
+        driver()
+    except MachineError:
+        return None  # no GPU: nothing to tell
+    try:
+        return _cuda(None, notify)
+    except MachineError as error:
+        notify(f"a GPU is here, but is not used: {error}")
+        return None

@@ -17,7 +17,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE
+from . import GRANULE, Float8, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).with_name("_nf4.so")
 ISAS = ("avx512", "avx2", "generic")
 """Fastest first."""
+
+_FLOAT8_GRANULES = 4  # decoded at a time: 1 MB of float32
 
 _DTYPE = {"F32": 0, "F16": 1, "BF16": 2}  # enum nf4_dtype
 
@@ -121,6 +123,11 @@ class CpuEngine:
                 f"this processor cannot run the {isa!r} engine: it can run {', '.join(usable)}"
             )
         self.name = f"cpu ({isa})"
+        self.spare_threads, self.extra_memory, self.worker_memory = (
+            0,
+            0,
+            2_000_000,
+        )  # the memory as measured
         # Held here, because C gets their addresses: two threads may fill a cache at once, and the
         # table of the one that loses would be freed under its call.
         self._nested_midpoints = codebook.nested_midpoints()
@@ -153,9 +160,21 @@ class CpuEngine:
             "decode_float8", i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, c_int, pointer
         )
 
+    def buffer(self, nbytes: int) -> U8:
+        return np.empty(nbytes, np.uint8)
+
     def quantize(
-        self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        packed: U8,
+        absmax: F32,
+        float8: Float8 | None = None,
     ) -> F64:
+        if float8 is not None:
+            return self._quantize_float8(src, dtype, blocksize, quant_type, packed, absmax, float8)
         n = src.nbytes // ITEMSIZE[dtype]
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
@@ -170,9 +189,45 @@ class CpuEngine:
             raise NonFiniteError(bad)
         return stats
 
+    def _quantize_float8(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        packed: U8,
+        absmax: F32,
+        float8: Float8,
+    ) -> F64:
+        """A few granules at a time, so that the decoded values stay in a processor's cache."""
+        stats, step = [], _FLOAT8_GRANULES * GRANULE
+        values = np.empty(min(step, src.nbytes) * ITEMSIZE[dtype], np.uint8)
+        for start in range(0, src.nbytes, step):
+            part = src[start : start + step]
+            out = values[: part.nbytes * ITEMSIZE[dtype]]
+            blocks = slice(start // blocksize, -(-(start + part.nbytes) // blocksize))
+            codes = slice(start // 2, (start + part.nbytes + 1) // 2)
+            try:
+                self.decode_float8(part, float8.from_(start), out, dtype)
+            except NonFiniteError as error:
+                raise NonFiniteError(start + error.index) from None
+            stats.append(
+                self.quantize(out, dtype, blocksize, quant_type, packed[codes], absmax[blocks])
+            )
+        return np.concatenate(stats)
+
     def dequantize(
-        self, packed: U8, n: int, blocksize: int, quant_type: str, absmax: F32, dtype: str, out: U8
+        self,
+        packed: U8,
+        n: int,
+        blocksize: int,
+        quant_type: str,
+        absmax: F32 | NestedAbsmax,
+        dtype: str,
+        out: U8,
     ) -> None:
+        if isinstance(absmax, NestedAbsmax):
+            absmax = self.nested_dequantize(absmax)
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
@@ -194,22 +249,15 @@ class CpuEngine:
             _address(codes), _address(nested_absmax),
         )  # fmt: skip
 
-    def nested_dequantize(
-        self,
-        codes: U8,
-        nested_blocksize: int,
-        nested_map: F32,
-        nested_absmax: F32,
-        offset: float,
-        out: F32,
-    ) -> None:
-        _expect(out.size, codes.size, "absmax elements")
-        _expect(nested_absmax.size, -(-codes.size // nested_blocksize), "nested_absmax elements")
-        _expect(nested_map.size, 256, "nested_quant_map entries")
+    def nested_dequantize(self, nested: NestedAbsmax) -> F32:
+        codes, out = nested.codes, np.empty(nested.codes.size, np.float32)
+        _expect(nested.absmax.size, -(-codes.size // nested.blocksize), "nested_absmax elements")
+        _expect(nested.map.size, 256, "nested_quant_map entries")
         self._nested_dequantize(
-            _address(codes), codes.size, nested_blocksize, _address(nested_map),
-            _address(nested_absmax), offset, _address(out),
+            _address(codes), codes.size, nested.blocksize, _address(nested.map),
+            _address(nested.absmax), nested.offset, _address(out),
         )  # fmt: skip
+        return out[nested.skip :]
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
         n = src.nbytes // ITEMSIZE[from_dtype]
@@ -218,17 +266,15 @@ class CpuEngine:
         if bad >= 0:
             raise NonFiniteError(bad)
 
-    def decode_float8(
-        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
-        dst: U8, to_dtype: str,
-    ) -> None:  # fmt: skip
-        n = src.nbytes
-        rows = -(-(first + n) // columns)
+    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
+        n, (rows, columns) = src.nbytes, float8.block
+        lines = -(-(float8.first + n) // float8.columns)
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
-        _expect(int(scale.size < -(-rows // block[0]) * -(-columns // block[1])), 0, "short scales")
+        short = float8.scale.size < -(-lines // rows) * -(-float8.columns // columns)
+        _expect(int(short), 0, "short scales")
         bad = self._decode_float8(
-            _address(src), first, n, columns, _address(self._float8), _address(scale),
-            *block, _DTYPE[to_dtype], _address(dst),
+            _address(src), float8.first, n, float8.columns, _address(self._float8),
+            _address(float8.scale), rows, columns, _DTYPE[to_dtype], _address(dst),
         )  # fmt: skip
         if bad >= 0:
             raise NonFiniteError(bad)

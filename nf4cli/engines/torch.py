@@ -14,14 +14,14 @@ import numpy as np
 
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
-from . import GRANULE
+from . import GRANULE, Float8, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from . import F32, F64, U8
 
-_ROW = 16  # interleaved partial sums, see cuda/nf4_host.cpp
+_ROW, _SEGMENT = 16, 64  # interleaved partial sums, elements added up by them: nf4_search.h
 
 
 class TorchEngine:
@@ -45,12 +45,23 @@ class TorchEngine:
         self._device = torch.device(device)
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         self.name = f"torch ({device})"
+        self.spare_threads, self.extra_memory, self.worker_memory = 0, 0, 2_000_000
+
+    def buffer(self, nbytes: int) -> U8:
+        return np.empty(nbytes, np.uint8)
 
     def quantize(
-        self, src: U8, dtype: str, blocksize: int, quant_type: str, packed: U8, absmax: F32
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        packed: U8,
+        absmax: F32,
+        float8: Float8 | None = None,
     ) -> F64:
         torch, book = self._torch, codebook.codebook(quant_type)
-        x = self._load(src, dtype)
+        x = self._load(src, dtype) if float8 is None else self._decoded(src, float8, dtype).float()
         bad = (~torch.isfinite(x)).nonzero()
         if len(bad):
             raise NonFiniteError(int(bad[0]))
@@ -72,9 +83,18 @@ class TorchEngine:
         return self._sums(y - self._to(book.values)[rank], y, scale, blocksize)
 
     def dequantize(
-        self, packed: U8, n: int, blocksize: int, quant_type: str, absmax: F32, dtype: str, out: U8
+        self,
+        packed: U8,
+        n: int,
+        blocksize: int,
+        quant_type: str,
+        absmax: F32 | NestedAbsmax,
+        dtype: str,
+        out: U8,
     ) -> None:
         torch = self._torch
+        if isinstance(absmax, NestedAbsmax):
+            absmax = self.nested_dequantize(absmax)
         data = self._to(packed).to(torch.int64)
         codes = torch.stack([data >> 4, data & 15], dim=1).reshape(-1)[:n]
         values = self._to(codebook.codebook(quant_type).decode)[codes]
@@ -102,20 +122,14 @@ class TorchEngine:
         _store(codes, torch.bucketize(y, self._to(codebook.nested_midpoints())).to(torch.uint8))
         _store(nested_absmax, scale)
 
-    def nested_dequantize(
-        self,
-        codes: U8,
-        nested_blocksize: int,
-        nested_map: F32,
-        nested_absmax: F32,
-        offset: float,
-        out: F32,
-    ) -> None:
+    def nested_dequantize(self, nested: NestedAbsmax) -> F32:
         torch = self._torch
-        values = self._to(nested_map)[self._to(codes).to(torch.int64)]
-        scale = self._to(nested_absmax).repeat_interleave(nested_blocksize)[: codes.size]
+        values = self._to(nested.map)[self._to(nested.codes).to(torch.int64)]
+        scale = self._to(nested.absmax).repeat_interleave(nested.blocksize)[: nested.codes.size]
         product = values * scale
-        _store(out, product + torch.tensor(offset, dtype=torch.float32, device=self._device))
+        offset = torch.tensor(nested.offset, dtype=torch.float32, device=self._device)
+        out: F32 = (product + offset)[nested.skip :].cpu().numpy()
+        return out
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
         torch = self._torch
@@ -126,27 +140,30 @@ class TorchEngine:
         if len(bad):
             raise NonFiniteError(int(bad[0]))
 
-    def decode_float8(
-        self, src: U8, first: int, columns: int, scale: F32, block: tuple[int, int],
-        dst: U8, to_dtype: str,
-    ) -> None:  # fmt: skip
+    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
         torch = self._torch
-        values = self._to(src).view(torch.float8_e4m3fn).float()
-        place = first + torch.arange(src.nbytes, device=self._device)
-        row, column = place // columns, place % columns
-        unit = self._to(scale)[row // block[0] * -(-columns // block[1]) + column // block[1]]
-        y = (values * unit).to(self._dtypes[to_dtype])
+        y = self._decoded(src, float8, to_dtype)
         _store(dst, y.view(torch.uint8))
         bad = (~torch.isfinite(y)).nonzero()
         if len(bad):
             raise NonFiniteError(int(bad[0]))
 
+    def _decoded(self, src: U8, float8: Float8, dtype: str) -> Any:
+        torch, (rows, columns) = self._torch, float8.block
+        values = self._to(src).view(torch.float8_e4m3fn).float()
+        place = float8.first + torch.arange(src.nbytes, device=self._device)
+        row, column = place // float8.columns, place % float8.columns
+        wide = -(-float8.columns // columns)
+        unit = self._to(float8.scale)[row // rows * wide + column // columns]
+        return (values * unit).to(self._dtypes[dtype])
+
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
         """The error sums, added in the order that cuda/nf4_host.cpp defines."""
         torch = self._torch
+        segment = min(blocksize, _SEGMENT)
 
-        def block_sums(squares: Any) -> Any:
-            rows = squares.reshape(-1, blocksize // _ROW, _ROW)
+        def segment_sums(squares: Any) -> Any:
+            rows = squares.reshape(-1, segment // _ROW, _ROW)
             lanes = torch.zeros_like(rows[:, 0])
             for i in range(rows.shape[1]):
                 lanes = lanes + rows[:, i]
@@ -155,20 +172,21 @@ class TorchEngine:
                 lanes = lanes[:, :half] + lanes[:, half:]
             return lanes[:, 0].double()
 
-        per_granule = GRANULE // blocksize
-        missing = -scale.numel() % per_granule
-        unit2 = scale.double() * scale.double()
+        worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
+        units = scale.double().repeat_interleave(blocksize // segment)
+        per_granule = GRANULE // segment
+        missing = -units.numel() % per_granule
         out = []
         for squares in (error * error, y * y):
-            terms = torch.nn.functional.pad(unit2 * block_sums(squares), (0, missing))
+            terms = torch.nn.functional.pad(units * units * segment_sums(squares), (0, missing))
             total = torch.zeros(
                 terms.numel() // per_granule, dtype=torch.float64, device=self._device
             )
             for i in range(per_granule):
                 total = total + terms.reshape(-1, per_granule)[:, i]
             out.append(total)
-        worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
-        worst = torch.nn.functional.pad(worst, (0, missing)).reshape(-1, per_granule)
+        blocks = GRANULE // blocksize
+        worst = torch.nn.functional.pad(worst, (0, -worst.numel() % blocks)).reshape(-1, blocks)
         out.append(worst.amax(dim=1).double())
         sums: F64 = torch.stack(out, dim=1).cpu().numpy()
         return sums

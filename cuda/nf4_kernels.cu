@@ -1,0 +1,536 @@
+// The GPU engine's kernels around nf4_codec.h; engines/cuda.py compiles and launches them.
+//
+// NVRTC instantiates the templates by name, one module for each set that a run needs.  The tests
+// run the same source without a GPU: NVRTC's PTX translated to C++, and this file under g++.
+//
+// Compile with -fmad=false -ftz=false -prec-div=true: every float operation rounds on its own.
+// All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
+// A grid of zero blocks must not be launched.
+#include "nf4_codec.h"
+
+namespace nf4 {
+
+typedef int64_t i64;
+
+constexpr int kThreads = 256;       // a CTA of every kernel but fold_errors
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see nf4_search.h
+constexpr int kRows = 4;            // rows of a segment
+constexpr int kSegment = kRow * kRows;   // 64 elements, worked on by two threads:
+constexpr int kHalf = kRow / 2;     // each owns 8 of the 16 columns, in all 4 rows
+
+// A value and its code, side by side so that one 8-byte load brings both.
+struct __align__(8) Entry {
+  float value;
+  uint32_t code;
+};
+
+// A 4-bit table as the search reads it, made by engines/launches.py.  Lanes look up what they
+// like without bank conflicts: of each table, all words that one load may ask for lie in
+// different banks.
+//
+// The search: a grid of 31 cells over [-1, 1], and 0 to 2^steps - 1 midpoints in each.  start[cell]
+// is the number of midpoints below it, so that `steps` comparisons remain (NF4 1, FP4 2).  How the
+// cell of a value on an edge rounds is of no account: no midpoint lies near an edge.
+// Byte offsets are in units of 8, the size of an Entry and of a Midpoint.
+struct Midpoint {
+  float value;  // entries 15 and up: +infinity
+  float unused;
+};
+struct Book {
+  uint32_t start[32];
+  Midpoint midpoints[18];
+  Entry entries[16];
+  float decode[16];
+};
+
+__device__ __forceinline__ void load_book(Book& shared, const Book* book) {
+  static_assert(sizeof(Book) / 4 <= kThreads, "one word a thread");
+  const int i = threadIdx.x;
+  if (i < (int)(sizeof(Book) / 4))
+    reinterpret_cast<uint32_t*>(&shared)[i] = reinterpret_cast<const uint32_t*>(book)[i];
+  __syncthreads();
+}
+
+template <class T>
+__device__ __forceinline__ const T& at_byte(const T* array, uint32_t offset) {
+  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(array) + offset);
+}
+
+template <int kSteps>
+__device__ __forceinline__ const Entry& search(float scaled, const Book& book) {
+  // 15.25 * (scaled + 1) in quarters, as the last bits of a float near 2^21; a NaN finds some cell.
+  const uint32_t cell = nf4_bits_of_float(__fmaf_rn(scaled, 15.25f, 2097167.25f)) & 0x7cu;
+  uint32_t rank = at_byte(book.start, cell);  // in bytes
+  if (kSteps == 2 && scaled > at_byte(book.midpoints + 1, rank).value) rank += 16;
+  if (scaled > at_byte(book.midpoints, rank).value) rank += 8;
+  return at_byte(book.entries, rank);
+}
+
+// -- reading the source: 8 elements of each of the 4 rows of a thread's half segment ---------------
+
+// What turns float8 bytes into values: a piece of a row-major matrix that starts in `row` at
+// `column`, and one factor each block of block_rows x block_columns.
+struct Float8 {
+  uint32_t row, column, columns, block_rows, block_columns, scale_columns;
+  const float* scale;
+};
+
+__device__ __forceinline__ void unpack16(const uint4& raw, uint16_t* out) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) out[i] = (uint16_t)(words[i / 2] >> (16 * (i & 1)));
+}
+
+template <int kTo>
+__device__ __forceinline__ float rounded(float value) {
+  if (kTo == NF4_BF16) return nf4_f32_of_bf16(nf4_bf16_of_f32(value));
+  if (kTo == NF4_F16) return nf4_f32_of_f16(nf4_f16_of_f32(value));
+  return value;
+}
+
+template <int kFrom>
+struct Source;
+
+template <>
+struct Source<NF4_F32> {
+  static __device__ __forceinline__ float one(const void* src, i64 i) {
+    return static_cast<const float*>(src)[i];
+  }
+  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
+    const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(src) + i);
+    const float4 a = at[0], b = at[1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+  }
+};
+
+template <>
+struct Source<NF4_F16> {
+  static __device__ __forceinline__ float one(const void* src, i64 i) {
+    return nf4_f32_of_f16(static_cast<const uint16_t*>(src)[i]);
+  }
+  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
+    uint16_t raw[8];
+    unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
+#pragma unroll
+    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_f16(raw[k]);
+  }
+};
+
+template <>
+struct Source<NF4_BF16> {
+  static __device__ __forceinline__ float one(const void* src, i64 i) {
+    return nf4_f32_of_bf16(static_cast<const uint16_t*>(src)[i]);
+  }
+  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
+    uint16_t raw[8];
+    unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
+#pragma unroll
+    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_bf16(raw[k]);
+  }
+};
+
+// The factor of the element `at` elements into the piece, and all behind it up to its block's edge.
+__device__ __forceinline__ float factor(const Float8& f, uint32_t at) {
+  const uint32_t place = f.column + at, lines = place / f.columns;
+  const uint32_t row = (f.row + lines) / f.block_rows;
+  const uint32_t column = (place - lines * f.columns) / f.block_columns;
+  return f.scale[(i64)row * f.scale_columns + column];
+}
+
+// 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other shapes are
+// decoded by the host).
+template <int kTo>
+__device__ __forceinline__ void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
+  const float unit = factor(f, (uint32_t)at);
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    const uint8_t byte = (uint8_t)(words[k / 4] >> (8 * (k & 3)));
+    x[k] = rounded<kTo>(nf4_f32_of_e4m3(byte) * unit);
+  }
+}
+
+// The 32 elements of a thread.  Two threads share each row, so a 2-byte row is 16 bytes for each;
+// of float8 rows, each loads two whole ones and passes on the half that the other owns.
+// A segment behind the end loads the first one, and stores nothing; of a half segment (kSmall) the
+// missing rows are zeros.
+template <int kFrom, int kTo, bool kSmall>
+__device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int half,
+                                     const Float8& f, float (*x)[kHalf]) {
+  const i64 first = segment * kSegment < n ? segment * kSegment : 0;
+  const bool whole = !kSmall || first + kSegment <= n;
+  if constexpr (kFrom == NF4_E4M3) {
+    uint4 raw[2] = {};
+    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first) +
+                      2 * half;
+    if (whole || half == 0) raw[0] = at[0], raw[1] = at[1];
+    uint32_t words[kRows][2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t give_x = half ? raw[i].x : raw[i].z, give_y = half ? raw[i].y : raw[i].w;
+      const uint32_t x = __shfl_xor_sync(kAll, give_x, 1), y = __shfl_xor_sync(kAll, give_y, 1);
+      words[i][0] = half ? x : raw[i].x;
+      words[i][1] = half ? y : raw[i].y;
+      words[i + 2][0] = half ? raw[i].z : x;
+      words[i + 2][1] = half ? raw[i].w : y;
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; row++)
+      decode8<kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
+                          words[row], x[row]);
+  } else {
+#pragma unroll
+    for (int row = 0; row < kRows; row++) {
+      if (!kSmall || row < kRows / 2 || whole) {
+        Source<kFrom>::row(src, first + row * kRow + half * kHalf, x[row]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kHalf; k++) x[row][k] = 0.0f;
+      }
+    }
+  }
+}
+
+// The same of the tensor's last, partial block: element by element, zeros behind the end.  (Float8
+// comes here decoded by the host.)
+template <int kFrom>
+__device__ __forceinline__ void load_tail(const void* src, i64 n, i64 segment, int half,
+                                          float (*x)[kHalf]) {
+#pragma unroll
+  for (int row = 0; row < kRows; row++) {
+#pragma unroll
+    for (int k = 0; k < kHalf; k++) {
+      const i64 i = segment * kSegment + row * kRow + half * kHalf + k;
+      x[row][k] = i < n ? Source<kFrom>::one(src, i) : 0.0f;
+    }
+  }
+}
+
+// -- 4-bit quantization ---------------------------------------------------------------------------
+
+// The largest of `lanes` neighbouring threads' values, a power of two, 2 to 128.
+__device__ __forceinline__ float widest_of(float value, int lanes, float* warps) {
+#pragma unroll 1
+  for (int step = 1; step < lanes && step < kWarp; step *= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAll, value, step));
+  if (lanes > kWarp) {  // the same for the whole grid: blocks that several warps share
+    const int warp = threadIdx.x / kWarp, count = lanes / kWarp, first = warp / count * count;
+    if (threadIdx.x % kWarp == 0) warps[warp] = value;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < count; i++) value = fmaxf(value, warps[first + i]);
+  }
+  return value;
+}
+
+// The error sums of rows [from, to) of a segment, see nf4_search.h: the partial sums of 16 columns,
+// folded in halves.  Of the two threads of a segment the first returns the squared errors' sum,
+// the second the squared values'.
+__device__ __forceinline__ float fold(const float* error2, const float* value2, int half) {
+  float lanes[kHalf];
+#pragma unroll
+  for (int k = 0; k < kHalf; k++) {
+    const float mine = half ? value2[k] : error2[k], give = half ? error2[k] : value2[k];
+    lanes[k] = mine + __shfl_xor_sync(kAll, give, 1);
+  }
+#pragma unroll
+  for (int step = kHalf / 2; step; step /= 2)
+#pragma unroll
+    for (int k = 0; k < step; k++) lanes[k] = lanes[k] + lanes[k + step];
+  return lanes[0];
+}
+
+}  // namespace nf4
+
+using namespace nf4;
+
+// n elements -> packed, absmax, and what fold_errors needs: sums [entries][2], squared error and
+// squared value in units of the block's absmax, and worst [entries], the largest error, where an
+// entry is a segment of 64 elements, or a block where blocks are smaller (kSmall: 32).
+//
+// kTail: a single CTA for the one partial block at a tensor's end, n < blocksize.  Otherwise n is a
+// whole number of blocks.  log_lanes: log2 of the threads that share a block, blocksize/32 (2 for
+// kSmall).  table: of the quant_type, which decides kSteps.
+// A NaN or an infinity makes its block's sum of squared errors NaN.
+template <int kFrom, int kTo, int kSteps, bool kSmall, bool kTail>
+__global__ void __launch_bounds__(kThreads, 3)
+    quantize(const void* __restrict__ src, i64 n, int log_lanes, const Book* __restrict__ table,
+             Float8 float8, uint8_t* __restrict__ packed, float* __restrict__ absmax,
+             float* __restrict__ sums, float* __restrict__ worst) {
+  constexpr int kBlocks = kSmall ? 2 : 1;  // blocks that a segment touches
+  __shared__ Book book;
+  __shared__ float warps[kThreads / kWarp];
+  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
+  const i64 segment = thread >> 1;
+  const int half = (int)(thread & 1);
+  const bool inside = segment * kSegment < n;
+  const int lanes = 1 << log_lanes;
+
+  float x[kRows][kHalf];
+  if constexpr (kTail) {
+    load_tail<kFrom>(src, n, segment, half, x);
+  } else {
+    load<kFrom, kTo, kSmall>(src, n, segment, half, float8, x);
+  }
+  load_book(book, table);
+
+  float largest[kBlocks], scale[kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    largest[b] = 0.0f;
+#pragma unroll
+    for (int row = b * kRows / kBlocks; row < (b + 1) * kRows / kBlocks; row++)
+#pragma unroll
+      for (int k = 0; k < kHalf; k++) largest[b] = fmaxf(largest[b], fabsf(x[row][k]));
+    largest[b] = widest_of(largest[b], lanes, warps);
+    if constexpr (kTail) {
+      largest[b] = largest[b] < 1e-38f ? 1e-38f : largest[b];
+      scale[b] = 1.0f;
+    } else {
+      scale[b] = nf4_reciprocal(largest[b]);
+    }
+  }
+
+  uint32_t words[kRows];
+  float error2[kBlocks][kHalf], value2[kBlocks][kHalf], error_max[kBlocks] = {};
+#pragma unroll
+  for (int row = 0; row < kRows; row++) {
+    const int b = row * kBlocks / kRows;
+    words[row] = 0;
+#pragma unroll
+    for (int k = 0; k < kHalf; k++) {
+      const float y = kTail ? x[row][k] / largest[b] : x[row][k] * scale[b];
+      const Entry entry = search<kSteps>(y, book);
+      words[row] |= entry.code << (8 * (k / 2) + 4 * (1 - (k & 1)));  // the first in the high nibble
+      const float error = y - entry.value;
+      const bool first = row == b * kRows / kBlocks;  // 0 + x is x
+      error2[b][k] = first ? error * error : error2[b][k] + error * error;
+      value2[b][k] = first ? y * y : value2[b][k] + y * y;
+      error_max[b] = fmaxf(error_max[b], fabsf(error));
+    }
+  }
+
+  // Each thread stores 16 bytes: the first of two all of rows 0 and 1, the second of rows 2 and 3.
+  const uint32_t first = __shfl_xor_sync(kAll, half ? words[0] : words[2], 1);
+  const uint32_t second = __shfl_xor_sync(kAll, half ? words[1] : words[3], 1);
+  const uint4 bytes = half ? make_uint4(first, words[2], second, words[3])
+                           : make_uint4(words[0], first, words[1], second);
+  const i64 place = segment * (kSegment / 2) + half * kRow;  // in bytes
+  if constexpr (kTail) {
+    const uint32_t parts[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      if (place + i < (n + 1) / 2) packed[place + i] = (uint8_t)(parts[i / 4] >> (8 * (i & 3)));
+  } else {
+    if (inside) *reinterpret_cast<uint4*>(packed + place) = bytes;
+  }
+
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    const i64 entry = segment * kBlocks + b;
+    const float sum = fold(error2[b], value2[b], half);
+    const float error = fmaxf(error_max[b], __shfl_xor_sync(kAll, error_max[b], 1));
+    if (kSmall ? entry * kSegment / 2 >= n : !inside) continue;
+    sums[2 * entry + half] = sum;
+    if (half == 0) worst[entry] = error * largest[b];
+    if (kSmall) {
+      if (half == 0) absmax[entry] = largest[b];
+    } else if ((thread & (lanes - 1)) == 0) {
+      absmax[thread >> log_lanes] = largest[b];
+    }
+  }
+}
+
+// What `quantize` left -> stats [granules][3], the error sums of 65,536 elements, in the order that
+// nf4_search.h defines.  A warp a granule: its lanes square and scale, two of them add in turn.
+// entries: of the whole piece; per_granule: entries; shift: entry >> shift is its block.
+extern "C" __global__ void __launch_bounds__(kWarp)
+    fold_errors(const float* __restrict__ sums, const float* __restrict__ worst,
+                const float* __restrict__ absmax, i64 entries, int per_granule, int shift,
+                double* __restrict__ stats) {
+  __shared__ double terms[kWarp][2];
+  const int lane = threadIdx.x;
+  const i64 first = (i64)blockIdx.x * per_granule;
+  double total = 0.0;
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int base = 0; base < per_granule; base += kWarp) {
+    const i64 entry = first + base + lane;
+    terms[lane][0] = terms[lane][1] = 0.0;
+    if (entry < entries) {
+      const double unit = absmax[entry >> shift];
+      const double square = unit * unit;
+      terms[lane][0] = square * sums[2 * entry];
+      terms[lane][1] = square * sums[2 * entry + 1];
+      largest = fmaxf(largest, worst[entry]);
+    }
+    __syncwarp();
+    if (lane < 2)
+#pragma unroll
+      for (int i = 0; i < kWarp; i++) total = total + terms[i][lane];
+    __syncwarp();
+  }
+  for (int step = 1; step < kWarp; step *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
+  if (lane < 2) stats[3 * (i64)blockIdx.x + lane] = total;
+  if (lane == 2) stats[3 * (i64)blockIdx.x + 2] = (double)largest;
+}
+
+// -- double quantization of the absmax vector -----------------------------------------------------
+
+// absmax[n] -> codes[n] of (absmax - offset) in runs of 256, nested_absmax.  16 lanes a run, 16
+// neighbouring values each.  kTail: a single CTA for the partial run at the vector's end, n < 256;
+// otherwise n is a whole number of runs.  midpoints: 255 floats, ascending.
+template <bool kTail>
+__global__ void __launch_bounds__(kThreads)
+    nested_quantize(const float* __restrict__ absmax, i64 n, float offset,
+                    const float* __restrict__ midpoints, uint8_t* __restrict__ codes,
+                    float* __restrict__ nested_absmax) {
+  constexpr int kValues = 16, kLanes = 16;
+  // In heap order (node k has children 2k and 2k+1) a level lies in neighbouring words, so its look-
+  // ups meet few bank conflicts; the sorted order has 16 of its nodes in two banks.
+  __shared__ float heap[256];
+  if (threadIdx.x > 0) {
+    const int depth = 31 - __clz(threadIdx.x), place = threadIdx.x - (1 << depth);
+    heap[threadIdx.x] = midpoints[((2 * place + 1) << (7 - depth)) - 1];
+  }
+  __syncthreads();
+
+  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
+  const i64 first = thread * kValues;
+  float x[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; i += 4) {
+    float4 raw = make_float4(offset, offset, offset, offset);  // behind the end: values of 0
+    if constexpr (kTail) {
+      if (first + i < n) raw.x = absmax[first + i];
+      if (first + i + 1 < n) raw.y = absmax[first + i + 1];
+      if (first + i + 2 < n) raw.z = absmax[first + i + 2];
+      if (first + i + 3 < n) raw.w = absmax[first + i + 3];
+    } else {
+      if (first < n) raw = *reinterpret_cast<const float4*>(absmax + first + i);
+    }
+    x[i] = raw.x - offset, x[i + 1] = raw.y - offset;
+    x[i + 2] = raw.z - offset, x[i + 3] = raw.w - offset;
+  }
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; i++) largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
+  if (kTail && largest < 1e-38f) largest = 1e-38f;
+  const float scale = nf4_reciprocal(largest);
+
+  uint32_t words[kValues / 4] = {};
+#pragma unroll
+  for (int i = 0; i < kValues; i++) {
+    const float y = kTail ? x[i] / largest : x[i] * scale;
+    int node = 1;
+#pragma unroll
+    for (int level = 0; level < 8; level++) node = nf4_heap_step(y, heap, node);
+    words[i / 4] |= (uint32_t)(node - 256) << (8 * (i & 3));
+  }
+  if (first >= n) return;
+  if constexpr (kTail) {
+#pragma unroll
+    for (int i = 0; i < kValues; i++)
+      if (first + i < n) codes[first + i] = (uint8_t)(words[i / 4] >> (8 * (i & 3)));
+  } else {
+    *reinterpret_cast<uint4*>(codes + first) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  if (thread % kLanes == 0) nested_absmax[thread / kLanes] = largest;
+}
+
+// -- 4-bit dequantization -------------------------------------------------------------------------
+
+// Where the decoded absmax of a block comes from: absmax itself, or, with kNested, codes of it.
+// first: the first block's place in its run of nested_blocksize blocks, whose unit is
+// nested_absmax[0].
+struct Scales {
+  const float* absmax;
+  const uint8_t* codes;
+  const float* nested_map;
+  const float* nested_absmax;
+  float offset;
+  int nested_blocksize, first;
+};
+
+template <bool kNested>
+__device__ __forceinline__ float absmax_of(const Scales& s, i64 block) {
+  if constexpr (!kNested) return s.absmax[block];
+  const uint32_t run = (uint32_t)(s.first + block) / (uint32_t)s.nested_blocksize;
+  return nf4_nested_decode(s.nested_map[s.codes[block]], s.nested_absmax[run], s.offset);
+}
+
+template <int kTo>
+struct Target;
+template <>
+struct Target<NF4_F32> {
+  typedef uint32_t Raw;
+  static __device__ __forceinline__ Raw store(float value) { return nf4_bits_of_float(value); }
+};
+template <>
+struct Target<NF4_F16> {
+  typedef uint16_t Raw;
+  static __device__ __forceinline__ Raw store(float value) { return nf4_f16_of_f32(value); }
+};
+template <>
+struct Target<NF4_BF16> {
+  typedef uint16_t Raw;
+  static __device__ __forceinline__ Raw store(float value) { return nf4_bf16_of_f32(value); }
+};
+
+// packed -> n elements of kTo.  A warp takes tiles of 512 packed bytes: a 16-byte load a lane, then,
+// through shared memory, as many 16-byte stores as the elements fill, neighbouring lanes side by
+// side.  shift: log2 of the blocksize.
+template <int kTo, bool kNested>
+__global__ void __launch_bounds__(kThreads)
+    dequantize(const uint8_t* __restrict__ packed, i64 n, int shift,
+               const Book* __restrict__ table, Scales scales, void* __restrict__ out) {
+  typedef typename Target<kTo>::Raw Raw;
+  constexpr int kTile = 1024;                    // elements a warp
+  constexpr int kStore = 16 / (int)sizeof(Raw);  // elements a store
+  __shared__ float decode[16];
+  __shared__ __align__(16) uint8_t tiles[kThreads / kWarp][kTile / 2];
+  if (threadIdx.x < 16) decode[threadIdx.x] = table->decode[threadIdx.x];
+  __syncthreads();
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const i64 first = ((i64)blockIdx.x * (kThreads / kWarp) + warp) * kTile;
+  Raw* to = static_cast<Raw*>(out) + first;
+  if (first + kTile > n) {  // the last, partial tile: element by element
+#pragma unroll 1
+    for (int i = lane; first + i < n; i += kWarp) {
+      const uint32_t code = packed[(first + i) / 2] >> (4 * (1 - (i & 1))) & 15u;
+      const float absmax = absmax_of<kNested>(scales, (first + i) >> shift);
+      to[i] = Target<kTo>::store(nf4_decode(decode[code], absmax));
+    }
+    return;
+  }
+  uint8_t* tile = tiles[warp];
+  reinterpret_cast<uint4*>(tile)[lane] = reinterpret_cast<const uint4*>(packed + first / 2)[lane];
+  __syncwarp();
+#pragma unroll
+  for (int part = 0; part < kTile / kStore / kWarp; part++) {
+    const int place = (part * kWarp + lane) * kStore;  // elements into the tile
+    const float absmax = absmax_of<kNested>(scales, (first + place) >> shift);
+    uint32_t codes;
+    if constexpr (kStore == 8) {
+      codes = *reinterpret_cast<const uint32_t*>(tile + place / 2);
+    } else {
+      codes = *reinterpret_cast<const uint16_t*>(tile + place / 2);
+    }
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < kStore; i++) {
+      const uint32_t code = codes >> (8 * (i / 2) + 4 * (1 - (i & 1))) & 15u;
+      const uint32_t raw = Target<kTo>::store(nf4_decode(decode[code], absmax));
+      words[i * 4 / kStore] |= raw << (kStore == 8 ? 16 * (i & 1) : 0);
+    }
+    *reinterpret_cast<uint4*>(to + place) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}

@@ -1,0 +1,384 @@
+"""The CUDA engine: cuda/nf4_kernels.cu on one or several GPUs.
+
+A thread that calls it borrows a lane: a stream, device memory and pinned host memory of its own.
+So while one thread's chunk is copied, another's is worked on, and a third is being read from the
+disk; several GPUs take turns in lending lanes.  Source and output buffers are pinned (`buffer`) and
+are copied from and to where they lie.
+
+What a GPU would only be slower at stays with the CPU engine that this one extends: sums that have
+to be added in turn, casts and decodings whose every byte would cross the bus twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import codebook
+from ..errors import MachineError, NonFiniteError
+from ..records import ITEMSIZE
+from . import GRANULE, Float8, NestedAbsmax, Notify, launches, no_notice
+from .cpu import CpuEngine
+from .device import DeviceMemoryError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from . import F32, F64, U8
+    from .device import Device, Memory
+    from .launches import Launch
+
+ARENA = 16 << 20
+"""Bytes of device memory that a lane works in: an 8 MiB chunk and what becomes of it."""
+STAGING = 4 << 20
+"""Bytes of pinned host memory of a lane, through which all goes that is not pinned itself."""
+_SMALLEST_ARENA = 1 << 20  # a granule of the widest kind of work and its tables
+_COMPILER_MEMORY = 110_000_000  # bytes: NVRTC at its peak, as measured
+_ALIGN, _ARRAYS = 256, 16  # where arrays begin; more than any piece of work has
+_WIDEST = 1 << 16  # columns of a float8 matrix whose factors fit beside a granule
+
+
+def open_devices(indices: tuple[int, ...] | None) -> Sequence[Device]:
+    """The GPUs with these indices, None for all; the tests put emulated ones here."""
+    from . import cupy_device
+
+    return cupy_device.open_devices(indices)
+
+
+class CudaEngine(CpuEngine):
+    """See `Engine`.
+
+    Args:
+        indices: of the GPUs to use; None for all.
+        devices: opened already, in place of `indices`.
+        notify: told when a GPU has less memory than was wanted.
+
+    Raises:
+        MachineError: no GPU can be used; the message says what is missing.
+        UsageError: there is no GPU with one of these indices.
+    """
+
+    def __init__(
+        self,
+        indices: tuple[int, ...] | None = None,
+        devices: Sequence[Device] | None = None,
+        notify: Notify = no_notice,
+    ) -> None:
+        super().__init__()
+        before = _resident()
+        self._devices = tuple(devices or open_devices(indices))
+        first = self._devices[0]
+        count = f"{len(self._devices)} GPUs, " if len(self._devices) > 1 else ""
+        self.name = f"cuda ({count}{first.name}, sm_{first.arch})"
+        self.spare_threads = len(self._devices)
+        self.worker_memory += STAGING
+        self.extra_memory = max(0, _resident() - before) + _COMPILER_MEMORY
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._turns = itertools.cycle(self._devices)
+        self._lanes: list[_Lane] = []  # lent to nobody
+        self._room = ARENA
+        self._pinned: dict[int, int] = {}  # first address of a `buffer` -> the one behind it
+
+    def buffer(self, nbytes: int) -> U8:
+        array = self._devices[0].host_buffer(nbytes)
+        address = array.ctypes.data
+        self._pinned[address] = address + nbytes
+        weakref.finalize(array, self._pinned.pop, address, None)
+        return array
+
+    def is_pinned(self, array: NDArray[Any]) -> bool:
+        """Whether an array lies in a `buffer` that is alive."""
+        start = array.ctypes.data
+        return any(a <= start and start + array.nbytes <= b for a, b in list(self._pinned.items()))
+
+    def quantize(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        packed: U8,
+        absmax: F32,
+        float8: Float8 | None = None,
+    ) -> F64:
+        itemsize = ITEMSIZE[dtype] if float8 is None else 1
+        n = src.nbytes // itemsize
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
+        if float8 is not None and not _even(float8, n, blocksize):
+            return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
+        stats = np.empty((-(-n // GRANULE), 3), np.float64)
+        with self._lane() as lane:
+            for start, count in lane.pieces(n, _quantize_need(itemsize, blocksize, float8)):
+                blocks = slice(start // blocksize, -(-(start + count) // blocksize))
+                granules = slice(start // GRANULE, -(-(start + count) // GRANULE))
+                rows = launches.entries(count, blocksize)
+                outputs: tuple[NDArray[Any], ...] = (
+                    packed[start // 2 : (start + count + 1) // 2],
+                    absmax[blocks],
+                    stats[granules].reshape(-1),
+                )
+                factors = None if float8 is None else lane.factors(float8.from_(start), count)
+                source = lane.upload(src[start * itemsize : (start + count) * itemsize])
+                places = [lane.room(out.nbytes) for out in outputs]
+                codes, scales, sums = places
+                lane.run(
+                    launches.quantize(
+                        count, dtype, blocksize, quant_type, lane.books[quant_type], source,
+                        codes, scales, lane.room(8 * rows), lane.room(4 * rows), sums, factors,
+                    )
+                )  # fmt: skip
+                for out, address in zip(outputs, places, strict=True):
+                    lane.download(out.view(np.uint8), address)
+        bad = np.flatnonzero(~np.isfinite(stats[:, 0]))
+        if len(bad):
+            first = int(bad[0]) * GRANULE
+            part = src[first * itemsize : (first + GRANULE) * itemsize]
+            raise NonFiniteError(first + self._first_nonfinite(part, dtype, float8, first))
+        return stats
+
+    def _first_nonfinite(self, part: U8, dtype: str, float8: Float8 | None, start: int) -> int:
+        if float8 is not None:
+            try:
+                out = np.empty(part.nbytes * ITEMSIZE[dtype], np.uint8)
+                self.decode_float8(part, float8.from_(start), out, dtype)
+            except NonFiniteError as error:
+                return error.index
+        bits = part.view(f"u{ITEMSIZE[dtype]}")
+        infinity = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype]
+        magnitude = bits & (2 ** (8 * bits.itemsize - 1) - 1)
+        found = np.flatnonzero(magnitude >= infinity)
+        if not len(found):
+            raise AssertionError("the GPU found a value that is not finite where there is none")
+        return int(found[0])
+
+    def dequantize(
+        self,
+        packed: U8,
+        n: int,
+        blocksize: int,
+        quant_type: str,
+        absmax: F32 | NestedAbsmax,
+        dtype: str,
+        out: U8,
+    ) -> None:
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
+        itemsize = ITEMSIZE[dtype]
+        with self._lane() as lane:
+            for start, count in lane.pieces(n, _dequantize_need(itemsize, blocksize, absmax)):
+                first, last = start // blocksize, -(-(start + count) // blocksize)
+                scales = lane.scales(absmax, first, last)
+                codes = lane.upload(packed[start // 2 : (start + count + 1) // 2])
+                values = lane.room(count * itemsize)
+                book = lane.books[quant_type]
+                lane.run(launches.dequantize(count, dtype, blocksize, book, codes, scales, values))
+                lane.download(out[start * itemsize : (start + count) * itemsize], values)
+
+    def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
+        run = codebook.NESTED_BLOCKSIZE
+        with self._lane() as lane:
+            for start, count in lane.pieces(absmax.size, _Need(6 * GRANULE)):
+                runs = nested_absmax[start // run : -(-(start + count) // run)]
+                source = lane.upload(absmax[start : start + count].view(np.uint8))
+                to_codes, to_nested = lane.room(count), lane.room(runs.nbytes)
+                lane.run(
+                    launches.nested_quantize(
+                        count, offset, lane.midpoints, source, to_codes, to_nested
+                    )
+                )
+                lane.download(codes[start : start + count], to_codes)
+                lane.download(runs.view(np.uint8), to_nested)
+
+    @contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        """A lane for the calling thread alone; one that failed is not lent to another."""
+        with self._lock:
+            lane = self._lanes.pop() if self._lanes else None
+        if lane is None:
+            lane = self._new_lane()
+        yield lane
+        with self._lock:
+            self._lanes.append(lane)
+
+    def _new_lane(self) -> _Lane:
+        with self._lock:
+            device = next(self._turns)
+            while True:
+                try:
+                    return _Lane(self, device, device.allocate(self._room), self._room)
+                except DeviceMemoryError as error:
+                    if self._room // 2 < _SMALLEST_ARENA:
+                        raise MachineError(
+                            f"{device.name} has no {self._room:,} bytes of memory left ({error}): "
+                            "end what else runs on it, lower --workers, choose another GPU with "
+                            "--device, or use --engine cpu"
+                        ) from error
+                    self._room //= 2
+                    self._notify(
+                        f"{device.name} is short of memory: working in chunks of "
+                        f"{self._room / 2**20:.3g} MiB"
+                    )
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds (CUDA's own part differs with driver and GPU)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except OSError:  # not Linux
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _even(float8: Float8, n: int, blocksize: int) -> bool:
+    """Whether the float8 kernels take it: 8 neighbours share a factor, and blocks are whole.
+
+    Weights of real models are so; others are decoded by the host first.
+    """
+    columns = float8.columns
+    eights = columns % 8 == 0 and (float8.block[1] % 8 == 0 or float8.block[1] >= columns)
+    return eights and n % blocksize == 0 and columns <= _WIDEST
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Bytes of device memory: for each granule of a piece, and beside them."""
+
+    granule: int
+    fixed: int = 0
+
+
+def _quantize_need(itemsize: int, blocksize: int, float8: Float8 | None) -> _Need:
+    arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 24
+    arrays += 12 * launches.entries(GRANULE, blocksize)
+    if float8 is None:
+        return _Need(GRANULE * itemsize + arrays)
+    # at most a factor each 8 elements, and those of the rows that a piece begins and ends in
+    return _Need(GRANULE + GRANULE // 2 + arrays, 8 * -(-float8.columns // float8.block[1]))
+
+
+def _dequantize_need(itemsize: int, blocksize: int, absmax: F32 | NestedAbsmax) -> _Need:
+    arrays = GRANULE // 2 + GRANULE * itemsize
+    if isinstance(absmax, NestedAbsmax):
+        # the map, and the codes of the run that a piece begins in
+        return _Need(arrays + 5 * (GRANULE // blocksize), 1024 + 2 * absmax.blocksize)
+    return _Need(arrays + 4 * (GRANULE // blocksize))
+
+
+class _Lane:
+    """One thread's way through a GPU and back to the host.
+
+    Device memory is given out front to back and all taken back at the start of each piece.
+    """
+
+    def __init__(self, engine: CudaEngine, device: Device, memory: Memory, nbytes: int) -> None:
+        self._engine = engine
+        self._memory = memory
+        self._end = nbytes
+        self._stream = device.stream()
+        self._staging = device.host_buffer(STAGING)
+        self._waiting: list[tuple[U8, U8]] = []  # (where it belongs, where it arrives)
+        self._base = self._next = self._staged = 0
+        self.books = {q: self.upload(launches.book(q)) for q in codebook.QUANT_TYPES}
+        self.midpoints = self.upload(codebook.nested_midpoints().view(np.uint8))
+        self.finish()
+        self._base = self._next
+
+    def pieces(self, n: int, need: _Need) -> Iterator[tuple[int, int]]:
+        """(first element, elements): whole granules, as many as fit at a time."""
+        slack = _ARRAYS * _ALIGN  # each array starts at a multiple of it
+        step = GRANULE * max(1, (self._end - self._base - need.fixed - slack) // need.granule)
+        for start in range(0, n, step):
+            self._next = self._base
+            yield start, min(step, n - start)
+            self.finish()
+
+    def room(self, nbytes: int) -> int:
+        """The address of that much device memory."""
+        place = self._next
+        self._next += -(-nbytes // _ALIGN) * _ALIGN
+        if self._next > self._end:
+            raise AssertionError("a piece of work is larger than its lane")
+        return self._memory.address + place
+
+    def upload(self, array: U8) -> int:
+        """The address of a copy on the device."""
+        address = self.room(array.nbytes)
+        if self._engine.is_pinned(array):
+            self._stream.upload(address, array)
+            return address
+        for start in range(0, array.nbytes, STAGING):
+            part = array[start : start + STAGING]
+            staged = self._stage(part.nbytes)
+            staged[:] = part
+            self._stream.upload(address + start, staged)
+        return address
+
+    def download(self, array: U8, address: int) -> None:
+        """Fill `array` from the device; it is there after `finish`."""
+        if self._engine.is_pinned(array):
+            self._stream.download(array, address)
+            return
+        for start in range(0, array.nbytes, STAGING):
+            part = array[start : start + STAGING]
+            staged = self._stage(part.nbytes)
+            self._stream.download(staged, address + start)
+            self._waiting.append((part, staged))
+
+    def run(self, work: Iterable[Launch]) -> None:
+        for launch in work:
+            self._stream.launch(launch.kernel, launch.blocks, launch.threads, launch.arguments)
+
+    def finish(self) -> None:
+        """Wait until everything is done and where it belongs."""
+        self._stream.synchronize()
+        for array, staged in self._waiting:
+            array[:] = staged
+        self._waiting.clear()
+        self._staged = 0
+
+    def factors(self, float8: Float8, count: int) -> launches.Float8:
+        """What decodes `count` elements, with the rows of factors that they need uploaded."""
+        rows, columns = float8.block
+        row, column = divmod(float8.first, float8.columns)
+        wide = -(-float8.columns // columns)
+        first, last = row // rows, (float8.first + count - 1) // float8.columns // rows
+        scale = float8.scale[first * wide : (last + 1) * wide]
+        return launches.Float8(
+            row - first * rows, column, float8.columns, (rows, columns), wide,
+            self.upload(scale.view(np.uint8)),
+        )  # fmt: skip
+
+    def scales(self, absmax: F32 | NestedAbsmax, first: int, last: int) -> launches.Scales:
+        """What decodes the scales of blocks [first, last), uploaded."""
+        if not isinstance(absmax, NestedAbsmax):
+            return launches.Scales(absmax=self.upload(absmax[first:last].view(np.uint8)))
+        first, last = absmax.skip + first, absmax.skip + last
+        run = first // absmax.blocksize
+        units = absmax.absmax[run : -(-last // absmax.blocksize)]
+        return launches.Scales(
+            codes=self.upload(absmax.codes[first:last]),
+            nested_map=self.upload(absmax.map.view(np.uint8)),
+            nested_absmax=self.upload(units.view(np.uint8)),
+            offset=absmax.offset,
+            nested_blocksize=absmax.blocksize,
+            first=first - run * absmax.blocksize,
+        )
+
+    def _stage(self, nbytes: int) -> U8:
+        """Pinned memory for one copy; waits for earlier ones when all of it is in use."""
+        if self._staged + nbytes > STAGING:
+            self.finish()
+        start = self._staged
+        self._staged += -(-nbytes // _ALIGN) * _ALIGN
+        return self._staging[start : start + nbytes]

@@ -1,0 +1,230 @@
+"""Every kernel on exactly sized buffers, compared with the CPU engine, byte for byte.
+
+    python -m emulator.exercise LIBRARY [--quick] [--kernel PART]...
+
+is the same as a program, for runs under a sanitizer.  Exits with 1 and says where bytes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nf4cli import codebook
+from nf4cli.engines import GRANULE, Float8, NestedAbsmax, launches
+from nf4cli.engines.cpu import CpuEngine
+from nf4cli.records import ITEMSIZE
+
+from .build import Kernels
+
+CPU = CpuEngine()
+SIZES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 2047, 2048, 2049, 4096, 8192, 8257, 20_003)
+BEYOND = GRANULE + 4097  # two granules, the second partial
+
+
+class Failure(AssertionError):
+    """Bytes differ, and where."""
+
+
+def values(dtype: str, n: int, seed: int) -> np.ndarray:
+    """Bytes of n elements that are hard to get right: magnitudes from the smallest subnormal to
+    the largest float, runs of zeros, zeros of both signs, and every bit pattern that is finite."""
+    random = np.random.default_rng(seed)
+    width = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}[dtype]
+    mild = random.standard_normal(n) * np.repeat(10.0 ** random.uniform(-44, 38, n // 97 + 1), 97)[:n]
+    mild = np.clip(mild, -3.4e38, 3.4e38).astype(np.float32)
+    if dtype == "BF16":
+        bits = (mild.view(np.uint32) >> 16).astype(np.uint16)
+    elif dtype == "F16":
+        bits = np.clip(mild, -65504, 65504).astype(np.float16).view(np.uint16)
+    else:
+        bits = mild.view(np.uint32)
+    any_bits = random.integers(0, np.iinfo(width).max, n, dtype=width, endpoint=True)
+    infinity = width({"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype])
+    finite = (any_bits & width(np.iinfo(width).max >> 1)) < infinity
+    bits = np.where(finite & (random.random(n) < 0.2), any_bits, bits)
+    bits[n // 7 : n // 5] = 0
+    bits[n // 5 : n // 4] = width(1 << (8 * bits.itemsize - 1))  # -0.0
+    return bits.view(np.uint8)
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def quantize(
+    kernels: Kernels, src: np.ndarray, dtype: str, blocksize: int, quant_type: str,
+    float8: Float8 | None = None,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """(packed, absmax, stats) by the kernels."""
+    n = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1)
+    book = launches.book(quant_type).copy()
+    rows = launches.entries(n, blocksize)
+    packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
+    sums, worst = np.empty(2 * rows, np.float32), np.empty(rows, np.float32)
+    stats = np.empty((-(-n // GRANULE), 3))
+    place = None
+    if float8 is not None:
+        wide = -(-float8.columns // float8.block[1])
+        row, column = divmod(float8.first, float8.columns)
+        place = launches.Float8(
+            row, column, float8.columns, float8.block, wide, address(float8.scale)
+        )
+    for launch in launches.quantize(
+        n, dtype, blocksize, quant_type, address(book), address(src), address(packed),
+        address(absmax), address(sums), address(worst), address(stats), place,
+    ):  # fmt: skip
+        kernels.run(launch)
+    return packed, absmax, stats
+
+
+def on_cpu(src, dtype, blocksize, quant_type, float8=None) -> tuple[np.ndarray, ...]:
+    """The same by the CPU engine."""
+    n = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1)
+    packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
+    stats = CPU.quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
+    return packed, absmax, stats
+
+
+def same(what: str, found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
+    for part, (a, b) in enumerate(zip(found, expected, strict=True)):
+        x, y = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+        if not np.array_equal(x, y):
+            where = int(np.argmax(x != y)) // a.itemsize
+            raise Failure(
+                f"{what}: output {part}, element {where} is {a.reshape(-1)[where]!r}, expected "
+                f"{b.reshape(-1)[where]!r} ({np.count_nonzero(x != y)} bytes differ)"
+            )
+
+
+def cases(quick: bool) -> Iterator[tuple[str, object]]:
+    """(a part of the name of the kernels it runs, the check)."""
+    sizes = (1, 33, 64, 96, 2049, 8257) if quick else SIZES
+    sources = {"F32": 0, "F16": 1, "BF16": 2}
+    for dtype, number in sources.items():
+        for quant_type, steps in launches.STEPS.items():
+            for blocksize in (32, 64, 4096) if quick else codebook.BLOCKSIZES:
+                name = f"quantize<{number}, {number}, {steps}, {str(blocksize == 32).lower()}"
+                large = () if quick or blocksize not in (32, 64, 128) else (BEYOND,)
+                for n in (*sizes, *large):
+                    yield name, (check_quantize, dtype, blocksize, quant_type, n)
+        for blocksize in (32, 4096):
+            for n in sizes:
+                for nested in (False, True):
+                    name = f"dequantize<{number}, {str(nested).lower()}"
+                    yield name, (check_dequantize, dtype, blocksize, nested, n)
+        for blocksize in (32, 64, 256):
+            for quant_type, steps in launches.STEPS.items():
+                name = f"quantize<3, {number}, {steps}, {str(blocksize == 32).lower()}"
+                for shape, block, first in (((8, 96), (4, 32), 0), ((80, 256), (128, 128), 256),
+                                            ((6, 1024), (1, 1024), 2048), ((64, 8), (8, 8), 256)):  # fmt: skip
+                    yield name, (check_float8, dtype, blocksize, quant_type, shape, block, first)
+    for n in (1, 255, 256, 257, 4096, 5000):
+        yield "nested_quantize", (check_nested, n)
+
+
+def check_quantize(kernels, dtype, blocksize, quant_type, n) -> None:
+    src = values(dtype, n, n)
+    what = f"quantize {dtype} {quant_type} blocksize {blocksize}, {n} elements"
+    arguments = src, dtype, blocksize, quant_type
+    same(what, quantize(kernels, *arguments), on_cpu(*arguments))
+
+
+def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> None:
+    random = np.random.default_rng(first)
+    src = random.integers(0, 256, shape[0] * shape[1] - first, np.uint8)
+    src[(src & 127) == 127] = 1
+    src = src[: src.size // blocksize * blocksize].copy()
+    scales = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
+    float8 = Float8(first, shape[1], random.uniform(0, 1e-2, scales).astype(np.float32), block)
+    arguments = src, dtype, blocksize, quant_type, float8
+    what = f"quantize float8 {shape} by {block} to {dtype}"
+    same(what, quantize(kernels, *arguments), on_cpu(*arguments))
+
+
+def check_nested(kernels, n) -> None:
+    random = np.random.default_rng(n)
+    for absmax in (
+        random.uniform(0, 1, n).astype(np.float32),
+        (10.0 ** random.uniform(-44, 38, n)).astype(np.float32),
+        np.zeros(n, np.float32),
+    ):
+        offset = float(np.float32(CPU.sum(absmax, 0.0) / n))
+        midpoints = codebook.nested_midpoints().copy()
+        found, expected = ((np.empty(n, np.uint8), np.empty(-(-n // 256), np.float32))
+                           for _ in range(2))  # fmt: skip
+        for launch in launches.nested_quantize(
+            n, offset, address(midpoints), address(absmax), *map(address, found)
+        ):
+            kernels.run(launch)
+        CPU.nested_quantize(absmax, offset, *expected)
+        same(f"nested_quantize of {n}", found, expected)
+
+
+def check_dequantize(kernels, dtype, blocksize, nested, n) -> None:
+    random = np.random.default_rng(n)
+    packed = random.integers(0, 256, (n + 1) // 2, np.uint8)
+    blocks, out = -(-n // blocksize), np.empty(n * ITEMSIZE[dtype], np.uint8)
+    book = launches.book("nf4").copy()
+    if nested:
+        skip, run = 3, 37  # any place in a run, of any length
+        absmax = NestedAbsmax(
+            random.integers(0, 256, blocks + skip, np.uint8), skip, run, codebook.nested_map().copy(),
+            random.uniform(0, 30, -(-(blocks + skip) // run)).astype(np.float32),
+            float(np.float32(0.3337)),
+        )  # fmt: skip
+        codes = absmax.codes[skip:].copy()
+        scales = launches.Scales(
+            0, address(codes), address(absmax.map), address(absmax.absmax), absmax.offset, run, skip
+        )
+    else:
+        absmax = (random.uniform(-1, 1, blocks) * 10.0 ** random.integers(-44, 4, blocks)).astype(
+            np.float32
+        )
+        scales = launches.Scales(absmax=address(absmax))
+    for launch in launches.dequantize(
+        n, dtype, blocksize, address(book), address(packed), scales, address(out)
+    ):
+        kernels.run(launch)
+    expected = np.empty_like(out)
+    CPU.dequantize(packed, n, blocksize, "nf4", absmax, dtype, expected)
+    same(f"dequantize to {dtype}, {n} elements, nested {nested}", (out,), (expected,))
+
+
+def exercise(kernels: Kernels, quick: bool = False, parts: tuple[str, ...] = ("",)) -> int:
+    """Check all that is asked for; returns how many checks there were.
+
+    Args:
+        parts: of names of kernels, those that the library has.
+
+    Raises:
+        Failure: bytes differ.
+        AssertionError: a kernel did something undefined.
+    """
+    done = 0
+    for name, (check, *arguments) in cases(quick):
+        if any(part in name for part in parts):
+            check(kernels, *arguments)
+            done += 1
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kernel", action="append")
+    options = parser.parse_args()
+    try:
+        done = exercise(Kernels(options.library), options.quick, tuple(options.kernel or [""]))
+    except AssertionError as error:
+        sys.exit(f"FAILED {error}")
+    print(f"{done} checks")
+
+
+if __name__ == "__main__":
+    main()
