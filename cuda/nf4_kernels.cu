@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int i = 0; i < 16; i++)
       if (place + i < (n + 1) / 2) packed[place + i] = (uint8_t)(parts[i / 4] >> (8 * (i & 3)));
   } else {
-    if (inside) *reinterpret_cast<uint4*>(packed + place) = bytes;
+    if (2 * place < n) *reinterpret_cast<uint4*>(packed + place) = bytes;
   }
 
 #pragma unroll

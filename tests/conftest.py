@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from emulator import build
+from emulator.device import EmulatedDevice
 from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
 
 from nf4cli.engines.cpu import CpuEngine, available
+from nf4cli.engines.cuda import CudaEngine
 from nf4cli.engines.torch import TorchEngine
 
-ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in available()},
+REAL_ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in available()},
            "torch": TorchEngine}  # fmt: skip
+ENGINES = (*REAL_ENGINES, "cuda")
+"""The CUDA engine runs over an emulated device: NVRTC's PTX for sm_80, on the CPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,14 +27,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest):
-    """Each engine that this machine runs."""
-    return ENGINES[request.param]()
+    """Each engine."""
+    if request.param == "cuda":
+        return request.getfixturevalue("cuda_engine")
+    return REAL_ENGINES[request.param]()
 
 
 @pytest.fixture(scope="session")
-def all_engines():
+def all_engines(cuda_engine):
     """All of them at once."""
-    return {name: make() for name, make in ENGINES.items()}
+    return {name: make() for name, make in REAL_ENGINES.items()} | {"cuda": cuda_engine}
+
+
+@pytest.fixture(scope="session")
+def emulated_libraries() -> tuple[Path, Path]:
+    """Every GPU kernel for the CPU: NVRTC's PTX for sm_80, and the .cu as g++ has it."""
+    text = build.compile_ptx("80")
+    ptx, shim = build.parallel(lambda: build.build_ptx(*text), build.build_shim)
+    return ptx, shim
+
+
+@pytest.fixture(scope="session")
+def emulated_ptx(emulated_libraries) -> build.Kernels:
+    return build.Kernels(emulated_libraries[0])
+
+
+@pytest.fixture(scope="session")
+def emulated_shim(emulated_libraries) -> build.Kernels:
+    return build.Kernels(emulated_libraries[1])
+
+
+@pytest.fixture(scope="session")
+def cuda_engine(emulated_ptx) -> CudaEngine:
+    return CudaEngine(devices=[EmulatedDevice(emulated_ptx)])
 
 
 @pytest.fixture(scope="session")

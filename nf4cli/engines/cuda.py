@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +207,12 @@ class CudaEngine(CpuEngine):
             lane = self._lanes.pop() if self._lanes else None
         if lane is None:
             lane = self._new_lane()
-        yield lane
+        try:
+            yield lane
+        except BaseException:
+            with suppress(Exception):  # the GPU may still be reading and writing what we free
+                lane.finish()
+            raise
         with self._lock:
             self._lanes.append(lane)
 

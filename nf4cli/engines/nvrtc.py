@@ -1,7 +1,8 @@
 """cuda/nf4_kernels.cu -> machine code for one GPU, by NVIDIA's run-time compiler, cached on disk.
 
 CuPy's own way (RawModule of source) appends -ftz=true to every compilation, which costs a block
-near 3e38 all its codes.  So the compiler is called with our options, and RawModule loads the result.
+near 3e38 all its codes.  So the compiler is called with our options, and RawModule loads what it
+made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels -> a shared library that runs them on the CPU, of either kind, with or without a sanitizer."""
+"""Kernels -> a shared library that runs them on the CPU, with or without a sanitizer."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ class Kernels:
         loaded.emu_error.restype = ctypes.c_char_p
         self._launch, self._error = loaded.emu_launch, loaded.emu_error
 
-    def run(self, launch: Launch) -> None:
-        """Run one launch to its end.
+    def run(self, launch: Launch, first: int = 0) -> None:
+        """Run one launch to its end, of its grid the blocks from `first` on.
 
         Raises:
             AssertionError: the kernel did what a GPU leaves undefined, or does not exist.
         """
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in launch.arguments]
         arguments = (ctypes.c_void_p * len(pointers))(*pointers)
-        status = self._launch(launch.kernel.encode(), launch.blocks, launch.threads, arguments)
+        status = self._launch(
+            launch.kernel.encode(), first, launch.blocks - first, launch.threads, arguments
+        )
         if status:
             raise AssertionError(f"{launch.kernel}: {self._error().decode() or 'no such kernel'}")
 
@@ -78,16 +80,15 @@ def build_shim(
     header = '#include "nf4_codec.h"\n'
     assert header in main
     table = "".join(
-        f'  if (!strcmp(name, "{kernel}")) return emu_call({kernel}, blocks, threads, arguments);\n'
+        f'  if (!strcmp(name, "{kernel}"))\n'
+        f"    return emu_call({kernel}, first, count, threads, arguments);\n"
         for kernel in kernels or every_kernel()
     )
+    main = main.replace(header, sources["nf4_codec.h"])
     code = (
         '#include "shim.h"\n'
-        + main.replace(header, sources["nf4_codec.h"]).replace('extern "C" __global__', "__global__")
-        + '\nextern "C" int emu_launch(const char* name, unsigned blocks, unsigned threads,\n'
-        "                          const void* const* arguments) {\n"
-        + table
-        + '  return -1;\n}\nextern "C" const char* emu_error() { return emu::error(); }\n'
+        + main.replace('extern "C" __global__', "__global__")
+        + ptx.LAUNCH.format(table=table)
     )
     return _build(code, sanitizer)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +32,8 @@ class EmulatedDevice:
     """
 
     arch = "80"
+    pinned: ClassVar[dict[int, int]] = {}
+    """First byte -> the one behind the last of all pinned memory, which serves every GPU."""
 
     def __init__(self, kernels: Kernels, memory: int = 1 << 30, name: str = "emulated GPU") -> None:
         self.kernels = kernels
@@ -38,8 +42,6 @@ class EmulatedDevice:
         self.launched: list[Launch] = []
         self.streams: list[EmulatedStream] = []
         self.blocks: list[EmulatedMemory] = []
-        self.pinned: list[np.ndarray] = []
-        self.pageable_copies = 0
 
     def allocate(self, nbytes: int) -> EmulatedMemory:
         if nbytes > self.free:
@@ -50,12 +52,13 @@ class EmulatedDevice:
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
         array = np.full(nbytes, _GARBAGE, np.uint8)
-        self.pinned.append(array)
+        self.pinned[array.ctypes.data] = array.ctypes.data + nbytes
+        weakref.finalize(array, self.pinned.pop, array.ctypes.data, None)
         return array
 
     def is_pinned(self, array: np.ndarray) -> bool:
         start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
-        return any(a.ctypes.data <= start and stop <= a.ctypes.data + a.nbytes for a in self.pinned)
+        return any(a <= start and stop <= b for a, b in list(self.pinned.items()))
 
     def stream(self) -> EmulatedStream:
         self.streams.append(EmulatedStream(self))

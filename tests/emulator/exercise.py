@@ -23,10 +23,16 @@ from .build import Kernels
 
 CPU = CpuEngine()
 SIZES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 2047, 2048, 2049, 4096, 8192, 8257, 20_003)
+_FLOAT8_LAYOUTS = (  # shape, block, first element
+    ((8, 96), (4, 32), 0),
+    ((80, 256), (128, 128), 256),
+    ((6, 1024), (1, 1024), 2048),
+    ((64, 8), (8, 8), 256),
+)
 BEYOND = GRANULE + 4097  # two granules, the second partial
 
 
-class Failure(AssertionError):
+class DifferenceError(AssertionError):
     """Bytes differ, and where."""
 
 
@@ -35,7 +41,9 @@ def values(dtype: str, n: int, seed: int) -> np.ndarray:
     the largest float, runs of zeros, zeros of both signs, and every bit pattern that is finite."""
     random = np.random.default_rng(seed)
     width = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}[dtype]
-    mild = random.standard_normal(n) * np.repeat(10.0 ** random.uniform(-44, 38, n // 97 + 1), 97)[:n]
+    mild = (
+        random.standard_normal(n) * np.repeat(10.0 ** random.uniform(-44, 38, n // 97 + 1), 97)[:n]
+    )
     mild = np.clip(mild, -3.4e38, 3.4e38).astype(np.float32)
     if dtype == "BF16":
         bits = (mild.view(np.uint32) >> 16).astype(np.uint16)
@@ -95,7 +103,7 @@ def same(what: str, found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, .
         x, y = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
         if not np.array_equal(x, y):
             where = int(np.argmax(x != y)) // a.itemsize
-            raise Failure(
+            raise DifferenceError(
                 f"{what}: output {part}, element {where} is {a.reshape(-1)[where]!r}, expected "
                 f"{b.reshape(-1)[where]!r} ({np.count_nonzero(x != y)} bytes differ)"
             )
@@ -120,9 +128,8 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
         for blocksize in (32, 64, 256):
             for quant_type, steps in launches.STEPS.items():
                 name = f"quantize<3, {number}, {steps}, {str(blocksize == 32).lower()}"
-                for shape, block, first in (((8, 96), (4, 32), 0), ((80, 256), (128, 128), 256),
-                                            ((6, 1024), (1, 1024), 2048), ((64, 8), (8, 8), 256)):  # fmt: skip
-                    yield name, (check_float8, dtype, blocksize, quant_type, shape, block, first)
+                for layout in _FLOAT8_LAYOUTS:
+                    yield name, (check_float8, dtype, blocksize, quant_type, *layout)
     for n in (1, 255, 256, 257, 4096, 5000):
         yield "nested_quantize", (check_nested, n)
 
@@ -172,11 +179,10 @@ def check_dequantize(kernels, dtype, blocksize, nested, n) -> None:
     book = launches.book("nf4").copy()
     if nested:
         skip, run = 3, 37  # any place in a run, of any length
-        absmax = NestedAbsmax(
-            random.integers(0, 256, blocks + skip, np.uint8), skip, run, codebook.nested_map().copy(),
-            random.uniform(0, 30, -(-(blocks + skip) // run)).astype(np.float32),
-            float(np.float32(0.3337)),
-        )  # fmt: skip
+        codes = random.integers(0, 256, blocks + skip, np.uint8)
+        units = random.uniform(0, 30, -(-codes.size // run)).astype(np.float32)
+        offset = float(np.float32(0.3337))
+        absmax = NestedAbsmax(codes, skip, run, codebook.nested_map().copy(), units, offset)
         codes = absmax.codes[skip:].copy()
         scales = launches.Scales(
             0, address(codes), address(absmax.map), address(absmax.absmax), absmax.offset, run, skip
@@ -202,7 +208,7 @@ def exercise(kernels: Kernels, quick: bool = False, parts: tuple[str, ...] = (""
         parts: of names of kernels, those that the library has.
 
     Raises:
-        Failure: bytes differ.
+        DifferenceError: bytes differ.
         AssertionError: a kernel did something undefined.
     """
     done = 0

@@ -1,7 +1,7 @@
 """NVRTC's PTX -> C++ over runtime.h, so that what NVIDIA's compiler made runs on a CPU.
 
-Every instruction the kernels use has one line here; an unknown one raises `Unsupported`, so nothing
-is skipped silently.  Registers become integers of raw bits, a kernel a function full of gotos.
+Every instruction the kernels use has a line here; an unknown one raises `UnsupportedError`, so
+nothing is skipped silently.  Registers become integers of raw bits, a kernel a function of gotos.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ _SPECIAL = {
 }  # fmt: skip
 _SPACES = ("param", "shared", "global")
 _SHARED_GAP = 64  # bytes between shared arrays, so that running over an end is noticed
+LAUNCH = """
+extern "C" int emu_launch(const char* name, unsigned first, unsigned count, unsigned threads,
+                          const void* const* arguments) {{
+{table}  return -1;
+}}
+extern "C" const char* emu_error() {{ return emu::error(); }}
+"""
+"""How a library of kernels is called; `table` finds a kernel by its name."""
+
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)[^{]*\{")
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """The translator does not know this; teach it, with its meaning from the PTX manual."""
 
 
 def translate(ptx: str, names: Mapping[str, str]) -> str:
-    """C++ with `emu_launch(name, blocks, threads, arguments)`.
+    """C++ with `emu_launch(name, first block, blocks, threads, arguments)`.
 
     Args:
         names: the kernels, name in the PTX -> name to launch it by.
@@ -42,23 +51,17 @@ def translate(ptx: str, names: Mapping[str, str]) -> str:
             end += 1
         kernels.append(_Kernel(match[1], match[2], text[start : end - 1]))
     if re.search(r"\.func\b", text):
-        raise Unsupported("functions")
+        raise UnsupportedError("functions")
     if missing := names.keys() - {kernel.name for kernel in kernels}:
-        raise Unsupported(f"no kernel {missing}")
+        raise UnsupportedError(f"no kernel {missing}")
     table = "".join(
         f'  if (!strcmp(name, "{names[k.name]}"))\n'
-        f"    return emu::launch(blocks, threads, [=] {{ {k.name}(arguments); }});\n"
+        f"    return emu::launch(first, count, threads, [=] {{ {k.name}(arguments); }});\n"
         for k in kernels
         if k.name in names
     )
-    return (
-        '#include "ptx.h"\nusing namespace ptx;\n'
-        + "\n".join(kernel.code for kernel in kernels)
-        + '\nextern "C" int emu_launch(const char* name, unsigned blocks, unsigned threads,\n'
-        "                          const void* const* arguments) {\n"
-        + table
-        + '  return -1;\n}\nextern "C" const char* emu_error() { return emu::error(); }\n'
-    )
+    code = "\n".join(kernel.code for kernel in kernels)
+    return f'#include "ptx.h"\nusing namespace ptx;\n{code}{LAUNCH.format(table=table)}'
 
 
 def instructions(ptx: str) -> list[tuple[str, list[str]]]:
@@ -142,7 +145,7 @@ class _Kernel:
             start = -(-(end + _SHARED_GAP if end else 0) // align) * align
             self._shared[match[2]] = (start, int(match[3]))
         elif not text.startswith((".pragma", ".loc")):
-            raise Unsupported(text)
+            raise UnsupportedError(text)
 
     def _value(self, text: str) -> str:
         if text in _SPECIAL:
@@ -157,13 +160,13 @@ class _Kernel:
             return f"(u64)({text.rstrip('U')}ll)"
         if text in self._shared:
             return f"(u64){self._shared[text][0]}"
-        raise Unsupported(f"operand {text}")
+        raise UnsupportedError(f"operand {text}")
 
     def _address(self, text: str, space: str, count: int) -> str:
         """A pointer to `count` bytes."""
         match = re.fullmatch(r"\[(.+?)(?:\+(-?\d+))?\]", text)
         if match is None:
-            raise Unsupported(f"address {text}")
+            raise UnsupportedError(f"address {text}")
         base, offset = match[1], match[2] or "0"
         if space == "param":
             return f"(const u8*)arguments[{self._parameters[base]}] + {offset}"
@@ -179,8 +182,8 @@ class _Kernel:
             return self._control(op, head, args)
         if head in ("ld", "st"):
             return self._memory(op, parts, args)
-        if head == "mov" and "{" in "".join(args[:2]):
-            raise Unsupported(f"{op} of a vector")
+        if head == "mov" and "{" in "".join(args):
+            return self._vector(op, type_, args)
         out = _register(args[0])
         values = [self._value(arg) for arg in args[1:]]
         if expression := self._special(parts, values):
@@ -191,14 +194,14 @@ class _Kernel:
                 return f"{out} = {compare};"
             if len(parts) == 4 and parts[2] in ("and", "or"):
                 return f"{out} = {compare} {'&&' if parts[2] == 'and' else '||'} {values[2]};"
-            raise Unsupported(op)
+            raise UnsupportedError(op)
         if head in ("and", "or", "xor", "not", "mov", "selp"):
             return f"{out} = {self._logic(head, type_, values)};"
         modifiers = parts[1:-1]
         rounding = ["rn"] if type_ in ("f32", "f64") else []
         if modifiers != rounding or head not in ("add", "sub", "mul", "div", "shl", "shr",
                                                  "neg", "bfi"):  # fmt: skip
-            raise Unsupported(op)
+            raise UnsupportedError(op)
         return f"{out} = ptx::{head}<{_ctype(type_)}>({', '.join(values)});"
 
     def _special(self, parts: list[str], values: list[str]) -> str | None:
@@ -226,6 +229,21 @@ class _Kernel:
             return f"(u{_width(match[1])})({match[1]})as<{match[2]}>({values[0]})"
         return None
 
+    def _vector(self, op: str, type_: str, args: list[str]) -> str:
+        """mov between a register and the registers of its parts, the lowest first."""
+        if args[0].startswith("{"):
+            parts = _operands(args[0].strip("{}"))
+            width, whole = _width(type_) // len(parts), self._value(args[1])
+            return " ".join(
+                f"{_register(part)} = (u{width})((u64){whole} >> {i * width});"
+                for i, part in enumerate(parts)
+                if part != "_"
+            )
+        parts = _operands(args[1].strip("{}"))
+        width = _width(type_) // len(parts)
+        terms = [f"(u64)(u{width}){self._value(p)} << {i * width}" for i, p in enumerate(parts)]
+        return f"{_register(args[0])} = (u{_width(type_)})({' | '.join(terms)});"
+
     @staticmethod
     def _logic(head: str, type_: str, values: list[str]) -> str:
         predicate = type_ == "pred"
@@ -243,7 +261,7 @@ class _Kernel:
         space = next((part for part in parts if part in _SPACES), "")
         vector = next((int(part[1]) for part in parts if part in ("v2", "v4")), 1)
         if not space or set(parts[1:-1]) - {space, "nc", "v2", "v4"}:
-            raise Unsupported(op)
+            raise UnsupportedError(op)
         ctype, size = _ctype(parts[-1]), _width(parts[-1]) // 8
         place, data = (args[1], args[0]) if parts[0] == "ld" else (args[0], args[1])
         registers = _operands(data.strip("{}")) if vector > 1 else [data]
@@ -276,4 +294,4 @@ class _Kernel:
             text += f"(u32){self._value(args[1])}, (int){self._value(args[2])});"
             # the predicate says that the source lane is there, which the runtime insists on
             return text + (f" {_register(predicate)} = true;" if predicate else "")
-        raise Unsupported(op)
+        raise UnsupportedError(op)

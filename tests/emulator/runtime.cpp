@@ -284,7 +284,7 @@ void trap(const char* what, uint64_t address) {
   abort();
 }
 
-int launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+int launch(unsigned first, unsigned count, unsigned threads, const std::function<void()>& body) {
   if (!machine) machine = std::make_unique<Machine>();
   Machine& m = *machine;
   m.body = &body, m.failed = false, m.error.clear(), m.count = (int)threads;
@@ -298,9 +298,9 @@ int launch(unsigned blocks, unsigned threads, const std::function<void()>& body)
 #ifdef EMU_TSAN
   m.main_tsan = __tsan_get_current_fiber();
 #endif
-  for (unsigned block = 0; block < blocks && !m.failed; block++) {
+  for (unsigned block = first; block < first + count && !m.failed; block++) {
     if (order && !reversed) std::shuffle(m.order.begin(), m.order.end(), random);
-    run_block(block, threads, blocks);
+    run_block(block, threads, first + count);
   }
   return m.failed;
 }

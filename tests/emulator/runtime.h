@@ -15,10 +15,10 @@ void barrier();                                                   // __syncthrea
 void sync_warp(uint32_t mask);                                    // __syncwarp
 uint32_t shuffle_xor(uint32_t mask, uint32_t value, int lanes);   // __shfl_xor_sync
 
-// Runs every block; EMU_ORDER says in which order its threads take turns: unset in order,
+// Runs blocks [first, first + count) of a grid that ends there; EMU_ORDER says in which order its threads take turns: unset in order,
 // "reversed", or a seed.  Returns 0, or 1 with `error()`: a deadlock, a shuffle from a lane that is
 // not there, a barrier that some threads have left behind.
-int launch(unsigned blocks, unsigned threads, const std::function<void()>& body);
+int launch(unsigned first, unsigned count, unsigned threads, const std::function<void()>& body);
 const char* error();
 
 [[noreturn]] void trap(const char* what, uint64_t address);  // what a GPU would fault on

@@ -50,9 +50,9 @@ static inline int __clz(unsigned value) { return value ? __builtin_clz(value) : 
 
 // One kernel's arguments, in the order of its parameters, from an array of pointers to them.
 template <class... Parameters>
-static int emu_call(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
-                    const void* const* arguments) {
-  return emu::launch(blocks, threads, [=] {
+static int emu_call(void (*kernel)(Parameters...), unsigned first, unsigned count,
+                    unsigned threads, const void* const* arguments) {
+  return emu::launch(first, count, threads, [=] {
     int next = 0;
     auto read = [&](auto* value) {
       std::memcpy(value, arguments[next++], sizeof *value);

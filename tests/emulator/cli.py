@@ -1,0 +1,33 @@
+"""The real nf4 command on emulated GPUs: python -m emulator.cli LIBRARY GPUS MEMORY nf4-arguments.
+
+Prints, as the last line of stderr, what the GPUs did.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nf4cli import cli
+from nf4cli.engines import cuda, cupy_device
+
+from .build import Kernels
+from .device import EmulatedDevice
+
+
+def main() -> None:
+    library, gpus, memory = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    kernels = Kernels(library)
+    devices = [EmulatedDevice(kernels, memory, f"emulated GPU {i}") for i in range(gpus)]
+    cupy_device.driver = lambda: (gpus, 13_000)
+    cuda.open_devices = lambda indices: [devices[i] for i in indices or range(gpus)]
+    sys.argv = ["nf4", *sys.argv[4:]]
+    try:
+        cli.main()
+    finally:
+        counts = {device.name: len(device.launched) for device in devices if device.launched}
+        print(f"launched: {counts}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
