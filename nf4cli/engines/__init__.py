@@ -213,7 +213,9 @@ def load(name: str, device: str | None = None, notify: Notify = no_notice) -> En
 
 
 def _cuda(device: str | None, notify: Notify) -> Engine:
-    match = re.fullmatch(r"cuda(?::(\d{1,4}(?:,\d{1,4})*))?", device or "cuda:0")
+    match = re.fullmatch(
+        r"cuda(?::(\d{1,4}(?:,\d{1,4})*))?", "cuda:0" if device is None else device
+    )
     if match is None:
         raise UsageError(f"--device {device!r} is not one: write cuda, cuda:1 or cuda:0,1")
     from .cuda import CudaEngine

@@ -120,6 +120,7 @@ class CupyDevice:
         self._cupy = cupy
         self._index = index
         self._lock = threading.Lock()
+        self._refused = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._kernels: dict[str, Any] = {}
         try:
             with self.active():
@@ -171,7 +172,7 @@ class CupyDevice:
                     with self.active():
                         module = self._cupy.RawModule(path=str(path))
                         self._kernels[name] = module.get_function(lowered)
-                except self._cupy.cuda.driver.CUDADriverError as error:
+                except self._refused as error:
                     version = ".".join(map(str, nvrtc.compiler().getVersion()))
                     raise MachineError(
                         f"the NVIDIA driver does not load the kernels that NVRTC {version} made "

@@ -35,8 +35,9 @@ def compiler() -> Any:
     try:
         nvrtc.getVersion()
     except Exception as error:  # the binding's loader raises what it likes
+        reason = str(error).splitlines()[0]
         raise MachineError(
-            f"the CUDA engine compiles its kernels with NVRTC, which cannot be loaded ({error}): "
+            f"the CUDA engine compiles its kernels with NVRTC, which cannot be loaded ({reason}): "
             f"pip install {package('nvidia-cuda-nvrtc')}"
         ) from error
     return nvrtc
