@@ -75,22 +75,22 @@ class CudaEngine(CpuEngine):
     ) -> None:
         super().__init__()
         before = _resident()
-        self._devices = tuple(devices or open_devices(indices))
-        first = self._devices[0]
-        count = f"{len(self._devices)} GPUs, " if len(self._devices) > 1 else ""
+        self.devices = tuple(devices or open_devices(indices))
+        first = self.devices[0]
+        count = f"{len(self.devices)} GPUs, " if len(self.devices) > 1 else ""
         self.name = f"cuda ({count}{first.name}, sm_{first.arch})"
-        self.spare_threads = len(self._devices)
+        self.spare_threads = len(self.devices)
         self.worker_memory += STAGING
         self.extra_memory = max(0, _resident() - before) + _COMPILER_MEMORY
         self._notify = notify
         self._lock = threading.Lock()
-        self._turns = itertools.cycle(self._devices)
+        self._turns = itertools.cycle(self.devices)
         self._lanes: list[_Lane] = []  # lent to nobody
         self._room = ARENA
         self._pinned: dict[int, int] = {}  # first address of a `buffer` -> the one behind it
 
     def buffer(self, nbytes: int) -> U8:
-        array = self._devices[0].host_buffer(nbytes)
+        array = self.devices[0].host_buffer(nbytes)
         address = array.ctypes.data
         self._pinned[address] = address + nbytes
         weakref.finalize(array, self._pinned.pop, address, None)

@@ -22,12 +22,14 @@ from nf4cli.records import ITEMSIZE
 from .build import Kernels
 
 CPU = CpuEngine()
-SIZES = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 127, 128, 2047, 2048, 2049, 4096, 8192, 8257, 20_003)
+QUICK = (1, 33, 64, 96, 1023, 2049, 8257)
+SIZES = (*QUICK, 2, 31, 32, 63, 65, 95, 127, 128, 2047, 2048, 4096, 8192, 20_003)
 _FLOAT8_LAYOUTS = (  # shape, block, first element
     ((8, 96), (4, 32), 0),
     ((80, 256), (128, 128), 256),
     ((6, 1024), (1, 1024), 2048),
     ((64, 8), (8, 8), 256),
+    ((24, 64), (8, 64), 256),
 )
 BEYOND = GRANULE + 4097  # two granules, the second partial
 
@@ -111,7 +113,7 @@ def same(what: str, found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, .
 
 def cases(quick: bool) -> Iterator[tuple[str, object]]:
     """(a part of the name of the kernels it runs, the check)."""
-    sizes = (1, 33, 64, 96, 2049, 8257) if quick else SIZES
+    sizes = QUICK if quick else SIZES
     sources = {"F32": 0, "F16": 1, "BF16": 2}
     for dtype, number in sources.items():
         for quant_type, steps in launches.STEPS.items():
@@ -119,7 +121,9 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
                 name = f"quantize<{number}, {number}, {steps}, {str(blocksize == 32).lower()}"
                 large = () if quick or blocksize not in (32, 64, 128) else (BEYOND,)
                 for n in (*sizes, *large):
-                    yield name, (check_quantize, dtype, blocksize, quant_type, n)
+                    yield name, (check_quantize, dtype, blocksize, quant_type, values(dtype, n, n))
+                zeros = np.zeros((blocksize + 1) * ITEMSIZE[dtype], np.uint8)
+                yield name, (check_quantize, dtype, blocksize, quant_type, zeros)
         for blocksize in (32, 4096):
             for n in sizes:
                 for nested in (False, True):
@@ -134,9 +138,8 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
         yield "nested_quantize", (check_nested, n)
 
 
-def check_quantize(kernels, dtype, blocksize, quant_type, n) -> None:
-    src = values(dtype, n, n)
-    what = f"quantize {dtype} {quant_type} blocksize {blocksize}, {n} elements"
+def check_quantize(kernels, dtype, blocksize, quant_type, src) -> None:
+    what = f"quantize {src.size} bytes of {dtype}, {quant_type}, blocksize {blocksize}"
     arguments = src, dtype, blocksize, quant_type
     same(what, quantize(kernels, *arguments), on_cpu(*arguments))
 

@@ -1,0 +1,350 @@
+#!/usr/bin/env python
+"""Check the CUDA engine on a machine that has a GPU, then measure it.
+
+    .venv/bin/pip install '.[cuda13]'              # or cuda12, for a driver older than 580
+    .venv/bin/python scripts/gpu_check.py [--device cuda:0] [--json FILE]
+
+First correctness: every kind of work on random and on hard values, the CUDA engine against the CPU
+engine and, where torch is installed, the torch engine, byte for byte; and against bitsandbytes'
+own CUDA kernels, where those are installed, whose approximate arithmetic makes a few codes differ:
+they are counted.  Then speed: each kernel by the GPU's clock, as a share of what copying within its
+memory reaches, and whole conversions of a checkpoint of random weights.  Prints a table for
+docs/performance.md; exits with 1 when bytes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nf4cli import codebook, engines
+from nf4cli.cli.common import processors
+from nf4cli.engines import GRANULE, Float8, NestedAbsmax, launches
+from nf4cli.engines.cpu import CpuEngine
+from nf4cli.engines.cuda import CudaEngine
+from nf4cli.errors import Nf4Error
+from nf4cli.limits import make_resources
+from nf4cli.plan import make_plan
+from nf4cli.quantize import write_checkpoint
+from nf4cli.records import ITEMSIZE, QuantConfig
+from nf4cli.source import open_checkpoint
+
+CPU = CpuEngine()
+
+
+# -- correctness ----------------------------------------------------------------------------------
+
+
+def hard_values(dtype: str, n: int) -> np.ndarray:
+    """Bytes of n finite elements of every magnitude there is, with runs of zeros of both signs."""
+    random = np.random.default_rng(n)
+    exponent = random.uniform(-44, 38, n // 97 + 1).repeat(97)[:n]
+    values = np.clip(random.standard_normal(n) * 10.0**exponent, -3.39e38, 3.39e38)
+    values[n // 5 : n // 4], values[n // 4 : n // 3] = 0.0, -0.0
+    out = np.empty(n * ITEMSIZE[dtype], np.uint8)
+    if dtype == "F16":
+        values = np.clip(values, -65_000, 65_000)
+    CPU.cast(values.astype(np.float32).view(np.uint8), "F32", out, dtype)
+    return out
+
+
+Work = Callable[[Any], tuple[np.ndarray, ...]]
+
+
+def works(largest: int) -> Iterator[tuple[str, Work]]:
+    """(what it is, what an engine makes of it)."""
+    sizes = (1, 63, 65, 8193, min(largest, GRANULE + 4097), largest)
+    for dtype in ("F32", "F16", "BF16"):
+        for n in dict.fromkeys(sizes):
+            src = hard_values(dtype, n)
+            for quant_type in codebook.QUANT_TYPES:
+                for blocksize in codebook.BLOCKSIZES:
+                    name = f"quantize {dtype} to {quant_type}, blocksize {blocksize}, n {n}"
+                    yield name, quantizing(src, dtype, blocksize, quant_type, n)
+            for nested in (False, True):
+                yield f"dequantize to {dtype}, n {n}", dequantizing(dtype, n, nested)
+    for n in (1, 256, 5000):
+        yield f"double quantization of {n}", nesting(n)
+    rows, columns = 256, 512
+    random = np.random.default_rng(1)
+    bits = random.integers(0, 127, rows * columns, np.uint8)
+    scale = random.uniform(0, 0.1, 2 * 4).astype(np.float32)
+    float8 = Float8(0, columns, scale, (128, 128))
+    for dtype in ("F32", "F16", "BF16"):
+        yield f"float8 by {dtype}", quantizing(bits, dtype, 64, "nf4", bits.size, float8)
+
+
+def quantizing(
+    src: np.ndarray, dtype: str, blocksize: int, quant_type: str, n: int,
+    float8: Float8 | None = None,
+) -> Work:  # fmt: skip
+    def work(engine: Any) -> tuple[np.ndarray, ...]:
+        packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
+        stats = engine.quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
+        return packed, absmax, stats
+
+    return work
+
+
+def dequantizing(dtype: str, n: int, nested: bool) -> Work:
+    random = np.random.default_rng(n)
+    packed, blocks = random.integers(0, 256, (n + 1) // 2, np.uint8), -(-n // 64)
+    absmax: Any = random.uniform(-1, 1, blocks).astype(np.float32)
+    if nested:
+        codes = random.integers(0, 256, blocks + 5, np.uint8)
+        units = np.abs(absmax[: -(-codes.size // 256)]) if blocks > 8 else np.ones(1, np.float32)
+        absmax = NestedAbsmax(codes, 5, 256, codebook.nested_map(), units.copy(), 0.125)
+
+    def work(engine: Any) -> tuple[np.ndarray, ...]:
+        out = np.empty(n * ITEMSIZE[dtype], np.uint8)
+        engine.dequantize(packed, n, 64, "nf4", absmax, dtype, out)
+        return (out,)
+
+    return work
+
+
+def nesting(n: int) -> Work:
+    absmax = np.random.default_rng(n).uniform(0, 1, n).astype(np.float32)
+
+    def work(engine: Any) -> tuple[np.ndarray, ...]:
+        codes, units = np.empty(n, np.uint8), np.empty(-(-n // 256), np.float32)
+        engine.nested_quantize(absmax, 0.5, codes, units)
+        return codes, units
+
+    return work
+
+
+def compare(engine: CudaEngine, largest: int) -> tuple[dict[str, int], list[str]]:
+    """({engine: checks}, what differs)."""
+    others: dict[str, Any] = {CPU.name: CPU}
+    try:
+        torch_engine = engines.load("torch")
+        others[torch_engine.name] = torch_engine
+    except Nf4Error:
+        print("torch is not installed: its engine is not compared", file=sys.stderr)
+    done, wrong = dict.fromkeys(others, 0), []
+    for what, work in works(largest):
+        found = work(engine)
+        for name, other in others.items():
+            expected = work(other)
+            done[name] += 1
+            if not all(
+                np.array_equal(a.view(np.uint8), b.view(np.uint8))
+                for a, b in zip(found, expected, strict=True)
+            ):
+                wrong.append(f"{what}: not what {name} gives")
+    return done, wrong
+
+
+def against_bitsandbytes(n: int) -> str:
+    """How many of bitsandbytes' own CUDA codes differ from ours, in a sentence."""
+    try:
+        import torch
+        from bitsandbytes import functional
+    except ImportError as error:
+        return f"not compared ({error})"
+    if not torch.cuda.is_available():
+        return "not compared (torch has no CUDA here)"
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    packed, state = functional.quantize_4bit(x.cuda(), blocksize=64, quant_type="nf4")
+    ours, absmax, _ = quantizing(x.view(torch.uint8).numpy(), "BF16", 64, "nf4", n)(CPU)
+    theirs = packed.reshape(-1).cpu().numpy()
+    codes = np.count_nonzero(theirs >> 4 != ours >> 4) + np.count_nonzero(theirs & 15 != ours & 15)
+    scales = np.count_nonzero(state.absmax.cpu().numpy() != absmax)
+    return f"{codes:,} of {n:,} codes and {scales:,} of {absmax.size:,} scales differ"
+
+
+# -- speed ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One kernel at one size.
+
+    Attributes:
+        seconds: median.
+        nbytes: of device memory that it reads and writes.
+        n: weights.
+    """
+
+    what: str
+    seconds: float
+    nbytes: int
+    n: int
+
+
+def kernels(device: Any, n: int, repeats: int) -> tuple[float, list[Measured]]:
+    """(bytes/s of a copy within device memory, read and written counted, the kernels)."""
+    stream = device.stream()
+    sizes = {
+        "src": 4 * n, "packed": n // 2, "absmax": n // 16, "sums": n // 8, "worst": n // 16,
+        "stats": 24 * -(-n // GRANULE), "codes": n // 64, "nested": n // 4096 + 256,
+    }  # fmt: skip
+    memory = {name: device.allocate(size) for name, size in sizes.items()}
+    at = {name: block.address for name, block in memory.items()}
+    book = np.frombuffer(launches.book("nf4").tobytes(), np.uint8)
+    tables = device.host_buffer(4096)
+    tables[: book.size] = book
+    tables[1024:2044] = codebook.nested_midpoints().view(np.uint8)
+    tables[2048:3072] = codebook.nested_map().view(np.uint8)
+    place = device.allocate(4096)
+    stream.upload(place.address, tables)
+    table, midpoints, nested_map = (place.address + offset for offset in (0, 1024, 2048))
+    fill = device.host_buffer(min(4 * n, 1 << 24))
+    fill[:] = hard_values("BF16", fill.size // 2)
+    for start in range(0, 4 * n, fill.size):
+        stream.upload(at["src"] + start, fill[: min(fill.size, 4 * n - start)])
+    stream.synchronize()
+
+    def time_of(work: Callable[[], None]) -> float:
+        stream.seconds(work)  # compiles, and wakes the GPU
+        return statistics.median(stream.seconds(work) for _ in range(repeats))
+
+    def run(calls: Iterator[launches.Launch]) -> Callable[[], None]:
+        listed = list(calls)
+
+        def work() -> None:
+            for call in listed:
+                stream.launch(call.kernel, call.blocks, call.threads, call.arguments)
+
+        return work
+
+    half = 2 * n
+    copy = half * 2 / time_of(lambda: stream.copy(at["src"], at["src"] + half, half))
+    scales = launches.Scales(
+        codes=at["codes"], nested_map=nested_map, nested_absmax=at["nested"], offset=0.5,
+        nested_blocksize=256,
+    )  # fmt: skip
+    measured = []
+    for dtype, size in (("BF16", 2), ("F32", 4)):
+        work = run(
+            launches.quantize(
+                n, dtype, 64, "nf4", table, at["src"], at["packed"], at["absmax"], at["sums"],
+                at["worst"], at["stats"],
+            )
+        )  # fmt: skip
+        nbytes = n * size + n // 2 + n // 16 + 2 * (n // 8 + n // 16)
+        measured.append(Measured(f"quantize {dtype}, error sums", time_of(work), nbytes, n))
+        work = run(launches.dequantize(n, dtype, 64, table, at["packed"], scales, at["src"]))
+        nbytes = n * size + n // 2 + n // 64
+        measured.append(Measured(f"dequantize {dtype}, nested", time_of(work), nbytes, n))
+    work = run(
+        launches.nested_quantize(n // 64, 0.5, midpoints, at["absmax"], at["codes"], at["nested"])
+    )
+    measured.append(Measured("double quantization", time_of(work), n // 64 * 5, n))
+    return copy, measured
+
+
+def conversions(engine: CudaEngine, megabytes: int, repeats: int) -> tuple[str, bool]:
+    """(whole conversions in a sentence, whether both engines wrote the same files)."""
+    with tempfile.TemporaryDirectory() as work:
+        root = Path(work) / "model"
+        root.mkdir()
+        layers, rows = max(1, megabytes // 32), 4096 if megabytes >= 32 else 256
+        make_checkpoint(root, layers, rows, 4096)
+        checkpoint = open_checkpoint(root)
+        seconds: dict[str, list[float]] = {}
+        files: dict[str, dict[str, bytes]] = {}
+        for turn in range(repeats):
+            for name, chosen in (("cuda", engine), ("cpu", CPU)):
+                plan = make_plan(checkpoint, QuantConfig())
+                output = Path(work) / f"{name}{turn}"
+                start = time.perf_counter()
+                write_checkpoint(
+                    plan, output, chosen, make_resources(chosen, None, None, processors())
+                )
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+                files[name] = {p.name: p.read_bytes() for p in output.glob("*.safetensors")}
+        nbytes = plan.source_bytes
+        rates = ", ".join(
+            f"{name} {nbytes / statistics.median(s) / 1e9:.2f} GB/s" for name, s in seconds.items()
+        )
+        return f"{nbytes / 1e9:.2f} GB of bf16: {rates}", files["cuda"] == files["cpu"]
+
+
+def make_checkpoint(root: Path, layers: int, rows: int, columns: int) -> None:
+    """A Llama's up_proj matrices of random weights."""
+    shape, size = [rows, columns], 2 * rows * columns
+    header = {
+        f"model.layers.{i}.mlp.up_proj.weight": {
+            "dtype": "BF16", "shape": shape, "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(layers)
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    values = np.random.default_rng(0).standard_normal(rows * columns).astype(np.float32)
+    with (root / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for layer in range(layers):
+            file.write((np.roll(values, layer).view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    config = {"model_type": "llama", "hidden_size": columns, "num_hidden_layers": layers,
+              "torch_dtype": "bfloat16", "vocab_size": 32_000}  # fmt: skip
+    (root / "config.json").write_text(json.dumps(config))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON, too")
+    parser.add_argument("--check-elements", type=int, default=3 * GRANULE + 777)
+    parser.add_argument(
+        "--elements", type=int, default=1 << 28, help="weights a kernel is timed on"
+    )
+    parser.add_argument("--megabytes", type=int, default=4096, help="of the checkpoint")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args(arguments)
+    try:
+        engine = engines.load("cuda", options.device, lambda text: print(text, file=sys.stderr))
+    except Nf4Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    assert isinstance(engine, CudaEngine)
+    device = engine.devices[0]
+    done, wrong = compare(engine, options.check_elements)
+    for line in wrong:
+        print(f"WRONG  {line}")
+    differing = against_bitsandbytes(options.check_elements)
+    copy, measured = kernels(device, options.elements, options.repeats)
+    whole, same = conversions(engine, options.megabytes, min(3, options.repeats))
+    rows = [("engine", engine.name)]
+    rows += [(f"byte-equal with {n}", f"{c - len([w for w in wrong if n in w]):,} of {c:,} checks")
+             for n, c in done.items()]  # fmt: skip
+    rows += [("bitsandbytes' CUDA kernels, ordinary values", differing),
+             ("copy within device memory", f"{copy / 1e9:,.1f} GB/s read and written")]  # fmt: skip
+    rows += [
+        (
+            f"{m.what}, {m.n:,} weights",
+            f"{m.n / m.seconds / 1e9:,.3f} G weights/s, {m.nbytes / m.seconds / 1e9:,.1f} GB/s, "
+            f"{m.nbytes / m.seconds / copy:.0%} of the copy",
+        )
+        for m in measured
+    ]
+    rows += [("nf4 quantize, digests on", whole),
+             ("files of both engines", "equal" if same else "DIFFERENT")]  # fmt: skip
+    print("| what | measured |\n|---|---|")
+    for what, figure in rows:
+        print(f"| {what} | {figure} |")
+    if options.json:
+        document = {
+            "engine": engine.name, "checks": done, "wrong": wrong, "bitsandbytes": differing,
+            "copy_bytes_per_second": copy, "conversion": whole, "files_equal": same,
+            "kernels": [{"what": m.what, "seconds": m.seconds, "bytes": m.nbytes, "weights": m.n}
+                        for m in measured],
+        }  # fmt: skip
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 1 if wrong or not same else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
