@@ -6,20 +6,9 @@
 // Compile with -fmad=false -ftz=false -prec-div=true: every float operation rounds on its own.
 // All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
 // A grid of zero blocks must not be launched.
-#include "nf4_codec.h"
+#include "nf4_load.cuh"
 
 namespace nf4 {
-
-typedef int64_t i64;
-
-constexpr int kThreads = 256;       // a CTA of every kernel but fold_errors
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
-
-constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see nf4_search.h
-constexpr int kRows = 4;            // rows of a segment
-constexpr int kSegment = kRow * kRows;   // 64 elements, worked on by two threads:
-constexpr int kHalf = kRow / 2;     // each owns 8 of the 16 columns, in all 4 rows
 
 // A value and its code, side by side so that one 8-byte load brings both.
 struct __align__(8) Entry {
@@ -67,146 +56,6 @@ __device__ __forceinline__ const Entry& search(float scaled, const Book& book) {
   if (kSteps == 2 && scaled > at_byte(book.midpoints + 1, rank).value) rank += 16;
   if (scaled > at_byte(book.midpoints, rank).value) rank += 8;
   return at_byte(book.entries, rank);
-}
-
-// -- reading the source: 8 elements of each of the 4 rows of a thread's half segment ---------------
-
-// What turns float8 bytes into values: a piece of a row-major matrix that starts in `row` at
-// `column`, and one factor each block of block_rows x block_columns.
-struct Float8 {
-  uint32_t row, column, columns, block_rows, block_columns, scale_columns;
-  const float* scale;
-};
-
-__device__ __forceinline__ void unpack16(const uint4& raw, uint16_t* out) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++) out[i] = (uint16_t)(words[i / 2] >> (16 * (i & 1)));
-}
-
-template <int kTo>
-__device__ __forceinline__ float rounded(float value) {
-  if (kTo == NF4_BF16) return nf4_f32_of_bf16(nf4_bf16_of_f32(value));
-  if (kTo == NF4_F16) return nf4_f32_of_f16(nf4_f16_of_f32(value));
-  return value;
-}
-
-template <int kFrom>
-struct Source;
-
-template <>
-struct Source<NF4_F32> {
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return static_cast<const float*>(src)[i];
-  }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
-    const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(src) + i);
-    const float4 a = at[0], b = at[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
-    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  }
-};
-
-template <>
-struct Source<NF4_F16> {
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return nf4_f32_of_f16(static_cast<const uint16_t*>(src)[i]);
-  }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
-    uint16_t raw[8];
-    unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
-#pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_f16(raw[k]);
-  }
-};
-
-template <>
-struct Source<NF4_BF16> {
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return nf4_f32_of_bf16(static_cast<const uint16_t*>(src)[i]);
-  }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
-    uint16_t raw[8];
-    unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
-#pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_bf16(raw[k]);
-  }
-};
-
-// The factor of the element `at` elements into the piece, and all behind it up to its block's edge.
-__device__ __forceinline__ float factor(const Float8& f, uint32_t at) {
-  const uint32_t place = f.column + at, lines = place / f.columns;
-  const uint32_t row = (f.row + lines) / f.block_rows;
-  const uint32_t column = (place - lines * f.columns) / f.block_columns;
-  return f.scale[(i64)row * f.scale_columns + column];
-}
-
-// 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other shapes are
-// decoded by the host).
-template <int kTo>
-__device__ __forceinline__ void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
-  const float unit = factor(f, (uint32_t)at);
-#pragma unroll
-  for (int k = 0; k < 8; k++) {
-    const uint8_t byte = (uint8_t)(words[k / 4] >> (8 * (k & 3)));
-    x[k] = rounded<kTo>(nf4_f32_of_e4m3(byte) * unit);
-  }
-}
-
-// The 32 elements of a thread.  Two threads share each row, so a 2-byte row is 16 bytes for each;
-// of float8 rows, each loads two whole ones and passes on the half that the other owns.
-// A segment behind the end loads the first one, and stores nothing; of a half segment (kSmall) the
-// missing rows are zeros.
-template <int kFrom, int kTo, bool kSmall>
-__device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int half,
-                                     const Float8& f, float (*x)[kHalf]) {
-  const i64 first = segment * kSegment < n ? segment * kSegment : 0;
-  const bool whole = !kSmall || first + kSegment <= n;
-  if constexpr (kFrom == NF4_E4M3) {
-    uint4 raw[2] = {};
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first) +
-                      2 * half;
-    if (whole || half == 0) raw[0] = at[0], raw[1] = at[1];
-    uint32_t words[kRows][2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint32_t give_x = half ? raw[i].x : raw[i].z, give_y = half ? raw[i].y : raw[i].w;
-      const uint32_t x = __shfl_xor_sync(kAll, give_x, 1), y = __shfl_xor_sync(kAll, give_y, 1);
-      words[i][0] = half ? x : raw[i].x;
-      words[i][1] = half ? y : raw[i].y;
-      words[i + 2][0] = half ? raw[i].z : x;
-      words[i + 2][1] = half ? raw[i].w : y;
-    }
-#pragma unroll
-    for (int row = 0; row < kRows; row++)
-      decode8<kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
-                          words[row], x[row]);
-  } else {
-#pragma unroll
-    for (int row = 0; row < kRows; row++) {
-      if (!kSmall || row < kRows / 2 || whole) {
-        Source<kFrom>::row(src, first + row * kRow + half * kHalf, x[row]);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kHalf; k++) x[row][k] = 0.0f;
-      }
-    }
-  }
-}
-
-// The same of the tensor's last, partial block: element by element, zeros behind the end.  (Float8
-// comes here decoded by the host.)
-template <int kFrom>
-__device__ __forceinline__ void load_tail(const void* src, i64 n, i64 segment, int half,
-                                          float (*x)[kHalf]) {
-#pragma unroll
-  for (int row = 0; row < kRows; row++) {
-#pragma unroll
-    for (int k = 0; k < kHalf; k++) {
-      const i64 i = segment * kSegment + row * kRow + half * kHalf + k;
-      x[row][k] = i < n ? Source<kFrom>::one(src, i) : 0.0f;
-    }
-  }
 }
 
 // -- 4-bit quantization ---------------------------------------------------------------------------

@@ -96,9 +96,10 @@ MUTATIONS = {
 def seeded(name: str) -> dict[str, str]:
     texts = dict(nvrtc.sources())
     before, after = MUTATIONS[name]
-    main = texts["nf4_kernels.cu"]
-    assert main.count(before) == 1, f"{name}: found {main.count(before)} times"
-    return texts | {"nf4_kernels.cu": main.replace(before, after)}
+    counts = {file: text.count(before) for file, text in texts.items() if before in text}
+    assert list(counts.values()) == [1], f"{name}: found in {counts}"
+    (file,) = counts
+    return texts | {file: texts[file].replace(before, after)}
 
 
 def caught_by(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import MachineError
 
-SOURCES = ("nf4_kernels.cu", "nf4_codec.h")
+SOURCES = ("nf4_kernels.cu", "nf4_load.cuh", "nf4_codec.h")
 OPTIONS = (
     "-std=c++17",
     "-fmad=false", "-ftz=false", "-prec-div=true",  # every float operation rounds on its own

@@ -76,21 +76,19 @@ def build_shim(
         texts: other sources than the package's, by name.
     """
     sources = texts or nvrtc.sources()
-    main = sources["nf4_kernels.cu"]
-    header = '#include "nf4_codec.h"\n'
-    assert header in main
+    main, *headers = sources
+    code = sources[main]
+    for header in headers:
+        include = f'#include "{header}"\n'
+        assert include in code
+        code = code.replace(include, sources[header])
     table = "".join(
         f'  if (!strcmp(name, "{kernel}"))\n'
         f"    return emu_call({kernel}, first, count, threads, arguments);\n"
         for kernel in kernels or every_kernel()
     )
-    main = main.replace(header, sources["nf4_codec.h"])
-    code = (
-        '#include "shim.h"\n'
-        + main.replace('extern "C" __global__', "__global__")
-        + ptx.LAUNCH.format(table=table)
-    )
-    return _build(code, sanitizer)
+    code = code.replace('extern "C" __global__', "__global__")
+    return _build(f'#include "shim.h"\n{code}{ptx.LAUNCH.format(table=table)}', sanitizer)
 
 
 def parallel(*builds) -> list:
