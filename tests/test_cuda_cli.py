@@ -21,8 +21,9 @@ def gpu_nf4(emulated_libraries):
     """Run nf4 with emulated GPUs; returns the finished process."""
 
     def run(*arguments: object, gpus: int = 1, memory: int = GB, code: int = 0):
+        libraries = ":".join(map(str, emulated_libraries[:2]))
         done = subprocess.run(
-            [sys.executable, "-m", "emulator.cli", emulated_libraries[0], str(gpus), str(memory),
+            [sys.executable, "-m", "emulator.cli", libraries, str(gpus), str(memory),
              *map(str, arguments)],
             cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip

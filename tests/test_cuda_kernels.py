@@ -19,7 +19,7 @@ PARTS = (
     "quantize<3, 2, 1",
     "quantize<0, 0, 2",
     "nested_quantize",
-    "dequantize",
+    "dequantize<2",
 )
 SAMPLE = tuple(
     kernel
@@ -31,9 +31,8 @@ SAMPLE = tuple(
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, tuple[str, dict[str, str]]]:
-    """NVRTC's PTX of all kernels by generation."""
-    found = build.parallel(*(lambda arch=arch: build.compile_ptx(arch) for arch in build.ARCHS))
-    return dict(zip(build.ARCHS, found, strict=True))
+    """NVRTC's PTX of the sample by generation."""
+    return {arch: build.compile_ptx(arch, SAMPLE) for arch in build.ARCHS}
 
 
 def code_of(text: str) -> str:
@@ -63,10 +62,11 @@ def test_kernels_for_every_generation(texts):
         if code_of(text) not in ran:
             ran.add(code_of(text))
             others.append(arch)
-    samples = [build.compile_ptx(arch, SAMPLE) for arch in others]
-    libraries = build.parallel(*(lambda s=sample: build.build_ptx(*s) for sample in samples))
+    libraries = build.parallel(
+        *(lambda arch=arch: build.build_ptx(*texts[arch]) for arch in others)
+    )
     for library in libraries:
-        assert exercise.exercise(build.Kernels(library), quick=True, parts=PARTS) > 100
+        assert exercise.exercise(build.Kernels(library), quick=True, parts=PARTS) > 90
     assert len(others) >= 2, "Turing and Blackwell used to have code of their own"
 
 
@@ -89,10 +89,10 @@ def test_every_operation_rounds_on_its_own(texts, arch):
 
 
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_kernels_under_sanitizers(sanitizer):
-    text = build.compile_ptx("90", SAMPLE)
+def test_kernels_under_sanitizers(texts, sanitizer):
     libraries = build.parallel(
-        lambda: build.build_ptx(*text, sanitizer), lambda: build.build_shim(SAMPLE, sanitizer)
+        lambda: build.build_ptx(*texts["90"], sanitizer),
+        lambda: build.build_shim(SAMPLE, sanitizer),
     )
     for library in libraries:
         assert exercise_apart(library, sanitizer, PARTS) == ""

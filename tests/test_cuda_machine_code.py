@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulator.build import ARCHS, parallel
+from emulator.build import ARCHS
 
 from nf4cli.engines.launches import every_kernel
 
@@ -44,11 +44,12 @@ BUDGET = {
 
 @pytest.fixture(scope="module")
 def codes():
-    """Every kernel for every generation."""
-    found = parallel(
-        *(lambda arch=arch: roofline.machine_code(arch, every_kernel()) for arch in ARCHS)
-    )
-    return dict(zip(ARCHS, found, strict=True))
+    """Every kernel for one generation; those of the table for the others."""
+    table = tuple(kind.kernel for kind in roofline.KINDS)
+    return {
+        arch: roofline.machine_code(arch, every_kernel() if arch == "90" else table)
+        for arch in ARCHS
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -109,5 +110,5 @@ def test_an_h100_is_bound_by_memory(tmp_path):
         assert bounds["quantize bf16 to NF4", arch] == "memory"
         assert bounds["dequantize to bf16, nested", arch] == "memory"
     documented = (SCRIPT.parent.parent / "docs" / "performance.md").read_text()
-    for line in []:
+    for line in done.stdout.splitlines():
         assert line in documented, line

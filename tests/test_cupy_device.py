@@ -17,7 +17,6 @@ from nf4cli.engines import cupy_device, nvrtc
 from nf4cli.engines.cuda import CudaEngine
 from nf4cli.engines.cupy_device import CupyDevice
 from nf4cli.engines.device import DeviceMemoryError
-from nf4cli.engines.launches import every_kernel
 from nf4cli.errors import MachineError
 
 pytestmark = pytest.mark.gpu
@@ -37,9 +36,8 @@ def kernel_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="module")
 def lowered() -> dict[str, str]:
     """Names in a cubin -> kernels."""
-    return {
-        low: kernel for kernel, low in nvrtc.compile_kernels(every_kernel(), "sm_80")[1].items()
-    }
+    kernels = (KERNEL, KERNEL.replace("false>", "true>"), "fold_errors", "nested_quantize<false>")
+    return {low: kernel for kernel, low in nvrtc.compile_kernels(kernels, "sm_80")[1].items()}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class TorchEngine:
         device: a torch device with float64 ("cpu", "xpu", "cuda").
 
     Raises:
-        MachineError: torch is not installed.
+        MachineError: torch is not installed, or cannot use the device.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -42,7 +42,15 @@ class TorchEngine:
                 "the torch engine needs torch: pip install 'nf4cli[torch]' (or use --engine cpu)"
             ) from error
         self._torch: Any = torch
-        self._device = torch.device(device)
+        try:
+            self._device = torch.device(device)
+            torch.zeros(1, dtype=torch.float64, device=self._device)
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise MachineError(
+                f"torch cannot use --device {device!r} ({reason}): name a device that this torch "
+                "has and that computes in float64, such as cpu"
+            ) from error
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         self.name = f"torch ({device})"
         self.spare_threads, self.extra_memory, self.worker_memory = 0, 0, 2_000_000

@@ -33,13 +33,13 @@ class Kernels:
     """A library of kernels that run on the CPU; addresses are the process's own.
 
     Args:
-        library: built by `build_ptx` or `build_shim`.
+        libraries: built by `build_ptx` or `build_shim`.
     """
 
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        loaded.emu_error.restype = ctypes.c_char_p
-        self._launch, self._error = loaded.emu_launch, loaded.emu_error
+    def __init__(self, *libraries: Path) -> None:
+        self._loaded = [ctypes.CDLL(str(library)) for library in libraries]
+        for library in self._loaded:
+            library.emu_error.restype = ctypes.c_char_p
 
     def run(self, launch: Launch, first: int = 0) -> None:
         """Run one launch to its end, of its grid the blocks from `first` on.
@@ -49,11 +49,15 @@ class Kernels:
         """
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in launch.arguments]
         arguments = (ctypes.c_void_p * len(pointers))(*pointers)
-        status = self._launch(
-            launch.kernel.encode(), first, launch.blocks - first, launch.threads, arguments
-        )
-        if status:
-            raise AssertionError(f"{launch.kernel}: {self._error().decode() or 'no such kernel'}")
+        for library in self._loaded:
+            status = library.emu_launch(
+                launch.kernel.encode(), first, launch.blocks - first, launch.threads, arguments
+            )
+            if status > 0:
+                raise AssertionError(f"{launch.kernel}: {library.emu_error().decode()}")
+            if status == 0:
+                return
+        raise AssertionError(f"{launch.kernel} is in none of the libraries")
 
 
 def compile_ptx(arch: str, kernels: Sequence[str] = ()) -> tuple[str, dict[str, str]]:
@@ -63,7 +67,7 @@ def compile_ptx(arch: str, kernels: Sequence[str] = ()) -> tuple[str, dict[str, 
 
 
 def build_ptx(text: str, names: dict[str, str], sanitizer: str = "") -> Path:
-    """PTX as NVRTC made it."""
+    """The kernels `names` of PTX as NVRTC made it."""
     return _build(ptx.translate(text, names), sanitizer)
 
 

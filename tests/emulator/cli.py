@@ -1,4 +1,4 @@
-"""The real nf4 command on emulated GPUs: python -m emulator.cli LIBRARY GPUS MEMORY nf4-arguments.
+"""The real nf4 command on emulated GPUs: python -m emulator.cli LIBRARY:... GPUS MEMORY nf4 ...
 
 Prints, as the last line of stderr, what the GPUs did.
 """
@@ -16,8 +16,8 @@ from .device import EmulatedDevice
 
 
 def main() -> None:
-    library, gpus, memory = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    kernels = Kernels(library)
+    gpus, memory = int(sys.argv[2]), int(sys.argv[3])
+    kernels = Kernels(*map(Path, sys.argv[1].split(":")))
     devices = [EmulatedDevice(kernels, memory, f"emulated GPU {i}") for i in range(gpus)]
     cupy_device.driver = lambda: (gpus, 13_000)
     cuda.open_devices = lambda indices: [devices[i] for i in indices or range(gpus)]

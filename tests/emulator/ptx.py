@@ -39,11 +39,13 @@ def translate(ptx: str, names: Mapping[str, str]) -> str:
     """C++ with `emu_launch(name, first block, blocks, threads, arguments)`.
 
     Args:
-        names: the kernels, name in the PTX -> name to launch it by.
+        names: the kernels that are wanted, name in the PTX -> name to launch it by.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.S)
     kernels = []
     for match in _ENTRY.finditer(text):
+        if match[1] not in names:
+            continue
         start, depth = match.end(), 1
         end = start
         while depth:
@@ -58,7 +60,6 @@ def translate(ptx: str, names: Mapping[str, str]) -> str:
         f'  if (!strcmp(name, "{names[k.name]}"))\n'
         f"    return emu::launch(first, count, threads, [=] {{ {k.name}(arguments); }});\n"
         for k in kernels
-        if k.name in names
     )
     code = "\n".join(kernel.code for kernel in kernels)
     return f'#include "ptx.h"\nusing namespace ptx;\n{code}{LAUNCH.format(table=table)}'
