@@ -55,31 +55,25 @@ struct Source<NF4_F32> {
   }
 };
 
-template <>
-struct Source<NF4_F16> {
+template <int kFrom>  // of 16 bits
+struct Source16 {
+  static __device__ __forceinline__ float value(uint16_t raw) {
+    return kFrom == NF4_F16 ? nf4_f32_of_f16(raw) : nf4_f32_of_bf16(raw);
+  }
   static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return nf4_f32_of_f16(static_cast<const uint16_t*>(src)[i]);
+    return value(static_cast<const uint16_t*>(src)[i]);
   }
   static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
     uint16_t raw[8];
     unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
 #pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_f16(raw[k]);
+    for (int k = 0; k < 8; k++) x[k] = value(raw[k]);
   }
 };
-
 template <>
-struct Source<NF4_BF16> {
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return nf4_f32_of_bf16(static_cast<const uint16_t*>(src)[i]);
-  }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
-    uint16_t raw[8];
-    unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
-#pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_bf16(raw[k]);
-  }
-};
+struct Source<NF4_F16> : Source16<NF4_F16> {};
+template <>
+struct Source<NF4_BF16> : Source16<NF4_BF16> {};
 
 // The factor of the element `at` elements into the piece, and all behind it up to its block's edge.
 __device__ __forceinline__ float factor(const Float8& f, uint32_t at) {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,30 @@ def emulated_ptx(emulated_libraries) -> build.Kernels:
 @pytest.fixture(scope="session")
 def emulated_shim(emulated_libraries) -> build.Kernels:
     return build.Kernels(emulated_libraries[2])
+
+
+@pytest.fixture
+def gpu_nf4(emulated_libraries):
+    """Run nf4 with emulated GPUs; returns the finished process."""
+
+    def run(
+        *arguments: object,
+        gpus: int = 1,
+        memory: int = 1 << 30,
+        code: int = 0,
+        cwd: Path | None = None,
+    ):
+        libraries = ":".join(map(str, emulated_libraries[:2]))
+        done = subprocess.run(
+            [sys.executable, "-m", "emulator.cli", libraries, str(gpus), str(memory),
+             *map(str, arguments)],
+            cwd=cwd or Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,25 +10,6 @@ import torch
 from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 
 pytestmark = pytest.mark.gpu
-
-GB = 1 << 30
-
-
-@pytest.fixture
-def gpu_nf4(emulated_libraries):
-    """Run nf4 with emulated GPUs; returns the finished process."""
-
-    def run(*arguments: object, gpus: int = 1, memory: int = GB, code: int = 0):
-        libraries = ":".join(map(str, emulated_libraries[:2]))
-        done = subprocess.run(
-            [sys.executable, "-m", "emulator.cli", libraries, str(gpus), str(memory),
-             *map(str, arguments)],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    return run
 
 
 def comparable(manifest: Path) -> dict:

@@ -23,9 +23,6 @@ KERNELS = tuple(
 CHECKS = (("", None), ("", "reversed"), ("asan", None), ("tsan", None))
 """(sanitizer, order of threads), in the order they are tried; values are compared in all."""
 
-_BF16_ROW = """static_cast<const uint16_t*>(src) + i), raw);
-#pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = nf4_f32_of_bf16"""
 MUTATIONS = {
     # -- races
     "no barrier behind the table": (
@@ -72,7 +69,7 @@ MUTATIONS = {
     "a shuffle too few": ("step < lanes && step < kWarp", "step < lanes / 2 && step < kWarp"),
     "nibbles swapped": ("4 * (1 - (k & 1))", "4 * (k & 1)"),
     "a vector that is not aligned": (
-        _BF16_ROW, _BF16_ROW.replace("(src) + i)", "(src) + i - (i > 0))"),
+        "static_cast<const uint16_t*>(src) + i)", "static_cast<const uint16_t*>(src) + i - (i > 0))"
     ),
     "error and value fused": (
         "const float error = y - entry.value;",

@@ -174,10 +174,11 @@ def test_a_gpu_that_cannot_be_opened(fake):
         CupyDevice(fake, 0)
 
 
-def test_a_gpu_that_fails_in_mid_run(fake, kernel_cache):
+@pytest.mark.parametrize("call", ["synchronize", "memcpyAsync"])
+def test_a_gpu_that_fails_in_mid_run(fake, kernel_cache, call):
     engine = CudaEngine(devices=[CupyDevice(fake, 0)])
-    fake.fail["synchronize"] = cupy.cuda.runtime.CUDARuntimeError(700)
-    with pytest.raises(MachineError, match=r"the GPU failed .*illegal|the GPU failed"):
+    fake.fail[call] = cupy.cuda.runtime.CUDARuntimeError(700)
+    with pytest.raises(MachineError, match=r"the GPU failed .*nvidia-smi"):
         engine.nested_quantize(np.ones(256, np.float32), 0.0, np.empty(256, np.uint8),
                                np.empty(1, np.float32))  # fmt: skip
 

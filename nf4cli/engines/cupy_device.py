@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ class CupyDevice:
         self._cupy = cupy
         self._index = index
         self._lock = threading.Lock()
-        self._refused = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
+        self.refusals = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._kernels: dict[str, Any] = {}
         try:
             with self.active():
@@ -172,7 +173,7 @@ class CupyDevice:
                     with self.active():
                         module = self._cupy.RawModule(path=str(path))
                         self._kernels[name] = module.get_function(lowered)
-                except self._refused as error:
+                except self.refusals as error:
                     version = ".".join(map(str, nvrtc.compiler().getVersion()))
                     raise MachineError(
                         f"the NVIDIA driver does not load the kernels that NVRTC {version} made "
@@ -209,31 +210,37 @@ class _Stream:
 
     def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
         if nbytes:
-            with self._device.active():
+            with self._working():
                 self._runtime.memcpyAsync(target, source, nbytes, kind, self._stream.ptr)
 
     def launch(
         self, kernel: str, blocks: int, threads: int, arguments: Sequence[NDArray[Any]]
     ) -> None:
         function = self._device.kernel(kernel)
-        with self._device.active(), self._stream:
+        with self._working(), self._stream:
             function((blocks,), (threads,), tuple(arguments))
 
     def synchronize(self) -> None:
-        try:
-            with self._device.active():
-                self._stream.synchronize()
-        except self._runtime.CUDARuntimeError as error:
-            raise MachineError(
-                f"the GPU failed ({error}): check nvidia-smi and the system's log, or use "
-                "--engine cpu"
-            ) from error
+        with self._working():
+            self._stream.synchronize()
 
     def seconds(self, work: Callable[[], None]) -> float:
-        with self._device.active():
+        with self._working():
             begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
             begin.record(self._stream)
             work()
             end.record(self._stream)
             end.synchronize()
             return float(self._cupy.cuda.get_elapsed_time(begin, end)) / 1000
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """On the stream's device; what fails there, maybe of earlier work, is the machine's."""
+        try:
+            with self._device.active():
+                yield
+        except self._device.refusals as error:
+            raise MachineError(
+                f"the GPU failed ({error}): check nvidia-smi and the system's log, or use "
+                "--engine cpu"
+            ) from error
