@@ -65,6 +65,7 @@ def emulated_shim(emulated_libraries) -> build.Kernels:
 @pytest.fixture
 def gpu_nf4(emulated_libraries):
     """Run nf4 with emulated GPUs; returns the finished process."""
+    here = Path(__file__).parent
 
     def run(
         *arguments: object,
@@ -77,7 +78,7 @@ def gpu_nf4(emulated_libraries):
         done = subprocess.run(
             [sys.executable, "-m", "emulator.cli", libraries, str(gpus), str(memory),
              *map(str, arguments)],
-            cwd=cwd or Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            cwd=cwd or here, env={**os.environ, "PYTHONPATH": str(here)},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
