@@ -242,9 +242,10 @@ def _convert(
     name, itemsize = output.source.name, ITEMSIZE[output.dtype]
     if output.weight is None:
         width = ITEMSIZE[output.source.dtype]
-        data = packed.read(checkpoint.tensors[name], item.start * width, item.count * width)
+        data = buffers[0][: item.count * width]
+        packed.read_into(checkpoint.tensors[name], item.start * width, data)
         if output.dtype != output.source.dtype:
-            out = np.empty(item.count * itemsize, np.uint8)
+            out = buffers[1][: item.count * itemsize]
             try:
                 engine.cast(data, output.source.dtype, out, output.dtype)
             except NonFiniteError as error:

@@ -87,6 +87,10 @@ def disk_bytes(plan: Plan, workers: int) -> int:
     )
 
 
+def _cheaper(engine: Engine) -> str:
+    return ", or less with --engine cpu" if engine.extra_memory else ""
+
+
 def make_resources(
     engine: Engine, workers: int | None, memory: int | None, cpus: int, tensors: int = 0
 ) -> Resources:
@@ -113,7 +117,7 @@ def make_resources(
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{-(-(base + smallest) // 1_000_000)}MB"
+                f"{-(-(base + smallest) // 1_000_000)}MB{_cheaper(engine)}"
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)

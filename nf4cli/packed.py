@@ -181,6 +181,11 @@ class PackedReader:
         shard, tensor = placed
         return self._readers[shard].read(tensor.start + start, count)
 
+    def read_into(self, placed: Placed, start: int, data: U8) -> None:
+        """Fill `data` with bytes from byte `start` of a tensor."""
+        shard, tensor = placed
+        self._readers[shard].read_into(data, tensor.start + start)
+
     def floats(self, placed: Placed) -> F32:
         """A whole (small) float32 tensor."""
         return self.read(placed, 0, placed[1].nbytes).view(np.float32)
@@ -245,9 +250,8 @@ class PackedReader:
         if packed is None:
             packed = self.packed(weight, start, count)
         else:
-            shard, tensor = weight.packed
             packed = packed[: (count + 1) // 2]
-            self._readers[shard].read_into(packed, tensor.start + start // 2)
+            self.read_into(weight.packed, start // 2, packed)
         out = np.empty(nbytes, np.uint8) if out is None else out[:nbytes]
         self._engine.dequantize(
             packed, count, blocksize, weight.state.quant_type, absmax, dtype, out

@@ -28,9 +28,7 @@ KERNEL = "quantize<2, 2, 1, false, false>"
 def kernel_cache(tmp_path, monkeypatch) -> Path:
     """An empty cache of compiled kernels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    nvrtc._cache_directory.cache_clear()
-    yield tmp_path / "nf4" / "kernels"
-    nvrtc._cache_directory.cache_clear()
+    return tmp_path / "nf4" / "kernels"
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +59,12 @@ def test_the_engine_over_cupy_gives_the_cpus_bytes(fake, kernel_cache):
     engine.quantize(src, "BF16", 64, "nf4", packed, absmax)
     assert len(fake.loaded) == 3
     stream, memory = device.stream(), device.allocate(4096)
-    assert stream.seconds(lambda: stream.copy(memory.address, memory.address + 2048, 2048)) > 0
-    assert not fake.active
+
+    def copy() -> None:
+        stream.copy(memory.address, memory.address + 2048, 2048)
+
+    assert stream.seconds(copy, ahead=copy) > 0
+    assert fake.device == 0
 
 
 def test_names_that_are_used_are_cupys():
@@ -143,14 +145,26 @@ def test_a_damaged_cache_is_made_anew(kernel_cache):
     assert nvrtc.cubin(KERNEL, "90")[0].read_bytes() == good
 
 
+def test_a_full_disk_for_the_cache(kernel_cache, monkeypatch):
+    write = nvrtc._write
+
+    def full(path, content):
+        if kernel_cache in path.parents:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(nvrtc, "_write", full)
+    path, _ = nvrtc.cubin("fold_errors", "90")
+    assert path.is_file()
+    assert kernel_cache not in path.parents
+
+
 def test_without_a_place_for_a_cache(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    nvrtc._cache_directory.cache_clear()
     path, _ = nvrtc.cubin("fold_errors", "90")
     assert path.is_file()
     assert os.path.commonpath([path, tmp_path]) != str(tmp_path)
-    nvrtc._cache_directory.cache_clear()
 
 
 # -- what can be wrong ----------------------------------------------------------------------------
@@ -163,7 +177,7 @@ def test_device_memory_runs_out(fake):
 
 
 def test_pinned_memory_runs_out(fake):
-    fake.fail["alloc_pinned_memory"] = cupy.cuda.runtime.CUDARuntimeError(2)
+    fake.fail["PinnedMemory"] = cupy.cuda.runtime.CUDARuntimeError(2)
     with pytest.raises(MachineError, match=r"no 1,000 bytes of pinned memory.*ulimit -l"):
         CupyDevice(fake, 0).host_buffer(1000)
 
@@ -183,12 +197,18 @@ def test_a_gpu_that_fails_in_mid_run(fake, kernel_cache, call):
                                np.empty(1, np.float32))  # fmt: skip
 
 
-def test_a_driver_that_does_not_load_the_code(fake, kernel_cache):
+@pytest.mark.parametrize("status", [209, 222, 2])
+def test_a_driver_that_does_not_load_the_code(fake, kernel_cache, status):
     class RefusedError(cupy.cuda.driver.CUDADriverError):
         def __init__(self) -> None:  # CuPy's own asks the driver for the text
             RuntimeError.__init__(self, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+            self.status = status
 
     fake.fail["RawModule"] = RefusedError()
+    if status == 2:  # out of memory: nothing is wrong with the code
+        with pytest.raises(MachineError, match=r"the GPU failed"):
+            CupyDevice(fake, 0).kernel("fold_errors")
+        return
     with pytest.raises(MachineError, match=r"driver does not load .*NVRTC 13.*sm_80.*update"):
         CupyDevice(fake, 0).kernel("fold_errors")
 

@@ -99,10 +99,20 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def load_engine(name: str, device: str | None = None, quiet: bool = False) -> Engine:
+def load_engine(
+    name: str, device: str | None = None, quiet: bool = False, memory: str | None = None
+) -> Engine:
     from .. import engines
 
-    return engines.load(name, device, engines.no_notice if quiet else note)
+    notify = engines.no_notice if quiet else note
+    engine = engines.load(name, device, notify)
+    if name == "auto" and device is None and memory is not None and engine.extra_memory:
+        try:
+            resources(engine, 1, memory)
+        except UsageError:
+            notify(f"a GPU is here, but does not fit into --memory {memory}: using the CPU")
+            return engines.load("cpu")
+    return engine
 
 
 def note(sentence: str) -> None:

@@ -56,7 +56,7 @@ def dequantize(
     size = common.parse_size(max_shard_size, "--max-shard-size")
     total = sum(file.stat().st_size for file in part_shards(source)) * 3
     display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
-    chosen = common.load_engine(engine, device, quiet)
+    chosen = common.load_engine(engine, device, quiet, memory)
     started = time.monotonic()
     if is_pipeline(source):
         limits = common.resources(chosen, workers, memory)

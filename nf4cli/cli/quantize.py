@@ -144,7 +144,7 @@ def quantize(
             config,
             oracle,
             digest,
-            common.load_engine(engine, device, quiet),
+            common.load_engine(engine, device, quiet, memory),
             workers,
             memory,
             fsync,
@@ -157,7 +157,7 @@ def quantize(
     if output is None:
         output = Path(f"{checkpoint.name}-nf4")
     decided = make_plan(checkpoint, config, oracle)
-    chosen = common.load_engine(engine, device, quiet)
+    chosen = common.load_engine(engine, device, quiet, memory)
     limits = common.resources(chosen, workers, memory, len(decided.tensors))
     check_output(decided, output, limits.workers)
     if plan:

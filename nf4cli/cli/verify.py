@@ -36,7 +36,7 @@ def verify(
     from ..diffusion import is_pipeline
     from ..verify import verify as verify_checkpoint
 
-    chosen = common.load_engine(engine, device, quiet)
+    chosen = common.load_engine(engine, device, quiet, memory)
     limits = common.resources(chosen, workers, memory)
     total = sum(f.stat().st_size for place in (path, source) if place for f in part_shards(place))
     display = common.ProgressDisplay(total, "verifying", not (quiet or json))

@@ -221,7 +221,9 @@ def _cuda(device: str | None, notify: Notify) -> Engine:
     from .cuda import CudaEngine
 
     indices = tuple(dict.fromkeys(map(int, match[1].split(",")))) if match[1] else None
-    return CudaEngine(indices, notify=notify)
+    engine = CudaEngine(indices, notify=notify)
+    engine.try_out()
+    return engine
 
 
 def _cuda_if_usable(notify: Notify) -> Engine | None:

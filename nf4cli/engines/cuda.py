@@ -15,6 +15,7 @@ import itertools
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,10 +84,11 @@ class CudaEngine(CpuEngine):
         self.worker_memory += STAGING
         self.extra_memory = max(0, _resident() - before) + _COMPILER_MEMORY
         self._notify = notify
-        self._lock = threading.Lock()
+        self._ready = threading.Condition()
         self._turns = itertools.cycle(self.devices)
-        self._lanes: list[_Lane] = []  # lent to nobody
-        self._room = ARENA
+        self._lanes: deque[_Lane] = deque()  # lent to nobody
+        self._made = 0  # lanes that are there, lent or not
+        self._rooms = {id(device): ARENA for device in self.devices}  # bytes that a lane takes
         self._pinned: dict[int, int] = {}  # first address of a `buffer` -> the one behind it
 
     def buffer(self, nbytes: int) -> U8:
@@ -200,40 +202,69 @@ class CudaEngine(CpuEngine):
                 lane.download(codes[start : start + count], to_codes)
                 lane.download(runs.view(np.uint8), to_nested)
 
+    def try_out(self) -> None:
+        """Make a lane on every GPU, and one of them work: what cannot run is refused at once."""
+        with self._ready:
+            self._lanes += [lane for lane in (self._new_lane() for _ in self.devices) if lane]
+        for _ in self.devices:
+            nested = np.empty(1, np.float32)
+            self.nested_quantize(np.ones(1, np.float32), 0.0, np.empty(1, np.uint8), nested)
+
     @contextmanager
     def _lane(self) -> Iterator[_Lane]:
-        """A lane for the calling thread alone; one that failed is not lent to another."""
-        with self._lock:
-            lane = self._lanes.pop() if self._lanes else None
-        if lane is None:
-            lane = self._new_lane()
+        """A lane for the calling thread alone; one that failed is not lent to another.
+
+        Lanes are lent in turn, so that all GPUs are used.  Where no GPU has memory for one more,
+        a thread waits for another's.
+        """
+        with self._ready:
+            lane = self._lanes.popleft() if self._lanes else self._new_lane()
+            while lane is None:
+                self._ready.wait()
+                lane = self._lanes.popleft() if self._lanes else self._new_lane()
         try:
             yield lane
         except BaseException:
             with suppress(Exception):  # the GPU may still be reading and writing what we free
                 lane.finish()
+            with self._ready:
+                self._made -= 1
+                self._ready.notify()
             raise
-        with self._lock:
+        with self._ready:
             self._lanes.append(lane)
+            self._ready.notify()
 
-    def _new_lane(self) -> _Lane:
-        with self._lock:
-            device = next(self._turns)
-            while True:
-                try:
-                    return _Lane(self, device, device.allocate(self._room), self._room)
-                except DeviceMemoryError as error:
-                    if self._room // 2 < _SMALLEST_ARENA:
-                        raise MachineError(
-                            f"{device.name} has no {self._room:,} bytes of memory left ({error}): "
-                            "end what else runs on it, lower --workers, choose another GPU with "
-                            "--device, or use --engine cpu"
-                        ) from error
-                    self._room //= 2
-                    self._notify(
-                        f"{device.name} is short of memory: working in chunks of "
-                        f"{self._room / 2**20:.3g} MiB"
-                    )
+    def _new_lane(self) -> _Lane | None:
+        """A lane on the next GPU that has room; None where none has but lanes are lent."""
+        for device in itertools.islice(self._turns, len(self.devices)):
+            lane = self._lane_on(device)
+            if lane is not None:
+                self._made += 1
+                return lane
+        if self._made:
+            return None
+        names = " and ".join(dict.fromkeys(device.name for device in self.devices))
+        raise MachineError(
+            f"{names} has no {_SMALLEST_ARENA:,} bytes of memory left: end what else runs on it, "
+            "choose another GPU with --device, or use --engine cpu"
+        )
+
+    def _lane_on(self, device: Device) -> _Lane | None:
+        room = self._rooms[id(device)]
+        while room >= _SMALLEST_ARENA:
+            try:
+                lane = _Lane(self, device, device.allocate(room), room)
+            except DeviceMemoryError:
+                room //= 2
+                continue
+            if room < self._rooms[id(device)]:
+                self._rooms[id(device)] = room
+                self._notify(
+                    f"{device.name} is short of memory: working in chunks of {room / 2**20:.3g} MiB"
+                )
+            return lane
+        return None
 
 
 def _resident() -> int:

@@ -25,6 +25,10 @@ OLDEST_DRIVER = 12_000
 """The oldest CUDA version, as cuDriverGetVersion has it, that a CuPy of our extras runs on."""
 
 
+_REFUSALS = (200, 209, 218, 222, 300)
+"""CUresults of code that a driver cannot load: invalid image, no binary, invalid or newer PTX."""
+
+
 @cache
 def driver() -> tuple[int, int]:
     """(GPUs, CUDA version of the driver as 1000 * major + 10 * minor), without importing CuPy.
@@ -121,44 +125,64 @@ class CupyDevice:
         self._cupy = cupy
         self._index = index
         self._lock = threading.Lock()
-        self.refusals = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
+        self._failures = (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError)
         self._kernels: dict[str, Any] = {}
         try:
-            with self.active():
-                cupy.cuda.runtime.free(0)  # makes the context
-                self.name = str(cupy.cuda.runtime.getDeviceProperties(index)["name"].decode())
-                self.arch = str(cupy.cuda.Device(index).compute_capability)
+            self.use()
+            cupy.cuda.runtime.free(0)  # makes the context
+            self.name = str(cupy.cuda.runtime.getDeviceProperties(index)["name"].decode())
+            self.arch = str(cupy.cuda.Device(index).compute_capability)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise MachineError(
                 f"GPU cuda:{index} cannot be used ({error}): check nvidia-smi, choose another with "
                 "--device, or use --engine cpu"
             ) from error
 
-    def active(self) -> Any:
-        """A context in which this GPU is the calling thread's."""
-        return self._cupy.cuda.Device(self._index)
+    def use(self) -> None:
+        """Make this GPU the calling thread's.
+
+        It stays so: CuPy's `with Device(i)` goes back to the one before, GPU 0 in a new thread,
+        and makes a context there, too.
+        """
+        runtime = self._cupy.cuda.runtime
+        if runtime.getDevice() != self._index:
+            runtime.setDevice(self._index)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """On this GPU; what fails there, maybe of earlier work, is the machine's fault."""
+        try:
+            self.use()
+            yield
+        except self._failures as error:
+            raise MachineError(
+                f"the GPU failed ({error}): check nvidia-smi and the system's log, or use "
+                "--engine cpu"
+            ) from error
 
     def allocate(self, nbytes: int) -> _Memory:
-        with self.active():
+        with self.working():
             try:
                 return _Memory(self._cupy.cuda.alloc(nbytes))
             except self._cupy.cuda.memory.OutOfMemoryError as error:
                 raise DeviceMemoryError(str(error)) from error
 
     def host_buffer(self, nbytes: int) -> U8:
-        with self.active():
-            try:
-                pinned = self._cupy.cuda.alloc_pinned_memory(max(1, nbytes))
-            except self._cupy.cuda.runtime.CUDARuntimeError as error:
+        cuda = self._cupy.cuda
+        with self.working():
+            try:  # not from CuPy's pool, which rounds up to a power of two and keeps what it had
+                memory = cuda.PinnedMemory(max(1, nbytes), cuda.runtime.hostAllocPortable)
+            except cuda.runtime.CUDARuntimeError as error:
                 raise MachineError(
                     f"the system gives no {nbytes:,} bytes of pinned memory ({error}): lower "
                     "--workers or --memory, or raise the limit (ulimit -l)"
                 ) from error
-        return np.frombuffer(pinned, np.uint8, nbytes)  # holds the memory: its base
+        # holds the memory: its base
+        return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
     def stream(self) -> _Stream:
-        with self.active():
-            return _Stream(self, self._cupy, self._cupy.cuda.Stream(non_blocking=True))
+        with self.working():
+            return _Stream(self, self._cupy)
 
     def kernel(self, name: str) -> Any:
         """A compiled kernel, ready to be called.
@@ -169,16 +193,19 @@ class CupyDevice:
         with self._lock:
             if name not in self._kernels:
                 path, lowered = nvrtc.cubin(name, self.arch)
-                try:
-                    with self.active():
+                with self.working():
+                    try:
                         module = self._cupy.RawModule(path=str(path))
                         self._kernels[name] = module.get_function(lowered)
-                except self.refusals as error:
-                    version = ".".join(map(str, nvrtc.compiler().getVersion()))
-                    raise MachineError(
-                        f"the NVIDIA driver does not load the kernels that NVRTC {version} made "
-                        f"for sm_{self.arch} ({error}): update the driver, or use --engine cpu"
-                    ) from error
+                    except self._cupy.cuda.driver.CUDADriverError as error:
+                        if getattr(error, "status", None) not in _REFUSALS:
+                            raise
+                        version = ".".join(map(str, nvrtc.compiler().getVersion()))
+                        raise MachineError(
+                            f"the NVIDIA driver does not load the kernels that NVRTC {version} "
+                            f"made for sm_{self.arch} ({error}): update the driver, or use "
+                            "--engine cpu"
+                        ) from error
             return self._kernels[name]
 
 
@@ -191,11 +218,13 @@ class _Memory:
 class _Stream:
     """See `Stream`."""
 
-    def __init__(self, device: CupyDevice, cupy: Any, stream: Any) -> None:
+    def __init__(self, device: CupyDevice, cupy: Any) -> None:
         self._device = device
         self._runtime = cupy.cuda.runtime
         self._cupy = cupy
-        self._stream = stream
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # Waiting for it sleeps; waiting for a stream would keep a processor busy.
+        self._done = cupy.cuda.Event(block=True, disable_timing=True)
 
     def upload(self, address: int, source: U8) -> None:
         kind = self._runtime.memcpyHostToDevice
@@ -210,37 +239,27 @@ class _Stream:
 
     def _copy(self, target: int, source: int, nbytes: int, kind: int) -> None:
         if nbytes:
-            with self._working():
+            with self._device.working():
                 self._runtime.memcpyAsync(target, source, nbytes, kind, self._stream.ptr)
 
     def launch(
         self, kernel: str, blocks: int, threads: int, arguments: Sequence[NDArray[Any]]
     ) -> None:
         function = self._device.kernel(kernel)
-        with self._working(), self._stream:
+        with self._device.working(), self._stream:
             function((blocks,), (threads,), tuple(arguments))
 
     def synchronize(self) -> None:
-        with self._working():
-            self._stream.synchronize()
+        with self._device.working():
+            self._done.record(self._stream)
+            self._done.synchronize()
 
-    def seconds(self, work: Callable[[], None]) -> float:
-        with self._working():
+    def seconds(self, work: Callable[[], None], ahead: Callable[[], None]) -> float:
+        with self._device.working():
             begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            ahead()
             begin.record(self._stream)
             work()
             end.record(self._stream)
             end.synchronize()
             return float(self._cupy.cuda.get_elapsed_time(begin, end)) / 1000
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """On the stream's device; what fails there, maybe of earlier work, is the machine's."""
-        try:
-            with self._device.active():
-                yield
-        except self._device.refusals as error:
-            raise MachineError(
-                f"the GPU failed ({error}): check nvidia-smi and the system's log, or use "
-                "--engine cpu"
-            ) from error

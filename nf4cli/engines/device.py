@@ -70,8 +70,12 @@ class Stream(Protocol):
         """
         ...
 
-    def seconds(self, work: Callable[[], None]) -> float:
-        """How long the GPU takes for what `work` asks of this stream, by its own clock."""
+    def seconds(self, work: Callable[[], None], ahead: Callable[[], None]) -> float:
+        """How long the GPU takes for what `work` asks of this stream, by its own clock.
+
+        Args:
+            ahead: asks for something long first, so that the GPU does not wait for the host.
+        """
         ...
 
 

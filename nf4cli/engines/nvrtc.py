@@ -7,10 +7,13 @@ made.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -139,33 +142,49 @@ def cubin(kernel: str, arch: str) -> tuple[Path, str]:
     key = hashlib.sha256()
     for part in (kernel, arch, *OPTIONS, *map(str, version), *sources().values()):
         key.update(part.encode() + b"\0")
-    directory = _cache_directory()
-    path, names = directory / f"{key.hexdigest()}.cubin", directory / f"{key.hexdigest()}.name"
+    with _LOCK:
+        try:
+            return _cached(_home(), key.hexdigest(), kernel, arch)
+        except (OSError, RuntimeError):  # read-only, full, or no home at all
+            return _cached(_temporary(), key.hexdigest(), kernel, arch)
+
+
+_LOCK = threading.Lock()  # one compilation at a time: each takes a hundred MB
+
+
+def _cached(directory: Path, key: str, kernel: str, arch: str) -> tuple[Path, str]:
+    path, name = directory / f"{key}.cubin", directory / f"{key}.name"
     with contextlib.suppress(OSError, ValueError):
-        digest, lowered = names.read_text("utf-8").split()
+        digest, lowered = name.read_text("utf-8").split()
         if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             return path, lowered
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     code, lowered_names = compile_kernels((kernel,), f"sm_{arch}")
     _write(path, code)
-    _write(names, f"{hashlib.sha256(code).hexdigest()} {lowered_names[kernel]}".encode())
+    _write(name, f"{hashlib.sha256(code).hexdigest()} {lowered_names[kernel]}".encode())
     return path, lowered_names[kernel]
 
 
+def _home() -> Path:
+    """$XDG_CACHE_HOME/nf4/kernels; raises RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nf4" / "kernels"
+
+
 @cache
-def _cache_directory() -> Path:
-    """$XDG_CACHE_HOME/nf4/kernels, or a directory that goes with the process."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
-        directory = Path(base).expanduser() / "nf4" / "kernels"
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    _cache_directory.temporary = tempfile.TemporaryDirectory()  # type: ignore[attr-defined]
-    return Path(_cache_directory.temporary.name)  # type: ignore[attr-defined]
+def _temporary() -> Path:
+    """A directory that goes with the process."""
+    directory = tempfile.mkdtemp(prefix="nf4-kernels-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 def _write(path: Path, content: bytes) -> None:
     """All of it or nothing, whoever else writes the same."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)  # noqa: PTH105 - what Path.replace does, said plainly
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)  # noqa: PTH105 - what Path.replace does, said plainly
+        except OSError:
+            os.unlink(file.name)  # noqa: PTH108
+            raise

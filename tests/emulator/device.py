@@ -118,7 +118,8 @@ class EmulatedStream:
             block.check()
         self._owner = None
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], None], ahead: Callable[[], None]) -> float:
+        ahead()
         self.synchronize()
         work()
         start = time.perf_counter()

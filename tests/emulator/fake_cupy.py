@@ -7,7 +7,6 @@ Everything here has the name, the arguments and the errors that CuPy's has
 from __future__ import annotations
 
 import ctypes
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import cupy
@@ -33,22 +32,23 @@ class FakeCupy:
     def __init__(self, kernels: Kernels, names: dict[str, str], memory: int = 1 << 26) -> None:
         self.kernels, self.names, self.free = kernels, names, memory
         self.calls: list[str] = []
-        self.active: list[int] = []  # devices entered
+        self.device: int | None = None  # that the thread uses
         self.stream: list[object] = []  # streams entered
         self.loaded: list[str] = []
         self.cuda = SimpleNamespace(
-            Device=self._device, Stream=self._stream, Event=SimpleNamespace, alloc=self._alloc,
-            alloc_pinned_memory=self._alloc_pinned, get_elapsed_time=lambda a, b: b.at - a.at,
+            Device=lambda index: SimpleNamespace(compute_capability="80"), Stream=self._stream,
+            Event=self._event, get_elapsed_time=lambda a, b: b.at - a.at, alloc=self._alloc,
+            PinnedMemory=self._pinned, PinnedMemoryPointer=lambda memory, offset: memory,
             memory=SimpleNamespace(OutOfMemoryError=cupy.cuda.memory.OutOfMemoryError),
             driver=SimpleNamespace(CUDADriverError=cupy.cuda.driver.CUDADriverError),
             runtime=SimpleNamespace(
                 CUDARuntimeError=cupy.cuda.runtime.CUDARuntimeError, free=self._free,
-                getDeviceProperties=lambda index: {"name": b"Fake GPU"},
+                getDevice=lambda: self.device, setDevice=lambda i: setattr(self, "device", i),
+                getDeviceProperties=lambda index: {"name": b"Fake GPU"}, hostAllocPortable=1,
                 memcpyAsync=self._memcpy, memcpyHostToDevice=HOST_TO_DEVICE,
                 memcpyDeviceToHost=DEVICE_TO_HOST, memcpyDeviceToDevice=DEVICE_TO_DEVICE,
             ),
         )  # fmt: skip
-        self.cuda.Event = self._event
         self.fail: dict[str, Exception] = {}  # by the name of a call
 
     def RawModule(self, *, path: str) -> SimpleNamespace:  # noqa: N802 - CuPy's name
@@ -59,7 +59,7 @@ class FakeCupy:
             kernel = self.names[lowered]
 
             def call(grid: tuple[int], block: tuple[int], args: tuple) -> None:
-                assert self.active == [0], "a launch outside of the device"
+                assert self.device == 0, "a launch outside of the device"
                 assert len(self.stream) == 1, "a launch on the default stream"
                 assert all(isinstance(a, np.ndarray) and a.size == 1 for a in args)
                 self.kernels.run(Launch(kernel, grid[0], block[0], args))
@@ -73,62 +73,38 @@ class FakeCupy:
         if name in self.fail:
             raise self.fail[name]
 
-    @contextmanager
-    def _entered(self, stack: list, item: object):
-        stack.append(item)
-        try:
-            yield item
-        finally:
-            stack.pop()
-
-    def _device(self, index: int):
-        context = self._entered(self.active, index)
-        return SimpleDevice(context)
-
     def _free(self, pointer: int) -> None:
         self._called("free")
-        assert self.active
+        assert self.device is not None
 
     def _alloc(self, nbytes: int) -> SimpleNamespace:
-        assert self.active
+        assert self.device is not None
         if nbytes > self.free:
             raise cupy.cuda.memory.OutOfMemoryError(nbytes, 0)
         memory = EmulatedMemory(nbytes)
         return SimpleNamespace(ptr=memory.address, memory=memory)
 
-    def _alloc_pinned(self, nbytes: int) -> bytearray:
-        self._called("alloc_pinned_memory")
-        return bytearray(nbytes + 100)  # a pool gives more than was asked for
+    def _pinned(self, nbytes: int, flags: int) -> bytearray:
+        self._called("PinnedMemory")
+        assert flags == 1  # for all GPUs
+        return bytearray(nbytes)
 
     def _stream(self, non_blocking: bool = False) -> FakeStream:
         assert non_blocking
-        assert self.active
+        assert self.device is not None
         return FakeStream(self)
 
-    def _event(self) -> SimpleNamespace:
+    def _event(self, block: bool = False, disable_timing: bool = False) -> SimpleNamespace:
         event = SimpleNamespace(at=0.0)
         event.record = lambda stream: setattr(event, "at", float(len(self.calls)))
-        event.synchronize = lambda: None
+        event.synchronize = lambda: self._called("synchronize") if block else None
         return event
 
     def _memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         self._called("memcpyAsync")
         assert stream == 77
-        assert self.active
+        assert self.device is not None
         ctypes.memmove(target, source, nbytes)
-
-
-class SimpleDevice:
-    compute_capability = "80"
-
-    def __init__(self, context) -> None:
-        self._context = context
-
-    def __enter__(self):
-        return self._context.__enter__()
-
-    def __exit__(self, *details):
-        return self._context.__exit__(*details)
 
 
 class FakeStream:
@@ -143,6 +119,3 @@ class FakeStream:
 
     def __exit__(self, *_):
         self._owner.stream.pop()
-
-    def synchronize(self) -> None:
-        self._owner._called("synchronize")
