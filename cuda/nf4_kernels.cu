@@ -1,7 +1,7 @@
 // The GPU engine's kernels around nf4_codec.h; engines/cuda.py compiles and launches them.
 //
-// NVRTC instantiates the templates by name, one module for each set that a run needs.  The tests
-// run the same source without a GPU: NVRTC's PTX translated to C++, and this file under g++.
+// NVRTC instantiates the templates by name, a module for each that a run needs.  The tests run the
+// same source without a GPU: NVRTC's PTX translated to C++, and this file under g++.
 //
 // Compile with -fmad=false -ftz=false -prec-div=true: every float operation rounds on its own.
 // All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
@@ -75,8 +75,8 @@ __device__ __forceinline__ float widest_of(float value, int lanes, float* warps)
   return value;
 }
 
-// The error sums of rows [from, to) of a segment, see nf4_search.h: the partial sums of 16 columns,
-// folded in halves.  Of the two threads of a segment the first returns the squared errors' sum,
+// The error sums of a segment, or of a block of 32 in it, see nf4_search.h: the partial sums of 16
+// columns, folded in halves.  Of the two threads of a segment the first returns the squared errors' sum,
 // the second the squared values'.
 __device__ __forceinline__ float fold(const float* error2, const float* value2, int half) {
   float lanes[kHalf];

@@ -83,8 +83,8 @@ __device__ __forceinline__ float factor(const Float8& f, uint32_t at) {
   return f.scale[(i64)row * f.scale_columns + column];
 }
 
-// 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other shapes are
-// decoded by the host).
+// 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other shapes stay
+// with the CPU engine).
 template <int kTo>
 __device__ __forceinline__ void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
   const float unit = factor(f, (uint32_t)at);
@@ -137,7 +137,7 @@ __device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int ha
 }
 
 // The same of the tensor's last, partial block: element by element, zeros behind the end.  (Float8
-// comes here decoded by the host.)
+// with such a block stays with the CPU engine.)
 template <int kFrom>
 __device__ __forceinline__ void load_tail(const void* src, i64 n, i64 segment, int half,
                                           float (*x)[kHalf]) {

@@ -278,15 +278,8 @@ class _Worker:
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
         if plan.action == "quantize":
             self._quantize(item, data)
-            c.item_done(item)
-            return
-        dtype = plan.weight.stored.dtype
-        if plan.weight.scale is not None:
-            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
-        if plan.outputs[plan.name][0] != dtype:
-            self._cast(item, data, dtype)
         else:
-            c._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
+            self._keep(item, data)
         c.item_done(item)
 
     def _read(self, item: Item) -> U8:
@@ -351,6 +344,16 @@ class _Worker:
             item.job.absmax.write(first_block, absmax)
         else:
             c._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
+
+    def _keep(self, item: Item, data: U8) -> None:
+        plan = item.job.plan
+        dtype = plan.weight.stored.dtype
+        if plan.weight.scale is not None:
+            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
+        if plan.outputs[plan.name][0] != dtype:
+            self._cast(item, data, dtype)
+        else:
+            self._conversion._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
 
     def _cast(self, item: Item, data: U8, from_dtype: str) -> None:
         c, plan = self._conversion, item.job.plan

@@ -123,11 +123,8 @@ class CpuEngine:
                 f"this processor cannot run the {isa!r} engine: it can run {', '.join(usable)}"
             )
         self.name = f"cpu ({isa})"
-        self.spare_threads, self.extra_memory, self.worker_memory = (
-            0,
-            0,
-            2_000_000,
-        )  # the memory as measured
+        self.spare_threads = self.extra_memory = 0
+        self.worker_memory = 2_000_000  # as measured
         # Held here, because C gets their addresses: two threads may fill a cache at once, and the
         # table of the one that loses would be freed under its call.
         self._nested_midpoints = codebook.nested_midpoints()

@@ -144,25 +144,18 @@ class CudaEngine(CpuEngine):
                     lane.download(out.view(np.uint8), address)
         bad = np.flatnonzero(~np.isfinite(stats[:, 0]))
         if len(bad):
-            first = int(bad[0]) * GRANULE
-            part = src[first * itemsize : (first + GRANULE) * itemsize]
-            raise NonFiniteError(first + self._first_nonfinite(part, dtype, float8, first))
-        return stats
-
-    def _first_nonfinite(self, part: U8, dtype: str, float8: Float8 | None, start: int) -> int:
-        if float8 is not None:
-            try:
-                out = np.empty(part.nbytes * ITEMSIZE[dtype], np.uint8)
-                self.decode_float8(part, float8.from_(start), out, dtype)
+            first, last = int(bad[0]) * GRANULE, min(n, (int(bad[0]) + 1) * GRANULE)
+            try:  # the CPU engine says which element it is
+                super().quantize(
+                    src[first * itemsize : last * itemsize], dtype, blocksize, quant_type,
+                    packed[first // 2 : (last + 1) // 2],
+                    absmax[first // blocksize : -(-last // blocksize)],
+                    None if float8 is None else float8.from_(first),
+                )  # fmt: skip
             except NonFiniteError as error:
-                return error.index
-        bits = part.view(f"u{ITEMSIZE[dtype]}")
-        infinity = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype]
-        magnitude = bits & (2 ** (8 * bits.itemsize - 1) - 1)
-        found = np.flatnonzero(magnitude >= infinity)
-        if not len(found):
+                raise NonFiniteError(first + error.index) from None
             raise AssertionError("the GPU found a value that is not finite where there is none")
-        return int(found[0])
+        return stats
 
     def dequantize(
         self,
@@ -279,7 +272,7 @@ def _resident() -> int:
 def _even(float8: Float8, n: int, blocksize: int) -> bool:
     """Whether the float8 kernels take it: 8 neighbours share a factor, and blocks are whole.
 
-    Weights of real models are so; others are decoded by the host first.
+    Weights of real models are so; others stay with the CPU engine.
     """
     columns = float8.columns
     eights = columns % 8 == 0 and (float8.block[1] % 8 == 0 or float8.block[1] >= columns)

@@ -185,7 +185,7 @@ def quantize(
             1 if tail else -(-count // (_THREADS * 32)),
             _THREADS,
             (
-                _u64(src + first * itemsize if first else src), _i64(count),
+                _u64(src + first * itemsize), _i64(count),
                 _i32(lanes.bit_length() - 1), _u64(table), place, _u64(packed + first // 2),
                 _u64(absmax + 4 * (first // blocksize)), _u64(sums + 8 * entry),
                 _u64(worst + 4 * entry),

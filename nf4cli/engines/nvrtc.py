@@ -88,8 +88,8 @@ def compile_kernels(
         MachineError: NVRTC is missing, does not know the target, or refuses the source.
     """
     nvrtc = compiler()
-    main, *headers = texts or sources()
     texts = texts or sources()
+    main, *headers = texts
     program = nvrtc.createProgram(
         texts[main], main, tuple(texts[h].encode() for h in headers),
         tuple(h.encode() for h in headers),

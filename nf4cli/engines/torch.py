@@ -53,7 +53,8 @@ class TorchEngine:
             ) from error
         self._dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         self.name = f"torch ({device})"
-        self.spare_threads, self.extra_memory, self.worker_memory = 0, 0, 2_000_000
+        self.spare_threads = self.extra_memory = 0
+        self.worker_memory = 2_000_000
 
     def buffer(self, nbytes: int) -> U8:
         return np.empty(nbytes, np.uint8)
