@@ -144,8 +144,25 @@ def digest_shard(
 
 def digest_file(path: Path, algorithm: str) -> str:
     """The digest of any file."""
-    digest = new_file_hash(algorithm)
+    return digests_of_file(path, [algorithm])[1][algorithm]
+
+
+def digests_of_file(
+    path: Path,
+    algorithms: Collection[str],
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[int, dict[str, str]]:
+    """Read any file once: its size in bytes, and its digest by algorithm.
+
+    Args:
+        progress: told the bytes read after each piece.
+    """
+    hashes = {algorithm: new_file_hash(algorithm) for algorithm in algorithms}
+    size = 0
     with path.open("rb") as file:
         while data := file.read(_PIECE):
-            digest.update(memoryview(data))
-    return digest.hexdigest()
+            for digest in hashes.values():
+                digest.update(memoryview(data))
+            size += len(data)
+            progress(len(data))
+    return size, {algorithm: digest.hexdigest() for algorithm, digest in hashes.items()}

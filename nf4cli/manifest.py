@@ -8,6 +8,7 @@ machines with two engines write the same.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,5 +226,12 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
         output_file=str(output["file"]),
         outputs=dict(output["digests"]),
         state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
-        error=TensorError(float(error["rel_rmse"]), float(error["max_abs"])) if error else None,
+        error=TensorError(*map(_finite, (error["rel_rmse"], error["max_abs"]))) if error else None,
     )
+
+
+def _finite(value: object) -> float:
+    """A number; Python's JSON would also take NaN, Infinity and 1e999."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"an error figure is {value!r}")
+    return float(value)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import sys
 
 import typer
 
 from .. import __version__
+from .attest import attest
+from .common import print_json
 from .dequantize import dequantize
 from .inspect import inspect
 from .quantize import quantize
@@ -32,7 +35,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad or unsupported input, "
     "4 the machine (disk full, I/O error, no engine), 130 interrupted.",
 )
-for command in (quantize, verify, dequantize, inspect):
+for command in (quantize, verify, dequantize, inspect, attest):
     app.command()(command)
 
 
@@ -60,14 +63,38 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
+    json = "--json" in sys.argv[1:]
     try:
-        app()
+        # Under --json a mistake in the command line comes to us, to be put into a document.
+        code = app(standalone_mode=not json)
+        sys.stdout.flush()
+        sys.exit(code)
+    except SystemExit:
+        _flush_or_fail(json)
+        raise
     except Nf4Error as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, json)
     except OSError as error:
-        advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}{advice}; nothing was left behind", 4)
+        _fail(_of_the_system(error), 4, json)
+    except Exception as error:
+        # What typer says of the command line; its class has no public name in every version.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (see nf4 --help)", 2, json)
+
+
+def _of_the_system(error: OSError) -> str:
+    advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}{advice}; nothing was left behind"
+
+
+def _flush_or_fail(json: bool) -> None:
+    """What a command printed must have arrived before its exit code says so."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _fail(f"the result cannot be written to stdout: {error.strerror or error}", 4, json)
 
 
 def _allow_open_files() -> None:
@@ -91,10 +118,17 @@ def _interrupt(number: int, _: object) -> None:
     raise InterruptedRunError("interrupted; nothing was left behind")
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, json: bool) -> None:
+    """Say it on stderr, under --json also as the one document on stdout, and end."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
     console.print("[bold red]error:[/]", end=" ")
     console.print(message, markup=False)
+    try:
+        if json:
+            print_json("error", {"error": {"exit_code": code, "message": message}})
+        sys.stdout.flush()
+    except OSError:  # stdout is what failed: the exit code has to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -161,10 +161,33 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """The only thing on stdout under --json; ASCII, whatever the locale."""
+JSON_VERSION = 1
+"""Of every document of --json; docs/machine.md says what a version promises."""
+
+
+def print_json(kind: str, document: dict[str, Any]) -> None:
+    """The only thing on stdout under --json; ASCII, whatever the locale.
+
+    Args:
+        kind: what the document is, the stem of its schema in docs/schemas.
+
+    Raises:
+        ValueError: it holds a NaN or an infinity, which JSON has no word for: a bug.
+    """
     _let_a_closed_pipe_end_us()
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    whole = {"nf4": kind, "version": JSON_VERSION, **document}
+    text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(re.sub(r"[^\x00-\x7f]", _escaped, text) + "\n")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """One character as JSON escapes it.
+
+    A lone surrogate (a byte of a file's name that is not UTF-8) becomes U+FFFD: strict parsers
+    refuse its escape.
+    """
+    character = match[0]
+    return json.dumps("\ufffd" if "\ud800" <= character <= "\udfff" else character)[1:-1]
 
 
 class ProgressDisplay:

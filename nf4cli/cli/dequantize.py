@@ -74,7 +74,7 @@ def dequantize(
         parts = {"": whole}
     seconds = time.monotonic() - started
     if json:
-        common.print_json(_document(parts, output, chosen.name, seconds))
+        common.print_json("dequantize", _document(parts, output, chosen.name, seconds))
     elif not quiet:
         console = common.out_console()
         for name, summary in parts.items():

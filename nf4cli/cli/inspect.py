@@ -39,7 +39,7 @@ def inspect(
         return
     seen = inspection.overview(checkpoint)
     if json:
-        common.print_json(asdict(seen))
+        common.print_json("inspect", asdict(seen))
     else:
         views.print_overview(common.out_console(), seen, path)
 
@@ -49,7 +49,7 @@ def show_tensor(checkpoint: Checkpoint, tensor: str, json: bool) -> None:
 
     view = inspection.tensor_view(checkpoint, tensor, common.load_engine("cpu"))
     if json:
-        common.print_json(asdict(view))
+        common.print_json("tensor", asdict(view))
     else:
         _print_tensor(common.out_console(), view)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import common, views
+from . import common, step_summary, views
 from .common import format_size, plain, plural
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def quantize(
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
+    from ..summary import conversion_section
 
     if output is None:
         output = Path(f"{source.resolve().name}-nf4")
@@ -45,7 +46,7 @@ def quantize(
     check_pipeline_output(decided, output, limits.workers)
     if plan:
         if json:
-            common.print_json(_plan_document(decided, limits, output))
+            common.print_json("plan", _plan_document(decided, limits, output))
         else:
             _print_plan(decided, limits, output)
         return
@@ -54,19 +55,18 @@ def quantize(
     with display:
         manifests = write_pipeline(decided, output, engine, limits, digest, fsync, display)
     seconds = time.monotonic() - started
+    parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
+    step_summary.append(lambda: conversion_section(output, parts))
     if json:
-        common.print_json({
+        common.print_json("quantize", {
             "output": str(output),
             "engine": engine.name,
             "seconds": round(seconds, 3),
             "source_bytes": decided.source_bytes,
             "output_bytes": decided.shard_bytes,
             "components": {
-                name: views.result_document(
-                    decided.parts[name], manifest, output / name,
-                    manifest.run.seconds if manifest.run else 0.0,
-                )
-                for name, manifest in manifests.items()
+                name: views.result_document(part, manifest, output / name)
+                for name, (part, manifest) in parts.items()
             },
             "copied_bytes": decided.copies.nbytes,
             "notes": list(decided.notes),
@@ -164,7 +164,7 @@ def inspect(
             if components[name].converts:
                 raise
     if json:
-        common.print_json({
+        common.print_json("inspect", {
             "name": path.resolve().name,
             "components": {name: asdict(part) for name, part in seen.items()},
         })  # fmt: skip

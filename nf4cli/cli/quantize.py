@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, pipelines, views
+from . import common, pipelines, step_summary, views
 from .common import (
     DeviceOption,
     EngineOption,
@@ -119,6 +119,7 @@ def quantize(
     from ..quantize import write_checkpoint
     from ..records import QuantConfig
     from ..source import open_checkpoint
+    from ..summary import conversion_section
 
     if digest not in ALGORITHMS:
         raise UsageError(f"--digest {digest} is not one of {', '.join(ALGORITHMS)}")
@@ -162,7 +163,7 @@ def quantize(
     check_output(decided, output, limits.workers)
     if plan:
         if json:
-            common.print_json(views.plan_document(decided, limits, output))
+            common.print_json("plan", views.plan_document(decided, limits, output))
         else:
             views.print_plan(common.out_console(), decided, limits, output)
         return
@@ -171,7 +172,9 @@ def quantize(
     with display:
         manifest = write_checkpoint(decided, output, chosen, limits, digest, fsync, display)
     seconds = time.monotonic() - started
+    step_summary.append(lambda: conversion_section(output, {"": (decided, manifest)}))
     if json:
-        common.print_json(views.result_document(decided, manifest, output, seconds))
+        run = {"engine": chosen.name, "seconds": round(seconds, 3)}
+        common.print_json("quantize", {**views.result_document(decided, manifest, output), **run})
     elif not quiet:
         views.print_result(common.out_console(), decided, manifest, output, seconds, source)

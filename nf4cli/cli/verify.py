@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import common, views
+from . import common, step_summary, views
 from .common import (
     DeviceOption,
     EngineOption,
@@ -16,6 +16,7 @@ from .common import (
     QuietOption,
     WorkersOption,
 )
+from .junit_file import JUnitFile
 
 
 def verify(
@@ -28,31 +29,46 @@ def verify(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option("--junit", metavar="FILE", help="Write a JUnit XML report there as well."),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Check a 4-bit checkpoint; exit code 1 when something is wrong with it."""
     from ..assembly import part_shards, verify_pipeline
     from ..diffusion import is_pipeline
+    from ..summary import verification_section
     from ..verify import verify as verify_checkpoint
 
-    chosen = common.load_engine(engine, device, quiet, memory)
-    limits = common.resources(chosen, workers, memory)
-    total = sum(f.stat().st_size for place in (path, source) if place for f in part_shards(place))
-    display = common.ProgressDisplay(total, "verifying", not (quiet or json))
-    with display:
-        if is_pipeline(path):
-            pipeline = verify_pipeline(path, source, chosen, limits, display)
-            own, parts = pipeline.own, pipeline.parts
-        else:
-            own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
+    with JUnitFile(junit, path, source) as report_file:
+        chosen = common.load_engine(engine, device, quiet, memory)
+        limits = common.resources(chosen, workers, memory)
+        places = [place for place in (path, source) if place]
+        total = sum(f.stat().st_size for place in places for f in part_shards(place))
+        display = common.ProgressDisplay(total, "verifying", not (quiet or json))
+        with display:
+            if is_pipeline(path):
+                pipeline = verify_pipeline(path, source, chosen, limits, display)
+                own, parts = pipeline.own, pipeline.parts
+            else:
+                own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
+        named = {path.resolve().name: own, **parts}
+        report_file.write(named)
+    step_summary.append(lambda: verification_section(path, named))
     reports = [own, *parts.values()]
     ok = all(report.ok for report in reports)
     if json:
-        document = {"path": str(path), **views.report_document(own), "ok": ok}
+        document = {
+            "path": str(path),
+            "source": str(source) if source else None,
+            **views.report_document(own),
+            "ok": ok,
+        }
         if parts:
             document["components"] = {n: views.report_document(r) for n, r in parts.items()}
-        common.print_json(document)
+        common.print_json("verify", document)
     elif not quiet or not ok:
         console = common.out_console()
         for name, report in [*parts.items(), ("", own)]:

@@ -115,11 +115,9 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) ->
         console.print(f"left    {plain(', '.join(plan.checkpoint.left_files))}")
 
 
-def result_document(plan: Plan, manifest: Manifest, output: Path, seconds: float) -> dict[str, Any]:
+def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
-        "engine": manifest.run.engine if manifest.run else None,
-        "seconds": round(seconds, 3),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.shard_bytes,
         "files": [
@@ -178,8 +176,12 @@ def report_document(report: Report) -> dict[str, Any]:
         "ok": report.ok,
         "checks": [asdict(check) for check in report.checks],
         "unchecked": report.unchecked,
-        "findings": [asdict(finding) for finding in report.findings],
+        "findings": finding_documents(report.findings),
     }
+
+
+def finding_documents(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) for finding in findings]
 
 
 def print_checks(console: Console, report: Report) -> None:

@@ -1,0 +1,139 @@
+"""nf4 attest: an in-toto statement for an output, to be signed by existing tools."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import common, views
+from .common import (
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    WorkersOption,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from ..engines import Engine
+    from ..limits import Resources
+    from ..report import Finding
+
+
+def attest(
+    output: Annotated[
+        Path, typer.Argument(help="A directory that nf4 quantize wrote.", show_default=False)
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="New file; - is stdout. Default: OUTPUT.intoto.json beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="What it was made from: prove it first, as verify does."),
+    ] = None,
+    builder_id: Annotated[
+        str | None,
+        typer.Option(
+            "--builder-id",
+            metavar="URI",
+            show_default=False,
+            help="Who ran the conversion: SLSA's builder.id. Default: nobody who can be trusted.",
+        ),
+    ] = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = None,
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """State what an output is and what it was made from (in-toto, SLSA provenance), unsigned.
+
+    Every file is read and must be what the manifest says: exit code 1, and no statement, when not.
+    """
+    from ..assembly import part_shards
+    from ..attest import SELF_ATTESTED, Attestation
+    from ..attest import attest as make_statement
+    from ..errors import UsageError
+    from ..fileio import AtomicFile
+
+    to_stdout = str(file) == "-"
+    if to_stdout and json:
+        raise UsageError("- and --json both want stdout: name a FILE, or leave --json out")
+    place = file or output.resolve().with_name(f"{output.resolve().name}.intoto.json")
+    reading = [output, *([source] if source else [])]
+    with ExitStack() as stack:
+        target = None
+        if not to_stdout:
+            apart = [p for p in reading if p.is_dir()]
+            target = stack.enter_context(AtomicFile(place, "FILE", apart, replace=False))
+        chosen = common.load_engine(engine if source else "cpu", device, quiet, memory)
+        limits = common.resources(chosen, workers, memory)
+        total = sum(f.stat().st_size for p in reading for f in part_shards(p))
+        display = common.ProgressDisplay(
+            total * (2 if source else 1), "attesting", not (quiet or json)
+        )
+        with display:
+            findings = _proof(output, source, chosen, limits, display) if source else []
+            made = (
+                Attestation(findings=findings)
+                if findings
+                else make_statement(
+                    output, source, builder_id or SELF_ATTESTED, limits.workers, display
+                )
+            )
+        if made.statement is not None and target is not None:
+            target.write(made.to_bytes())
+    for sentence in made.notes:
+        common.note(sentence)
+    ok = made.statement is not None
+    if json:
+        common.print_json("attest", {
+            "path": str(output),
+            "source": str(source) if source else None,
+            "ok": ok,
+            "statement": str(place) if ok else None,
+            "subjects": len(made.statement["subject"]) if made.statement else 0,
+            "notes": made.notes,
+            "findings": views.finding_documents(made.findings),
+        })  # fmt: skip
+    elif not ok:
+        views.print_verdict(common.out_console(), made.findings, output)
+    elif to_stdout:
+        sys.stdout.write(made.to_bytes().decode())
+    elif not quiet and made.statement is not None:
+        console = common.out_console()
+        count = common.plural(len(made.statement["subject"]), "file")
+        console.print(f"[bold]{common.plain(place)}[/]: {count}; nobody has signed it yet")
+        console.print(
+            f"next    cosign attest-blob --statement {common.plain(place)} "
+            f"--bundle {common.plain(output.resolve().name)}.sigstore.json"
+        )
+    raise typer.Exit(0 if ok else 1)
+
+
+def _proof(
+    output: Path,
+    source: Path,
+    engine: Engine,
+    resources: Resources,
+    display: common.ProgressDisplay,
+) -> list[Finding]:
+    """What nf4 verify --source finds."""
+    from ..assembly import verify_pipeline
+    from ..diffusion import is_pipeline
+    from ..verify import verify
+
+    if is_pipeline(output):
+        found = verify_pipeline(output, source, engine, resources, display)
+        return [f for report in (found.own, *found.parts.values()) for f in report.findings]
+    return verify(output, source, engine, resources, display).findings

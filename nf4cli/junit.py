@@ -1,0 +1,85 @@
+"""A verification as JUnit XML, the dialect that GitLab, GitHub's test reporters and Jenkins read.
+
+A suite for each component, a case for each check, for each file or tensor with findings, and a
+skipped one for what could not be checked.  There is no clock and no host name in it: the same
+report gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from xml.etree import ElementTree as ET
+
+from .report import Finding, Report
+
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_CLASS = "nf4.verify"
+
+
+def of_reports(reports: Mapping[str, Report]) -> bytes:
+    """The document of a verification that came to an end.
+
+    Args:
+        reports: by the name of the component, or of the checkpoint.
+    """
+    root = ET.Element("testsuites", name=_CLASS)
+    for name, report in reports.items():
+        suite = ET.SubElement(root, "testsuite", name=_text(name))
+        for check in report.checks:
+            case = _case(suite, check.level, check.what)
+            if not check.ok:
+                count = sum(finding.level == check.level for finding in report.findings)
+                _child(case, "failure", f"{count} findings", check.level, f"not so: {check.what}")
+        for (level, where), findings in _by_place(report.findings).items():
+            messages = [finding.message for finding in findings]
+            _child(_case(suite, level, where), "failure", messages[0], level, "\n".join(messages))
+        for sentence in report.unchecked:
+            ET.SubElement(_case(suite, "unchecked", sentence), "skipped", message=_text(sentence))
+    return _finished(root)
+
+
+def of_error(name: str, kind: str, message: str) -> bytes:
+    """The document of a verification that an error ended.
+
+    Args:
+        name: of the checkpoint.
+        kind: the error's class.
+    """
+    root = ET.Element("testsuites", name=_CLASS)
+    suite = ET.SubElement(root, "testsuite", name=_text(name))
+    _child(_case(suite, "run", "the verification comes to an end"), "error", message, kind, message)
+    return _finished(root)
+
+
+def _by_place(findings: list[Finding]) -> dict[tuple[str, str], list[Finding]]:
+    places: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        places.setdefault((finding.level, finding.where), []).append(finding)
+    return places
+
+
+def _case(suite: ET.Element, level: str, name: str) -> ET.Element:
+    return ET.SubElement(suite, "testcase", classname=f"{_CLASS}.{level}", name=_text(name))
+
+
+def _child(case: ET.Element, tag: str, message: str, kind: str, text: str) -> None:
+    ET.SubElement(case, tag, message=_text(message), type=kind).text = _text(text)
+
+
+def _text(text: str) -> str:
+    """Without the characters that XML 1.0 cannot hold, not even escaped."""
+    return _NO_XML.sub("\ufffd", text)
+
+
+def _finished(root: ET.Element) -> bytes:
+    """With the counts that readers ask for."""
+    kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+    for suite in root:
+        suite.set("tests", str(len(suite)))
+        for attribute, tag in kinds.items():
+            suite.set(attribute, str(sum(case.find(tag) is not None for case in suite)))
+    for attribute in ("tests", "failures", "errors"):
+        root.set(attribute, str(sum(int(suite.get(attribute, "0")) for suite in root)))
+    ET.indent(root)
+    return ET.tostring(root, "utf-8", xml_declaration=True) + b"\n"
