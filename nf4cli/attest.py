@@ -130,8 +130,8 @@ def _listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, _Listed]]
 def _manifest(directory: Path) -> Manifest:
     if not (directory / MANIFEST).is_file():
         raise InputError(
-            f"{directory} has no {MANIFEST}: nf4 attests what nf4 quantize wrote, and a finished run "
-            "has one"
+            f"{directory} has no {MANIFEST}: nf4 attests what nf4 quantize wrote, and a finished "
+            "run has one"
         )
     return Manifest.from_file(directory / MANIFEST)
 
@@ -232,7 +232,7 @@ def _statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": recipes[""] if "" in recipes else {"components": recipes},
+                "externalParameters": recipes.get("", {"components": recipes}),
                 "resolvedDependencies": dependencies,
             },
             "runDetails": {"builder": {"id": builder, "version": {"nf4cli": ", ".join(versions)}}},

@@ -59,7 +59,8 @@ class AtomicFile:
             raise UsageError(f"{option} {place} is a loop of symbolic links") from error
         if inside is not None:
             raise UsageError(
-                f"{option} {place} lies in {inside}, which must stay as it is: choose a place beside it"
+                f"{option} {place} lies in {inside}, which must stay as it is: choose a "
+                "place beside it"
             )
         if os.path.lexists(self._place) and not self._place.is_file():
             raise UsageError(f"{option} {place} is no ordinary file: choose another name")
