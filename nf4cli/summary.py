@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .errors import MachineError
@@ -34,7 +34,7 @@ def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]])
         parts: by component; "" is a checkpoint that is not part of a pipeline.
     """
     lines = [f"### nf4 quantize: {escape(output)}", ""]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (plan, manifest) in parts.items():
         errors = {n: t.error.rel_rmse for n, t in manifest.tensors.items() if t.error is not None}
         worst = max(errors, key=lambda tensor: errors[tensor])
@@ -51,12 +51,18 @@ def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]])
         ("", "bytes before", "bytes after", "bits a weight", "in 4 bit",
          "relative RMSE, median", "worst"), rows, "lrrrrrl",
     )  # fmt: skip
-    rows = [
-        (escape(name), _ACTIONS[action], escape(reason), f"{count:,}", f"{nbytes:,}")
+    kinds = [
+        (
+            escape(name or plan.checkpoint.name),
+            _ACTIONS[action],
+            escape(reason),
+            f"{count:,}",
+            f"{nbytes:,}",
+        )
         for name, (plan, _) in parts.items()
         for action, reason, count, _, nbytes in plan.groups()
     ]
-    lines += _table(("", "what", "why", "tensors", "bytes"), rows, "lllrr")
+    lines += _table(("", "what", "why", "tensors", "bytes"), kinds, "lllrr")
     return "\n".join(lines)
 
 
@@ -125,7 +131,7 @@ def escape(text: object) -> str:
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", line)
 
 
-def _table(headings: Iterable[str], rows: list[tuple[str, ...]], align: str) -> list[str]:
+def _table(headings: Iterable[str], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
     if not rows:
         return []
     marks = {"l": ":--", "r": "--:"}

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from .attest import attest
-from .common import print_json
+from .common import print_json, results
 from .dequantize import dequantize
 from .inspect import inspect
 from .quantize import quantize
@@ -84,6 +84,8 @@ def main() -> None:
 
 
 def _of_the_system(error: OSError) -> str:
+    if results.begun and error.filename is None:
+        return _stdout_failed(error)
     advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}{advice}; nothing was left behind"
@@ -94,7 +96,12 @@ def _flush_or_fail(json: bool) -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        _fail(f"the result cannot be written to stdout: {error.strerror or error}", 4, json)
+        _fail(_stdout_failed(error), 4, json)
+
+
+def _stdout_failed(error: OSError) -> str:
+    reason = error.strerror or error
+    return f"the work is done, but its result cannot be written to stdout: {reason}"
 
 
 def _allow_open_files() -> None:

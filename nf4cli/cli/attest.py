@@ -69,7 +69,7 @@ def attest(
     to_stdout = str(file) == "-"
     if to_stdout and json:
         raise UsageError("- and --json both want stdout: name a FILE, or leave --json out")
-    place = file or output.resolve().with_name(f"{output.resolve().name}.intoto.json")
+    place = file or _beside(output)
     reading = [output, *([source] if source else [])]
     with ExitStack() as stack:
         target = None
@@ -119,6 +119,13 @@ def attest(
             f"--bundle {common.plain(output.resolve().name)}.sigstore.json"
         )
     raise typer.Exit(0 if ok else 1)
+
+
+def _beside(output: Path) -> Path:
+    """Not inside: a statement cannot be one of the files that it speaks of."""
+    whole = output.resolve()
+    parent = output.parent if output.name == whole.name else whole.parent
+    return parent / f"{whole.name}.intoto.json"
 
 
 def _proof(

@@ -120,6 +120,15 @@ def note(sentence: str) -> None:
     err_console().print(f"[yellow]note:[/] {plain(sentence)}")
 
 
+class _Results:
+    """Attributes: begun, whether a result was shown: what fails from then on is stdout."""
+
+    begun = False
+
+
+results = _Results()
+
+
 def out_console() -> Console:
     """For results, on stdout."""
     _let_a_closed_pipe_end_us()
@@ -128,6 +137,7 @@ def out_console() -> Console:
 
 def _let_a_closed_pipe_end_us() -> None:
     """From the first result on the work is done, and `nf4 ... | head` may stop reading."""
+    results.begun = True
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 

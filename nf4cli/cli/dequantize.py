@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,18 +88,20 @@ def dequantize(
 def _document(
     parts: dict[str, Summary], output: Path, engine: str, seconds: float
 ) -> dict[str, Any]:
-    whole = {
+    counts = {
+        name: {"decoded": part.decoded, "kept": part.kept, "output_bytes": part.nbytes,
+               "files": part.files}
+        for name, part in parts.items()
+    }  # fmt: skip
+    whole: dict[str, Any] = {
         "output": str(output),
         "engine": engine,
         "seconds": round(seconds, 3),
         **{
-            key: sum(getattr(part, name) for part in parts.values())
-            for key, name in (
-                ("decoded", "decoded"), ("kept", "kept"), ("output_bytes", "nbytes"),
-                ("files", "files"),
-            )
+            key: sum(part[key] for part in counts.values())
+            for key in ("decoded", "kept", "output_bytes", "files")
         },
-    }  # fmt: skip
+    }
     if "" not in parts:
-        whole["components"] = {name: asdict(part) for name, part in parts.items()}
+        whole["components"] = counts
     return whole
