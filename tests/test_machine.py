@@ -1,0 +1,295 @@
+"""What machines read: documents that match their schemas, and every exit code, provoked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LLAMA, UP, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from safetensors.torch import save_file
+from schemas import SCHEMAS, closed, document, validator
+from test_pipelines import CLIP, component, denoiser, text_encoder
+
+from nf4cli.cli import common
+from nf4cli.source import MANIFEST
+
+PAGE = (SCHEMAS.parent / "machine.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a pipeline `pipe` and its conversion `out`, never changed by a test."""
+    root = tmp_path_factory.mktemp("pipeline")
+    component(root / "pipe/transformer", denoiser(), {"_class_name": "FluxTransformer2DModel"})
+    component(root / "pipe/text_encoder", text_encoder(), CLIP)
+    index = {
+        "_class_name": "FluxPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+    }
+    (root / "pipe/model_index.json").write_text(json.dumps(index))
+    document(nf4_ok("quantize", root / "pipe", root / "out", "--json"), "quantize")
+    return root
+
+
+# -- documents --------------------------------------------------------------------------------
+
+
+def test_every_command_of_a_checkpoint(llama, tmp_path):
+    out = tmp_path / "out"
+    document(nf4_ok("quantize", llama, out, "--plan", "--json"), "plan")
+    done = document(nf4_ok("quantize", llama, out, "--json"), "quantize")
+    assert len(done["errors"]) == 14
+    assert document(nf4_ok("verify", out, "--json"), "verify")["source"] is None
+    document(nf4_ok("verify", out, "--source", llama, "--json"), "verify")
+    document(nf4_ok("inspect", out, "--json"), "inspect")
+    document(nf4_ok("inspect", llama, "--json"), "inspect")
+    for tensor in (UP, f"{UP}.absmax", "lm_head.weight"):
+        document(nf4_ok("inspect", out, tensor, "--json"), "tensor")
+    document(nf4_ok("dequantize", out, tmp_path / "back", "--json"), "dequantize")
+    made = document(nf4_ok("attest", out, tmp_path / "a.json", "--json"), "attest")
+    assert made["statement"] == str(tmp_path / "a.json")
+
+
+def test_every_command_of_a_pipeline(pipeline, tmp_path):
+    pipe, out = pipeline / "pipe", pipeline / "out"
+    document(nf4_ok("quantize", pipe, tmp_path / "x", "--plan", "--json"), "plan")
+    assert document(nf4_ok("verify", out, "--json"), "verify")["components"]
+    assert document(nf4_ok("inspect", out, "--json"), "inspect")["components"]
+    document(nf4_ok("inspect", out, "transformer.proj_out", "--json"), "tensor")
+    back = document(nf4_ok("dequantize", out, tmp_path / "back", "--json"), "dequantize")
+    assert back["decoded"] == sum(part["decoded"] for part in back["components"].values())
+    assert document(nf4_ok("attest", out, tmp_path / "a.json", "--json"), "attest")["ok"]
+
+
+def test_a_failed_check_is_a_document_with_ok_false(llama_nf4, tmp_path):
+    out = shutil.copytree(llama_nf4, tmp_path / "out")
+    (out / "tokenizer.json").write_text("[]")
+    for command, kind in (("verify", "verify"), ("attest", "attest")):
+        done = nf4(command, out, "--json")
+        assert done.returncode == 1
+        found = document(done.stdout, kind)
+        assert not found["ok"]
+        assert [f["where"] for f in found["findings"]] == ["tokenizer.json"]
+
+
+def test_closing_a_schema_closes_all_of_it():
+    schema = {"properties": {"a": {"items": [{"properties": {"b": {}}}]}}, "$defs": {"c": {}}}
+    assert closed(schema) == {
+        "properties": {
+            "a": {"items": [{"properties": {"b": {}}, "additionalProperties": False}]}
+        },
+        "$defs": {"c": {}}, "additionalProperties": False,
+    }  # fmt: skip
+    with pytest.raises(Exception, match="Additional properties"):
+        validator("error").validate(
+            {"nf4": "error", "version": 1, "error": {"exit_code": 2, "message": "", "more": 1}}
+        )
+
+
+def test_the_page_names_every_schema_and_every_schema_is_used():
+    names = {path.name for path in SCHEMAS.iterdir()}
+    assert names == {f"{kind}.schema.json" for kind in
+                     ("plan", "quantize", "verify", "dequantize", "inspect", "tensor", "attest",
+                      "error", "statement")}  # fmt: skip
+    missing = [name for name in names if f"schemas/{name}" not in PAGE]
+    assert not missing
+
+
+def test_a_document_is_ascii_and_has_no_lone_surrogate(capsys):
+    common.print_json("inspect", {"name": "é\udcff\U0001f600\x7f"})
+    text = capsys.readouterr().out
+    assert text.isascii()
+    assert json.loads(text)["name"] == "é\ufffd\U0001f600\x7f"
+
+
+def test_a_figure_that_json_cannot_hold_is_a_bug_not_a_document(capsys):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        common.print_json("inspect", {"bits_per_weight": float("inf")})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "true", '"0.1"'])
+def test_a_manifest_cannot_bring_infinity_into_a_document(llama_nf4, tmp_path, value):
+    out = shutil.copytree(llama_nf4, tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["tensors"][UP]["error"]["rel_rmse"] = "HERE"
+    (out / MANIFEST).write_text(json.dumps(manifest).replace('"HERE"', value))
+    done = nf4("inspect", out, "--json")
+    assert done.returncode == 3
+    assert "damaged" in document(done.stdout, "error")["error"]["message"]
+
+
+# -- exit codes -------------------------------------------------------------------------------
+
+COMMANDS = {
+    "quantize": ("quantize", "model", "new"),
+    "plan": ("quantize", "model", "new", "--plan"),
+    "verify": ("verify", "out"),
+    "dequantize": ("dequantize", "out", "new"),
+    "inspect": ("inspect", "out"),
+    "tensor": ("inspect", "out", UP),
+    "attest": ("attest", "out", "new"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(llama, llama_nf4, tmp_path_factory) -> Path:
+    """A working directory that no command here changes: a source, an output, and what is wrong."""
+    root = tmp_path_factory.mktemp("codes")
+    (root / "model").symlink_to(llama)
+    shutil.copytree(llama_nf4, root / "out")
+    shutil.copytree(llama_nf4, root / "bad")
+    data = bytearray((root / "bad/model.safetensors").read_bytes())
+    data[-20_000] ^= 1
+    (root / "bad/model.safetensors").write_bytes(data)
+    (root / "empty").mkdir()
+    write_checkpoint_dir(root / "cut", llama_tensors(), LLAMA)
+    with (root / "cut/model.safetensors").open("r+b") as file:
+        file.truncate(20_000)
+    return root
+
+
+def fails(code: int, place: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """The command ends with `code`, twice: with a message, and with a document as well."""
+    before = sorted(place.rglob("*"))
+    environment = {**os.environ, **(env or {})}
+    done = nf4(*arguments, cwd=place, env=environment)
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    assert code == 1 or done.stdout == ""
+    again = nf4(*arguments, "--json", cwd=place, env=environment)
+    assert again.returncode == code, f"{again.returncode}: {again.stdout}{again.stderr}"
+    if code == 1:
+        assert not json.loads(again.stdout)["ok"]
+    else:
+        error = document(again.stdout, "error")["error"]
+        assert error["exit_code"] == code
+        assert " ".join(error["message"].split())[:40] in " ".join(again.stderr.split())
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["verify", "attest"])
+def test_exit_code_1_a_check_failed(place, command):
+    fails(1, place, command, "bad")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_code_2_usage(place, command):
+    fails(2, place, *COMMANDS[command], "--bogus")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize",),
+        ("quantize", "model", "out"),
+        ("quantize", "model", "new", "--keep", "nothing.like.this"),
+        ("verify", "out", "--workers", "many"),
+        ("verify", "out", "--junit", "empty"),
+        ("verify", "out", "--junit", "out/report.xml"),
+        ("verify", "out", "--memory", "much"),
+        ("dequantize", "out", "model"),
+        ("inspect", "out", "no.such.tensor"),
+        ("attest", "out", "out/statement.json"),
+        ("attest", "out", "cut/config.json"),
+        ("attest", "out", "new", "--builder-id", "me"),
+        ("unknown",),
+    ],
+    ids=" ".join,
+)
+def test_exit_code_2_options_that_do_not_fit(place, arguments):
+    fails(2, place, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [*((command, "cut") for command in COMMANDS if command != "verify"),
+     *((command, "nowhere") for command in ("quantize", "verify", "inspect", "attest")),
+     ("verify", "empty"), ("attest", "empty")],
+)  # fmt: skip
+def test_exit_code_3_bad_input(place, command, path):
+    words = COMMANDS[command]
+    fails(3, place, words[0], path, *words[2:])
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [*((command, ("--json",)) for command in COMMANDS), ("inspect", ())]
+)
+def test_exit_code_4_stdout_is_a_full_disk(place, tmp_path, command, options):
+    words = [str(place / w) if w in ("model", "out") else w for w in COMMANDS[command]]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("nf4"), *words, *options],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "cannot be written to stdout: No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "model", "new", "--engine", "cuda"),
+        ("verify", "out", "--engine", "cuda"),
+        ("verify", "out", "--junit", "nowhere/report.xml"),
+        ("dequantize", "out", "new", "--engine", "cuda"),
+        ("attest", "out", "nowhere/statement.json"),
+    ],
+    ids=" ".join,
+)
+def test_exit_code_4_the_machine(place, arguments):
+    fails(4, place, *arguments, env={"CUDA_VISIBLE_DEVICES": ""})
+
+
+SIGNALLED = """
+import os, signal, sys
+import nf4cli.attest, nf4cli.source
+def interrupted(*_): os.kill(os.getpid(), signal.SIGTERM)
+nf4cli.source.read_shard = nf4cli.attest.digests_of_file = interrupted
+from nf4cli.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_code_130_interrupted(place, command):
+    """A polite kill in the middle of the reading, whatever the command reads for."""
+    before = sorted(place.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *COMMANDS[command], "--json"],
+        cwd=place, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert document(done.stdout, "error")["error"]["exit_code"] == 130
+    assert "interrupted" in done.stderr
+    assert sorted(place.rglob("*")) == before
+
+
+def test_exit_code_130_interrupted_while_it_writes(tmp_path):
+    weight = torch.ones(8192, 8192, dtype=torch.bfloat16)
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "big.safetensors")
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("nf4"), "quantize", "big.safetensors", "out", "--engine",
+         "torch", "--workers", "1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(".partial" in p.name for p in tmp_path.iterdir()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert stdout == ""
