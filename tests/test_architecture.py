@@ -21,11 +21,11 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("exact",),
     ("families",),
     ("plan", "manifest", "packed", "report"),
-    ("limits", "items", "diffusion"),
+    ("limits", "items", "diffusion", "junit", "summary"),
     ("conversion", "inspection"),
     ("proof",),
     ("quantize", "verify", "dequantize"),
-    ("assembly",),
+    ("assembly", "attest"),
     ("cli", "__main__"),
 )
 HEAVY = {"torch", "transformers", "diffusers", "cupy"}

@@ -39,7 +39,7 @@ def test_every_command_of_the_readme_runs(tmp_path, gpu_nf4):
 
 def test_every_command_is_in_the_readme():
     text = CliRunner().invoke(app, ["--help"]).output
-    commands = {c for c in ("quantize", "verify", "dequantize", "inspect") if c in text}
+    commands = {c for c in ("quantize", "verify", "dequantize", "inspect", "attest") if c in text}
     assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
 
 
@@ -50,6 +50,12 @@ def test_every_exit_code_is_in_the_readme():
     kinds = [e for e in vars(errors).values() if isinstance(e, type)]
     used = {e.exit_code for e in kinds if issubclass(e, errors.Nf4Error)}
     assert documented == used | {0, 1}
+
+
+def test_the_exit_codes_are_the_same_everywhere():
+    rows = [re.findall(r"^\| (\d+) \|", page, re.M) for page in
+            (README, (ROOT / "docs" / "machine.md").read_text())]  # fmt: skip
+    assert rows[0] == rows[1] == ["0", "1", "2", "3", "4", "130"]
 
 
 def test_the_manifest_page_names_every_field():

@@ -252,9 +252,11 @@ def test_exit_code_4_the_machine(place, arguments):
 
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal, time
 import nf4cli.attest, nf4cli.source
-def interrupted(*_): os.kill(os.getpid(), signal.SIGTERM)
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)  # the main thread hears it, wherever this runs
 nf4cli.source.read_shard = nf4cli.attest.digests_of_file = interrupted
 from nf4cli.cli import main
 main()
