@@ -120,11 +120,17 @@ def _listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, _Listed]]
             )
         own = _joined(component, MANIFEST)
         files.setdefault(own, _Listed(path / own, None, manifest.digest))
-    root = path.resolve()
     for name, listed in files.items():
-        if "\0" in name or not listed.path.resolve().is_relative_to(root):
-            raise InputError(f"{path}: {name!r} in a manifest leads out of the directory")
+        if not _lies_in(listed.path, path):
+            raise InputError(f"{path}: {name[:200]!r} in a manifest leads out of the directory")
     return manifests, dict(sorted(files.items()))
+
+
+def _lies_in(file: Path, directory: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL
+        return False
 
 
 def _manifest(directory: Path) -> Manifest:
@@ -173,7 +179,7 @@ def _read(
         key, listed = item
         name = key.removeprefix("source:")
         message = None
-        if not listed.path.is_file():
+        if not os.path.isfile(listed.path):  # noqa: PTH113 - False also for a name too long
             message = f"{listed.path} is missing: the manifest lists it"
         else:
             size, both = digests_of_file(

@@ -93,7 +93,7 @@ def verification_section(path: Path, reports: Mapping[str, Report]) -> str:
         "llll",
     )
     unchecked = [
-        f"{escape(name)}: {escape(sentence)}"
+        f"in {escape(name)}: {escape(sentence)}"
         for name, report in reports.items()
         for sentence in report.unchecked
     ]
@@ -128,7 +128,8 @@ def escape(text: object) -> str:
     line = " ".join(str(text).split())
     if len(line) > _LONGEST:
         line = line[: _LONGEST - 1] + "…"
-    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", line)
+    seen = "".join(c if c.isprintable() else "\ufffd" for c in line)  # nor turned right to left
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", seen)
 
 
 def _table(headings: Iterable[str], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:

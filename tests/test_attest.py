@@ -16,7 +16,8 @@ from helpers import MACHINE, USAGE, nf4, nf4_ok, refused
 from schemas import document, validator
 from test_machine import pipeline  # noqa: F401 - a fixture
 
-from nf4cli.attest import BUILD_TYPE, SELF_ATTESTED
+from nf4cli.attest import BUILD_TYPE, SELF_ATTESTED, attest
+from nf4cli.errors import InputError
 from nf4cli.source import MANIFEST, PIPELINE_RECORD
 
 
@@ -162,11 +163,21 @@ def test_an_edited_model_card_is_left_out(llama, tmp_path):
 def test_a_manifest_cannot_lead_out(out, tmp_path):
     (tmp_path / "secret").write_text("s")
     manifest = json.loads((out / MANIFEST).read_text())
-    manifest["output"]["files"][0]["name"] = "../secret"
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / "loop").symlink_to("loop")
+    for name in ("../secret", "/etc/passwd", "a\0b", "loop"):
+        manifest["output"]["files"][0]["name"] = name
+        (out / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="leads out of the directory"):
+            attest(out)
     done = nf4("attest", out, tmp_path / "a")
     assert done.returncode == 3
     assert "leads out of the directory" in done.stderr
+    (out / "loop").unlink()
+    manifest["output"]["files"][0]["name"] = "x" * 5000
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    done = nf4("attest", out, tmp_path / "a")
+    assert done.returncode == 1
+    assert "is missing" in done.stdout
 
 
 def test_places_that_are_refused(out, llama, tmp_path):

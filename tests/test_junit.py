@@ -10,6 +10,7 @@ import junitparser
 import pytest
 from helpers import nf4, nf4_ok
 from lxml import etree
+from test_machine import pipeline  # noqa: F401 - a fixture
 
 from nf4cli.junit import of_error, of_reports
 from nf4cli.report import Report
@@ -84,6 +85,24 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(llama_nf4, tmp_p
     assert "--junit" in done.stderr
     assert "No such file or directory" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_pipeline_has_a_suite_for_itself_and_for_each_component(pipeline, tmp_path):  # noqa: F811
+    out = tmp_path / "transformer"  # called as a component is
+    out.symlink_to(pipeline / "out")
+    nf4_ok("verify", out, "--junit", tmp_path / "r.xml")
+    names = [suite.name for suite in parsed((tmp_path / "r.xml").read_bytes())]
+    assert sorted(names) == [
+        "transformer", "transformer/text_encoder", "transformer/transformer"
+    ]  # fmt: skip
+
+
+def test_a_loop_of_links_is_an_error_in_the_report(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (("verify", "--junit", "r.xml"), ("attest",)):
+        done = nf4(command[0], "loop", *command[1:], cwd=tmp_path)
+        assert done.returncode == 3, done.stderr
+    assert set(results((tmp_path / "r.xml").read_bytes()).values()) == {"Error"}
 
 
 def test_hostile_names_are_text():

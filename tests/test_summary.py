@@ -16,7 +16,9 @@ from nf4cli import summary
 from nf4cli.errors import MachineError
 from nf4cli.report import Report
 
-HOSTILE = "a|b`c`<img src=x>*d*_e_ [f](https://g) @h #1 ~~i~~ $j$\n\n# k &lt; \\| ![l](m) :n: \x00"
+HOSTILE = (
+    "a|b`c`<img src=x>*d*_e_ [f](https://g) @h #1 ~~i~~ $j$ \u202e\n\n# k &lt; \\| ![l](m) :n: \x00"
+)
 
 
 def rendered(text: str) -> Any:
@@ -117,7 +119,7 @@ def test_hostile_names_stay_text_in_their_cell():
     assert {e.tag for e in page.iter()} <= {
         "div", "h3", "table", "thead", "tbody", "tr", "th", "td", "p", "ul", "li", "strong"
     }  # fmt: skip
-    plain = " ".join(HOSTILE.split()).replace("\0", "\ufffd")
+    plain = " ".join(HOSTILE.split()).replace("\0", "\ufffd").replace("\u202e", "\ufffd")
     checks, findings = page.iter("table")
     assert cells(checks)[1] == [plain, plain, "failed"]
     assert cells(findings)[1] == [plain] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -116,14 +117,14 @@ def attest(
         console.print(f"[bold]{common.plain(place)}[/]: {count}; nobody has signed it yet")
         console.print(
             f"next    cosign attest-blob --statement {common.plain(place)} "
-            f"--bundle {common.plain(output.resolve().name)}.sigstore.json"
+            f"--bundle {common.plain(common.name_of(output))}.sigstore.json"
         )
     raise typer.Exit(0 if ok else 1)
 
 
 def _beside(output: Path) -> Path:
     """Not inside: a statement cannot be one of the files that it speaks of."""
-    whole = output.resolve()
+    whole = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() fails on loops
     parent = output.parent if output.name == whole.name else whole.parent
     return parent / f"{whole.name}.intoto.json"
 

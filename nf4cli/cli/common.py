@@ -166,6 +166,11 @@ def plain(text: object) -> str:
     return escape(str(text))
 
 
+def name_of(path: Path) -> str:
+    """What a path is called, `.` and a link that leads nowhere included."""
+    return os.path.basename(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on loops
+
+
 def plural(count: int, noun: str) -> str:
     """`1 file`, `3 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

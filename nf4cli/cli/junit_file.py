@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import common
+
 if TYPE_CHECKING:
     from ..fileio import AtomicFile
     from ..report import Report
@@ -26,7 +28,7 @@ class JUnitFile:
     def __init__(self, place: Path | None, path: Path, source: Path | None) -> None:
         from ..fileio import AtomicFile
 
-        self._name = path.resolve().name
+        self._name = common.name_of(path)
         self._stack = ExitStack()
         apart = [p for p in (path, source) if p is not None and p.is_dir()]
         self._file: AtomicFile | None = (

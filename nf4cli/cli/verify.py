@@ -54,7 +54,8 @@ def verify(
                 own, parts = pipeline.own, pipeline.parts
             else:
                 own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
-        named = {path.resolve().name: own, **parts}
+        name = common.name_of(path)
+        named = {name: own, **{f"{name}/{part}": report for part, report in parts.items()}}
         report_file.write(named)
     step_summary.append(lambda: verification_section(path, named))
     reports = [own, *parts.values()]
