@@ -30,7 +30,7 @@ def of_reports(reports: Mapping[str, Report]) -> bytes:
             case = _case(suite, check.level, check.what)
             if not check.ok:
                 count = sum(finding.level == check.level for finding in report.findings)
-                _child(case, "failure", f"{count} findings", check.level, f"not so: {check.what}")
+                _child(case, "failure", f"findings: {count}", check.level, f"not so: {check.what}")
         for (level, where), findings in _by_place(report.findings).items():
             messages = [finding.message for finding in findings]
             _child(_case(suite, level, where), "failure", messages[0], level, "\n".join(messages))
