@@ -105,7 +105,7 @@ def write_dequantized(
     resources: Resources,
     dtype: str = "auto",
     max_shard_size: int = 5_000_000_000,
-    fsync: bool = False,
+    fsync: bool = True,
     progress: Progress = no_progress,
 ) -> Summary:
     """Decode every packed weight of `checkpoint` into the new directory `output`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .plan import Plan
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
+_LONGEST_NAME = 255  # bytes
 _MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
@@ -33,15 +35,33 @@ class Resources:
     memory: int
 
 
-def check_output(plan: Plan, output: Path, workers: int) -> None:
+def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
+
+    Args:
+        resume: what an unfinished run left may be used.
 
     Raises:
         UsageError: it exists, or it is the source or inside it.
         MachineError: not enough free space.
     """
-    refuse_place(plan.checkpoint.root, output, plan.checkpoint.is_file)
+    require_place(plan.checkpoint.root, output, plan.checkpoint.is_file, resume)
     require_disk(output, disk_bytes(plan, workers))
+
+
+def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
+    """`refuse_place`, unless an unfinished run is there to be continued: its workspace decides."""
+    if not (resume and workspace_of(output).is_dir()):
+        refuse_place(root, output, is_file)
+
+
+def workspace_of(output: Path) -> Path:
+    """The directory beside an output that a run works in."""
+    output = output.absolute()
+    name = f".{output.name}.partial"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()}.partial"
+    return output.parent / name
 
 
 def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
@@ -66,16 +86,23 @@ def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
 
 
 def require_disk(output: Path, need: int) -> None:
-    """Raises MachineError when the disk for `output` has fewer than `need` bytes free."""
+    """Raises MachineError when the disk for `output` has fewer than `need` bytes free, those that
+    an unfinished run has taken counted as free."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + _bytes_in(workspace_of(output))
     if free < need:
         raise MachineError(
             f"the output needs {need:,} bytes and {parent} has {free:,} free: "
             "free some space or choose another disk"
         )
+
+
+def _bytes_in(directory: Path) -> int:
+    """Bytes of the disk that the files of a directory take."""
+    files = (f for f in directory.rglob("*") if f.is_file() and not f.is_symlink())
+    return sum(512 * f.stat().st_blocks for f in files)
 
 
 def disk_bytes(plan: Plan, workers: int) -> int:

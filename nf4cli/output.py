@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .fileio import sync
 from .records import Checkpoint
 from .source import index_name
 
@@ -40,11 +41,11 @@ class new_directory:  # noqa: N801 - used like a function, in a with statement
         try:
             if self._fsync:
                 for path in sorted(self._directory.rglob("*")):
-                    _fsync(path)
-                _fsync(self._directory)
+                    sync(path)
+                sync(self._directory)
             self._directory.rename(self._output)
             if self._fsync:
-                _fsync(self._output.parent)
+                sync(self._output.parent)
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
@@ -56,12 +57,15 @@ def _umask() -> int:
     return mask
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def clear(directory: Path, keep: Collection[Path]) -> None:
+    """Remove what an earlier run left in `directory`, but the files and directories of `keep`."""
+    for path in sorted(directory.iterdir()):
+        if path in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_side_files(

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
 
 from __future__ import annotations
 
-import errno
 import io
 import signal
 import sys
@@ -52,7 +51,13 @@ def _root(
 
 def main() -> None:
     """The entry point: the one place where an error becomes a message and an exit code."""
-    from ..errors import Nf4Error
+    from ..errors import (
+        InterruptedRunError,
+        Nf4Error,
+        UnfinishedRunError,
+        describe,
+        exit_code_of,
+    )
 
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
@@ -62,12 +67,12 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
     try:
         app()
-    except Nf4Error as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}{advice}; nothing was left behind", 4)
+    except UnfinishedRunError as error:
+        _fail(describe(error), error.exit_code)
+    except (Nf4Error, OSError) as error:
+        interrupted = isinstance(error, (InterruptedRunError, OSError))
+        left = "; nothing was left behind" if interrupted else ""
+        _fail(describe(error) + left, exit_code_of(error))
 
 
 def _allow_open_files() -> None:
@@ -88,7 +93,7 @@ def _interrupt(number: int, _: object) -> None:
 
     for handled in _SIGNALS:
         signal.signal(handled, signal.SIG_IGN)
-    raise InterruptedRunError("interrupted; nothing was left behind")
+    raise InterruptedRunError("interrupted")
 
 
 def _fail(message: str, code: int) -> None:

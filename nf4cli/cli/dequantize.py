@@ -43,7 +43,7 @@ def dequantize(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
-    fsync: FsyncOption = False,
+    fsync: FsyncOption = True,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

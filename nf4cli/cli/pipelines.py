@@ -29,6 +29,7 @@ def quantize(
     workers: int | None,
     memory: str | None,
     fsync: bool,
+    resume: bool,
     plan: bool,
     json: bool,
     quiet: bool,
@@ -42,7 +43,7 @@ def quantize(
     decided = make_pipeline_plan(source, config, oracle)
     tensors = sum(len(part.tensors) for part in decided.parts.values())
     limits = common.resources(engine, workers, memory, tensors)
-    check_pipeline_output(decided, output, limits.workers)
+    check_pipeline_output(decided, output, limits.workers, resume)
     if plan:
         if json:
             common.print_json(_plan_document(decided, limits, output))
@@ -52,7 +53,9 @@ def quantize(
     started = time.monotonic()
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:
-        manifests = write_pipeline(decided, output, engine, limits, digest, fsync, display)
+        manifests = write_pipeline(
+            decided, output, engine, limits, digest, fsync, resume, display, common.notices(quiet)
+        )
     seconds = time.monotonic() - started
     if json:
         common.print_json({
@@ -62,11 +65,8 @@ def quantize(
             "source_bytes": decided.source_bytes,
             "output_bytes": decided.shard_bytes,
             "components": {
-                name: views.result_document(
-                    decided.parts[name], manifest, output / name,
-                    manifest.run.seconds if manifest.run else 0.0,
-                )
-                for name, manifest in manifests.items()
+                name: views.result_document(part, manifests[name], output / name, engine.name)
+                for name, part in decided.parts.items()
             },
             "copied_bytes": decided.copies.nbytes,
             "notes": list(decided.notes),

@@ -115,11 +115,16 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) ->
         console.print(f"left    {plain(', '.join(plan.checkpoint.left_files))}")
 
 
-def result_document(plan: Plan, manifest: Manifest, output: Path, seconds: float) -> dict[str, Any]:
+def result_document(
+    plan: Plan, manifest: Manifest, output: Path, engine: str, seconds: float | None = None
+) -> dict[str, Any]:
+    """Args:
+    seconds: wall time, None for a component, which shares it with others.
+    """
     return {
         "output": str(output),
-        "engine": manifest.run.engine if manifest.run else None,
-        "seconds": round(seconds, 3),
+        "engine": engine,
+        **({} if seconds is None else {"seconds": round(seconds, 3)}),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.shard_bytes,
         "files": [
@@ -140,7 +145,13 @@ def result_document(plan: Plan, manifest: Manifest, output: Path, seconds: float
 
 
 def print_result(
-    console: Console, plan: Plan, manifest: Manifest, output: Path, seconds: float, source: Path
+    console: Console,
+    plan: Plan,
+    manifest: Manifest,
+    output: Path,
+    engine: str,
+    seconds: float,
+    source: Path,
 ) -> None:
     print_notes(console, plan.notes)
     console.print(table_of_groups(plan))
@@ -148,7 +159,7 @@ def print_result(
         f"[bold]{plain(output)}[/]: {format_size(plan.source_bytes)} -> "
         f"{format_size(plan.shard_bytes)}, {bits(plan)}, in {seconds:.2f} s "
         f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
-        f"{manifest.run.engine if manifest.run else ''})"
+        f"{engine})"
     )
     print_errors(console, manifest)
     console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
