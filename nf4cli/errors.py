@@ -44,11 +44,17 @@ class InterruptedRunError(Nf4Error):
 
 
 class UnfinishedRunError(Nf4Error):
-    """A run ended early and can be continued; `__cause__` says why it ended, and how badly."""
+    """A run ended early and can be continued.
 
-    @property
-    def exit_code(self) -> int:  # type: ignore[override]
-        return exit_code_of(self.__cause__)
+    Args:
+        message: what is left, and how to go on.
+        cause: why it ended, which decides the exit code.
+    """
+
+    def __init__(self, message: str, cause: Nf4Error | OSError) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.exit_code = exit_code_of(cause)
 
 
 class NonFiniteError(ValueError):
@@ -70,9 +76,7 @@ def exit_code_of(error: BaseException | None) -> int:
 def describe(error: Nf4Error | OSError) -> str:
     """What an error says to a user."""
     if isinstance(error, UnfinishedRunError):
-        cause = error.__cause__
-        assert isinstance(cause, (Nf4Error, OSError))
-        return f"{describe(cause)}\n{error}"
+        return f"{describe(error.cause)}\n{error}"
     if isinstance(error, Nf4Error):
         return str(error)
     advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""

@@ -50,8 +50,9 @@ def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -
 
 
 def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
-    """`refuse_place`, unless an unfinished run is there to be continued: its workspace decides."""
-    if not (resume and workspace_of(output).is_dir()):
+    """`refuse_place`, unless `resume` may find something there that it is content with: the run's
+    workspace decides then."""
+    if not resume:
         refuse_place(root, output, is_file)
 
 

@@ -20,7 +20,7 @@ from .pipeline import Progress, no_progress
 from .plan import Plan, TensorPlan
 from .reader import read_shard
 from .records import FileDigests, Result, Shard
-from .resume import Standing, check, header
+from .resume import Standing, check, confirm, header
 from .source import MANIFEST
 from .workspace import Workspace
 from .writer import ShardWriter
@@ -156,7 +156,8 @@ def write_checkpoint(
 
     Args:
         fsync: wait for the disk, so that a power failure costs no more than a killed process.
-        resume: continue a run of the same that was stopped, if there is one.
+        resume: continue a run of the same that was stopped, if there is one; be content with an
+            output that is there already, if it is what this would write.
 
     Raises:
         UsageError, MachineError: see `check_output` and `Workspace`.
@@ -182,10 +183,11 @@ def fill(
     notify: Notify,
 ) -> Manifest:
     """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
-    directory = work.directory / part
     if work.complete:
-        notify("the earlier run had finished: there was nothing left to do")
-        return Manifest.from_file(work.output / part / MANIFEST)
+        manifest = confirm(plan, work.output / part, digest, resources.workers, progress)
+        notify(f"{work.output / part} is complete already, and as this would write it")
+        return manifest
+    directory = work.directory / part
     directory.mkdir(exist_ok=True)
     recorded = work.earlier.parts.get(part, Part())
     standing = check(plan, directory, recorded, digest, resources.workers, progress)

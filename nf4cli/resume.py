@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, journal, manifest
-from .digest import digest_shard, new_tensor_hash
+from .digest import digest_file, digest_shard, new_tensor_hash
 from .errors import InputError, InterruptedRunError, UsageError
 from .fileio import identity_of
 from .journal import Part
+from .manifest import Manifest
 from .pipeline import Progress, run
 from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard, TensorInfo
+from .source import MANIFEST
 from .writer import ShardLayout
 
 _PIECE = 4 << 20  # bytes read at a time
@@ -135,6 +137,44 @@ def check(
     _each(range(len(plan.shards)), check_shard, workers)
     standing.lost = len(done) - len(standing.results)
     return standing
+
+
+def confirm(plan: Plan, output: Path, algorithm: str, workers: int, progress: Progress) -> Manifest:
+    """The manifest of an output that is there, if it is what `plan` would write.
+
+    Raises:
+        UsageError: it is not.
+        InputError: the source cannot be read.
+    """
+    exists = f"{output} exists, and is not what this would write: "
+    advice = ". Remove it first, or choose another output"
+    try:
+        found = Manifest.from_file(output / MANIFEST)
+    except (InputError, OSError) as error:
+        raise UsageError(f"{exists}{error}{advice}") from error
+    wanted = {"tool": __version__, "recipe": plan.config, "digest": algorithm}
+    there = {"tool": found.tool_version, "recipe": found.config, "digest": found.digest}
+    for name, value in wanted.items():
+        if there[name] != value:
+            raise UsageError(f"{exists}its {name} is {there[name]}, not {value}{advice}")
+    sources = {shard.path.name: shard for shard in plan.checkpoint.shards}
+    if sources.keys() != found.source_files.keys():
+        raise UsageError(f"{exists}it was made of other files{advice}")
+
+    def check_source(shard: Shard, stop: threading.Event) -> None:
+        name = shard.path.name
+        digest, _ = digest_shard(shard, algorithm, _until(stop, name, progress))
+        if digest != found.source_files[name].digest:
+            raise UsageError(f"{exists}{shard.path} is not the file it was made of{advice}")
+
+    def check_output(name: str, stop: threading.Event) -> None:
+        path = output / name
+        if not path.is_file() or digest_file(path, algorithm) != found.output_files[name].digest:
+            raise UsageError(f"{exists}{name} in it is missing or damaged{advice}")
+
+    _each(plan.checkpoint.shards, check_source, workers)
+    _each(sorted(found.output_files), check_output, workers)
+    return found
 
 
 def _is_whole(path: Path, layout: ShardLayout) -> bool:

@@ -18,6 +18,7 @@ from .errors import InputError, Nf4Error, UnfinishedRunError, UsageError
 from .fileio import sync
 from .journal import Contents, Journal, Json
 from .limits import refuse_place, workspace_of
+from .source import MANIFEST, PIPELINE_RECORD
 
 
 class Workspace:
@@ -36,7 +37,7 @@ class Workspace:
         root: the workspace.
         directory: what will be the output; empty, or with an earlier run's files.
         earlier: the journal of an earlier run; empty for a new one.
-        complete: the output is there: an earlier run was stopped after its last step.
+        complete: an output is there, which a run that is resumed may be content with.
     """
 
     earlier: Contents
@@ -69,7 +70,7 @@ class Workspace:
                 else:
                     self._begin()
             self.journal = Journal(self._fd, self._fsync)
-            if not self.earlier.finished:
+            if not self.earlier.finished and not self.complete:
                 self.journal.restart(self._header)
             self.journal.start()
         except BaseException:
@@ -125,13 +126,11 @@ class Workspace:
             os.close(fd)  # that run has just finished
 
     def _is_complete(self) -> bool:
-        """Whether an earlier run ended between its last rename and its cleaning up."""
+        """Whether an output of ours is there, and nothing else was begun."""
         return (
             self._resume
-            and bool(self.earlier.finished)
             and not self.directory.exists()
-            and self.output.is_dir()
-            and self.earlier.header == self._header
+            and any((self.output / name).is_file() for name in (MANIFEST, PIPELINE_RECORD))
         )
 
     def _begin(self) -> None:
@@ -173,14 +172,15 @@ class Workspace:
         """Keep what is worth to be continued: bad input will not become better by itself."""
         finished = journal.read(self._fd).finished
         useless = isinstance(error, (InputError, UsageError)) and not self.earlier.finished
-        if not finished or useless:
+        if not finished or useless or self.complete:
             self._remove()
             return
         if not isinstance(error, (Nf4Error, OSError)):
             return  # a bug keeps its traceback
         raise UnfinishedRunError(
             f"{finished:,} of {self._total:,} weights are done and kept in {self.root}: continue "
-            f"with the same command and --resume, or remove it: rm -r {self.root}"
+            f"with the same command and --resume, or remove it: rm -r {self.root}",
+            error,
         ) from error
 
     def _remove(self) -> None:
