@@ -79,6 +79,6 @@ def describe(error: Nf4Error | OSError) -> str:
         return f"{describe(error.cause)}\n{error}"
     if isinstance(error, Nf4Error):
         return str(error)
-    advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
+    advice = ": free some space" if error.errno == errno.ENOSPC else ""
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}{advice}"

@@ -109,7 +109,7 @@ def _bytes_in(directory: Path) -> int:
 def disk_bytes(plan: Plan, workers: int) -> int:
     """Bytes that the run needs on the output's disk, temporary files and manifest included."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
-    manifest = 1000 * len(plan.tensors) + 10_000
+    manifest = 2 * (1000 * len(plan.tensors) + 10_000)  # and the journal
     return (
         plan.shard_bytes + copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
     )
