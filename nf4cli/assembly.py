@@ -23,7 +23,7 @@ from .engines import Engine, Notify, no_notice
 from .errors import InputError
 from .limits import Resources, disk_bytes, refuse_place, require_disk, require_place
 from .manifest import Manifest
-from .output import clear, new_directory
+from .output import clear
 from .pipeline import Progress, no_progress
 from .quantize import file_records, fill
 from .report import Report
@@ -73,7 +73,9 @@ def write_pipeline(
     check_pipeline_output(plan, output, resources.workers, resume)
     total = sum(bool(t.outputs) for part in plan.parts.values() for t in part.tensors)
     place = plan.root, False
-    with Workspace(output, place, header(plan.parts, digest), total, resume, fsync) as work:
+    with Workspace(
+        output, place, header(plan.parts, digest), total, fsync=fsync, resume=resume
+    ) as work:
         if not work.complete:
             clear(work.directory, {work.directory / name for name in plan.parts})
             plan.copies.write(work.directory)
@@ -252,11 +254,12 @@ def write_decoded_pipeline(
     copies = copies_of(path, components, decodings)
     require_disk(output, copies.nbytes + sum(d.disk_bytes for d in decodings.values()))
     summaries = {}
-    with new_directory(output, fsync) as directory:
-        copies.write(directory)
+    with Workspace(output, (path, False), fsync=fsync) as work:
+        copies.write(work.directory)
         for name, decoding in decodings.items():
-            (directory / name).mkdir()
-            summaries[name] = decode_into(decoding, directory / name, engine, resources, progress)
+            place = work.directory / name
+            place.mkdir()
+            summaries[name] = decode_into(decoding, place, engine, resources, progress)
     return summaries
 
 

@@ -168,7 +168,9 @@ def write_checkpoint(
     check_output(plan, output, resources.workers, resume)
     place = plan.checkpoint.root, plan.checkpoint.is_file
     total = sum(bool(t.outputs) for t in plan.tensors)
-    with Workspace(output, place, header({"": plan}, digest), total, resume, fsync) as work:
+    with Workspace(
+        output, place, header({"": plan}, digest), total, fsync=fsync, resume=resume
+    ) as work:
         return fill(work, "", plan, engine, resources, digest, progress, notify)
 
 

@@ -27,7 +27,8 @@ class Workspace:
     Args:
         output: must not exist, or be an empty directory.
         source: root of what is read, which `output` must not lie in; its directory for a file.
-        header: what is being made of what; a run with another one is not continued.
+        header: what is being made of what; a run with another one is not continued.  None for
+            a run that finishes no weight before its end, and so never can be.
         total: weights of the whole output, for messages.
         resume: continue what an earlier run left; without it such a thing is an error.
         fsync: see Journal; at the end, wait for everything.
@@ -45,12 +46,18 @@ class Workspace:
     complete: bool
 
     def __init__(
-        self, output: Path, source: tuple[Path, bool], header: Json, total: int, resume: bool,
+        self,
+        output: Path,
+        source: tuple[Path, bool],
+        header: Json | None = None,
+        total: int = 0,
+        *,
         fsync: bool,
-    ) -> None:  # fmt: skip
+        resume: bool = False,
+    ) -> None:
         self.output = output.absolute()
         self._source = source
-        self._header = header
+        self._header = header or {}
         self._total = total
         self._resume = resume
         self._fsync = fsync
@@ -141,7 +148,7 @@ class Workspace:
     def _require_the_same(self) -> None:
         unfinished = (
             f"an unfinished run lies in {self.root} "
-            f"({self.earlier.finished:,} of {self._total:,} weights done)"
+            f"({self.earlier.finished:,} weights done)"
         )
         if not self._resume:
             raise UsageError(

@@ -52,7 +52,7 @@ class Bench:
     Attributes:
         place: an empty directory of ours.
         source, reference: a checkpoint, and its output by a run that nothing happened to.
-        seconds: that such a run takes.
+        seconds: that such a run takes at least.
         preload: the faulty I/O library.
     """
 
@@ -62,7 +62,6 @@ class Bench:
     seconds: float
     preload: Path
     random: random.Random
-    redone: int = 0
     resumed: int = 0
 
     @property
@@ -150,12 +149,17 @@ class Row:
 
 def kill(bench: Bench) -> None:
     """kill -9 at a random moment, and again while it is continued."""
-    for attempt in range(bench.random.choice((1, 1, 2, 3))):
-        process = bench.start(*(("--resume",) if attempt else ()))
-        time.sleep(bench.random.uniform(0.1, 1.1 * bench.seconds))
+    wanted = bench.random.choice((1, 1, 2, 3))
+    while wanted:
+        process = bench.start(*(("--resume",) if bench.workspace.exists() else ()))
+        time.sleep(bench.random.uniform(0.05, bench.seconds))
         process.kill()
         process.communicate()
         bench.check_half()
+        if process.returncode == 0:  # it was quicker than we
+            bench.clean()
+        else:
+            wanted -= 1
     bench.finish()
 
 
@@ -428,10 +432,12 @@ def make_bench(place: Path, megabytes: int, seed: int) -> Bench:
     )  # fmt: skip
     source = make_source(place, megabytes)
     time.sleep(2.1)  # files just written are read again on resume; older ones need not be
-    bench = Bench(place, source, place / "reference", 0.0, preload, random.Random(seed))
-    started = time.monotonic()
-    subprocess.run([NF4, "quantize", "-q", source, bench.reference], check=True)
-    bench.seconds = time.monotonic() - started
+    bench = Bench(place, source, place / "reference", 1e9, preload, random.Random(seed))
+    for _ in range(3):
+        shutil.rmtree(bench.reference, ignore_errors=True)
+        started = time.monotonic()
+        subprocess.run([NF4, "quantize", "-q", source, bench.reference], check=True)
+        bench.seconds = min(bench.seconds, time.monotonic() - started)
     return bench
 
 

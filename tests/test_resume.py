@@ -86,7 +86,7 @@ def test_finished_work_is_not_done_again(stopped, monkeypatch):
 def test_without_resume_it_is_refused_and_kept(stopped):
     refused(
         USAGE, "quantize", "model", "out", cwd=stopped,
-        says=("an unfinished run lies in", "weights done", "--resume", "rm -r "),
+        says=("an unfinished run lies in", " weights done", "--resume", "rm -r "),
     )  # fmt: skip
     nf4_ok("quantize", "model", "out", "--resume", cwd=stopped)
 
