@@ -19,16 +19,18 @@ from .diffusion import (
     stray_weights,
 )
 from .digest import digest_file
-from .engines import Engine
+from .engines import Engine, Notify, no_notice
 from .errors import InputError
-from .limits import Resources, disk_bytes, refuse_place, require_disk
+from .limits import Resources, disk_bytes, refuse_place, require_disk, require_place
 from .manifest import Manifest
-from .output import new_directory
+from .output import clear
 from .pipeline import Progress, no_progress
-from .quantize import file_records, fill_directory
+from .quantize import file_records, fill
 from .report import Report
+from .resume import header
 from .source import PIPELINE_RECORD, open_checkpoint
 from .verify import check_other_file, verify
+from .workspace import Workspace
 
 _RECORD_ROOM = 300  # bytes a file in nf4_pipeline.json
 
@@ -39,13 +41,15 @@ def pipeline_disk_bytes(plan: PipelinePlan, workers: int) -> int:
     return parts + plan.copies.nbytes + _RECORD_ROOM * (len(plan.copies.files) + 10)
 
 
-def check_pipeline_output(plan: PipelinePlan, output: Path, workers: int) -> None:
+def check_pipeline_output(
+    plan: PipelinePlan, output: Path, workers: int, resume: bool = False
+) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
 
     Raises:
         UsageError, MachineError: see limits.check_output.
     """
-    refuse_place(plan.root, output)
+    require_place(plan.root, output, False, resume)
     require_disk(output, pipeline_disk_bytes(plan, workers))
 
 
@@ -55,33 +59,47 @@ def write_pipeline(
     engine: Engine,
     resources: Resources,
     digest: str = "blake3",
-    fsync: bool = False,
+    fsync: bool = True,
+    resume: bool = False,
     progress: Progress = no_progress,
+    notify: Notify = no_notice,
 ) -> dict[str, Manifest]:
     """Quantize into `output`, which appears complete or not at all; the manifests by component.
 
     Raises:
-        UsageError, MachineError, InputError, OSError: see `quantize.write_checkpoint`.
+        UsageError, MachineError, InputError, OSError, UnfinishedRunError: see
+            `quantize.write_checkpoint`.
     """
-    check_pipeline_output(plan, output, resources.workers)
-    manifests = {}
-    with new_directory(output, fsync) as directory:
-        plan.copies.write(directory)
-        for name, part in plan.parts.items():
-            (directory / name).mkdir()
-            manifests[name] = fill_directory(
-                part, directory / name, engine, resources, digest, progress
-            )
-        known = {
-            f"{name}/{file}": record.digest
-            for name, manifest in manifests.items()
-            for file, record in manifest.output_files.items()
+    check_pipeline_output(plan, output, resources.workers, resume)
+    total = sum(bool(t.outputs) for part in plan.parts.values() for t in part.tensors)
+    place = plan.root, False
+    with Workspace(
+        output, place, header(plan.parts, digest), total, fsync=fsync, resume=resume
+    ) as work:
+        if not work.complete:
+            clear(work.directory, {work.directory / name for name in plan.parts})
+            plan.copies.write(work.directory)
+        manifests = {
+            name: fill(work, name, part, engine, resources, digest, progress, notify)
+            for name, part in plan.parts.items()
         }
-        files = file_records(directory, digest, known)
-        beside = {name: record for name, record in files.items() if name not in known}
-        record = Record(digest, tuple(plan.parts), beside)
-        (directory / PIPELINE_RECORD).write_text(record.to_json(), "utf-8")
+        if not work.complete:
+            _write_record(work.directory, plan, manifests, digest)
     return manifests
+
+
+def _write_record(
+    directory: Path, plan: PipelinePlan, manifests: Mapping[str, Manifest], digest: str
+) -> None:
+    known = {
+        f"{name}/{file}": record.digest
+        for name, manifest in manifests.items()
+        for file, record in manifest.output_files.items()
+    }
+    files = file_records(directory, digest, known)
+    beside = {name: record for name, record in files.items() if name not in known}
+    record = Record(digest, tuple(plan.parts), beside)
+    (directory / PIPELINE_RECORD).write_text(record.to_json(), "utf-8")
 
 
 # -- verify -----------------------------------------------------------------------------------
@@ -219,7 +237,7 @@ def write_decoded_pipeline(
     resources: Resources,
     dtype: str = "auto",
     max_shard_size: int = 5_000_000_000,
-    fsync: bool = False,
+    fsync: bool = True,
     progress: Progress = no_progress,
 ) -> dict[str, Summary]:
     """Decode every 4-bit component into the new pipeline `output`, copy the others.
@@ -236,11 +254,12 @@ def write_decoded_pipeline(
     copies = copies_of(path, components, decodings)
     require_disk(output, copies.nbytes + sum(d.disk_bytes for d in decodings.values()))
     summaries = {}
-    with new_directory(output, fsync) as directory:
-        copies.write(directory)
+    with Workspace(output, (path, False), fsync=fsync) as work:
+        copies.write(work.directory)
         for name, decoding in decodings.items():
-            (directory / name).mkdir()
-            summaries[name] = decode_into(decoding, directory / name, engine, resources, progress)
+            place = work.directory / name
+            place.mkdir()
+            summaries[name] = decode_into(decoding, place, engine, resources, progress)
     return summaries
 
 

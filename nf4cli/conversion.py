@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from . import bnb_format
+from .bnb_format import QuantState
 from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
-from .digest import OrderedDigest, ShardDigest
+from .digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
 from .engines import GRANULE, Engine, Float8
 from .errors import InputError, NonFiniteError
-from .items import AbsmaxFile, Item, Job, Reading, element, widest
+from .items import AbsmaxFile, Item, Job, Reading, damaged, element, nonfinite, widest
 from .limits import Resources
 from .manifest import FileRecord, Manifest, TensorRecord
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
 from .reader import ShardReaders
-from .records import ITEMSIZE, Scale, Shard, TensorError, View
-from .selection import module_path
+from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, TensorError, View
+from .resume import Standing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,8 +44,12 @@ class Sink(Protocol):
         """`data` belongs at `offset` bytes into the output tensor `key`."""
         ...
 
-    def finish(self, plan: TensorPlan) -> None:
+    def finish(self, plan: TensorPlan, result: Result) -> None:
         """Every byte of this tensor and its companions has been written."""
+        ...
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None:
+        """Every byte of this source file has been read and digested."""
         ...
 
     def abort(self) -> None:
@@ -58,6 +63,7 @@ class Conversion:
     Args:
         digest: algorithm for the source files' digests, None to compute none.
         scratch: directory for temporary files, None for the system's.
+        standing: finished work that is not done again.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Conversion:
         digest: str | None,
         scratch: Path | None = None,
         progress: Progress = no_progress,
+        standing: Standing | None = None,
     ) -> None:
         self.plan = plan
         self._engine = engine
@@ -79,7 +86,10 @@ class Conversion:
         self._lock = threading.Lock()
         self._digests: dict[Path, OrderedDigest] = {}
         self._algorithm = digest
-        self.jobs: list[Job] = []
+        self._files = dict(standing.sources) if standing else {}
+        self.results: dict[str, Result] = dict(standing.results) if standing else {}
+        self._done = frozenset(self.results)
+        self._jobs: set[Job] = set()
 
     def run(self) -> None:
         """Convert everything.
@@ -92,21 +102,37 @@ class Conversion:
         with ShardReaders(shards) as self._readers:
             if self._algorithm is not None:
                 for shard in shards:
-                    self._start_digest(shard, self._algorithm)
+                    if shard.path.name not in self._files:
+                        self._start_digest(shard, self._algorithm)
             try:
                 run(self._items(), lambda: _Worker(self), self._resources.workers, self._abort)
             finally:
-                for job in self.jobs:
+                for job in self._jobs:
                     if job.absmax is not None:
                         job.absmax.close()
+            for shard in shards:
+                self._require_unchanged(shard)
 
-    def source_digests(self) -> tuple[dict[str, str], dict[str, str]]:
-        """(by file name, by tensor name), after `run`."""
-        files = {path.name: turns.digest.hexdigest() for path, turns in self._digests.items()}
-        tensors: dict[str, str] = {}
-        for turns in self._digests.values():
-            tensors |= turns.digest.tensors
-        return files, tensors
+    def digest_source(self, shard: Shard, start: int, data: U8) -> None:
+        """Bytes of a source file that stand at `start` in it; each thread waits for its turn."""
+        turns = self._digests[shard.path]
+        if turns.update(start, data) == shard.size:
+            digests = FileDigests(turns.digest.hexdigest(), turns.digest.tensors)
+            self._files[shard.path.name] = digests
+            self._sink.source_read(shard, digests)
+
+    def _require_unchanged(self, shard: Shard) -> None:
+        """A file that was written to while it was read is no longer what the digests say."""
+        reader = self._readers[shard]
+        if reader.identity() == shard.identity:
+            return
+        known = self._files.get(shard.path.name)
+        # Its times may change without its bytes (chmod, a new link): only the bytes tell.
+        if known is None or digest_open(reader, shard, self._algorithm or "") != known.digest:
+            raise InputError(
+                f"{shard.path} changed while it was being read: what was made of it is of no use. "
+                "Start again when nothing writes to it any more"
+            )
 
     def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
         """The record of this run, after `run`; the caller adds the output's files.
@@ -114,15 +140,16 @@ class Conversion:
         Args:
             output_digests: of every output tensor, by key.
         """
-        source_files, source_tensors = self.source_digests()
-        jobs = {job.plan.name: job for job in self.jobs}
-        plan = self.plan
+        plan, none = self.plan, Result(None, None, {})
+        source_tensors = {
+            k: d for digests in self._files.values() for k, d in digests.tensors.items()
+        }
         return Manifest(
             config=plan.config,
             digest=self._algorithm or "",
             source_name=plan.checkpoint.name,
             source_files={
-                shard.path.name: FileRecord(shard.size, source_files[shard.path.name])
+                shard.path.name: FileRecord(shard.size, self._files[shard.path.name].digest)
                 for shard in plan.checkpoint.shards
             },
             output_files={},
@@ -139,21 +166,23 @@ class Conversion:
                     source_digest=source_tensors[t.weight.stored.name],
                     output_file=plan.shards[t.file].filename if t.outputs else "",
                     outputs={key: output_digests.get(key, "") for key in t.outputs},
-                    state=jobs[t.name].state if t.outputs else None,
-                    error=jobs[t.name].error if t.outputs else None,
+                    state=_with_offset(t, self.results.get(t.name, none)),
+                    error=self.results.get(t.name, none).error,
                 )
                 for t in plan.tensors
             },
             parameters=plan.parameters,
             quantized_parameters=plan.quantized_parameters,
             bits_per_weight=plan.bits_per_weight,
-            run=None,
         )
 
     def _start_digest(self, shard: Shard, algorithm: str) -> None:
         digest = ShardDigest(shard.tensors, algorithm)
         digest.update(self._readers[shard].read(0, shard.data_start))
-        self._digests[shard.path] = OrderedDigest(digest)
+        if shard.data_start == shard.size:  # no tensor has a byte
+            self._files[shard.path.name] = FileDigests(digest.hexdigest(), digest.tensors)
+        else:
+            self._digests[shard.path] = OrderedDigest(digest)
 
     def _abort(self) -> None:
         for turns in self._digests.values():
@@ -165,12 +194,15 @@ class Conversion:
         stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.start))
         for _, group in stored:
             plans = list(group)
-            in_order = [p for p in plans if p.view is None and p.action != "drop"]
-            if self._algorithm is not None and not in_order:
+            todo = [p for p in plans if p.outputs and p.name not in self._done]
+            in_order = any(p.view is None for p in todo)
+            if plans[0].weight.shard.path in self._digests and not in_order:
                 yield from self._readings(plans[0])
+            for plan in todo:
+                yield from self._items_of(plan)
             for plan in plans:
-                if plan.outputs:
-                    yield from self._items_of(plan)
+                if plan.name in self._done:
+                    self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
 
     def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
         tensor = plan.weight.stored
@@ -185,18 +217,19 @@ class Conversion:
         if plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
         if plan.weight.scale is not None:
-            job.scale = self._scales(plan.weight.scale)
-        self.jobs.append(job)
+            job.scale = self._scales(job, plan.weight.scale)
+        self._jobs.add(job)
         if not starts:  # a tensor without elements
-            self._sink.finish(plan)
+            self._finish(job)
+        digest = plan.view is None and plan.weight.shard.path in self._digests
         for start in starts:
-            count = min(step, plan.numel - start)
-            yield Item(job, start, count, self._algorithm is not None and plan.view is None)
+            yield Item(job, start, min(step, plan.numel - start), digest)
 
-    def _scales(self, scale: Scale) -> F32:
+    def _scales(self, job: Job, scale: Scale) -> F32:
         """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
         tensor = scale.tensor
         raw = self._readers[scale.shard].read(tensor.start, tensor.nbytes)
+        job.sources[tensor.name] = tensor_digest(raw)
         values = np.empty(tensor.numel, np.float32)
         if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
             exponents = np.where(raw == 255, 0x7FC00000, raw.astype(np.uint32) << 23)
@@ -211,11 +244,28 @@ class Conversion:
             job.pending -= 1
             last = job.pending == 0
         if last:
-            if job.plan.state is not None:
-                self._finish_state(job)
-            job.scale = None
-            self._sink.finish(job.plan)
+            self._finish(job)
         self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
+
+    def _finish(self, job: Job) -> None:
+        """All chunks of a weight are written."""
+        weight = job.plan.weight
+        if job.plan.state is not None:
+            self._finish_state(job)
+        if weight.shard.path in self._digests:
+            tensors: Mapping[str, str] = self._digests[weight.shard.path].digest.tensors
+        else:
+            known = self._files.get(weight.shard.path.name)
+            tensors = known.tensors if known else {}
+        # The bytes that a view is a part of may still be on their way through another thread.
+        if weight.stored.name in tensors:
+            job.sources[weight.stored.name] = tensors[weight.stored.name]
+        offset = job.state.nested_offset if job.state and job.state.nested else None
+        result = Result(offset, job.error, job.sources)
+        with self._lock:
+            self.results[job.plan.name] = result
+            self._jobs.discard(job)
+        self._sink.finish(job.plan, result)
 
     def _finish_state(self, job: Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
@@ -235,7 +285,6 @@ class Conversion:
             rel_rmse=math.sqrt(math.fsum(sums[:, 0].tolist()) / squares) if squares else 0.0,
             max_abs=float(sums[:, 2].max()),
         )
-        job.stats.clear()
         job.state = state
 
     def _nest(self, name: str, plan: TensorPlan, absmax: AbsmaxFile) -> float:
@@ -272,7 +321,7 @@ class _Worker:
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
             c._readers[item.shard].read_into(data, item.start)
-            c._digests[item.shard.path].update(item.start, data)
+            c.digest_source(item.shard, item.start, data)
             return
         plan = item.job.plan
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
@@ -290,7 +339,7 @@ class _Worker:
         position = weight.stored.start + item.start * itemsize
         c._readers[weight.shard].read_into(data, position)
         if item.digest:
-            c._digests[weight.shard.path].update(position, data)
+            c.digest_source(weight.shard, position, data)
         return data
 
     def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
@@ -302,7 +351,7 @@ class _Worker:
         try:
             self._conversion._engine.decode_float8(data, float8, out, weight.dtype)
         except NonFiniteError as error:
-            raise InputError(_damaged(item, error.index, data, scale)) from error
+            raise InputError(damaged(item, error.index, data, scale)) from error
         return out
 
     def _read_transposed(self, item: Item, view: View) -> U8:
@@ -335,8 +384,8 @@ class _Worker:
             )  # fmt: skip
         except NonFiniteError as error:
             if weight.scale is not None:
-                raise InputError(_damaged(item, error.index, data, weight.scale)) from error
-            raise InputError(_nonfinite(item, error.index, data, weight.dtype)) from error
+                raise InputError(damaged(item, error.index, data, weight.scale)) from error
+            raise InputError(nonfinite(item, error.index, data, weight.dtype)) from error
         item.job.stats[item.start] = sums
         name, first_block = plan.name, item.start // state.blocksize
         c._sink.write(name, item.start // 2, packed)
@@ -370,6 +419,13 @@ class _Worker:
         c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
 
 
+def _with_offset(plan: TensorPlan, result: Result) -> QuantState | None:
+    """The quantization state as it is written."""
+    if plan.state is None or result.nested_offset is None:
+        return plan.state
+    return replace(plan.state, nested_offset=result.nested_offset)
+
+
 def _float8(item: Item) -> Float8 | None:
     """What decodes the item, None for one that is stored in its own dtype."""
     weight = item.job.plan.weight
@@ -378,24 +434,3 @@ def _float8(item: Item) -> Float8 | None:
     factors = item.job.scale
     assert factors is not None
     return Float8(item.start, weight.shape[1], factors, weight.scale.block)
-
-
-def _damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
-    weight = item.job.plan.weight
-    return (
-        f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
-        f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
-        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
-    )
-
-
-def _nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
-    weight = item.job.plan.weight
-    bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
-    mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
-    kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
-    return (
-        f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
-        "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
-        f"with --keep {module_path(weight.name)}"
-    )

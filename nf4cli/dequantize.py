@@ -15,13 +15,14 @@ from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
 from .limits import Resources, refuse_place, require_disk
 from .model_config import set_dtype
-from .output import new_directory, write_side_files
+from .output import write_side_files
 from .packed import PackedReader, PackedWeight, load_weights
 from .pipeline import Progress, no_progress, run
 from .plan import check_shard_size, index_of
 from .reader import ShardReaders
 from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
 from .source import shard_name
+from .workspace import Workspace
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def write_dequantized(
     resources: Resources,
     dtype: str = "auto",
     max_shard_size: int = 5_000_000_000,
-    fsync: bool = False,
+    fsync: bool = True,
     progress: Progress = no_progress,
 ) -> Summary:
     """Decode every packed weight of `checkpoint` into the new directory `output`.
@@ -122,8 +123,9 @@ def write_dequantized(
     refuse_place(checkpoint.root, output, checkpoint.is_file)
     decoding = plan_decoding(checkpoint, engine, dtype, max_shard_size)
     require_disk(output, decoding.disk_bytes)
-    with new_directory(output, fsync) as directory:
-        return decode_into(decoding, directory, engine, resources, progress)
+    place = checkpoint.root, checkpoint.is_file
+    with Workspace(output, place, fsync=fsync) as work:
+        return decode_into(decoding, work.directory, engine, resources, progress)
 
 
 def plan_decoding(

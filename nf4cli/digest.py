@@ -27,7 +27,7 @@ _PIECE = 4 << 20  # bytes read at a time
 
 
 class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> object: ...
+    def update(self, data: memoryview | bytes, /) -> object: ...
     def hexdigest(self) -> str: ...
 
 
@@ -40,6 +40,13 @@ def new_file_hash(algorithm: str) -> _Hash:
     return hashlib.new(algorithm)
 
 
+def new_tensor_hash() -> _Hash:
+    """A hash object of TENSOR_ALGORITHM."""
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
 class ShardDigest:
     """The digest of a file and of each of its tensors, from its bytes in order.
 
@@ -48,12 +55,9 @@ class ShardDigest:
     """
 
     def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
-        import xxhash
-
-        self._new_tensor_hash = xxhash.xxh3_128
         self._file = new_file_hash(algorithm)
         self._pending = [t for t in tensors if t.nbytes][::-1]
-        self._hash = self._new_tensor_hash()
+        self._hash = new_tensor_hash()
         self.position = 0
         self.tensors: dict[str, str] = {
             t.name: self._hash.hexdigest() for t in tensors if not t.nbytes
@@ -76,7 +80,7 @@ class ShardDigest:
             view = view[count:]
             if self.position == tensor.stop:
                 self.tensors[tensor.name] = self._hash.hexdigest()
-                self._hash = self._new_tensor_hash()
+                self._hash = new_tensor_hash()
                 self._pending.pop()
         self.position += view.nbytes
 
@@ -98,22 +102,39 @@ class OrderedDigest:
         self._position = digest.position
         self._aborted = False
 
-    def update(self, start: int, data: NDArray[np.uint8] | bytes) -> None:
-        """Add the bytes that stand at `start` in the file."""
+    def update(self, start: int, data: NDArray[np.uint8] | bytes) -> int:
+        """Add the bytes that stand at `start` in the file; returns the place behind them."""
+        stop = start + memoryview(data).nbytes
         with self._turn:
             self._turn.wait_for(lambda: self._position == start or self._aborted)
             if self._aborted:
-                return
+                return start
         self.digest.update(data)  # outside the lock: nobody else has this turn
         with self._turn:
-            self._position += memoryview(data).nbytes
+            self._position = stop
             self._turn.notify_all()
+        return stop
 
     def abort(self) -> None:
         """Let every waiting thread go; the digests are of no use any more."""
         with self._turn:
             self._aborted = True
             self._turn.notify_all()
+
+
+def tensor_digest(data: NDArray[np.uint8]) -> str:
+    """The digest of a tensor's bytes."""
+    digest = new_tensor_hash()
+    digest.update(memoryview(data))
+    return digest.hexdigest()
+
+
+def digest_open(reader: ByteReader, shard: Shard, algorithm: str) -> str:
+    """The digest of a file that is open already."""
+    digest = new_file_hash(algorithm)
+    for start in range(0, shard.size, _PIECE):
+        digest.update(memoryview(reader.read(start, min(_PIECE, shard.size - start))))
+    return digest.hexdigest()
 
 
 def digest_shard(

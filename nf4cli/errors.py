@@ -6,6 +6,8 @@ neither an Nf4Error nor an OSError is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+
 
 class Nf4Error(Exception):
     """Base class: what the command line turns into a message, beside the system's OSError."""
@@ -41,6 +43,20 @@ class InterruptedRunError(Nf4Error):
     exit_code = 130
 
 
+class UnfinishedRunError(Nf4Error):
+    """A run ended early and can be continued.
+
+    Args:
+        message: what is left, and how to go on.
+        cause: why it ended, which decides the exit code.
+    """
+
+    def __init__(self, message: str, cause: Nf4Error | OSError) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.exit_code = exit_code_of(cause)
+
+
 class NonFiniteError(ValueError):
     """An engine met a NaN or an infinity; `index` counts elements from the start of its input.
 
@@ -50,3 +66,19 @@ class NonFiniteError(ValueError):
     def __init__(self, index: int) -> None:
         super().__init__(f"element {index} is not finite")
         self.index = index
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """The exit code of an error that a user can meet."""
+    return error.exit_code if isinstance(error, Nf4Error) else MachineError.exit_code
+
+
+def describe(error: Nf4Error | OSError) -> str:
+    """What an error says to a user."""
+    if isinstance(error, UnfinishedRunError):
+        return f"{describe(error.cause)}\n{error}"
+    if isinstance(error, Nf4Error):
+        return str(error)
+    advice = ": free some space" if error.errno == errno.ENOSPC else ""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}{advice}"

@@ -1,13 +1,17 @@
-"""Whole reads and writes at a place in a file; small files that appear complete or not at all."""
+"""Whole reads and writes at a place in a file, whatever the kernel hands over at once; which file
+it is, and that it lies on the disk."""
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import MachineError, UsageError
+Identity = tuple[int, int, int, int, int]
+"""(device, inode, bytes, modified, changed), the times in nanoseconds: another one may be another
+file or other bytes, the same one is the same bytes (see `is_settled`)."""
+
+_TICK = 2_000_000_000  # nanoseconds; no file system stamps its files more coarsely (FAT: 2 s)
 
 
 def read_at(fd: int, view: memoryview, offset: int) -> int:
@@ -29,70 +33,33 @@ def write_at(fd: int, view: memoryview, offset: int) -> None:
     """
     done = 0
     while done < view.nbytes:
-        done += os.pwrite(fd, view[done:], offset + done)
+        count = os.pwrite(fd, view[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes")
+        done += count
 
 
-class AtomicFile:
-    """A small file that appears complete, or not at all; its place is tried before the long work.
+def identity_of(stat: os.stat_result) -> Identity:
+    """Which file this is, in which state."""
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
-    Used in a with statement; without `write`, or on an exception, nothing is left behind.
 
-    Args:
-        place: the file.
-        option: what the user called it, for messages.
-        apart: directories that it must not lie in.
-        replace: whether a file that exists may be replaced.
+def is_settled(identity: Identity, now: int) -> bool:
+    """Whether a change after `now` (nanoseconds) shows in the file's times: a second change within
+    one tick of the clock that stamps files would not."""
+    return now - max(identity[3:]) > _TICK
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk.
 
     Raises:
-        UsageError: the place is a directory, a device, in one of `apart`, or exists.
-        MachineError: nothing can be written there.
+        OSError: the disk failed.
     """
-
-    def __init__(
-        self, place: Path, option: str, apart: Iterable[Path] = (), replace: bool = True
-    ) -> None:
-        self._option, self._given = option, place
-        try:
-            self._place = place.resolve()
-            inside = next((d for d in apart if d.resolve() in self._place.parents), None)
-        except (OSError, RuntimeError) as error:
-            raise UsageError(f"{option} {place} is a loop of symbolic links") from error
-        if inside is not None:
-            raise UsageError(
-                f"{option} {place} lies in {inside}, which must stay as it is: choose a "
-                "place beside it"
-            )
-        if os.path.lexists(self._place) and not self._place.is_file():
-            raise UsageError(f"{option} {place} is no ordinary file: choose another name")
-        if self._place.exists() and not replace:
-            raise UsageError(f"{option} {place} exists: remove it first, or choose another name")
-
-    def __enter__(self) -> AtomicFile:
-        try:
-            fd, name = tempfile.mkstemp(
-                prefix=f".{self._place.name[:100]}.partial-", dir=self._place.parent
-            )
-        except OSError as error:
-            raise self._failed(error) from error
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         os.close(fd)
-        self._partial = Path(name)
-        return self
-
-    def write(self, data: bytes) -> None:
-        """The whole content, which makes the file appear."""
-        try:
-            self._partial.write_bytes(data)
-            mask = os.umask(0o022)
-            os.umask(mask)
-            self._partial.chmod(0o666 & ~mask)
-            self._partial.replace(self._place)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> MachineError:
-        return MachineError(
-            f"{self._option} {self._given} cannot be written: {error.strerror or error}"
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self._partial.unlink(missing_ok=True)

@@ -14,10 +14,11 @@ import numpy as np
 from .bnb_format import QuantState
 from .fileio import read_at, write_at
 from .plan import TensorPlan
-from .records import ITEMSIZE, Shard, TensorError
+from .records import ITEMSIZE, Scale, Shard, TensorError
+from .selection import module_path
 
 if TYPE_CHECKING:
-    from .engines import F32, F64
+    from .engines import F32, F64, U8
 
 ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a time
 
@@ -57,6 +58,7 @@ class Job:
         scale: float32 factors of a float8 weight, flat.
         stats: the engine's error sums by first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
+        sources: XXH3-128 of what it was made from, by stored tensor, as far as known.
     """
 
     plan: TensorPlan
@@ -66,6 +68,7 @@ class Job:
     absmax: AbsmaxFile | None = None
     error: TensorError | None = None
     state: QuantState | None = None
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 class AbsmaxFile:
@@ -110,3 +113,26 @@ def element(item: Item, index: int) -> tuple[int, ...]:
         column, row = divmod(flat, plan.view.rows)
         flat = plan.view.start + row * plan.view.stride + column
     return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
+
+
+def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
+    """What to say of a float8 weight that decodes to no number at the item's element `index`."""
+    weight = item.job.plan.weight
+    return (
+        f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
+        f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
+        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
+    )
+
+
+def nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
+    """What to say of the NaN or infinity at the item's element `index`."""
+    weight = item.job.plan.weight
+    bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
+    mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
+    kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
+    return (
+        f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
+        "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
+        f"with --keep {module_path(weight.name)}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .plan import Plan
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
+_LONGEST_NAME = 255  # bytes
 _MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
@@ -33,15 +35,34 @@ class Resources:
     memory: int
 
 
-def check_output(plan: Plan, output: Path, workers: int) -> None:
+def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
+
+    Args:
+        resume: what an unfinished run left may be used.
 
     Raises:
         UsageError: it exists, or it is the source or inside it.
         MachineError: not enough free space.
     """
-    refuse_place(plan.checkpoint.root, output, plan.checkpoint.is_file)
+    require_place(plan.checkpoint.root, output, plan.checkpoint.is_file, resume)
     require_disk(output, disk_bytes(plan, workers))
+
+
+def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
+    """`refuse_place`, unless `resume` may find something there that it is content with: the run's
+    workspace decides then."""
+    if not resume:
+        refuse_place(root, output, is_file)
+
+
+def workspace_of(output: Path) -> Path:
+    """The directory beside an output that a run works in."""
+    output = output.absolute()
+    name = f".{output.name}.partial"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()}.partial"
+    return output.parent / name
 
 
 def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
@@ -66,11 +87,12 @@ def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
 
 
 def require_disk(output: Path, need: int) -> None:
-    """Raises MachineError when the disk for `output` has fewer than `need` bytes free."""
+    """Raises MachineError when the disk for `output` has fewer than `need` bytes free, those that
+    an unfinished run has taken counted as free."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + _bytes_in(workspace_of(output))
     if free < need:
         raise MachineError(
             f"the output needs {need:,} bytes and {parent} has {free:,} free: "
@@ -78,10 +100,16 @@ def require_disk(output: Path, need: int) -> None:
         )
 
 
+def _bytes_in(directory: Path) -> int:
+    """Bytes of the disk that the files of a directory take."""
+    files = (f for f in directory.rglob("*") if f.is_file() and not f.is_symlink())
+    return sum(512 * f.stat().st_blocks for f in files)
+
+
 def disk_bytes(plan: Plan, workers: int) -> int:
     """Bytes that the run needs on the output's disk, temporary files and manifest included."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
-    manifest = 1000 * len(plan.tensors) + 10_000
+    manifest = 2 * (1000 * len(plan.tensors) + 10_000)  # and the journal
     return (
         plan.shard_bytes + copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
     )

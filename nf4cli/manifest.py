@@ -1,8 +1,8 @@
 """The quantization-state manifest, `nf4_manifest.json`: what was done, to what, with which result.
 
-docs/manifest.md describes the format and manifest.schema.json is its JSON Schema.  Everything but
-`run` is a function of the source's bytes, the recipe and the tool's version: two runs on two
-machines with two engines write the same.
+docs/manifest.md describes the format and manifest.schema.json is its JSON Schema.  It is a function
+of the source's bytes, the recipe and the tool's version: two runs on two machines with two engines
+write the same.
 """
 
 from __future__ import annotations
@@ -63,23 +63,6 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class RunRecord:
-    """What may differ between two runs with the same result.
-
-    Attributes:
-        engine: as it names itself.
-        workers: threads.
-        seconds: wall time.
-        source: the path it was read from.
-    """
-
-    engine: str
-    workers: int
-    seconds: float
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """See the module.  `to_json` and `from_file` are inverses, but for the tool's version."""
 
@@ -92,7 +75,6 @@ class Manifest:
     parameters: int
     quantized_parameters: int
     bits_per_weight: float
-    run: RunRecord | None
     tool_version: str = __version__
 
     def to_json(self) -> str:
@@ -103,7 +85,7 @@ class Manifest:
         def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
             return [{"name": name, **asdict(records[name])} for name in sorted(records)]
 
-        document: dict[str, Any] = {
+        return {
             "nf4_manifest": VERSION,
             "tool": {"name": "nf4cli", "version": self.tool_version},
             "digests": {"files": self.digest, "tensors": TENSOR_ALGORITHM},
@@ -119,9 +101,6 @@ class Manifest:
                 name: _tensor_dict(name, self.tensors[name]) for name in sorted(self.tensors)
             },
         }
-        if self.run is not None:
-            document["run"] = asdict(self.run)
-        return document
 
     @staticmethod
     def from_file(path: Path) -> Manifest:
@@ -183,7 +162,6 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
             raise TypeError(f"recipe.{name} is {value!r}")
     if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
         raise TypeError("recipe.keep holds something else than strings")
-    run = document.get("run")
     return Manifest(
         config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
         digest=document["digests"]["files"],
@@ -196,7 +174,6 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
         parameters=document["output"]["parameters"],
         quantized_parameters=document["output"]["quantized_parameters"],
         bits_per_weight=document["output"]["bits_per_weight"],
-        run=RunRecord(**run) if run is not None else None,
         tool_version=document["tool"]["version"],
     )
 

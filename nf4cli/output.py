@@ -1,12 +1,10 @@
-"""A directory that appears complete or not at all, and what is copied into it as it is."""
+"""What an output holds beside its shards, and what is copied into it as it is."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,53 +13,15 @@ from .records import Checkpoint
 from .source import index_name
 
 
-class new_directory:  # noqa: N801 - used like a function, in a with statement
-    """A directory that is built under a temporary name beside `output`, then renamed to it.
-
-    On any exception nothing is left behind.
-    """
-
-    def __init__(self, output: Path, fsync: bool) -> None:
-        self._output = output.absolute()
-        self._fsync = fsync
-
-    def __enter__(self) -> Path:
-        self._output.parent.mkdir(parents=True, exist_ok=True)
-        self._directory = Path(
-            tempfile.mkdtemp(prefix=f".{self._output.name[:100]}.partial-", dir=self._output.parent)
-        )
-        self._directory.chmod(0o777 & ~_umask())
-        return self._directory
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            return
-        try:
-            if self._fsync:
-                for path in sorted(self._directory.rglob("*")):
-                    _fsync(path)
-                _fsync(self._directory)
-            self._directory.rename(self._output)
-            if self._fsync:
-                _fsync(self._output.parent)
-        except BaseException:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def clear(directory: Path, keep: Collection[Path]) -> None:
+    """Remove what an earlier run left in `directory`, but the files and directories of `keep`."""
+    for path in sorted(directory.iterdir()):
+        if path in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_side_files(

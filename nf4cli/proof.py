@@ -21,7 +21,16 @@ from .packed import PackedWeight, Placed
 from .pipeline import Progress
 from .plan import Plan, TensorPlan, make_plan
 from .reader import ByteReader, ShardReaders
-from .records import SAFETENSORS_NAME, TORCH_NAME, Answer, Checkpoint, QuantConfig
+from .records import (
+    SAFETENSORS_NAME,
+    TORCH_NAME,
+    Answer,
+    Checkpoint,
+    FileDigests,
+    QuantConfig,
+    Result,
+    Shard,
+)
 from .report import Report
 from .source import MANIFEST, open_checkpoint
 
@@ -75,7 +84,9 @@ class _Comparison:
             if not same:
                 self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
 
-    def finish(self, plan: TensorPlan) -> None: ...
+    def finish(self, plan: TensorPlan, result: Result) -> None: ...
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None: ...
 
     def abort(self) -> None: ...
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .conversion import Conversion
-from .digest import OrderedDigest, ShardDigest, digest_file
-from .engines import Engine
+from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, new_tensor_hash
+from .engines import Engine, Notify, no_notice
+from .errors import InterruptedRunError
+from .journal import Journal, Part
 from .limits import Resources, check_output
-from .manifest import FileRecord, Manifest, RunRecord
-from .output import new_directory, write_side_files
+from .manifest import FileRecord, Manifest
+from .output import clear, write_side_files
 from .pipeline import Progress, no_progress
 from .plan import Plan, TensorPlan
+from .reader import read_shard
+from .records import FileDigests, Result, Shard
+from .resume import Standing, check, confirm, header
 from .source import MANIFEST
+from .workspace import Workspace
 from .writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -29,62 +34,109 @@ class _Files:
     """The sink that writes: shards under construction, finished as their last tensor arrives.
 
     Weights come in file order, so their bytes are digested on the way; the companions behind
-    them are read back when the file is complete.
+    them are read back when the file is complete.  A shard that an earlier run began is read back
+    whole.
+
+    Args:
+        directory: where the files are, or will be.
+        journal: told of every weight that is written; `part` is this checkpoint's name in it.
+        standing: what is there already.
     """
 
-    def __init__(self, plan: Plan, directory: Path, algorithm: str) -> None:
+    def __init__(
+        self, plan: Plan, directory: Path, algorithm: str, journal: Journal, part: str,
+        standing: Standing,
+    ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._file_of = {key: t.file for t in plan.tensors for key in t.outputs}
         self._pending = [0] * len(plan.shards)
+        self._begun = [False] * len(plan.shards)
         for t in plan.tensors:
-            self._pending[t.file] += bool(t.outputs)
+            done = t.name in standing.results
+            self._pending[t.file] += bool(t.outputs) and not done
+            self._begun[t.file] |= done
         self._layouts = plan.shards
         self._directory = directory
         self._algorithm = algorithm
+        self._journal = journal
+        self._part = part
         self._writers: list[ShardWriter] = []
-        self._turns: list[OrderedDigest] = []
+        self._turns: list[OrderedDigest | None] = []
+        self._aborted = threading.Event()
+        self.shard_digests = dict(standing.shards)
+        self.tensor_digests = dict(standing.outputs)
 
     def open(self) -> None:
-        """Create every file; `close` undoes it even when this fails half way."""
-        for layout in self._layouts:
-            self._writers.append(ShardWriter(self._directory, layout))
-            digest = ShardDigest(layout.tensors.values(), self._algorithm)
-            digest.update(layout.header)
-            self._turns.append(OrderedDigest(digest))
+        """Create or open every file; `close` undoes it even when this fails half way."""
+        for layout, begun in zip(self._layouts, self._begun, strict=True):
+            self._writers.append(ShardWriter(self._directory, layout, begun))
+            self._turns.append(None if begun else self._new_turns(layout.filename))
+        for number, pending in enumerate(self._pending):
+            if not pending and self._layouts[number].filename not in self.shard_digests:
+                self._finish_shard(number)
+
+    def _new_turns(self, filename: str) -> OrderedDigest:
+        layout = self._writers[-1].layout
+        digest = ShardDigest(layout.tensors.values(), self._algorithm)
+        digest.update(layout.header)
+        return OrderedDigest(digest)
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
         number = self._file_of[key]
-        writer = self._writers[number]
+        writer, turns = self._writers[number], self._turns[number]
         writer.write(key, offset, data)
-        if key in writer.layout.streamed:
-            self._turns[number].update(writer.layout.tensors[key].start + offset, data)
+        if turns is not None and key in writer.layout.streamed:
+            turns.update(writer.layout.tensors[key].start + offset, data)
 
-    def finish(self, plan: TensorPlan) -> None:
-        with self._lock:
-            self._pending[plan.file] -= 1
-            if self._pending[plan.file]:
-                return
+    def finish(self, plan: TensorPlan, result: Result) -> None:
         writer = self._writers[plan.file]
-        for piece in writer.tail():
-            self._turns[plan.file].digest.update(piece)
-        writer.finish()
+        digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
+        with self._lock:
+            self.tensor_digests |= digests
+            self._pending[plan.file] -= 1
+            last = not self._pending[plan.file]
+        if plan.weight.stored.name in result.sources:
+            self._journal.weight(self._part, plan.name, result, digests, writer.path)
+        if last:
+            self._finish_shard(plan.file)
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None:
+        self._journal.source_file(self._part, shard.path.name, digests)
 
     def abort(self) -> None:
-        for turn in self._turns:
-            turn.abort()
-
-    def digests(self) -> tuple[dict[str, str], dict[str, str]]:
-        """(by file name, by tensor key), when all is finished."""
-        files: dict[str, str] = {}
-        tensors: dict[str, str] = {}
-        for writer, turns in zip(self._writers, self._turns, strict=True):
-            files[writer.layout.filename] = turns.digest.hexdigest()
-            tensors |= turns.digest.tensors
-        return files, tensors
+        self._aborted.set()
+        for turns in self._turns:
+            if turns is not None:
+                turns.abort()
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+    def _digest_of(self, writer: ShardWriter, number: int, key: str) -> str:
+        turns = self._turns[number]
+        if turns is not None and key in turns.digest.tensors:
+            return turns.digest.tensors[key]
+        digest = new_tensor_hash()
+        for piece in writer.read(key):
+            digest.update(memoryview(piece))
+        return digest.hexdigest()
+
+    def _finish_shard(self, number: int) -> None:
+        writer, turns = self._writers[number], self._turns[number]
+        if turns is not None:
+            for piece in writer.tail():
+                turns.digest.update(piece)
+            digest = turns.digest.hexdigest()
+        else:
+            shard = read_shard(writer.path)
+            digest, _ = digest_shard(shard, self._algorithm, self._stop_when_aborted)
+        writer.finish()
+        self.shard_digests[writer.path.name] = digest
+
+    def _stop_when_aborted(self, count: int) -> None:
+        if self._aborted.is_set():
+            raise InterruptedRunError("interrupted")
 
 
 def write_checkpoint(
@@ -93,59 +145,84 @@ def write_checkpoint(
     engine: Engine,
     resources: Resources,
     digest: str = "blake3",
-    fsync: bool = False,
+    fsync: bool = True,
+    resume: bool = False,
     progress: Progress = no_progress,
+    notify: Notify = no_notice,
 ) -> Manifest:
     """Quantize into `output`, which appears complete, with its manifest, or not at all.
 
-    Everything is written in a sibling directory that is renamed at the end and removed on any
-    failure.
+    Everything is written in a workspace beside it, whose files become the output in one rename.
 
     Args:
-        fsync: wait for the disk before the rename, so that a power failure afterwards cannot
-            undo a file (a later `nf4 verify` would notice; a crash of the process never can).
+        fsync: wait for the disk, so that a power failure costs no more than a killed process.
+        resume: continue a run of the same that was stopped, if there is one; be content with an
+            output that is there already, if it is what this would write.
 
     Raises:
-        UsageError, MachineError: see `check_output`.
+        UsageError, MachineError: see `check_output` and `Workspace`.
         InputError: see `Conversion.run`.
         OSError: a disk is full or fails.
+        UnfinishedRunError: the same, and the work done so far was kept.
     """
-    check_output(plan, output, resources.workers)
-    with new_directory(output, fsync) as directory:
-        return fill_directory(plan, directory, engine, resources, digest, progress)
+    check_output(plan, output, resources.workers, resume)
+    place = plan.checkpoint.root, plan.checkpoint.is_file
+    total = sum(bool(t.outputs) for t in plan.tensors)
+    with Workspace(
+        output, place, header({"": plan}, digest), total, fsync=fsync, resume=resume
+    ) as work:
+        return fill(work, "", plan, engine, resources, digest, progress, notify)
 
 
-def fill_directory(
+def fill(
+    work: Workspace,
+    part: str,
     plan: Plan,
-    directory: Path,
     engine: Engine,
     resources: Resources,
     digest: str,
     progress: Progress,
+    notify: Notify,
 ) -> Manifest:
-    """Quantize into an empty directory, which the caller removes on any failure."""
-    started = time.monotonic()
+    """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
+    if work.complete:
+        manifest = confirm(plan, work.output / part, digest, resources.workers, progress)
+        notify(f"{work.output / part} is complete already, and as this would write it")
+        return manifest
+    directory = work.directory / part
+    directory.mkdir(exist_ok=True)
+    recorded = work.earlier.parts.get(part, Part())
+    standing = check(plan, directory, recorded, digest, resources.workers, progress)
+    if recorded.weights:
+        notify(_what_stands(plan, standing))
+    begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
+    clear(directory, {directory / name for name in begun})
+    work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
-    files = _Files(plan, directory, digest)
+    files = _Files(plan, directory, digest, work.journal, part, standing)
     try:
         files.open()
-        conversion = Conversion(plan, engine, resources, files, digest, directory, progress)
+        conversion = Conversion(
+            plan, engine, resources, files, digest, work.root, progress, standing
+        )
         conversion.run()
     finally:
         files.close()
-    shard_digests, tensor_digests = files.digests()
     manifest = replace(
-        conversion.manifest(tensor_digests),
-        output_files=file_records(directory, digest, shard_digests),
-        run=RunRecord(
-            engine=engine.name,
-            workers=resources.workers,
-            seconds=round(time.monotonic() - started, 3),
-            source=str(plan.checkpoint.root.resolve()),
-        ),
+        conversion.manifest(files.tensor_digests),
+        output_files=file_records(directory, digest, files.shard_digests),
     )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def _what_stands(plan: Plan, standing: Standing) -> str:
+    total = sum(bool(t.outputs) for t in plan.tensors)
+    lost = f"; {standing.lost:,} more did not reach the disk" if standing.lost else ""
+    return (
+        f"continuing an earlier run: {len(standing.results):,} of {total:,} weights are there, "
+        f"checked by their digests{lost}"
+    )
 
 
 def file_records(

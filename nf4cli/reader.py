@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError, MachineError
-from .fileio import read_at
+from .fileio import Identity, identity_of, read_at
 from .records import ITEMSIZE, Shard, TensorInfo
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def read_shard(path: Path) -> Shard:
     """
     from safetensors import SafetensorError, safe_open
 
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
     with path.open("rb") as file:
         head = file.read(len(_LFS_MAGIC))
     if head == _LFS_MAGIC:
@@ -69,7 +70,7 @@ def read_shard(path: Path) -> Shard:
         )
     # The library leaves the order of empty tensors at one offset to chance.
     tensors.sort(key=lambda t: (t.start, t.stop, t.name))
-    return Shard(path, size, data_start, tuple(tensors))
+    return Shard(path, size, data_start, tuple(tensors), identity_of(status))
 
 
 class ByteReader:
@@ -86,13 +87,17 @@ class ByteReader:
     def __init__(self, path: Path, expected_size: int) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._fd).st_size
+        size = self.identity()[2]
         if size != expected_size:
             self.close()
             raise InputError(
                 f"{path} changed while it was being read: it had {expected_size:,} bytes, "
                 f"now {size:,}"
             )
+
+    def identity(self) -> Identity:
+        """Which file is open, in which state, now."""
+        return identity_of(os.fstat(self._fd))
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
         """Fill `buffer` (contiguous bytes) from `offset` in the file.

@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .fileio import Identity
+
 ITEMSIZE: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
     "F32": 4, "I32": 4, "U32": 4,
@@ -92,12 +94,14 @@ class Shard:
         size: bytes in the file.
         data_start: offset of the first tensor byte (8 + header length).
         tensors: in offset order, no holes between them.
+        identity: which file it was, in which state, when its header was read.
     """
 
     path: Path
     size: int
     data_start: int
     tensors: tuple[TensorInfo, ...]
+    identity: Identity = (0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,3 +246,30 @@ class TensorError:
 
     rel_rmse: float
     max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What is known of a weight of the output when all of its bytes are written.
+
+    Attributes:
+        nested_offset: of its quantization state, None where there is no nested state.
+        error: of a quantized weight.
+        sources: XXH3-128 of the stored tensors that it was made from, by name; without those
+            that no digest is known of yet.
+    """
+
+    nested_offset: float | None
+    error: TensorError | None
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigests:
+    """Attributes:
+    digest: of the whole file, in the run's algorithm.
+    tensors: XXH3-128 of each tensor in it, by name.
+    """
+
+    digest: str
+    tensors: Mapping[str, str]

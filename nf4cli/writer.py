@@ -131,13 +131,15 @@ class ShardWriter:
     """One output file, written at planned places by any thread in any order.
 
     Args:
-        directory: an existing directory; the file must not exist in it.
+        directory: an existing directory; the file must not exist in it, unless
+        existing: the file is there, with this layout, and is written further.
     """
 
-    def __init__(self, directory: Path, layout: ShardLayout) -> None:
+    def __init__(self, directory: Path, layout: ShardLayout, existing: bool = False) -> None:
         self.path = directory / layout.filename
         self.layout = layout
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        new = os.O_NOFOLLOW if existing else os.O_CREAT | os.O_EXCL
+        self._fd = os.open(self.path, os.O_RDWR | new, 0o644)
         try:
             _allocate(self._fd, layout.size)
         except OSError as error:
@@ -158,9 +160,17 @@ class ShardWriter:
 
     def tail(self) -> Iterator[NDArray[np.uint8]]:
         """What lies behind the streamed tensors, read back from the file in pieces."""
+        return self._pieces(self.layout.streamed_stop, self.layout.size)
+
+    def read(self, key: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a tensor, read back from the file in pieces."""
+        tensor = self.layout.tensors[key]
+        return self._pieces(tensor.start, tensor.stop)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
         with ByteReader(self.path, self.layout.size) as reader:
-            for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
-                yield reader.read(start, min(_PIECE, self.layout.size - start))
+            for place in range(start, stop, _PIECE):
+                yield reader.read(place, min(_PIECE, stop - place))
 
     def finish(self) -> None:
         """Close the file and have the safetensors library read its header back.

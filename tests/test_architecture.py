@@ -13,16 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nf4cli"
 FLOORS = (  # a module imports from floors below its own, or from its own floor
-    ("__init__", "errors", "fileio", "components"),
+    ("__init__", "errors", "fileio", "atomic_file", "components"),
     ("records", "codebook"),
     ("bnb_format", "engines", "reader"),
     ("float8", "skip_list", "meta_model"),
     ("selection", "source", "writer", "digest", "pipeline", "output", "weights", "model_config"),
     ("exact",),
     ("families",),
-    ("plan", "manifest", "packed", "report"),
-    ("limits", "items", "diffusion", "junit", "summary"),
-    ("conversion", "inspection"),
+    ("plan", "manifest", "packed", "report", "journal"),
+    ("limits", "items", "diffusion", "resume", "junit", "summary"),
+    ("conversion", "inspection", "workspace"),
     ("proof",),
     ("quantize", "verify", "dequantize"),
     ("assembly", "attest"),

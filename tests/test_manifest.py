@@ -36,10 +36,8 @@ def test_round_trip(llama_nf4):
     assert Manifest.from_file(llama_nf4 / MANIFEST).to_json() == text
 
 
-def test_nothing_of_the_machine_is_in_the_compared_part(llama, llama_nf4):
-    document = json.loads((llama_nf4 / MANIFEST).read_text())
-    assert set(document.pop("run")) == {"engine", "workers", "seconds", "source"}
-    assert str(llama.parent) not in json.dumps(document)
+def test_nothing_of_the_machine_is_in_it(llama, llama_nf4):
+    assert str(llama.parent) not in (llama_nf4 / MANIFEST).read_text()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from nf4cli import engines
 from nf4cli.assembly import write_pipeline
 from nf4cli.diffusion import make_pipeline_plan
-from nf4cli.errors import InterruptedRunError
+from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources
 from nf4cli.records import QuantConfig
 from nf4cli.source import MANIFEST, PIPELINE_RECORD
@@ -330,25 +330,32 @@ def test_a_component_that_cannot_be_converted_is_refused(pipe, tmp_path):
     refused(INPUT, "verify", pipe, says=("nothing to verify",), cwd=tmp_path)
 
 
-def test_a_run_that_ends_early_leaves_nothing(pipe, tmp_path):
+def test_a_run_that_ends_early_leaves_nothing_or_is_continued(pipe, tmp_path):
     tensors = denoiser()
     tensors[BLOCK][3, 4] = float("nan")  # in the component that comes last
     save_file(tensors, pipe / "transformer" / WEIGHTS, {"format": "pt"})
     refused(INPUT, "quantize", pipe, tmp_path / "out", says=(BLOCK, "NaN"), cwd=tmp_path)
     save_file(denoiser(), pipe / "transformer" / WEIGHTS, {"format": "pt"})
-    before = sorted(tmp_path.rglob("*"))
 
     def interrupt(what: str, _: int) -> None:
         if what == BLOCK:
             raise InterruptedRunError("enough")
 
     plan, engine = make_pipeline_plan(pipe, QuantConfig()), engines.load("cpu")
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(UnfinishedRunError, match="weights are done and kept"):
         write_pipeline(
             plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2),
             progress=interrupt,
         )  # fmt: skip
-    assert sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
+    (tmp_path / ".out.partial" / "files" / "stale.json").write_text("{}")
+    done = nf4("quantize", pipe, tmp_path / "out", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "continuing an earlier run" in done.stderr
+    nf4_ok("quantize", pipe, tmp_path / "other")
+    assert same_files(tmp_path / "other", tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+    nf4_ok("quantize", pipe, tmp_path / "out", "--resume")  # it is there
 
 
 @pytest.mark.parametrize("proof", [False, True])

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -55,7 +54,13 @@ def _root(
 
 def main() -> None:
     """The entry point: the one place where an error becomes a message and an exit code."""
-    from ..errors import Nf4Error
+    from ..errors import (
+        InterruptedRunError,
+        Nf4Error,
+        UnfinishedRunError,
+        describe,
+        exit_code_of,
+    )
 
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
@@ -72,23 +77,19 @@ def main() -> None:
     except SystemExit:
         _flush_or_fail(json)
         raise
-    except Nf4Error as error:
-        _fail(str(error), error.exit_code, json)
-    except OSError as error:
-        _fail(_of_the_system(error), 4, json)
+    except UnfinishedRunError as error:
+        _fail(describe(error), error.exit_code, json)
+    except (Nf4Error, OSError) as error:
+        if isinstance(error, OSError) and results.begun and error.filename is None:
+            _fail(_stdout_failed(error), 4, json)
+        interrupted = isinstance(error, (InterruptedRunError, OSError))
+        left = "; nothing was left behind" if interrupted else ""
+        _fail(describe(error) + left, exit_code_of(error), json)
     except Exception as error:
         # What typer says of the command line; its class has no public name in every version.
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message()} (see nf4 --help)", 2, json)
-
-
-def _of_the_system(error: OSError) -> str:
-    if results.begun and error.filename is None:
-        return _stdout_failed(error)
-    advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}{advice}; nothing was left behind"
 
 
 def _flush_or_fail(json: bool) -> None:
@@ -122,7 +123,7 @@ def _interrupt(number: int, _: object) -> None:
 
     for handled in _SIGNALS:
         signal.signal(handled, signal.SIG_IGN)
-    raise InterruptedRunError("interrupted; nothing was left behind")
+    raise InterruptedRunError("interrupted")
 
 
 def _fail(message: str, code: int, json: bool) -> None:

@@ -62,10 +62,10 @@ def attest(
     Every file is read and must be what the manifest says: exit code 1, and no statement, when not.
     """
     from ..assembly import part_shards
+    from ..atomic_file import AtomicFile
     from ..attest import SELF_ATTESTED, Attestation
     from ..attest import attest as make_statement
     from ..errors import UsageError
-    from ..fileio import AtomicFile
 
     to_stdout = str(file) == "-"
     if to_stdout and json:

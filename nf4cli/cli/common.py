@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..engines import Engine
+    from ..engines import Engine, Notify
     from ..limits import Resources
 
 # NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
@@ -57,7 +57,8 @@ ShardSizeOption = Annotated[
     str, typer.Option("--max-shard-size", help="Largest size of an output file.")
 ]
 FsyncOption = Annotated[
-    bool, typer.Option("--fsync", help="Wait until the disk has it all (power failures).")
+    bool,
+    typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all (power failures)."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
 
@@ -104,7 +105,7 @@ def load_engine(
 ) -> Engine:
     from .. import engines
 
-    notify = engines.no_notice if quiet else note
+    notify = notices(quiet)
     engine = engines.load(name, device, notify)
     if name == "auto" and device is None and memory is not None and engine.extra_memory:
         try:
@@ -113,6 +114,13 @@ def load_engine(
             notify(f"a GPU is here, but does not fit into --memory {memory}: using the CPU")
             return engines.load("cpu")
     return engine
+
+
+def notices(quiet: bool) -> Notify:
+    """Who is told what a user should know."""
+    from .. import engines
+
+    return engines.no_notice if quiet else note
 
 
 def note(sentence: str) -> None:

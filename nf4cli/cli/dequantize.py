@@ -42,7 +42,7 @@ def dequantize(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
-    fsync: FsyncOption = False,
+    fsync: FsyncOption = True,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import common
 
 if TYPE_CHECKING:
-    from ..fileio import AtomicFile
+    from ..atomic_file import AtomicFile
     from ..report import Report
 
 
@@ -26,7 +26,7 @@ class JUnitFile:
     """
 
     def __init__(self, place: Path | None, path: Path, source: Path | None) -> None:
-        from ..fileio import AtomicFile
+        from ..atomic_file import AtomicFile
 
         self._name = common.name_of(path)
         self._stack = ExitStack()

@@ -29,6 +29,7 @@ def quantize(
     workers: int | None,
     memory: str | None,
     fsync: bool,
+    resume: bool,
     plan: bool,
     json: bool,
     quiet: bool,
@@ -43,7 +44,7 @@ def quantize(
     decided = make_pipeline_plan(source, config, oracle)
     tensors = sum(len(part.tensors) for part in decided.parts.values())
     limits = common.resources(engine, workers, memory, tensors)
-    check_pipeline_output(decided, output, limits.workers)
+    check_pipeline_output(decided, output, limits.workers, resume)
     if plan:
         if json:
             common.print_json("plan", _plan_document(decided, limits, output))
@@ -53,7 +54,9 @@ def quantize(
     started = time.monotonic()
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:
-        manifests = write_pipeline(decided, output, engine, limits, digest, fsync, display)
+        manifests = write_pipeline(
+            decided, output, engine, limits, digest, fsync, resume, display, common.notices(quiet)
+        )
     seconds = time.monotonic() - started
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
     step_summary.append(lambda: conversion_section(output, parts))

@@ -102,7 +102,13 @@ def quantize(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
-    fsync: FsyncOption = False,
+    fsync: FsyncOption = True,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue a run that was stopped; start one where there is none."
+        ),
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print what would be written, and write nothing.")
     ] = False,
@@ -149,6 +155,7 @@ def quantize(
             workers,
             memory,
             fsync,
+            resume,
             plan,
             json,
             quiet,
@@ -160,7 +167,7 @@ def quantize(
     decided = make_plan(checkpoint, config, oracle)
     chosen = common.load_engine(engine, device, quiet, memory)
     limits = common.resources(chosen, workers, memory, len(decided.tensors))
-    check_output(decided, output, limits.workers)
+    check_output(decided, output, limits.workers, resume)
     if plan:
         if json:
             common.print_json("plan", views.plan_document(decided, limits, output))
@@ -168,13 +175,18 @@ def quantize(
             views.print_plan(common.out_console(), decided, limits, output)
         return
     started = time.monotonic()
+    notify = common.notices(quiet)
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:
-        manifest = write_checkpoint(decided, output, chosen, limits, digest, fsync, display)
+        manifest = write_checkpoint(
+            decided, output, chosen, limits, digest, fsync, resume, display, notify
+        )
     seconds = time.monotonic() - started
     step_summary.append(lambda: conversion_section(output, {"": (decided, manifest)}))
     if json:
         run = {"engine": chosen.name, "seconds": round(seconds, 3)}
         common.print_json("quantize", {**views.result_document(decided, manifest, output), **run})
     elif not quiet:
-        views.print_result(common.out_console(), decided, manifest, output, seconds, source)
+        views.print_result(
+            common.out_console(), decided, manifest, output, chosen.name, seconds, source
+        )

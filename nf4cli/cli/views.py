@@ -138,7 +138,13 @@ def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, A
 
 
 def print_result(
-    console: Console, plan: Plan, manifest: Manifest, output: Path, seconds: float, source: Path
+    console: Console,
+    plan: Plan,
+    manifest: Manifest,
+    output: Path,
+    engine: str,
+    seconds: float,
+    source: Path,
 ) -> None:
     print_notes(console, plan.notes)
     console.print(table_of_groups(plan))
@@ -146,7 +152,7 @@ def print_result(
         f"[bold]{plain(output)}[/]: {format_size(plan.source_bytes)} -> "
         f"{format_size(plan.shard_bytes)}, {bits(plan)}, in {seconds:.2f} s "
         f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
-        f"{manifest.run.engine if manifest.run else ''})"
+        f"{engine})"
     )
     print_errors(console, manifest)
     console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")

@@ -1,0 +1,280 @@
+"""What an earlier run left, and how much of it stands: only what a digest proves is believed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__, journal, manifest
+from .digest import digest_file, digest_shard, new_tensor_hash
+from .errors import InputError, InterruptedRunError, UsageError
+from .fileio import identity_of
+from .journal import Part
+from .manifest import Manifest
+from .pipeline import Progress, run
+from .plan import Plan, TensorPlan
+from .reader import ByteReader, read_shard
+from .records import FileDigests, Result, Shard, TensorInfo
+from .source import MANIFEST
+from .writer import ShardLayout
+
+_PIECE = 4 << 20  # bytes read at a time
+
+
+@dataclass(slots=True)
+class Standing:
+    """The finished work of an earlier run that was found to be as it was written.
+
+    Attributes:
+        results: by weight.
+        outputs: digests of their tensors, by key.
+        shards: digests of the output files that are complete, by name.
+        sources: digests of source files that need not be read for them, by name.
+        lost: weights that an earlier run finished, and whose bytes are not there.
+    """
+
+    results: dict[str, Result] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, FileDigests] = field(default_factory=dict)
+    lost: int = 0
+
+
+def header(plans: Mapping[str, Plan], algorithm: str) -> dict[str, Any]:
+    """Everything that the bytes of an output depend on, as far as headers tell: two runs with
+    the same one write the same, if the bytes of the sources are the same."""
+    return {
+        "nf4_journal": journal.VERSION,
+        "nf4_manifest": manifest.VERSION,
+        "tool": __version__,
+        "digest": algorithm,
+        "parts": {name: _part_header(plan) for name, plan in plans.items()},
+    }
+
+
+def _part_header(plan: Plan) -> dict[str, Any]:
+    recipe = asdict(plan.config)
+    return {
+        "recipe": {**recipe, "keep": sorted(plan.config.keep)},
+        "source": {
+            "name": plan.checkpoint.name,
+            "files": {shard.path.name: shard.size for shard in plan.checkpoint.shards},
+        },
+        "plan": _fingerprint(plan),
+    }
+
+
+def _fingerprint(plan: Plan) -> str:
+    """A digest of every decision of a plan."""
+    digest = new_tensor_hash()
+    for layout in plan.shards:
+        digest.update(layout.filename.encode() + layout.header)
+    for t in plan.tensors:
+        where = (
+            t.weight.shard.path.name,
+            t.weight.stored,
+            t.weight.scale and t.weight.scale.tensor,
+        )
+        digest.update(repr((t.name, t.action, t.rule, t.reason, where, t.view, t.file)).encode())
+    digest.update(json.dumps([plan.index, plan.output_config]).encode())
+    return digest.hexdigest()
+
+
+def check(
+    plan: Plan,
+    directory: Path,
+    part: Part,
+    algorithm: str,
+    workers: int,
+    progress: Progress,
+) -> Standing:
+    """Check an earlier run's work on `plan`, byte by byte.
+
+    Args:
+        directory: where its files lie.
+        part: what its journal says.
+        workers: threads.
+
+    Raises:
+        UsageError: the source is not the one that it read.
+        InputError: a source file cannot be read.
+    """
+    standing = Standing(sources=_check_sources(plan, part, algorithm, workers, progress))
+    done = {
+        t.name: t
+        for t in plan.tensors
+        if t.name in part.weights and part.weights[t.name][1].keys() == t.outputs.keys()
+    }
+    lock = threading.Lock()
+
+    def stand(names: Iterable[str]) -> None:
+        for name in names:
+            result, outputs = part.weights[name]
+            standing.results[name] = result
+            standing.outputs |= outputs
+
+    def check_shard(number: int, stop: threading.Event) -> None:
+        layout = plan.shards[number]
+        here = [t for t in plan.tensors if t.file == number and t.outputs]
+        mine = [t for t in here if t.name in done]
+        path = directory / layout.filename
+        if not mine or not _is_whole(path, layout):
+            return
+        found, digest = _digests_of(path, layout, mine, len(mine) == len(here), algorithm,
+                                    _until(stop, layout.filename, progress))  # fmt: skip
+        good = [
+            t for t in mine if all(found.get(k) == d for k, d in part.weights[t.name][1].items())
+        ]
+        with lock:
+            stand(t.name for t in good)
+            if digest is not None and len(good) == len(here):
+                standing.shards[layout.filename] = digest
+
+    _each(range(len(plan.shards)), check_shard, workers)
+    standing.lost = len(done) - len(standing.results)
+    return standing
+
+
+def confirm(plan: Plan, output: Path, algorithm: str, workers: int, progress: Progress) -> Manifest:
+    """The manifest of an output that is there, if it is what `plan` would write.
+
+    Raises:
+        UsageError: it is not.
+        InputError: the source cannot be read.
+    """
+    exists = f"{output} exists, and is not what this would write: "
+    advice = ". Remove it first, or choose another output"
+    try:
+        found = Manifest.from_file(output / MANIFEST)
+    except (InputError, OSError) as error:
+        raise UsageError(f"{exists}{error}{advice}") from error
+    wanted = {"tool": __version__, "recipe": plan.config, "digest": algorithm}
+    there = {"tool": found.tool_version, "recipe": found.config, "digest": found.digest}
+    for name, value in wanted.items():
+        if there[name] != value:
+            raise UsageError(f"{exists}its {name} is {there[name]}, not {value}{advice}")
+    sources = {shard.path.name: shard for shard in plan.checkpoint.shards}
+    if sources.keys() != found.source_files.keys():
+        raise UsageError(f"{exists}it was made of other files{advice}")
+
+    def check_source(shard: Shard, stop: threading.Event) -> None:
+        name = shard.path.name
+        digest, _ = digest_shard(shard, algorithm, _until(stop, name, progress))
+        if digest != found.source_files[name].digest:
+            raise UsageError(f"{exists}{shard.path} is not the file it was made of{advice}")
+
+    def check_output(name: str, stop: threading.Event) -> None:
+        path = output / name
+        if not path.is_file() or digest_file(path, algorithm) != found.output_files[name].digest:
+            raise UsageError(f"{exists}{name} in it is missing or damaged{advice}")
+
+    _each(plan.checkpoint.shards, check_source, workers)
+    _each(sorted(found.output_files), check_output, workers)
+    return found
+
+
+def _is_whole(path: Path, layout: ShardLayout) -> bool:
+    """Whether a file of the size and with the header that were planned is there."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != layout.size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(layout.header)) == layout.header
+
+
+def _digests_of(
+    path: Path,
+    layout: ShardLayout,
+    plans: Iterable[TensorPlan],
+    whole: bool,
+    algorithm: str,
+    progress: Callable[[int], None],
+) -> tuple[Mapping[str, str], str | None]:
+    """Digests of the tensors written for `plans`, by key; of the file if they are the `whole`."""
+    if whole:
+        digest, tensors = digest_shard(read_shard(path), algorithm, progress)
+        return tensors, digest
+    keys = [layout.tensors[key] for t in plans for key in t.outputs]
+    with ByteReader(path, layout.size) as reader:
+        return {tensor.name: _digest_of(reader, tensor, progress) for tensor in keys}, None
+
+
+def _digest_of(reader: ByteReader, tensor: TensorInfo, progress: Callable[[int], None]) -> str:
+    digest = new_tensor_hash()
+    for start in range(tensor.start, tensor.stop, _PIECE):
+        digest.update(memoryview(reader.read(start, min(_PIECE, tensor.stop - start))))
+        progress(0)
+    return digest.hexdigest()
+
+
+def _check_sources(
+    plan: Plan, part: Part, algorithm: str, workers: int, progress: Progress
+) -> dict[str, FileDigests]:
+    """Digests of the source files that finished work was made from.
+
+    A file in the state that it was in before it was read need not be read again; another one, a
+    copy or a link that moved, may still hold the same bytes.
+    """
+    needed: dict[str, dict[str, str]] = {name: {} for name in part.files}
+    for result, _ in part.weights.values():
+        for tensor, digest in result.sources.items():
+            shard, _ = plan.checkpoint.tensors[tensor]
+            needed.setdefault(shard.path.name, {})[tensor] = digest
+    known: dict[str, FileDigests] = {}
+    shards = {shard.path.name: shard for shard in plan.checkpoint.shards}
+
+    def check_file(name: str, stop: threading.Event) -> None:
+        shard, recorded = shards[name], part.files.get(name)
+        if part.identities.get(name) == identity_of(shard.path.stat()):
+            if recorded is not None:
+                known[name] = recorded
+            return
+        try:
+            digest, tensors = digest_shard(shard, algorithm, _until(stop, name, progress))
+        except InputError as error:
+            raise UsageError(f"the source changed since the run began: {error}") from error
+        _require_same(shard, recorded, needed[name], digest, tensors)
+        known[name] = FileDigests(digest, tensors)
+
+    _each(sorted(needed), check_file, workers)
+    return known
+
+
+def _require_same(
+    shard: Shard,
+    recorded: FileDigests | None,
+    needed: Mapping[str, str],
+    digest: str,
+    tensors: Mapping[str, str],
+) -> None:
+    for tensor, before in {**needed, **(recorded.tensors if recorded else {})}.items():
+        if tensors[tensor] != before:
+            raise UsageError(
+                f"the source changed since the run began: {tensor} in {shard.path} has the digest "
+                f"{tensors[tensor]}, it was {before}"
+            )
+    if recorded is not None and digest != recorded.digest:
+        raise UsageError(
+            f"the source changed since the run began: {shard.path} has the digest {digest}, it was "
+            f"{recorded.digest}"
+        )
+
+
+def _each(items: Iterable[Any], work: Callable[[Any, threading.Event], None], workers: int) -> None:
+    """Work off items, some of which take seconds, so that Ctrl-C does not wait for one."""
+    stop = threading.Event()
+    run(items, lambda: lambda item: work(item, stop), workers, stop.set)
+
+
+def _until(stop: threading.Event, name: str, progress: Progress) -> Callable[[int], None]:
+    """What a long reading tells of its progress, which ends it when the run has ended."""
+
+    def told(count: int) -> None:
+        progress(name, 0)
+        if stop.is_set():
+            raise InterruptedRunError("interrupted")
+
+    return told
