@@ -28,7 +28,8 @@ from .pipeline import Progress, no_progress
 from .quantize import file_records, fill_directory
 from .report import Report
 from .source import PIPELINE_RECORD, open_checkpoint
-from .verify import check_other_file, verify
+from .verify import verify
+from .written import check_other_file
 
 _RECORD_ROOM = 300  # bytes a file in nf4_pipeline.json
 

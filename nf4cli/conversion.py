@@ -244,19 +244,33 @@ class Conversion:
         total = 0.0
         for _, values in absmax.pieces(blocks):
             total = self._engine.sum(values, total)
-        offset = float(np.float32(total / blocks))
+        offset = self.choose_offset(name, float(np.float32(total / blocks)))
         for start, values in absmax.pieces(blocks):
             codes = np.empty(values.size, np.uint8)
             nested = np.empty(-(-values.size // NESTED_BLOCKSIZE), np.float32)
             self._engine.nested_quantize(values, offset, codes, nested)
-            self._sink.write(name + bnb_format.ABSMAX, start, codes)
-            self._sink.write(
-                name + bnb_format.NESTED_ABSMAX,
-                4 * (start // NESTED_BLOCKSIZE),
-                nested.view(np.uint8),
-            )
+            self.write_nested(name, start, values, offset, codes, nested)
         self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
         return offset
+
+    def choose_offset(self, name: str, mean: float) -> float:
+        """nested_offset of a weight whose absmax vector has this mean, rounded to float32."""
+        return mean
+
+    def write_nested(
+        self, name: str, start: int, values: F32, offset: float, codes: U8, nested: F32
+    ) -> None:
+        """A piece of a double-quantized absmax vector, and the float32 `values` it is made from.
+
+        Args:
+            start: block of the first value; a multiple of NESTED_BLOCKSIZE.
+        """
+        self._sink.write(name + bnb_format.ABSMAX, start, codes)
+        self._sink.write(
+            name + bnb_format.NESTED_ABSMAX,
+            4 * (start // NESTED_BLOCKSIZE),
+            nested.view(np.uint8),
+        )
 
 
 class _Worker:

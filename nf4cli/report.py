@@ -45,11 +45,13 @@ class Report:
         findings: empty when all is well.
         checks: in the order they were made.
         unchecked: what could not be checked, and what it would take.
+        notes: what is unusual and no defect.
     """
 
     findings: list[Finding] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def check(self, level: str, what: str) -> None:
         """All findings of this level are in."""

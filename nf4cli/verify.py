@@ -9,30 +9,25 @@ code that writes, and comparing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import bnb_format, selection, skip_list
 from .codebook import codebook
-from .digest import digest_file, digest_shard
 from .engines import Engine
 from .errors import InputError
 from .families import names_of
 from .limits import Resources
-from .manifest import FileRecord, Manifest
 from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
 from .pipeline import Progress, no_progress, run
 from .proof import check_source
 from .reader import ShardReaders
-from .records import Checkpoint, Shard
-from .report import LEVELS, Finding, Report
+from .records import Checkpoint
+from .report import LEVELS, Report
 from .source import MANIFEST, index_name, open_checkpoint
-
-if TYPE_CHECKING:
-    pass
+from .written import check_manifest
 
 _BLOCKS_AT_A_TIME = 1 << 18
 
@@ -62,10 +57,19 @@ def verify(
         report.add("structure", str(path), str(error))
         return report
     with ShardReaders(checkpoint.shards) as readers:
-        weights = _check_structure(checkpoint, readers, report)
-        _check_config(checkpoint, weights, report)
-        _check_states(PackedReader(readers, engine), weights, report)
-    manifest = _check_manifest(checkpoint, weights, resources, report, progress)
+        weights = check_structure(checkpoint, readers, report)
+        check_config(checkpoint, weights, report)
+        recorded = (checkpoint.root / MANIFEST).is_file()
+        check_states(
+            PackedReader(readers, engine),
+            by_shard(weights),
+            resources.workers,
+            report,
+            zeros_are_wrong=source is None and not recorded,
+        )
+    manifest = check_manifest(checkpoint, weights, resources, report, progress)
+    if manifest is None and source is None:
+        _say_what_is_kept(checkpoint, weights, report)
     if source is None:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
@@ -79,7 +83,7 @@ def verify(
 # -- alone ------------------------------------------------------------------------------------
 
 
-def _check_structure(
+def check_structure(
     checkpoint: Checkpoint, readers: ShardReaders, report: Report
 ) -> dict[str, PackedWeight]:
     weights, problems = find_weights(checkpoint, readers)
@@ -105,7 +109,7 @@ def _check_structure(
     return weights
 
 
-def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
+def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
     if not checkpoint.config:
         report.unchecked.append("config.json: there is none")
         return
@@ -153,14 +157,34 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
     report.check("config", "config.json says what the tensors need")
 
 
-def _check_states(reader: PackedReader, weights: dict[str, PackedWeight], report: Report) -> None:
-    for weight in by_shard(weights):
-        for message in _state_problems(reader, weight):
-            report.add("state", weight.name, message)
+def check_states(
+    reader: PackedReader,
+    weights: Iterable[PackedWeight],
+    workers: int,
+    report: Report,
+    zeros_are_wrong: bool,
+) -> None:
+    """Tables and statistics of every one of `weights`.
+
+    Args:
+        zeros_are_wrong: whether a weight of nothing but zeros is a finding: there are models with
+            such weights, but where nothing else proves the bytes it is likely to be a loss.
+    """
+    lock = threading.Lock()
+
+    def check(weight: PackedWeight) -> None:
+        problems = list(_state_problems(reader, weight, zeros_are_wrong))
+        with lock:
+            for message in problems:
+                report.add("state", weight.name, message)
+
+    run(weights, lambda: check, workers, lambda: None)
     report.check("state", "tables are bitsandbytes' own, statistics are finite")
 
 
-def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]:
+def _state_problems(
+    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool
+) -> Iterable[str]:
     table = reader.floats(weight.quant_map)
     if not np.array_equal(table, codebook(weight.state.quant_type).decode):
         yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
@@ -176,111 +200,35 @@ def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]
     all_zero = True
     for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
         absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        if not np.isfinite(absmax).all():
-            bad = first + int(np.argmin(np.isfinite(absmax)))
-            yield f"{weight.name}: absmax of block {bad} is {absmax[bad - first]}"
+        good = np.isfinite(absmax)
+        if weight.nested_absmax is None:  # decoding a nested one may round to less than zero
+            good &= absmax >= 0
+        if not good.all():
+            bad = int(np.argmin(good))
+            yield (
+                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected the "
+                "largest magnitude of a block, which is finite and not negative"
+            )
             return
         all_zero = all_zero and not absmax.any()
-    if all_zero:
+    if all_zero and zeros_are_wrong:
         yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
 
 
-# -- with the manifest --------------------------------------------------------------------------
-
-
-def _check_manifest(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-) -> Manifest | None:
-    path = checkpoint.root / MANIFEST
-    if not path.is_file():
-        report.unchecked.append(
-            f"that the bytes are the ones written: there is no {MANIFEST} "
-            "(another program wrote this, or the run did not finish)"
-        )
-        return None
-    try:
-        manifest = Manifest.from_file(path)
-    except InputError as error:
-        report.add("manifest", MANIFEST, str(error))
-        return None
-    here = {shard.path.name: shard for shard in checkpoint.shards}
-    for name, file in sorted(manifest.output_files.items()):
-        if name not in here:
-            check_other_file(checkpoint.root, name, file, manifest.digest, report)
-    for name in sorted(here.keys() - manifest.output_files.keys()):
-        report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
-    for weight in weights.values():
-        record = manifest.tensors.get(weight.name)
-        if record is not None and record.state is not None and record.state != weight.state:
-            report.add(
-                "manifest",
-                weight.name,
-                f"{weight.name}: its quantization state is {weight.state}, the manifest has "
-                f"{record.state}",
-            )
-    expected = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
-    for key in sorted(expected.keys() - checkpoint.tensors.keys()):
-        report.add("manifest", key, f"{key} is missing: the manifest lists it")
-    lock = threading.Lock()
-
-    def check(shard: Shard) -> None:
-        findings = list(_digest_findings(shard, manifest, expected, progress))
-        with lock:
-            report.findings += findings
-
-    shards = [shard for name, shard in here.items() if name in manifest.output_files]
-    run(shards, lambda: check, min(resources.workers, max(1, len(shards))), lambda: None)
-    report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
-    return manifest
-
-
-def check_other_file(
-    root: Path, name: str, record: FileRecord, algorithm: str, report: Report
+def _say_what_is_kept(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
 ) -> None:
-    """A file beside the shards: configuration, tokenizer, code."""
-    path = root / name
-    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
-        report.add("manifest", name, f"{name} leads out of the directory")
-    elif not path.is_file():
-        report.add("manifest", name, f"{name} is missing: the manifest lists it")
-    elif (found := digest_file(path, algorithm)) != record.digest:
-        if name == "README.md":
-            report.unchecked.append("README.md: it was edited since, as a model card may be")
-        else:
-            report.add(
-                "manifest",
-                name,
-                f"{name} is not what was written: {algorithm} is {found}, expected {record.digest}",
-            )
-
-
-def _digest_findings(
-    shard: Shard, manifest: Manifest, expected: Mapping[str, str], progress: Progress
-) -> Iterable[Finding]:
-    name = shard.path.name
-    record = manifest.output_files[name]
-    if shard.size != record.size:
-        yield Finding(
-            "manifest", name, f"{name} has {shard.size:,} bytes, the manifest says {record.size:,}"
-        )
-    digest, tensors = digest_shard(
-        shard, manifest.digest, progress=lambda count: progress(name, count)
-    )
-    wrong = [key for key, found in tensors.items() if found != expected.get(key)]
-    for key in wrong:
-        what = "is not in the manifest" if key not in expected else "is not what was written"
-        wanted = f", expected {expected[key]}" if key in expected else ""
-        yield Finding(
-            "manifest", key, f"{key} in {name} {what}: its digest is {tensors[key]}{wanted}"
-        )
-    if digest != record.digest and not wrong:
-        yield Finding(
-            "manifest",
-            name,
-            f"{name}: {manifest.digest} is {digest}, the manifest says {record.digest}; no tensor "
-            "differs, so the header does",
+    """Linear weights that config.json keeps in full precision: on purpose, or left behind?"""
+    context = selection.Context.of(checkpoint)
+    kept = [
+        name
+        for name, (_, tensor) in checkpoint.tensors.items()
+        if name not in weights
+        and bnb_format.companion_owner(name) not in weights
+        and selection.rule_of(context, tensor).name == "linear"
+    ]
+    if kept:
+        report.unchecked.append(
+            f"whether {len(kept)} linear weights were meant to stay in full precision, as "
+            f"config.json has it ({kept[0]}{', ...' if kept[1:] else ''})"
         )

@@ -22,9 +22,11 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("families",),
     ("plan", "manifest", "packed", "report"),
     ("limits", "items", "diffusion"),
-    ("conversion", "inspection"),
+    ("conversion", "inspection", "written"),
+    ("foreign",),
     ("proof",),
     ("quantize", "verify", "dequantize"),
+    ("sample",),
     ("assembly",),
     ("cli", "__main__"),
 )

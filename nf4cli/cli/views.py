@@ -178,6 +178,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "ok": report.ok,
         "checks": [asdict(check) for check in report.checks],
         "unchecked": report.unchecked,
+        "notes": report.notes,
         "findings": [asdict(finding) for finding in report.findings],
     }
 
@@ -188,6 +189,7 @@ def print_checks(console: Console, report: Report) -> None:
         console.print(f"{mark}  {plain(check.what)}")
     for sentence in report.unchecked:
         console.print(f"[yellow]not checked:[/] {plain(sentence)}")
+    print_notes(console, report.notes)
 
 
 def print_verdict(console: Console, findings: list[Finding], path: Path) -> None:
