@@ -68,7 +68,7 @@ def verify(
             zeros_are_wrong=source is None and not recorded,
         )
     manifest = check_manifest(checkpoint, weights, resources, report, progress)
-    if manifest is None and source is None:
+    if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
     if source is None:
         report.unchecked.append(
