@@ -9,8 +9,10 @@ code that writes, and comparing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,7 +31,11 @@ from .report import LEVELS, Report
 from .source import MANIFEST, index_name, open_checkpoint
 from .written import check_manifest
 
+if TYPE_CHECKING:
+    from .engines import F32
+
 _BLOCKS_AT_A_TIME = 1 << 18
+_NESTED_ROUNDING = 0.01  # of nested_absmax: what 8-bit codes round by, half their widest step
 
 
 def verify(
@@ -145,8 +151,10 @@ def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repor
             continue
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
+        # No bare model holds a head, so that a head has no name inside of one.
+        own = replace(names, base_prefix="") if rule.name == "head" else names
         if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, names) for key in keys
+            skip_list.means(key, module, own) for key in keys
         ):
             report.add(
                 "config",
@@ -192,17 +200,23 @@ def _state_problems(
         reader.floats(weight.nested_quant_map)
     ):
         yield f"{weight.name}: nested_quant_map is not bitsandbytes' dynamic map"
+    least = 0.0
     if weight.nested_absmax is not None:
         nested = reader.floats(weight.nested_absmax)
         if not np.isfinite(nested).all() or (nested < 0).any():
             yield f"{weight.name}: nested_absmax holds a value that is negative or not finite"
             return
+        least = -float(nested.max()) * _NESTED_ROUNDING
+        unscaled = next(_unscaled_runs(reader, weight, nested), None)
+        if unscaled is not None:
+            yield (
+                f"{weight.name}: nested_absmax[{unscaled}] is zero, but the codes that it scales "
+                "differ: it was overwritten"
+            )
     all_zero = True
     for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
         absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        good = np.isfinite(absmax)
-        if weight.nested_absmax is None:  # decoding a nested one may round to less than zero
-            good &= absmax >= 0
+        good = np.isfinite(absmax) & (absmax >= least)
         if not good.all():
             bad = int(np.argmin(good))
             yield (
@@ -215,20 +229,30 @@ def _state_problems(
         yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
 
 
+def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:
+    """Runs of double-quantized scales that differ although their own scale is zero."""
+    size = weight.state.nested_blocksize
+    for number in np.flatnonzero(nested == 0).tolist():
+        start = number * size
+        codes = reader.read(weight.absmax, start, min(size, weight.blocks - start))
+        if (codes != codes[0]).any():
+            yield number
+
+
 def _say_what_is_kept(
     checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
 ) -> None:
-    """Linear weights that config.json keeps in full precision: on purpose, or left behind?"""
+    """Weights in full precision that could be packed: kept on purpose, or left behind?"""
     context = selection.Context.of(checkpoint)
-    kept = [
-        name
+    left = [
+        (name, selection.rule_of(context, tensor).name)
         for name, (_, tensor) in checkpoint.tensors.items()
-        if name not in weights
-        and bnb_format.companion_owner(name) not in weights
-        and selection.rule_of(context, tensor).name == "linear"
+        if name not in weights and bnb_format.companion_owner(name) not in weights
     ]
-    if kept:
-        report.unchecked.append(
-            f"whether {len(kept)} linear weights were meant to stay in full precision, as "
-            f"config.json has it ({kept[0]}{', ...' if kept[1:] else ''})"
-        )
+    for rule, what in (("linear", "linear weights"), ("experts", "weights of experts")):
+        kept = [name for name, found in left if found == rule]
+        if kept:
+            report.unchecked.append(
+                f"whether {len(kept)} {what} were meant to stay in full precision "
+                f"({kept[0]}{', ...' if kept[1:] else ''})"
+            )

@@ -170,7 +170,7 @@ simple("quant_state: another nested_blocksize", lambda d: state(d, UP, nested_bl
 simple("quant_state: quant_type fp4 under the key of nf4", lambda d: state(d, UP, quant_type="fp4"))
 simple("quant_state: not JSON", lambda d: patch(d, UP + STATE, zeros))
 forged("quant_state: shape transposed", lambda d: state(d, UP, shape=[64, 128]))
-forged("quant_state: nested_offset zero", lambda d: state(d, UP, nested_offset=0.0))
+forged("one digit of nested_offset in quant_state", _digit_of_offset)
 
 
 # -- tensors that changed places ------------------------------------------------------------------
