@@ -45,6 +45,13 @@ def new_file_hash(algorithm: str) -> _Hash:
     return hashlib.new(algorithm)
 
 
+def new_tensor_hash() -> _Hash:
+    """A hash object of TENSOR_ALGORITHM."""
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
 class TensorDigests:
     """The digest of every tensor of a file, from the file's bytes in order.
 
@@ -57,11 +64,8 @@ class TensorDigests:
     """
 
     def __init__(self, tensors: Collection[TensorInfo]) -> None:
-        import xxhash
-
-        self._new_hash = xxhash.xxh3_128
         self._pending = [t for t in tensors if t.nbytes][::-1]
-        self._hash = self._new_hash()
+        self._hash = new_tensor_hash()
         self.position = 0
         self.tensors: dict[str, str] = {
             t.name: self._hash.hexdigest() for t in tensors if not t.nbytes
@@ -83,7 +87,7 @@ class TensorDigests:
             view = view[count:]
             if self.position == tensor.stop:
                 self.tensors[tensor.name] = self._hash.hexdigest()
-                self._hash = self._new_hash()
+                self._hash = new_tensor_hash()
                 self._pending.pop()
         self.position += view.nbytes
 

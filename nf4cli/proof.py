@@ -106,18 +106,14 @@ def check_source(
     plan = plan_of(checkpoint, weights, manifest, source, report)
     if plan is None:
         return
-    algorithm = manifest.digest if manifest else None
     conversion, sink = compare(
-        checkpoint, weights, plan, engine, resources, algorithm, report, progress
-    )
+        checkpoint, weights, plan, engine, resources, report, progress,
+        foreign=manifest is None, algorithm=manifest.digest if manifest else None,
+    )  # fmt: skip
     if manifest is not None:
         _compare_manifest(checkpoint, manifest, conversion, source, report)
     add_differences(checkpoint, weights, sink, report)
-    if manifest is not None:
-        _compare_layout(checkpoint, plan, report)
-    compare_headers(checkpoint, plan, report)
-    _compare_config(checkpoint, plan, manifest, report)
-    _compare_copies(checkpoint, plan, manifest, report)
+    compare_beside(checkpoint, plan, manifest, report)
     same = (
         "is the one the source gives, or as good (see the note)"
         if report.notes
@@ -127,6 +123,17 @@ def check_source(
         "source",
         f"every byte {same} ({sink.compared:,} bytes, quantized again with {engine.name})",
     )
+
+
+def compare_beside(
+    checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
+) -> None:
+    """Everything but the tensors' bytes: headers, index, configuration, copied files."""
+    if manifest is not None:
+        _compare_layout(checkpoint, plan, report)
+    _compare_headers(checkpoint, plan, report)
+    _compare_config(checkpoint, plan, manifest, report)
+    _compare_copies(checkpoint, plan, manifest, report)
 
 
 def plan_of(
@@ -157,27 +164,29 @@ def compare(
     plan: Plan,
     engine: Engine,
     resources: Resources,
-    algorithm: str | None,
     report: Report,
     progress: Progress,
+    foreign: bool,
+    algorithm: str | None = None,
 ) -> tuple[Conversion, Comparison]:
     """Carry `plan` out and compare every tensor's bytes.
 
     Args:
-        algorithm: for the source's digests; None for none, as of a checkpoint without manifest.
+        foreign: whether another program may have written the checkpoint: see foreign.py.
+        algorithm: for the source's digests, None for none.
     """
     with ShardReaders(checkpoint.shards) as readers:
         sink = Comparison(checkpoint, readers)
-        if algorithm is not None:
+        if not foreign:
             conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
             conversion.run()
         else:
-            conversion = foreign = ForeignConversion(
+            conversion = theirs = ForeignConversion(
                 weights, readers, plan=plan, engine=engine, resources=resources, sink=sink,
-                digest=None, progress=progress,
+                digest=algorithm, progress=progress,
             )  # fmt: skip
-            foreign.run()
-            if note := foreign.note():
+            theirs.run()
+            if note := theirs.note():
                 report.notes.append(note)
     return conversion, sink
 
@@ -332,7 +341,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
     )
 
 
-def compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
+def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
     expected = {key: spec for t in plan.tensors for key, spec in t.outputs.items()}
     for key, (dtype, shape) in expected.items():
         placed = checkpoint.tensors.get(key)

@@ -171,12 +171,14 @@ def check_states(
     workers: int,
     report: Report,
     zeros_are_wrong: bool,
+    where: str = "",
 ) -> None:
     """Tables and statistics of every one of `weights`.
 
     Args:
         zeros_are_wrong: whether a weight of nothing but zeros is a finding: there are models with
             such weights, but where nothing else proves the bytes it is likely to be a loss.
+        where: for the report: what `weights` are, where they are not all.
     """
     lock = threading.Lock()
 
@@ -187,7 +189,7 @@ def check_states(
                 report.add("state", weight.name, message)
 
     run(weights, lambda: check, workers, lambda: None)
-    report.check("state", "tables are bitsandbytes' own, statistics are finite")
+    report.check("state", f"tables are bitsandbytes' own, statistics are finite{where}")
 
 
 def _state_problems(
