@@ -57,7 +57,7 @@ def verify(
     from ..verify import verify as verify_checkpoint
 
     chosen = common.load_engine(engine, device, quiet, memory)
-    limits = common.resources(chosen, workers, memory, _tensors(path, source) if memory else 0)
+    limits = common.resources(chosen, workers, memory, _weights(path, source) if memory else 0)
     total = sum(f.stat().st_size for place in (path, source) if place for f in part_shards(place))
     display = common.ProgressDisplay(total, "verifying", not (quiet or json))
     if seed is not None and sample is None:
@@ -119,14 +119,15 @@ def _look(
     return verify_sample(path, source, size, seed, engine, limits, display)
 
 
-def _tensors(*places: Path | None) -> int:
-    """Tensors in the headers of all files, which are held in memory."""
+def _weights(path: Path, source: Path | None) -> int:
+    """Weights to keep in mind: those of the source, and those of the output, whose packed ones are
+    six tensors each, known by little more than their headers."""
     from ..assembly import part_shards
     from ..reader import read_shard
 
-    count = 0
-    for place in places:
+    counts = [0, 0]
+    for number, place in enumerate((path, source)):
         for file in part_shards(place) if place else ():
             with suppress(InputError):  # reported where the checkpoint is opened
-                count += len(read_shard(file).tensors)
-    return count
+                counts[number] += len(read_shard(file).tensors)
+    return counts[0] // 8 + counts[1]
