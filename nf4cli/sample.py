@@ -102,10 +102,16 @@ def verify_sample(
         if manifest is not None:
             check_lists(checkpoint, weights, manifest, report)
             _check_digests(chosen, readers, manifest, resources, report, progress)
-    if source is not None:
+    if source is None:
+        report.unchecked.append(
+            "that the bytes are what the source gives: run again with --source DIRECTORY"
+        )
+    else:
         _check_source(
             checkpoint, weights, names, manifest, source, engine, resources, report, progress
         )
+        if manifest is not None:
+            report.unchecked.append("that the whole source is the one that the manifest names")
     report.unchecked.append(
         f"{1 - report.sample.share:.1%} of the bytes, and the digests of whole files: this was a "
         "sample; without --sample all are checked"

@@ -24,7 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench_convert import MAKE, NF4, run, script, spread
+from bench_convert import MAKE, NF4, run, spread
 
 HASH = """
 import sys, threading
@@ -83,7 +83,7 @@ json.dump({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_
 
 def python(code: str, *arguments: object) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak bytes) of a script."""
-    return run(sys.executable, "-c", code, *map(str, arguments))
+    return run(sys.executable, "-I", "-c", code, *map(str, arguments))
 
 
 def compare(out: Path, label: str, runs: int) -> list[str]:
@@ -115,7 +115,10 @@ def compare(out: Path, label: str, runs: int) -> list[str]:
         rows.append(
             f"| {label} | speed of `nf4 verify` / {name}, median of pairs | {ratio:.0%} | | | |"
         )
-    wall, cpu = json.loads(script(INSIDE, str(out), str(runs)))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", INSIDE, str(out), str(runs)], check=True, capture_output=True
+    )
+    wall, cpu = json.loads(done.stdout)
     rows.append(
         f"| {label} | speed of verify / `digest_file` in one process, without start-up, median of "
         f"pairs | {wall:.0%} | {cpu:.0%} | | |"
