@@ -29,8 +29,9 @@ from .quantize import file_records, fill
 from .report import Report
 from .resume import header
 from .source import PIPELINE_RECORD, open_checkpoint
-from .verify import check_other_file, verify
+from .verify import verify
 from .workspace import Workspace
+from .written import check_other_file
 
 _RECORD_ROOM = 300  # bytes a file in nf4_pipeline.json
 

@@ -307,6 +307,12 @@ def config_problems(
             problems.append(
                 f"quantization_config.{key} is {have!r}, but the tensors need {value!r}"
             )
+    compute = found.get("bnb_4bit_compute_dtype", "float32")
+    if compute not in TORCH_NAME.values():
+        problems.append(
+            f"quantization_config.bnb_4bit_compute_dtype is {compute!r}: expected one of "
+            f"{', '.join(TORCH_NAME.values())}"
+        )
     if found.get("llm_int8_skip_modules") == []:
         problems.append(
             "quantization_config.llm_int8_skip_modules is []: loaders then expect the output head "

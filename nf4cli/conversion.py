@@ -86,7 +86,7 @@ class Conversion:
         self._lock = threading.Lock()
         self._digests: dict[Path, OrderedDigest] = {}
         self._algorithm = digest
-        self._files = dict(standing.sources) if standing else {}
+        self._digested = dict(standing.sources) if standing else {}
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
@@ -102,7 +102,7 @@ class Conversion:
         with ShardReaders(shards) as self._readers:
             if self._algorithm is not None:
                 for shard in shards:
-                    if shard.path.name not in self._files:
+                    if shard.path.name not in self._digested:
                         self._start_digest(shard, self._algorithm)
             try:
                 run(self._items(), lambda: _Worker(self), self._resources.workers, self._abort)
@@ -118,7 +118,7 @@ class Conversion:
         turns = self._digests[shard.path]
         if turns.update(start, data) == shard.size:
             digests = FileDigests(turns.digest.hexdigest(), turns.digest.tensors)
-            self._files[shard.path.name] = digests
+            self._digested[shard.path.name] = digests
             self._sink.source_read(shard, digests)
 
     def _require_unchanged(self, shard: Shard) -> None:
@@ -126,7 +126,7 @@ class Conversion:
         reader = self._readers[shard]
         if reader.identity() == shard.identity:
             return
-        known = self._files.get(shard.path.name)
+        known = self._digested.get(shard.path.name)
         # Its times may change without its bytes (chmod, a new link): only the bytes tell.
         if known is None or digest_open(reader, shard, self._algorithm or "") != known.digest:
             raise InputError(
@@ -142,14 +142,14 @@ class Conversion:
         """
         plan, none = self.plan, Result(None, None, {})
         source_tensors = {
-            k: d for digests in self._files.values() for k, d in digests.tensors.items()
+            k: d for digests in self._digested.values() for k, d in digests.tensors.items()
         }
         return Manifest(
             config=plan.config,
             digest=self._algorithm or "",
             source_name=plan.checkpoint.name,
             source_files={
-                shard.path.name: FileRecord(shard.size, self._files[shard.path.name].digest)
+                shard.path.name: FileRecord(shard.size, self._digested[shard.path.name].digest)
                 for shard in plan.checkpoint.shards
             },
             output_files={},
@@ -180,7 +180,7 @@ class Conversion:
         digest = ShardDigest(shard.tensors, algorithm)
         digest.update(self._readers[shard].read(0, shard.data_start))
         if shard.data_start == shard.size:  # no tensor has a byte
-            self._files[shard.path.name] = FileDigests(digest.hexdigest(), digest.tensors)
+            self._digested[shard.path.name] = FileDigests(digest.hexdigest(), digest.tensors)
         else:
             self._digests[shard.path] = OrderedDigest(digest)
 
@@ -255,7 +255,7 @@ class Conversion:
         if weight.shard.path in self._digests:
             tensors: Mapping[str, str] = self._digests[weight.shard.path].digest.tensors
         else:
-            known = self._files.get(weight.shard.path.name)
+            known = self._digested.get(weight.shard.path.name)
             tensors = known.tensors if known else {}
         # The bytes that a view is a part of may still be on their way through another thread.
         if weight.stored.name in tensors:
@@ -293,19 +293,33 @@ class Conversion:
         total = 0.0
         for _, values in absmax.pieces(blocks):
             total = self._engine.sum(values, total)
-        offset = float(np.float32(total / blocks))
+        offset = self.choose_offset(name, float(np.float32(total / blocks)))
         for start, values in absmax.pieces(blocks):
             codes = np.empty(values.size, np.uint8)
             nested = np.empty(-(-values.size // NESTED_BLOCKSIZE), np.float32)
             self._engine.nested_quantize(values, offset, codes, nested)
-            self._sink.write(name + bnb_format.ABSMAX, start, codes)
-            self._sink.write(
-                name + bnb_format.NESTED_ABSMAX,
-                4 * (start // NESTED_BLOCKSIZE),
-                nested.view(np.uint8),
-            )
+            self.write_nested(name, start, values, offset, codes, nested)
         self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
         return offset
+
+    def choose_offset(self, name: str, mean: float) -> float:
+        """nested_offset of a weight whose absmax vector has this mean, rounded to float32."""
+        return mean
+
+    def write_nested(
+        self, name: str, start: int, values: F32, offset: float, codes: U8, nested: F32
+    ) -> None:
+        """A piece of a double-quantized absmax vector, and the float32 `values` it is made from.
+
+        Args:
+            start: block of the first value; a multiple of NESTED_BLOCKSIZE.
+        """
+        self._sink.write(name + bnb_format.ABSMAX, start, codes)
+        self._sink.write(
+            name + bnb_format.NESTED_ABSMAX,
+            4 * (start // NESTED_BLOCKSIZE),
+            nested.view(np.uint8),
+        )
 
 
 class _Worker:

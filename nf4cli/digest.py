@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from .pipeline import Progress, no_progress, run
 from .reader import ByteReader
 from .records import Shard, TensorInfo
 
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("blake3", "sha256")
 TENSOR_ALGORITHM = "xxh3_128"
-_PIECE = 4 << 20  # bytes read at a time
+_PIECE = 1 << 20  # bytes read at a time: they stay in the cache for both digests
+
+Item = TypeVar("Item")
 
 
 class _Hash(Protocol):
@@ -47,15 +52,18 @@ def new_tensor_hash() -> _Hash:
     return xxhash.xxh3_128()
 
 
-class ShardDigest:
-    """The digest of a file and of each of its tensors, from its bytes in order.
+class TensorDigests:
+    """The digest of every tensor of a file, from the file's bytes in order.
 
     Args:
         tensors: in offset order, without holes, up to the end of the file.
+
+    Attributes:
+        position: bytes of the file seen so far.
+        tensors: digest by name, of the tensors that are complete.
     """
 
-    def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
-        self._file = new_file_hash(algorithm)
+    def __init__(self, tensors: Collection[TensorInfo]) -> None:
         self._pending = [t for t in tensors if t.nbytes][::-1]
         self._hash = new_tensor_hash()
         self.position = 0
@@ -66,7 +74,6 @@ class ShardDigest:
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
         """The next bytes of the file."""
         view = memoryview(data)
-        self._file.update(view)
         while view.nbytes:
             tensor = self._pending[-1] if self._pending else None
             if tensor is None:
@@ -84,20 +91,72 @@ class ShardDigest:
                 self._pending.pop()
         self.position += view.nbytes
 
+
+class FileDigest:
+    """The digest of a file, from its bytes in order.
+
+    Attributes:
+        position: bytes of the file seen so far.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self._hash = new_file_hash(algorithm)
+        self.position = 0
+
+    def update(self, data: NDArray[np.uint8] | bytes) -> None:
+        """The next bytes of the file."""
+        view = memoryview(data)
+        self._hash.update(view)
+        self.position += view.nbytes
+
+    def hexdigest(self) -> str:
+        """Of the bytes so far."""
+        return self._hash.hexdigest()
+
+
+class ShardDigest:
+    """Both in one: the digest of a file and of each of its tensors, from its bytes in order.
+
+    Args:
+        tensors: see `TensorDigests`.
+    """
+
+    def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
+        self._file = FileDigest(algorithm)
+        self._tensors = TensorDigests(tensors)
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file seen so far."""
+        return self._file.position
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Digest by name, of the tensors that are complete."""
+        return self._tensors.tensors
+
+    def update(self, data: NDArray[np.uint8] | bytes) -> None:
+        """The next bytes of the file."""
+        self._file.update(data)
+        self._tensors.update(data)
+
     def hexdigest(self) -> str:
         """The file's digest so far."""
         return self._file.hexdigest()
 
 
-class OrderedDigest:
-    """A ShardDigest (`digest`) fed by several threads: each waits for its turn by offset.
+Digest = TypeVar("Digest", FileDigest, TensorDigests, ShardDigest)
+
+
+class _Ordered(Generic[Digest]):
+    """A digest (`digest`) fed by several threads: each waits for its turn by offset.
 
     No thread can wait for ever: pieces are handed out in order, so the one before mine is
     already in another thread's hands, or `abort` was called.
     """
 
-    def __init__(self, digest: ShardDigest) -> None:
-        self.digest = digest
+    def __init__(self, digest: Digest) -> None:
+        self.digest: Digest = digest
         self._turn = threading.Condition()
         self._position = digest.position
         self._aborted = False
@@ -137,30 +196,118 @@ def digest_open(reader: ByteReader, shard: Shard, algorithm: str) -> str:
     return digest.hexdigest()
 
 
+class OrderedDigest(_Ordered[ShardDigest]):
+    """A ShardDigest fed by several threads, see above."""
+
+
+class ShardHashing:
+    """One file being read once, by several threads, for its digest and its tensors'.
+
+    The two digests take turns of their own, so that one thread computes the file's while another
+    computes the tensors' or reads.
+    """
+
+    def __init__(self, shard: Shard, algorithm: str) -> None:
+        self.shard = shard
+        self.file = _Ordered(FileDigest(algorithm))
+        self.tensors = _Ordered(TensorDigests(shard.tensors))
+        self._reader: ByteReader | None = None
+        self._lock = threading.Lock()
+
+    def pieces(self) -> Iterator[tuple[ShardHashing, int]]:
+        """Every piece of the file by its offset; hand them out in this order."""
+        return ((self, start) for start in range(0, self.shard.size, _PIECE))
+
+    def add(self, start: int, buffer: NDArray[np.uint8]) -> int:
+        """Read and digest the piece at `start`; returns its bytes.
+
+        Raises:
+            InputError: the file changed in size since `shard` was read.
+        """
+        with self._lock:
+            if self._reader is None:
+                self._reader = ByteReader(self.shard.path, self.shard.size)
+        piece = buffer[: min(_PIECE, self.shard.size - start)]
+        self._reader.read_into(piece, start)
+        self.file.update(start, piece)
+        self.tensors.update(start, piece)
+        return piece.nbytes
+
+    def close(self) -> None:
+        """Let go of the file and of every thread that waits."""
+        self.file.abort()
+        self.tensors.abort()
+        if self._reader is not None:
+            self._reader.close()
+
+
+def digest_shards(
+    shards: Sequence[Shard],
+    algorithm: str,
+    workers: int = 1,
+    progress: Progress = no_progress,
+) -> list[tuple[str, dict[str, str]]]:
+    """Read files once: of each its digest, and its tensors' by name.
+
+    As many files are read at a time as there are workers; where there are fewer, several
+    workers share a file.
+
+    Args:
+        workers: threads; each holds a piece of 1 MiB.
+
+    Raises:
+        InputError: a file changed in size since its header was read.
+    """
+    import numpy as np
+
+    hashings = [ShardHashing(shard, algorithm) for shard in shards]
+
+    def make_worker() -> Callable[[tuple[ShardHashing, int]], None]:
+        buffer = np.empty(_PIECE, np.uint8)
+
+        def work(item: tuple[ShardHashing, int]) -> None:
+            hashing, start = item
+            progress(hashing.shard.path.name, hashing.add(start, buffer))
+
+        return work
+
+    def close() -> None:
+        for hashing in hashings:
+            hashing.close()
+
+    try:
+        run(_in_turn([h.pieces() for h in hashings], workers), make_worker, workers, close)
+    finally:
+        close()
+    return [(h.file.digest.hexdigest(), h.tensors.digest.tensors) for h in hashings]
+
+
 def digest_shard(
     shard: Shard,
     algorithm: str,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[str, dict[str, str]]:
-    """Read a file once: its digest, and its tensors' by name.
+    """The same of one file, in this thread.
 
     Args:
         progress: told the bytes read after each piece.
-
-    Raises:
-        InputError: the file changed in size since `shard` was read.
     """
-    import numpy as np
+    (found,) = digest_shards([shard], algorithm, 1, lambda _, count: progress(count))
+    return found
 
-    digest = ShardDigest(shard.tensors, algorithm)
-    buffer = np.empty(_PIECE, np.uint8)
-    with ByteReader(shard.path, shard.size) as reader:
-        while digest.position < shard.size:
-            piece = buffer[: min(_PIECE, shard.size - digest.position)]
-            reader.read_into(piece, digest.position)
-            digest.update(piece)
-            progress(piece.nbytes)
-    return digest.hexdigest(), digest.tensors
+
+def _in_turn(sequences: Iterable[Iterator[Item]], width: int) -> Iterator[Item]:
+    """Items of `width` sequences in turn; where one ends, the next begins."""
+    waiting = iter(sequences)
+    active = deque(islice(waiting, width))
+    while active:
+        sequence = active.popleft()
+        for item in islice(sequence, 1):
+            yield item
+            active.append(sequence)
+            break
+        else:
+            active.extend(islice(waiting, 1))
 
 
 def digest_file(path: Path, algorithm: str) -> str:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import bnb_format, selection, skip_list
+from . import __version__, bnb_format, selection, skip_list
 from .conversion import Conversion
+from .digest import digest_file
 from .engines import Engine
 from .errors import InputError, UsageError
 from .families import names_of
+from .foreign import ForeignConversion
 from .limits import Resources
 from .manifest import Manifest
 from .packed import PackedWeight, Placed
@@ -32,15 +34,17 @@ from .records import (
     Shard,
 )
 from .report import Report
-from .source import MANIFEST, open_checkpoint
+from .source import MANIFEST, index_name, open_checkpoint, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PIECE = 1 << 19  # bytes compared at a time
+_WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
+"""Fields of config.json that say something of the writer, not of the model."""
 
 
-class _Comparison:
+class Comparison:
     """The sink that compares: what a conversion would write, with what is there."""
 
     def __init__(self, checkpoint: Checkpoint, readers: ShardReaders) -> None:
@@ -101,44 +105,128 @@ def check_source(
     report: Report,
     progress: Progress,
 ) -> None:
+    """Quantize `source` again, in memory, and compare it with everything of `checkpoint`.
+
+    With a manifest, which only nf4 writes, nothing may differ: shards, headers, index,
+    configuration, copied files, and the manifest itself.  Without one the checkpoint may be
+    anybody's: tensors are compared, config.json where both say something (see also foreign.py).
+
+    Raises:
+        InputError: the source cannot be quantized.
+    """
+    plan = plan_of(checkpoint, weights, manifest, source, report)
+    if plan is None:
+        return
+    conversion, sink = compare(
+        checkpoint, weights, plan, engine, resources, report, progress,
+        foreign=manifest is None, algorithm=manifest.digest if manifest else None,
+    )  # fmt: skip
+    if manifest is not None:
+        _compare_manifest(checkpoint, manifest, conversion, source, report)
+    add_differences(checkpoint, weights, sink, report)
+    compare_beside(checkpoint, plan, manifest, report)
+    same = (
+        "is the one the source gives, or as good (see the note)"
+        if report.notes
+        else "is the one the source gives"
+    )
+    report.check(
+        "source",
+        f"every byte {same} ({sink.compared:,} bytes, quantized again with {engine.name})",
+    )
+
+
+def compare_beside(
+    checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
+) -> None:
+    """Everything but the tensors' bytes: headers, index, configuration, copied files."""
+    if manifest is not None:
+        _compare_layout(checkpoint, plan, report)
+    _compare_headers(checkpoint, plan, report)
+    _compare_config(checkpoint, plan, manifest, report)
+    _compare_copies(checkpoint, plan, manifest, report)
+
+
+def plan_of(
+    checkpoint: Checkpoint,
+    weights: dict[str, PackedWeight],
+    manifest: Manifest | None,
+    source: Path,
+    report: Report,
+) -> Plan | None:
+    """The plan that would make `checkpoint` from `source`; None, and why in the report."""
     if manifest is None and not weights:
         report.unchecked.append("the bytes against the source: no quantization state is complete")
-        return
+        return None
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
     try:
-        plan = make_plan(original, config, lambda _: _recorded_answer(manifest))
+        return make_plan(original, config, lambda _: _recorded_answer(manifest))
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
         )
-        return
+        return None
+
+
+def compare(
+    checkpoint: Checkpoint,
+    weights: dict[str, PackedWeight],
+    plan: Plan,
+    engine: Engine,
+    resources: Resources,
+    report: Report,
+    progress: Progress,
+    foreign: bool,
+    algorithm: str | None = None,
+) -> tuple[Conversion, Comparison]:
+    """Carry `plan` out and compare every tensor's bytes.
+
+    Args:
+        foreign: whether another program may have written the checkpoint: see foreign.py.
+        algorithm: for the source's digests, None for none.
+    """
     with ShardReaders(checkpoint.shards) as readers:
-        sink = _Comparison(checkpoint, readers)
-        algorithm = manifest.digest if manifest else None
-        conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
-        conversion.run()
-    if manifest is not None:
-        _compare_manifest(manifest, conversion, source, report)
-    _compare_headers(checkpoint, plan, report)
-    _compare_config(checkpoint, plan, manifest, report)
+        sink = Comparison(checkpoint, readers)
+        if not foreign:
+            conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
+            conversion.run()
+        else:
+            conversion = theirs = ForeignConversion(
+                weights, readers, plan=plan, engine=engine, resources=resources, sink=sink,
+                digest=algorithm, progress=progress,
+            )  # fmt: skip
+            theirs.run()
+            if note := theirs.note():
+                report.notes.append(note)
+    return conversion, sink
+
+
+def add_differences(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], sink: Comparison, report: Report
+) -> None:
+    """What a comparison found, tensor by tensor."""
     for key, place in sorted(sink.first.items()):
         report.add("source", key, _difference(checkpoint, weights, key, place))
     for key, message in sorted(sink.states.items()):
         report.add("source", key, message)
-    report.check(
-        "source",
-        f"every byte is the one the source gives ({sink.compared:,} bytes, quantized again with "
-        f"{engine.name})",
-    )
 
 
 def _compare_manifest(
-    manifest: Manifest, conversion: Conversion, source: Path, report: Report
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    conversion: Conversion,
+    source: Path,
+    report: Report,
 ) -> None:
     """The manifest's statements, against those of the run just made."""
     digests = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
-    expected = conversion.manifest(digests)
+    expected = replace(
+        conversion.manifest(digests),
+        source_name=manifest.source_name,  # a directory may be renamed
+        output_files=manifest.output_files,  # compared with the files themselves
+        tool_version=manifest.tool_version,
+    )
     for name, record in expected.source_files.items():
         found = manifest.source_files.get(name)
         if found != record:
@@ -158,9 +246,54 @@ def _compare_manifest(
             )
     for name in sorted(manifest.tensors.keys() - expected.tensors.keys()):
         report.add("source", name, f"{MANIFEST} lists {name}, which the source does not hold")
+    for name in sorted(manifest.source_files.keys() - expected.source_files.keys()):
+        report.add("source", name, f"{MANIFEST} lists {name}, which the source does not hold")
     for name in ("parameters", "quantized_parameters"):
         if getattr(manifest, name) != getattr(expected, name):
             report.add("source", MANIFEST, f"{MANIFEST}: {name} is not what the source gives")
+    if manifest.tool_version == __version__:
+        _compare_text(checkpoint, manifest, expected, report)
+
+
+def _compare_text(
+    checkpoint: Checkpoint, manifest: Manifest, expected: Manifest, report: Report
+) -> None:
+    """This very version wrote the manifest, so its JSON must be the same, field by field."""
+    there = read_json(checkpoint.root / MANIFEST)
+    wanted = expected.to_dict()
+    for part in (there, wanted):
+        part.pop("run", None)  # earlier manifests have it: how long a run took
+    for key in sorted(there.keys() | wanted.keys()):
+        if there.get(key) != wanted.get(key):
+            report.add("source", MANIFEST, f"{MANIFEST}: {key} is not what the source gives")
+
+
+def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
+    """Our own shards begin with the planned header, and the index says where everything is."""
+    here = {shard.path.name: shard for shard in checkpoint.shards}
+    for layout in plan.shards:
+        shard = here.pop(layout.filename, None)
+        if shard is None:
+            report.add(
+                "source", layout.filename, f"{layout.filename} is missing: the source gives it"
+            )
+            continue
+        with shard.path.open("rb") as file:
+            same = file.read(len(layout.header)) == layout.header
+        if not same or shard.size != layout.size:
+            report.add(
+                "source",
+                layout.filename,
+                f"{layout.filename}: its header is not the one that the source gives",
+            )
+    for name in sorted(here):
+        report.add("source", name, f"{name} is there, but the source gives no such file")
+    if plan.index is None or checkpoint.is_file:
+        return
+    name = index_name(plan.checkpoint.stem)
+    path = checkpoint.root / name
+    if not path.is_file() or read_json(path) != plan.index:
+        report.add("source", name, f"{name} is not the index that the source gives")
 
 
 def _recorded_answer(manifest: Manifest | None) -> Answer | None:
@@ -242,7 +375,7 @@ def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None
 def _compare_config(
     checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
 ) -> None:
-    """Our own config.json must be the one the source gives; of others, what the source says."""
+    """Our own config.json must be the one the source gives; of others, what both say."""
     expected = plan.output_config
     if expected is None:
         return
@@ -253,9 +386,16 @@ def _compare_config(
     if manifest is not None and manifest.config.asked:
         # The names in its skip list are transformers' answer, which is not asked for again.
         expected, found = (bnb_format.without_skip_list(config) for config in (expected, found))
-    keys = set(expected) | (set(found) if manifest else set())
+    keys = set(expected) | set(found)
     if not manifest:
-        keys -= {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
+        keys = set(expected) & set(found) - _WRITERS_OWN
+        said = {key for key, value in expected.items() if value is not None}
+        lacking = sorted(said - set(found) - _WRITERS_OWN)
+        if lacking:
+            report.unchecked.append(
+                f"fields of the source's config.json that this one lacks: {', '.join(lacking)} "
+                "(another version of its writer may spell them otherwise)"
+            )
     for key in sorted(keys):
         if json.dumps(found.get(key)) != json.dumps(expected.get(key)):  # a NaN equals itself
             report.add(
@@ -263,6 +403,35 @@ def _compare_config(
                 "config.json",
                 f"config.json: {key} is {found.get(key)!r}, the source gives {expected.get(key)!r}",
             )
+
+
+def _compare_copies(
+    checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
+) -> None:
+    """Tokenizer, chat template and so on: nf4 copies them, others write them anew."""
+    if checkpoint.is_file:
+        return
+    changed = []
+    for name in plan.checkpoint.extra_files:
+        if name == "config.json":
+            continue
+        here = checkpoint.root / name
+        if not here.is_file():
+            what = f"{name} is missing: the source has it"
+        elif digest_file(here, "blake3") == digest_file(plan.checkpoint.root / name, "blake3"):
+            continue
+        elif Path(name).name == "README.md":
+            continue  # a model card is edited; the manifest's check says so
+        else:
+            what = f"{name} is not the source's file"
+        changed.append(name)
+        if manifest is not None:
+            report.add("source", name, what)
+    if changed and manifest is None:
+        report.unchecked.append(
+            f"files that are not, byte for byte, the source's: {', '.join(changed[:10])} (another "
+            "program writes them anew)"
+        )
 
 
 def _difference(

@@ -73,7 +73,9 @@ def verification_section(path: Path, reports: Mapping[str, Report]) -> str:
         reports: by the name of the component, or of the checkpoint.
     """
     findings = [(n, finding) for n, report in reports.items() for finding in report.findings]
-    verdict = f"**not good**, findings: {len(findings):,}" if findings else "good"
+    sampled = any(report.sample is not None for report in reports.values())
+    good = "good in the sample" if sampled else "good"
+    verdict = f"**not good**, findings: {len(findings):,}" if findings else good
     lines = [f"### nf4 verify: {escape(path)}: {verdict}", ""]
     lines += _table(
         ("", "check", "result"),

@@ -9,7 +9,8 @@ code that writes, and comparing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,24 +18,24 @@ import numpy as np
 
 from . import bnb_format, selection, skip_list
 from .codebook import codebook
-from .digest import digest_file, digest_shard
 from .engines import Engine
 from .errors import InputError
 from .families import names_of
 from .limits import Resources
-from .manifest import FileRecord, Manifest
 from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
 from .pipeline import Progress, no_progress, run
 from .proof import check_source
 from .reader import ShardReaders
-from .records import Checkpoint, Shard
-from .report import LEVELS, Finding, Report
+from .records import Checkpoint
+from .report import LEVELS, Report
 from .source import MANIFEST, index_name, open_checkpoint
+from .written import check_manifest
 
 if TYPE_CHECKING:
-    pass
+    from .engines import F32
 
 _BLOCKS_AT_A_TIME = 1 << 18
+_NESTED_ROUNDING = 0.01  # of nested_absmax: what 8-bit codes round by, half their widest step
 
 
 def verify(
@@ -62,10 +63,19 @@ def verify(
         report.add("structure", str(path), str(error))
         return report
     with ShardReaders(checkpoint.shards) as readers:
-        weights = _check_structure(checkpoint, readers, report)
-        _check_config(checkpoint, weights, report)
-        _check_states(PackedReader(readers, engine), weights, report)
-    manifest = _check_manifest(checkpoint, weights, resources, report, progress)
+        weights = check_structure(checkpoint, readers, report)
+        check_config(checkpoint, weights, report)
+        recorded = (checkpoint.root / MANIFEST).is_file()
+        check_states(
+            PackedReader(readers, engine),
+            by_shard(weights),
+            resources.workers,
+            report,
+            zeros_are_wrong=source is None and not recorded,
+        )
+    manifest = check_manifest(checkpoint, weights, resources, report, progress)
+    if manifest is None:
+        _say_what_is_kept(checkpoint, weights, report)
     if source is None:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
@@ -79,7 +89,7 @@ def verify(
 # -- alone ------------------------------------------------------------------------------------
 
 
-def _check_structure(
+def check_structure(
     checkpoint: Checkpoint, readers: ShardReaders, report: Report
 ) -> dict[str, PackedWeight]:
     weights, problems = find_weights(checkpoint, readers)
@@ -105,7 +115,7 @@ def _check_structure(
     return weights
 
 
-def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
+def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
     if not checkpoint.config:
         report.unchecked.append("config.json: there is none")
         return
@@ -141,8 +151,10 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
             continue
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
+        # No bare model holds a head, so that a head has no name inside of one.
+        own = replace(names, base_prefix="") if rule.name == "head" else names
         if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, names) for key in keys
+            skip_list.means(key, module, own) for key in keys
         ):
             report.add(
                 "config",
@@ -153,14 +165,36 @@ def _check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repo
     report.check("config", "config.json says what the tensors need")
 
 
-def _check_states(reader: PackedReader, weights: dict[str, PackedWeight], report: Report) -> None:
-    for weight in by_shard(weights):
-        for message in _state_problems(reader, weight):
-            report.add("state", weight.name, message)
-    report.check("state", "tables are bitsandbytes' own, statistics are finite")
+def check_states(
+    reader: PackedReader,
+    weights: Iterable[PackedWeight],
+    workers: int,
+    report: Report,
+    zeros_are_wrong: bool,
+    where: str = "",
+) -> None:
+    """Tables and statistics of every one of `weights`.
+
+    Args:
+        zeros_are_wrong: whether a weight of nothing but zeros is a finding: there are models with
+            such weights, but where nothing else proves the bytes it is likely to be a loss.
+        where: for the report: what `weights` are, where they are not all.
+    """
+    lock = threading.Lock()
+
+    def check(weight: PackedWeight) -> None:
+        problems = list(_state_problems(reader, weight, zeros_are_wrong))
+        with lock:
+            for message in problems:
+                report.add("state", weight.name, message)
+
+    run(weights, lambda: check, workers, lambda: None)
+    report.check("state", f"tables are bitsandbytes' own, statistics are finite{where}")
 
 
-def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]:
+def _state_problems(
+    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool
+) -> Iterable[str]:
     table = reader.floats(weight.quant_map)
     if not np.array_equal(table, codebook(weight.state.quant_type).decode):
         yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
@@ -168,119 +202,59 @@ def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]
         reader.floats(weight.nested_quant_map)
     ):
         yield f"{weight.name}: nested_quant_map is not bitsandbytes' dynamic map"
+    least = 0.0
     if weight.nested_absmax is not None:
         nested = reader.floats(weight.nested_absmax)
         if not np.isfinite(nested).all() or (nested < 0).any():
             yield f"{weight.name}: nested_absmax holds a value that is negative or not finite"
             return
+        least = -float(nested.max()) * _NESTED_ROUNDING
+        unscaled = next(_unscaled_runs(reader, weight, nested), None)
+        if unscaled is not None:
+            yield (
+                f"{weight.name}: nested_absmax[{unscaled}] is zero, but the codes that it scales "
+                "differ: it was overwritten"
+            )
     all_zero = True
     for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
         absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        if not np.isfinite(absmax).all():
-            bad = first + int(np.argmin(np.isfinite(absmax)))
-            yield f"{weight.name}: absmax of block {bad} is {absmax[bad - first]}"
+        good = np.isfinite(absmax) & (absmax >= least)
+        if not good.all():
+            bad = int(np.argmin(good))
+            yield (
+                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected the "
+                "largest magnitude of a block, which is finite and not negative"
+            )
             return
         all_zero = all_zero and not absmax.any()
-    if all_zero:
+    if all_zero and zeros_are_wrong:
         yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
 
 
-# -- with the manifest --------------------------------------------------------------------------
+def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:
+    """Runs of double-quantized scales that differ although their own scale is zero."""
+    size = weight.state.nested_blocksize
+    for number in np.flatnonzero(nested == 0).tolist():
+        start = number * size
+        codes = reader.read(weight.absmax, start, min(size, weight.blocks - start))
+        if (codes != codes[0]).any():
+            yield number
 
 
-def _check_manifest(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-) -> Manifest | None:
-    path = checkpoint.root / MANIFEST
-    if not path.is_file():
-        report.unchecked.append(
-            f"that the bytes are the ones written: there is no {MANIFEST} "
-            "(another program wrote this, or the run did not finish)"
-        )
-        return None
-    try:
-        manifest = Manifest.from_file(path)
-    except InputError as error:
-        report.add("manifest", MANIFEST, str(error))
-        return None
-    here = {shard.path.name: shard for shard in checkpoint.shards}
-    for name, file in sorted(manifest.output_files.items()):
-        if name not in here:
-            check_other_file(checkpoint.root, name, file, manifest.digest, report)
-    for name in sorted(here.keys() - manifest.output_files.keys()):
-        report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
-    for weight in weights.values():
-        record = manifest.tensors.get(weight.name)
-        if record is not None and record.state is not None and record.state != weight.state:
-            report.add(
-                "manifest",
-                weight.name,
-                f"{weight.name}: its quantization state is {weight.state}, the manifest has "
-                f"{record.state}",
-            )
-    expected = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
-    for key in sorted(expected.keys() - checkpoint.tensors.keys()):
-        report.add("manifest", key, f"{key} is missing: the manifest lists it")
-    lock = threading.Lock()
-
-    def check(shard: Shard) -> None:
-        findings = list(_digest_findings(shard, manifest, expected, progress))
-        with lock:
-            report.findings += findings
-
-    shards = [shard for name, shard in here.items() if name in manifest.output_files]
-    run(shards, lambda: check, min(resources.workers, max(1, len(shards))), lambda: None)
-    report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
-    return manifest
-
-
-def check_other_file(
-    root: Path, name: str, record: FileRecord, algorithm: str, report: Report
+def _say_what_is_kept(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
 ) -> None:
-    """A file beside the shards: configuration, tokenizer, code."""
-    path = root / name
-    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
-        report.add("manifest", name, f"{name} leads out of the directory")
-    elif not path.is_file():
-        report.add("manifest", name, f"{name} is missing: the manifest lists it")
-    elif (found := digest_file(path, algorithm)) != record.digest:
-        if name == "README.md":
-            report.unchecked.append("README.md: it was edited since, as a model card may be")
-        else:
-            report.add(
-                "manifest",
-                name,
-                f"{name} is not what was written: {algorithm} is {found}, expected {record.digest}",
+    """Weights in full precision that could be packed: kept on purpose, or left behind?"""
+    context = selection.Context.of(checkpoint)
+    left = [
+        (name, selection.rule_of(context, tensor).name)
+        for name, (_, tensor) in checkpoint.tensors.items()
+        if name not in weights and bnb_format.companion_owner(name) not in weights
+    ]
+    for rule, what in (("linear", "linear weights"), ("experts", "weights of experts")):
+        kept = [name for name, found in left if found == rule]
+        if kept:
+            report.unchecked.append(
+                f"whether {len(kept)} {what} were meant to stay in full precision "
+                f"({kept[0]}{', ...' if kept[1:] else ''})"
             )
-
-
-def _digest_findings(
-    shard: Shard, manifest: Manifest, expected: Mapping[str, str], progress: Progress
-) -> Iterable[Finding]:
-    name = shard.path.name
-    record = manifest.output_files[name]
-    if shard.size != record.size:
-        yield Finding(
-            "manifest", name, f"{name} has {shard.size:,} bytes, the manifest says {record.size:,}"
-        )
-    digest, tensors = digest_shard(
-        shard, manifest.digest, progress=lambda count: progress(name, count)
-    )
-    wrong = [key for key, found in tensors.items() if found != expected.get(key)]
-    for key in wrong:
-        what = "is not in the manifest" if key not in expected else "is not what was written"
-        wanted = f", expected {expected[key]}" if key in expected else ""
-        yield Finding(
-            "manifest", key, f"{key} in {name} {what}: its digest is {tensors[key]}{wanted}"
-        )
-    if digest != record.digest and not wrong:
-        yield Finding(
-            "manifest",
-            name,
-            f"{name}: {manifest.digest} is {digest}, the manifest says {record.digest}; no tensor "
-            "differs, so the header does",
-        )

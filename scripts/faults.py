@@ -346,19 +346,18 @@ def full_disk(bench: Bench) -> None:
                 require(process.poll() is None, "it ended too early")
                 time.sleep(0.001)
             filler = bench.place / "filler"
-            with filler.open("wb") as file:
-                try:
+            try:
+                with filler.open("wb", buffering=0) as file:
                     while True:
                         file.write(b"\0" * 65536)
-                        file.flush()
-                except OSError:
-                    pass
+            except OSError:
+                pass  # full
             _, stderr = process.communicate(timeout=60)
             require("Traceback" not in stderr, stderr)
             require(process.returncode in (0, MACHINE), f"{process.returncode}: {stderr}")
             require(process.returncode == 0 or "No space left" in stderr, stderr)
             bench.check_half()
-            filler.unlink()
+            filler.unlink(missing_ok=True)
             bench.finish()
         finally:
             bench.place = original

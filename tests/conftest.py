@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-goldens", action="store_true", help="write tests/goldens anew from bitsandbytes"
     )
+    parser.addoption(
+        "--update-verify-page", action="store_true", help="write the table of docs/verify.md anew"
+    )
 
 
 @pytest.fixture(params=ENGINES)

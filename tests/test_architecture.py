@@ -22,9 +22,11 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("families",),
     ("plan", "manifest", "packed", "report", "journal"),
     ("limits", "items", "diffusion", "resume", "junit", "summary"),
-    ("conversion", "inspection", "workspace"),
+    ("conversion", "inspection", "workspace", "written"),
+    ("foreign",),
     ("proof",),
     ("quantize", "verify", "dequantize"),
+    ("sample",),
     ("assembly", "attest"),
     ("cli", "__main__"),
 )

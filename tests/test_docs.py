@@ -123,6 +123,7 @@ def test_scripts_can_be_run():
         "test",
         "nf4",
         "bench_convert.py",
+        "bench_verify.py",
         "families_page.py",
         "survey_families.py",
     ):

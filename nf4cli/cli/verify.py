@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError, UsageError
 from . import common, step_summary, views
 from .common import (
     DeviceOption,
@@ -18,12 +21,29 @@ from .common import (
 )
 from .junit_file import JUnitFile
 
+if TYPE_CHECKING:
+    from ..engines import Engine
+    from ..limits import Resources
+    from ..report import Report
+
 
 def verify(
     path: Annotated[Path, typer.Argument(help="A 4-bit checkpoint, written by nf4 or not.")],
     source: Annotated[
         Path | None,
         typer.Option("--source", help="What it was made from: quantize again and compare."),
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            "--sample",
+            metavar="SHARE|SIZE",
+            help="A quick look: everything small, and tensors chosen at random, like 5% or 500MB.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Of --sample. Default: another one every time.", min=0),
     ] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = None,
@@ -42,14 +62,18 @@ def verify(
     from ..summary import verification_section
     from ..verify import verify as verify_checkpoint
 
+    if seed is not None and sample is None:
+        raise UsageError("--seed needs --sample")
     with JUnitFile(junit, path, source) as report_file:
         chosen = common.load_engine(engine, device, quiet, memory)
-        limits = common.resources(chosen, workers, memory)
+        limits = common.resources(chosen, workers, memory, _weights(path, source) if memory else 0)
         places = [place for place in (path, source) if place]
         total = sum(f.stat().st_size for place in places for f in part_shards(place))
         display = common.ProgressDisplay(total, "verifying", not (quiet or json))
         with display:
-            if is_pipeline(path):
+            if sample is not None:
+                own, parts = _look(path, source, sample, seed, chosen, limits, display), {}
+            elif is_pipeline(path):
                 pipeline = verify_pipeline(path, source, chosen, limits, display)
                 own, parts = pipeline.own, pipeline.parts
             else:
@@ -77,5 +101,50 @@ def verify(
                 console.print(f"[bold]{common.plain(name)}[/]")
             if not quiet:
                 views.print_checks(console, report)
-        views.print_verdict(console, [f for r in reports for f in r.findings], path)
+        findings = [f for r in reports for f in r.findings]
+        views.print_verdict(console, findings, path, own.sample)
     raise typer.Exit(0 if ok else 1)
+
+
+def _look(
+    path: Path,
+    source: Path | None,
+    sample: str,
+    seed: int | None,
+    engine: Engine,
+    limits: Resources,
+    display: common.ProgressDisplay,
+) -> Report:
+    from ..diffusion import is_pipeline
+    from ..sample import verify_sample
+
+    if is_pipeline(path):
+        raise UsageError(
+            f"--sample looks at one checkpoint and {path} is a pipeline: give a component's "
+            "directory, like its transformer or unet"
+        )
+    size: float | int
+    if sample.strip().endswith("%"):
+        try:
+            size = float(sample.strip()[:-1]) / 100
+        except ValueError as error:
+            raise UsageError(f"--sample {sample!r} is no share: write 5%, or a size") from error
+    else:
+        size = common.parse_size(sample, "--sample")
+    if seed is None:
+        seed = random.SystemRandom().randrange(10**6)
+    return verify_sample(path, source, size, seed, engine, limits, display)
+
+
+def _weights(path: Path, source: Path | None) -> int:
+    """Weights to keep in mind: those of the source, and those of the output, whose packed ones are
+    six tensors each, known by little more than their headers."""
+    from ..assembly import part_shards
+    from ..reader import read_shard
+
+    counts = [0, 0]
+    for number, place in enumerate((path, source)):
+        for file in part_shards(place) if place else ():
+            with suppress(InputError):  # reported where the checkpoint is opened
+                counts[number] += len(read_shard(file).tensors)
+    return counts[0] // 8 + counts[1]

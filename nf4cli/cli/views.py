@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..limits import Resources
     from ..manifest import Manifest
     from ..plan import Plan
-    from ..report import Finding, Report
+    from ..report import Finding, Report, Sample
 
 _SHOWN = 20  # findings printed
 
@@ -178,10 +178,13 @@ def bits(plan: Plan) -> str:
 
 
 def report_document(report: Report) -> dict[str, Any]:
+    sample = report.sample
     return {
         "ok": report.ok,
         "checks": [asdict(check) for check in report.checks],
         "unchecked": report.unchecked,
+        "notes": report.notes,
+        "sample": sample and {**asdict(sample), "share": sample.share},
         "findings": finding_documents(report.findings),
     }
 
@@ -196,9 +199,12 @@ def print_checks(console: Console, report: Report) -> None:
         console.print(f"{mark}  {plain(check.what)}")
     for sentence in report.unchecked:
         console.print(f"[yellow]not checked:[/] {plain(sentence)}")
+    print_notes(console, report.notes)
 
 
-def print_verdict(console: Console, findings: list[Finding], path: Path) -> None:
+def print_verdict(
+    console: Console, findings: list[Finding], path: Path, sample: Sample | None = None
+) -> None:
     for finding in findings[:_SHOWN]:
         console.print(f"[bold red]{finding.level}[/]  {plain(finding.message)}")
     hidden = len(findings) - _SHOWN
@@ -207,6 +213,11 @@ def print_verdict(console: Console, findings: list[Finding], path: Path) -> None
     if findings:
         found = plural(len(findings), "finding")
         console.print(f"[bold red]{plain(path)} is NOT good: {found}[/]")
+    elif sample is not None:
+        console.print(
+            f"[bold green]{plain(path)} is good in the sample[/]: {sample.share:.1%} of the bytes, "
+            f"{sample.tensors:,} of {plural(sample.of_tensors, 'tensor')}, --seed {sample.seed}"
+        )
     else:
         console.print(f"[bold green]{plain(path)} is good[/]")
 
