@@ -234,6 +234,8 @@ class Conversion:
         job.error = TensorError(
             rel_rmse=math.sqrt(math.fsum(sums[:, 0].tolist()) / squares) if squares else 0.0,
             max_abs=float(sums[:, 2].max()),
+            blocks=-(-job.plan.numel // state.blocksize),
+            outlier_blocks=int(sums[:, 3].sum()),
         )
         job.stats.clear()
         job.state = state

@@ -169,7 +169,7 @@ def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
     if record.state is not None:
         fields["quant_state"] = {**asdict(record.state), "shape": list(record.state.shape)}
     if record.error is not None:
-        fields["error"] = asdict(record.error)
+        fields["error"] = record.error.as_dict()
     return fields
 
 
@@ -225,5 +225,12 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
         output_file=str(output["file"]),
         outputs=dict(output["digests"]),
         state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
-        error=TensorError(float(error["rel_rmse"]), float(error["max_abs"])) if error else None,
+        error=_error(error) if error else None,
     )
+
+
+def _error(fields: dict[str, Any]) -> TensorError:
+    counts = {name: fields.get(name) for name in ("blocks", "outlier_blocks")}
+    if any(type(count) not in (int, type(None)) for count in counts.values()):
+        raise TypeError(f"error has {counts}")
+    return TensorError(float(fields["rel_rmse"]), float(fields["max_abs"]), **counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,21 @@ class TensorError:
     Attributes:
         rel_rmse: root of (sum of squared error / sum of squared value).
         max_abs: largest error of one element.
+        blocks: how many share an absmax each; None where a manifest does not say.
+        outlier_blocks: those whose absmax is above 10 times the root mean square of their other
+            elements, which then have few codes left.
     """
 
     rel_rmse: float
     max_abs: float
+    blocks: int | None = None
+    outlier_blocks: int | None = None
+
+    @property
+    def outlier_share(self) -> float:
+        """Outlier blocks among all, 0 where they are not known."""
+        return (self.outlier_blocks or 0) / max(1, self.blocks or 0)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -121,8 +121,11 @@ class Engine(Protocol):
             absmax: out, ceil(n/blocksize) elements.
 
         Returns:
-            float64 [ceil(n/GRANULE), 3]: sum of squared error, sum of squared value, largest
-            error, each against the value decoded with the block's own float32 absmax.
+            float64 [ceil(n/GRANULE), 4]: sum of squared error, sum of squared value, largest
+            error, each against the value decoded with the block's own float32 absmax; and how
+            many blocks are outlier blocks: absmax above 10 times the root mean square of the
+            other elements, some of which are neither zero nor as large (cuda/nf4_codec.h has
+            it to the bit).
 
         Raises:
             NonFiniteError: src holds a NaN or an infinity, or decodes to one.

@@ -177,7 +177,7 @@ class CpuEngine:
             raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
-        stats = np.empty((-(-n // GRANULE), 3), np.float64)
+        stats = np.empty((-(-n // GRANULE), 4), np.float64)
         bad = self._quantize(
             _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type),
             _address(packed), _address(absmax), _address(stats),
