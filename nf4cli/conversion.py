@@ -205,6 +205,15 @@ class Conversion:
             self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
         return values
 
+    def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
+        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes.
+
+        Raises:
+            InputError: always; a scan (nonfinite.py) goes on.
+        """
+        dtype = item.job.plan.weight.dtype
+        raise InputError(_nonfinite(item, error.index, data, dtype)) from error
+
     def item_done(self, item: Item) -> None:
         job = item.job
         with self._lock:
@@ -212,12 +221,12 @@ class Conversion:
             last = job.pending == 0
         if last:
             if job.plan.state is not None:
-                self._finish_state(job)
+                self.finish_state(job)
             job.scale = None
             self._sink.finish(job.plan)
         self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
 
-    def _finish_state(self, job: Job) -> None:
+    def finish_state(self, job: Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
         name, state = job.plan.name, job.plan.state
         assert state is not None
@@ -338,7 +347,8 @@ class _Worker:
         except NonFiniteError as error:
             if weight.scale is not None:
                 raise InputError(_damaged(item, error.index, data, weight.scale)) from error
-            raise InputError(_nonfinite(item, error.index, data, weight.dtype)) from error
+            c.not_finite(item, error, data)
+            return
         item.job.stats[item.start] = sums
         name, first_block = plan.name, item.start // state.blocksize
         c._sink.write(name, item.start // 2, packed)
@@ -387,7 +397,8 @@ def _damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
     return (
         f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
         f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
-        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
+        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again (no "
+        "option keeps it: an output has no place for float8 as it is stored)"
     )
 
 
@@ -399,5 +410,5 @@ def _nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
     return (
         f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
         "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
-        f"with --keep {module_path(weight.name)}"
+        f"with --keep {module_path(weight.name)}, or every such weight with --on-nonfinite keep"
     )

@@ -17,6 +17,7 @@ from .errors import InputError, UsageError
 from .families import names_of
 from .limits import Resources
 from .manifest import Manifest
+from .nonfinite import scanner
 from .packed import PackedWeight, Placed
 from .pipeline import Progress
 from .plan import Plan, TensorPlan, make_plan
@@ -96,7 +97,9 @@ def check_source(
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
     try:
-        plan = make_plan(original, config, lambda _: _recorded_answer(manifest))
+        plan = make_plan(
+            original, config, lambda _: _recorded_answer(manifest), scanner(engine, resources)
+        )
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
@@ -161,12 +164,14 @@ def _recorded_answer(manifest: Manifest | None) -> Answer | None:
     if manifest is None or not manifest.config.asked:
         return None
     rearranged = selection.REARRANGED.name
+    kept = (selection.USER, selection.ENTANGLED, selection.FUSED_WITH, selection.NONFINITE)
+    packable = {rule.name for rule in kept}
     return Answer(
         version=manifest.config.asked.removeprefix("transformers "),
         quantized=frozenset(
             name
             for name, t in manifest.tensors.items()
-            if t.action == "quantize" or t.rule in (selection.USER.name, selection.ENTANGLED.name)
+            if t.action == "quantize" or t.rule in packable
         ),
         rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
     )

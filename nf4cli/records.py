@@ -30,6 +30,7 @@ STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
+ON_NONFINITE = ("error", "keep")
 TARGETS = ("transformers", "vllm", "unsloth")
 """Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
 of a mixture as a 4-bit matrix of its own, which transformers 5 does not."""
@@ -210,6 +211,8 @@ class QuantConfig:
         dtype: dtype of the kept floating tensors, or "auto" for the model's.
         keep: patterns of modules to leave in full precision.
         target: the loader it is for, one of TARGETS.
+        on_nonfinite: what to do with a weight that holds a NaN or an infinity: "error", or "keep"
+            it in full precision.
         asked: who was asked which modules are held in 4 bit ("transformers 5.23.0"), "" where
             the rules alone decided.
         max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
@@ -224,6 +227,7 @@ class QuantConfig:
     dtype: str = "auto"
     keep: tuple[str, ...] = field(default=())
     target: str = "transformers"
+    on_nonfinite: str = "error"
     asked: str = ""
     max_shard_size: int = 5_000_000_000
 

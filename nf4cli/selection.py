@@ -8,7 +8,7 @@ that holds keeps the tensor and gives the reason that --plan and the manifest sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -309,6 +309,12 @@ ENTANGLED = Rule(
     "loaders cannot tell its name from that of a module that has to be kept",
     lambda c, t, p: True,
 )
+FUSED_WITH = Rule(
+    "fused-with", "vLLM loads it as one with a module that has to be kept", lambda c, t, p: True
+)
+NONFINITE = Rule(
+    "nonfinite", "holds a NaN or an infinity, which 4-bit blocks cannot", lambda c, t, p: True
+)
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
 USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
@@ -350,6 +356,7 @@ def select(
     keep: Iterable[str] = (),
     target: str = "transformers",
     answer: Answer | None = None,
+    nonfinite: Collection[str] = (),
 ) -> dict[str, Choice]:
     """The fate of every tensor, by name.
 
@@ -357,6 +364,7 @@ def select(
         checkpoint: with its tensors as the model holds them (weights.py).
         keep: the user's patterns, see `matches`.
         answer: what transformers said, where it was asked: it can only keep more.
+        nonfinite: tensors that hold a NaN or an infinity and are to be kept.
 
     Raises:
         NothingToQuantizeError: nothing is left.
@@ -371,6 +379,8 @@ def select(
         hits = {pattern for pattern in patterns if matches(pattern, path)}
         unmatched -= hits
         choices[name] = _choose(context, tensor, bool(hits), answer)
+        if choices[name].quantize and name in nonfinite:
+            choices[name] = Choice(False, NONFINITE)
     for pattern in sorted(unmatched):
         raise UsageError(
             f"--keep {pattern!r} matches no module; the modules are called like "
