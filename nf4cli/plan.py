@@ -204,6 +204,7 @@ def make_plan(
     def decide(nonfinite: Collection[str]) -> Plan:
         choices = selection.select(model, config.keep, config.target, answer, nonfinite)
         skip = keeping.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
+        selection.refuse_nothing(checkpoint, choices)  # more may be kept now than was selected
         return _plan(checkpoint, config, model_dtype, found, choices, skip)
 
     plan = decide(())
@@ -398,11 +399,7 @@ def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan
         notes.append(
             f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
             f"{'stay' if nonfinite[1:] else 'stays'} in {config.dtype}"
-            + (
-                f"; so, as loaders cannot tell them from what is kept, {_some(along)}"
-                if along
-                else ""
-            )
+            + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
             + ". Whatever the model computes with it is not finite either: repair the source"
         )
     experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]

@@ -8,6 +8,7 @@ that holds keeps the tensor and gives the reason that --plan and the manifest sh
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -387,15 +388,19 @@ def select(
             f"{', '.join(_examples(checkpoint))}. A pattern is a glob over the whole path "
             "('*.down_proj') or whole parts of it ('layers.0'); repeat --keep for several"
         )
-    if not any(choice.quantize for choice in choices.values()):
-        kept: dict[str, int] = {}
-        for choice in choices.values():
-            kept[choice.rule.reason] = kept.get(choice.rule.reason, 0) + 1
-        why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
-        raise NothingToQuantizeError(
-            f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
-        )
+    refuse_nothing(checkpoint, choices)
     return choices
+
+
+def refuse_nothing(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
+    """Raises NothingToQuantizeError when every tensor is kept."""
+    if any(choice.quantize for choice in choices.values()):
+        return
+    kept = Counter(choice.rule.reason for choice in choices.values())
+    why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
+    raise NothingToQuantizeError(
+        f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
+    )
 
 
 def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:
