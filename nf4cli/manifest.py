@@ -231,6 +231,7 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
 
 def _error(fields: dict[str, Any]) -> TensorError:
     counts = {name: fields.get(name) for name in ("blocks", "outlier_blocks")}
-    if any(type(count) not in (int, type(None)) for count in counts.values()):
-        raise TypeError(f"error has {counts}")
+    for count in counts.values():
+        if count is not None and (type(count) is not int or not 0 <= count < 1 << 63):
+            raise ValueError(f"error has {counts}")
     return TensorError(float(fields["rel_rmse"]), float(fields["max_abs"]), **counts)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import LLAMA, UP, llama_tensors, nf4, nf4_ok, raw, write_checkpoint_dir
+from helpers import INPUT, LLAMA, UP, llama_tensors, nf4, nf4_ok, raw, write_checkpoint_dir
 
 from nf4cli.codebook import BLOCKSIZES
 from nf4cli.engines import GRANULE
@@ -153,9 +153,19 @@ def test_a_manifest_that_is_wrong_about_them_is_noticed(crushed, tmp_path, chang
     assert f"has of {UP} another record than the source gives" in done.stdout
 
 
-def test_a_count_that_is_no_number_is_a_damaged_manifest(crushed, tmp_path):
+@pytest.mark.parametrize("fields", [
+    {"outlier_blocks": "3"}, {"outlier_blocks": -1}, {"blocks": 10**400}, {"blocks": True},
+])  # fmt: skip
+def test_a_count_that_is_no_number_is_a_damaged_manifest(crushed, tmp_path, fields):
     shutil.copytree(crushed[1], tmp_path / "out")
-    edit_errors(tmp_path / "out", lambda e: e.update(outlier_blocks="3"))
-    done = nf4("verify", tmp_path / "out")
-    assert done.returncode == 1
-    assert "damaged" in done.stdout
+    edit_errors(tmp_path / "out", lambda e: e.update(fields))
+    done = nf4("inspect", tmp_path / "out")
+    assert done.returncode == INPUT
+    assert "damaged" in done.stderr
+
+
+def test_a_count_of_blocks_that_are_not_there_is_shown_as_it_is(crushed, tmp_path):
+    shutil.copytree(crushed[1], tmp_path / "out")
+    edit_errors(tmp_path / "out", lambda e: e.update(blocks=0))
+    assert "3 of 0" in nf4_ok("inspect", tmp_path / "out")
+    assert nf4("verify", tmp_path / "out", "--source", crushed[0]).returncode == 1

@@ -175,7 +175,7 @@ def outliers(errors: Mapping[str, TensorError]) -> str | None:
         return None
     return (
         f"outlier blocks (absmax above 10 times the RMS of the rest): {found:,} of {blocks:,} "
-        f"({found / blocks:.2%})"
+        f"({found / max(1, blocks):.2%})"
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, Float8, NestedAbsmax, Notify, launches, no_notice
+from . import GRANULE, STATS, Float8, NestedAbsmax, Notify, launches, no_notice
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
 
@@ -119,7 +119,7 @@ class CudaEngine(CpuEngine):
             raise ValueError(f"blocksize {blocksize}")
         if float8 is not None and not _even(float8, n, blocksize):
             return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
-        stats = np.empty((-(-n // GRANULE), 4), np.float64)
+        stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         with self._lane() as lane:
             for start, count in lane.pieces(n, _quantize_need(itemsize, blocksize, float8)):
                 blocks = slice(start // blocksize, -(-(start + count) // blocksize))
@@ -291,7 +291,7 @@ class _Need:
 
 
 def _quantize_need(itemsize: int, blocksize: int, float8: Float8 | None) -> _Need:
-    arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 24
+    arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 8 * STATS
     arrays += 12 * launches.entries(GRANULE, blocksize)
     if float8 is None:
         return _Need(GRANULE * itemsize + arrays)
