@@ -126,6 +126,23 @@ NF4_FN int nf4_rank(float scaled, const float* midpoints) {
 
 NF4_FN float nf4_decode(float table_value, float absmax) { return table_value * absmax; }
 
+// -- outlier blocks -----------------------------------------------------------------------------
+
+// A block is an outlier block when its absmax is more than 10 times the root mean square of its other
+// elements, and some element lies between zero and absmax: those two are exact in 4 bits, so that a
+// block of them loses nothing.  Counted in integers, which any order adds up to the same: a segment's
+// sum of squares, in units of absmax, is first rounded down to a multiple of 2^-16.
+NF4_FN int32_t nf4_units(float value2) {
+  return value2 < 128.0f ? (int32_t)(value2 * 65536.0f) : 1 << 23;
+}
+
+// The first half of that: units over n elements, of which the largest has 65,536.  absmax at or below
+// 1e-38, the floor of the reciprocal, is no unit; such blocks do not count.
+NF4_FN bool nf4_outlier(int32_t units, int32_t n, float absmax) {
+  const int32_t hundredth = 655;  // of 2^16
+  return absmax > 1e-38f && units - 65536 < hundredth * (n - 1);
+}
+
 // -- nested 8-bit (double quantization of the absmax vector) -----------------------------------
 
 // One step of the search for the nearest of 2^k ascending values by their midpoints, ties to the

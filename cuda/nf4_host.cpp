@@ -81,6 +81,8 @@ NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksi
   *absmax = nf4_float_of_bits(largest);
   if (largest >= kInfBits) return false;
   search_block(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, packed, sums, worst);
+  if (nf4_outlier(sums.block, blocksize, *absmax) && between(x, blocksize, *absmax))
+    sums.outliers++;
   return true;
 }
 
@@ -95,10 +97,12 @@ bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search
   *absmax = nf4_float_of_bits(largest);
   if (largest >= kInfBits) return false;
   if (*absmax < 1e-38f) *absmax = 1e-38f;
+  const bool lost = between(x, n, *absmax);
   for (int i = 0; i < n; i++) x[i] = x[i] / *absmax;
   const int padded = (n + kRow - 1) / kRow * kRow;
   for (int i = n; i < padded; i++) x[i] = 0.0f;
   search_block(search, x, padded, 1.0f, *absmax, bytes, sums, worst);
+  if (lost && nf4_outlier(sums.block, n, *absmax)) sums.outliers++;
   memcpy(packed, bytes, (size_t)(n + 1) / 2);
   return true;
 }
@@ -115,7 +119,7 @@ i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blo
                     const nf4_codebook& book, uint8_t* packed, float* absmax, double* stats) {
   const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
   const Search search(book);
-  for (i64 granule = 0; granule < n; granule += kGranule, stats += 3) {
+  for (i64 granule = 0; granule < n; granule += kGranule, stats += 4) {
     const i64 stop = n - granule < kGranule ? n : granule + kGranule;
     Sums sums;
     Worst worst;
@@ -129,6 +133,7 @@ i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blo
     stats[0] = sums.error2;
     stats[1] = sums.value2;
     stats[2] = Worst::of(worst);
+    stats[3] = (double)sums.outliers;
   }
   return -1;
 }
@@ -240,8 +245,8 @@ i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float
 
 // src: n elements of `dtype`, the start of a tensor or a whole number of granules into it.
 // packed: (n+1)/2 bytes, first element in the high nibble.  absmax: ceil(n/blocksize) floats.
-// stats: 3 doubles a granule of 65,536 elements: sum of squared error, sum of squared value and
-// largest error, under the block's own float32 absmax.
+// stats: 4 doubles a granule of 65,536 elements: sum of squared error, sum of squared value and
+// largest error, under the block's own float32 absmax; outlier blocks (nf4_codec.h).
 // Returns -1, or the index of the first NaN or infinity (the outputs are then undefined).
 NF4_EXPORT(int64_t nf4_quantize)
 (const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,

@@ -193,39 +193,66 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// What `quantize` left -> stats [granules][3], the error sums of 65,536 elements, in the order that
-// nf4_search.h defines.  A warp a granule: its lanes square and scale, two of them add in turn.
-// entries: of the whole piece; per_granule: entries; shift: entry >> shift is its block.
+// What `quantize` left -> stats [granules][4]: the error sums of 65,536 elements, in the order that
+// nf4_search.h defines, and their outlier blocks, see nf4_codec.h.  A warp a granule: its lanes square
+// and scale, two of them add in turn.  n: elements of the whole piece, in blocks of 2^log_block.
+//
+// That some element of a block lies between zero and absmax shows in its squared errors: all others
+// together have less than kLost.  Where it does not show, the count is -1, and who has the elements
+// has to look at them: a block of zeros and one value, or a value 10^6 times the others.
 extern "C" __global__ void __launch_bounds__(kWarp)
     fold_errors(const float* __restrict__ sums, const float* __restrict__ worst,
-                const float* __restrict__ absmax, i64 entries, int per_granule, int shift,
+                const float* __restrict__ absmax, i64 n, int log_block,
                 double* __restrict__ stats) {
+  constexpr float kLost = 0x1p-36f;
+  constexpr int kUnclear = 1 << 16;  // a granule has fewer blocks
   __shared__ double terms[kWarp][2];
   const int lane = threadIdx.x;
+  const int log_entry = log_block < 6 ? log_block : 6, shift = log_block - log_entry;
+  const i64 entries = (n + (1 << log_entry) - 1) >> log_entry;
+  const int per_granule = kGranule >> log_entry;
+  const int lanes = shift < 5 ? 1 << shift : kWarp;  // that share a block
   const i64 first = (i64)blockIdx.x * per_granule;
   double total = 0.0;
   float largest = 0.0f;
+  int units = 0, lost = 0, outliers = 0;
 #pragma unroll 1
   for (int base = 0; base < per_granule; base += kWarp) {
-    const i64 entry = first + base + lane;
+    const i64 entry = first + base + lane, block = entry >> shift;
     terms[lane][0] = terms[lane][1] = 0.0;
     if (entry < entries) {
-      const double unit = absmax[entry >> shift];
+      const double unit = absmax[block];
       const double square = unit * unit;
-      terms[lane][0] = square * sums[2 * entry];
-      terms[lane][1] = square * sums[2 * entry + 1];
+      const float error2 = sums[2 * entry], value2 = sums[2 * entry + 1];
+      terms[lane][0] = square * error2;
+      terms[lane][1] = square * value2;
       largest = fmaxf(largest, worst[entry]);
+      units += nf4_units(value2);
+      lost |= error2 > kLost ? 1 : 0;
     }
     __syncwarp();
     if (lane < 2)
 #pragma unroll
       for (int i = 0; i < kWarp; i++) total = total + terms[i][lane];
     __syncwarp();
+    if (shift > 5 && (base & kWarp) == 0) continue;  // half of a block: the next turn has the rest
+    for (int step = 1; step < lanes; step *= 2) {
+      units += __shfl_xor_sync(kAll, units, step);
+      lost |= __shfl_xor_sync(kAll, lost, step);
+    }
+    const i64 left = n - (block << log_block);
+    if (left > 0 && (lane & (lanes - 1)) == 0) {
+      const int size = left >> log_block ? 1 << log_block : (int)left;
+      if (nf4_outlier(units, size, absmax[block])) outliers += lost ? 1 : kUnclear;
+    }
+    units = lost = 0;
   }
   for (int step = 1; step < kWarp; step *= 2)
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
-  if (lane < 2) stats[3 * (i64)blockIdx.x + lane] = total;
-  if (lane == 2) stats[3 * (i64)blockIdx.x + 2] = (double)largest;
+  for (int step = 1; step < kWarp; step *= 2) outliers += __shfl_xor_sync(kAll, outliers, step);
+  if (lane < 2) stats[4 * (i64)blockIdx.x + lane] = total;
+  if (lane == 2) stats[4 * (i64)blockIdx.x + 2] = (double)largest;
+  if (lane == 3) stats[4 * (i64)blockIdx.x + 3] = outliers < kUnclear ? (double)outliers : -1.0;
 }
 
 // -- double quantization of the absmax vector -----------------------------------------------------

@@ -14,6 +14,7 @@ constexpr unsigned kAll = 0xffffffffu;
 
 constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see nf4_search.h
 constexpr int kRows = 4;            // rows of a segment
+constexpr int kGranule = 65536;     // elements that share one entry of the error sums
 constexpr int kSegment = kRow * kRows;   // 64 elements, worked on by two threads:
 constexpr int kHalf = kRow / 2;     // each owns 8 of the 16 columns, in all 4 rows
 

@@ -27,15 +27,26 @@ constexpr int kSegment = 64;      // elements that are added up by them
 // units of its block's absmax: partial sum j takes the elements j, j+16, j+32, ... in turn, then the
 // 16 partial sums are folded in halves (j += j+8, j+4, j+2, j+1).  Segments are added in turn, in
 // float64, times the absmax squared.
+//
+// block: nf4_units of the block at hand; outliers: outlier blocks so far, see nf4_codec.h.
 struct Sums {
   double error2 = 0.0, value2 = 0.0;
+  int32_t block = 0, outliers = 0;
 
   NF4_FN void add(Sums& sums, float absmax, float error2, float value2) {
     const double unit = absmax;
     sums.error2 += unit * unit * error2;
     sums.value2 += unit * unit * value2;
+    sums.block += nf4_units(value2);
   }
 };
+
+// Whether some value lies between zero and absmax, the second half of what makes an outlier block.
+inline bool between(const float* x, int n, float absmax) {
+  for (int i = 0; i < n; i++)
+    if (x[i] != 0.0f && x[i] != absmax && x[i] != -absmax) return true;
+  return false;
+}
 
 #if NF4_LANES < 16
 NF4_FN void pack(const int32_t* codes, int n, uint8_t* packed) {
@@ -236,6 +247,7 @@ struct Lookup {
 // A whole block, n a multiple of 16, segment by segment.
 NF4_FN void search_block(const Search& search, const float* x, int n, float scale, float absmax,
                          uint8_t* packed, Sums& sums, Worst& worst) {
+  sums.block = 0;
   for (int i = 0; i < n; i += kSegment)
     Search::run(search, x + i, n - i < kSegment ? n - i : kSegment, scale, absmax, packed + i / 2,
                 sums, worst);

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from . import bnb_format
-from .bnb_format import QuantState
 from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
 from .digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
 from .engines import GRANULE, Engine, Float8
 from .errors import InputError, NonFiniteError
 from .items import AbsmaxFile, Item, Job, Reading, damaged, element, nonfinite, widest
 from .limits import Resources
-from .manifest import FileRecord, Manifest, TensorRecord
+from .manifest import Manifest
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
 from .reader import ShardReaders
+from .recording import manifest_of
 from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, TensorError, View
 from .resume import Standing
 
@@ -140,40 +140,8 @@ class Conversion:
         Args:
             output_digests: of every output tensor, by key.
         """
-        plan, none = self.plan, Result(None, None, {})
-        source_tensors = {
-            k: d for digests in self._digested.values() for k, d in digests.tensors.items()
-        }
-        return Manifest(
-            config=plan.config,
-            digest=self._algorithm or "",
-            source_name=plan.checkpoint.name,
-            source_files={
-                shard.path.name: FileRecord(shard.size, self._digested[shard.path.name].digest)
-                for shard in plan.checkpoint.shards
-            },
-            output_files={},
-            tensors={
-                t.name: TensorRecord(
-                    action=t.action,
-                    rule=t.rule,
-                    reason=t.reason,
-                    transposed=t.view is not None,
-                    source_tensor=t.weight.stored.name,
-                    source_file=t.weight.shard.path.name,
-                    source_dtype=t.weight.stored.dtype,
-                    source_shape=t.weight.stored.shape,
-                    source_digest=source_tensors[t.weight.stored.name],
-                    output_file=plan.shards[t.file].filename if t.outputs else "",
-                    outputs={key: output_digests.get(key, "") for key in t.outputs},
-                    state=_with_offset(t, self.results.get(t.name, none)),
-                    error=self.results.get(t.name, none).error,
-                )
-                for t in plan.tensors
-            },
-            parameters=plan.parameters,
-            quantized_parameters=plan.quantized_parameters,
-            bits_per_weight=plan.bits_per_weight,
+        return manifest_of(
+            self.plan, self._algorithm or "", self.results, self._digested, output_digests
         )
 
     def _start_digest(self, shard: Shard, algorithm: str) -> None:
@@ -238,6 +206,15 @@ class Conversion:
             self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
         return values
 
+    def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
+        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes.
+
+        Raises:
+            InputError: always; a scan (nonfinite.py) goes on.
+        """
+        dtype = item.job.plan.weight.dtype
+        raise InputError(nonfinite(item, error.index, data, dtype)) from error
+
     def item_done(self, item: Item) -> None:
         job = item.job
         with self._lock:
@@ -251,7 +228,7 @@ class Conversion:
         """All chunks of a weight are written."""
         weight = job.plan.weight
         if job.plan.state is not None:
-            self._finish_state(job)
+            self.finish_state(job)
         if weight.shard.path in self._digests:
             tensors: Mapping[str, str] = self._digests[weight.shard.path].digest.tensors
         else:
@@ -267,7 +244,7 @@ class Conversion:
             self._jobs.discard(job)
         self._sink.finish(job.plan, result)
 
-    def _finish_state(self, job: Job) -> None:
+    def finish_state(self, job: Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
         name, state = job.plan.name, job.plan.state
         assert state is not None
@@ -284,6 +261,8 @@ class Conversion:
         job.error = TensorError(
             rel_rmse=math.sqrt(math.fsum(sums[:, 0].tolist()) / squares) if squares else 0.0,
             max_abs=float(sums[:, 2].max()),
+            blocks=-(-job.plan.numel // state.blocksize),
+            outlier_blocks=int(sums[:, 3].sum()),
         )
         job.state = state
 
@@ -399,7 +378,8 @@ class _Worker:
         except NonFiniteError as error:
             if weight.scale is not None:
                 raise InputError(damaged(item, error.index, data, weight.scale)) from error
-            raise InputError(nonfinite(item, error.index, data, weight.dtype)) from error
+            c.not_finite(item, error, data)
+            return
         item.job.stats[item.start] = sums
         name, first_block = plan.name, item.start // state.blocksize
         c._sink.write(name, item.start // 2, packed)
@@ -431,13 +411,6 @@ class _Worker:
                 f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
             ) from error
         c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
-
-
-def _with_offset(plan: TensorPlan, result: Result) -> QuantState | None:
-    """The quantization state as it is written."""
-    if plan.state is None or result.nested_offset is None:
-        return plan.state
-    return replace(plan.state, nested_offset=result.nested_offset)
 
 
 def _float8(item: Item) -> Float8 | None:

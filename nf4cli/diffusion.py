@@ -22,7 +22,7 @@ from .errors import InputError, NothingToQuantizeError, UsageError
 from .families import consult
 from .manifest import FileRecord
 from .output import Copies
-from .plan import Oracle, Plan, make_plan
+from .plan import Oracle, Plan, Scan, make_plan, no_scan
 from .records import Checkpoint, QuantConfig
 from .selection import matches, module_path
 from .source import (
@@ -223,11 +223,14 @@ def _says_packed(directory: Path) -> bool:
         return True  # whoever opens it says what is wrong
 
 
-def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult) -> PipelinePlan:
+def make_pipeline_plan(
+    root: Path, config: QuantConfig, oracle: Oracle = consult, scan: Scan = no_scan
+) -> PipelinePlan:
     """Decide the whole conversion of a pipeline.
 
     Args:
         config: `keep` patterns may begin with a component's name, or be one.
+        oracle, scan: see `make_plan`.
 
     Raises:
         UsageError, InputError: see `make_plan`; no component has anything to quantize.
@@ -257,7 +260,7 @@ def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult
     notes = [f"{name} is kept as it is, by --keep" for name in wanted if name in kept]
     for name, checkpoint in checkpoints.items():
         try:
-            plan = make_plan(checkpoint, replace(config, keep=patterns[name]), oracle)
+            plan = make_plan(checkpoint, replace(config, keep=patterns[name]), oracle, scan)
         except NothingToQuantizeError as error:
             notes.append(f"{name} is copied as it is: {error}")
             continue

@@ -121,7 +121,8 @@ def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
     return (
         f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
         f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
-        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again"
+        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again (no "
+        "option keeps it: an output has no place for float8 as it is stored)"
     )
 
 
@@ -134,5 +135,5 @@ def nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
     return (
         f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
         "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
-        f"with --keep {module_path(weight.name)}"
+        f"with --keep {module_path(weight.name)}, or every such weight with --on-nonfinite keep"
     )

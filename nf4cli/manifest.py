@@ -149,7 +149,7 @@ def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
     if record.state is not None:
         fields["quant_state"] = {**asdict(record.state), "shape": list(record.state.shape)}
     if record.error is not None:
-        fields["error"] = asdict(record.error)
+        fields["error"] = record.error.as_dict()
     return fields
 
 
@@ -203,8 +203,16 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
         output_file=str(output["file"]),
         outputs=dict(output["digests"]),
         state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
-        error=TensorError(*map(_finite, (error["rel_rmse"], error["max_abs"]))) if error else None,
+        error=_error(error) if error else None,
     )
+
+
+def _error(fields: dict[str, Any]) -> TensorError:
+    counts = {name: fields.get(name) for name in ("blocks", "outlier_blocks")}
+    for count in counts.values():
+        if count is not None and (type(count) is not int or not 0 <= count < 1 << 63):
+            raise ValueError(f"error has {counts}")
+    return TensorError(_finite(fields["rel_rmse"]), _finite(fields["max_abs"]), **counts)
 
 
 def _finite(value: object) -> float:

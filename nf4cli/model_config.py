@@ -71,6 +71,16 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def vllm_partners(module: str, packed: Collection[str]) -> list[str]:
+    """The packed modules that vLLM loads as one with `module`."""
+    layer, experts, _ = module.partition(".experts.")
+    if experts:
+        return [other for other in packed if other.startswith(f"{layer}.experts.")]
+    parent, _, leaf = module.rpartition(".")
+    parts = [part for parts in _VLLM_FUSED.values() if leaf in parts for part in parts]
+    return [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in packed]
+
+
 def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[str]:
     """What vLLM calls the fused forms of kept modules: its skip list speaks of those.
 

@@ -7,18 +7,19 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from . import bnb_format, model_config, selection, skip_list
+from . import bnb_format, keeping, model_config, selection
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
 from .families import consult, names_of
 from .records import (
     ITEMSIZE,
+    ON_NONFINITE,
     SAFETENSORS_NAME,
     STORAGE_NAME,
     TARGETS,
@@ -32,7 +33,7 @@ from .records import (
     Weight,
 )
 from .source import shard_count, shard_name
-from .weights import contents
+from .weights import Contents, contents
 from .writer import ShardLayout, fill_shards, lay_out
 
 
@@ -157,11 +158,23 @@ Oracle = Callable[[Checkpoint], Answer | None]
 """Given the source as the model holds it, what transformers says of it, or None for the rules."""
 
 
-def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = consult) -> Plan:
+Scan = Callable[[Plan], Collection[str]]
+"""Given a plan, those of its weights to quantize that hold a NaN or an infinity (nonfinite.py)."""
+
+
+def no_scan(plan: Plan) -> Collection[str]:
+    """The Scan that reads nothing: a conversion will refuse what it meets."""
+    return ()
+
+
+def make_plan(
+    checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = consult, scan: Scan = no_scan
+) -> Plan:
     """Decide the whole conversion.
 
     Args:
         oracle: see `families.consult`.
+        scan: asked where config.on_nonfinite is "keep"; it reads all that would be quantized.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
@@ -180,8 +193,6 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
     model = found.as_checkpoint(checkpoint)
     model_config.check_headers(model)
     answer = oracle(model)
-    choices = selection.select(model, config.keep, config.target, answer)
-    skip = _skip_modules(choices, names_of(checkpoint.config, answer), config.target)
     torch_dtype = TORCH_NAME[model_dtype]
     config = replace(
         config,
@@ -189,6 +200,26 @@ def make_plan(checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = cons
         compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
         asked=f"transformers {answer.version}" if answer else "",
     )
+
+    def decide(nonfinite: Collection[str]) -> Plan:
+        choices = selection.select(model, config.keep, config.target, answer, nonfinite)
+        skip = keeping.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
+        selection.refuse_nothing(checkpoint, choices)  # more may be kept now than was selected
+        return _plan(checkpoint, config, model_dtype, found, choices, skip)
+
+    plan = decide(())
+    nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
+    return decide(nonfinite) if nonfinite else plan
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    model_dtype: str,
+    found: Contents,
+    choices: dict[str, selection.Choice],
+    skip: list[str],
+) -> Plan:
     tensors = [
         _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
     ] + [_drop(*checkpoint.tensors[name], reason) for name, reason in found.left.items()]
@@ -213,6 +244,7 @@ def _check_options(config: QuantConfig) -> None:
         ("--compute-dtype", config.compute_dtype, ("auto", *SAFETENSORS_NAME)),
         ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
         ("--target", config.target, TARGETS),
+        ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
@@ -340,32 +372,6 @@ def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
     }
 
 
-def _skip_modules(
-    choices: dict[str, selection.Choice], names: skip_list.Names, target: str
-) -> list[str]:
-    """The skip list; a module that no list can tell from a kept one is kept as well.
-
-    Raises:
-        UsageError: the user keeps a module that cannot be told from packed ones.
-    """
-    while True:
-        kept = selection.kept_modules(choices)
-        packed = {selection.module_path(n): n for n, c in choices.items() if c.quantize}
-        entries = skip_list.collapse(kept, packed)
-        fused = model_config.vllm_fused_modules(kept, packed) if target == "vllm" else []
-        skip = skip_list.skip_modules([*entries, *fused], packed, names)
-        lost = next(skip_list.unmeant(entries, skip, names), None)
-        if lost is None:
-            return skip
-        if kept[entries[lost]].rule is selection.USER:
-            raise UsageError(
-                f"--keep cannot leave {lost} alone in full precision: loaders would take its "
-                "name to mean packed modules as well. Keep those too, or none"
-            )
-        for module in skip_list.entangled(lost, packed, names):
-            choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
-
-
 def _output_config(
     checkpoint: Checkpoint, config: QuantConfig, skip: list[str]
 ) -> dict[str, Any] | None:
@@ -379,8 +385,23 @@ def _output_config(
     return output
 
 
+def _some(names: list[str]) -> str:
+    """The first five of a list, in words."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     notes = []
+    nonfinite = [t.name for t in tensors if t.rule == selection.NONFINITE.name]
+    if nonfinite:
+        along = [t.name for t in tensors if t.rule in keeping.FOLLOWING]
+        notes.append(
+            f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
+            f"{'stay' if nonfinite[1:] else 'stays'} in {config.dtype}"
+            + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
+            + ". Whatever the model computes with it is not finite either: repair the source"
+        )
     experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
     if experts:
         weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]

@@ -3,96 +3,40 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from . import __version__, bnb_format, selection, skip_list
+from .comparison import Comparison
 from .conversion import Conversion
 from .digest import digest_file
 from .engines import Engine
-from .errors import InputError, UsageError
+from .errors import UsageError
 from .families import names_of
 from .foreign import ForeignConversion
 from .limits import Resources
 from .manifest import Manifest
-from .packed import PackedWeight, Placed
+from .nonfinite import scanner
+from .packed import PackedWeight
 from .pipeline import Progress
-from .plan import Plan, TensorPlan, make_plan
+from .plan import Plan, make_plan
 from .reader import ByteReader, ShardReaders
 from .records import (
     SAFETENSORS_NAME,
     TORCH_NAME,
     Answer,
     Checkpoint,
-    FileDigests,
     QuantConfig,
-    Result,
-    Shard,
 )
 from .report import Report
 from .source import MANIFEST, index_name, open_checkpoint, read_json
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
-_PIECE = 1 << 19  # bytes compared at a time
 _WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
 """Fields of config.json that say something of the writer, not of the model."""
-
-
-class Comparison:
-    """The sink that compares: what a conversion would write, with what is there."""
-
-    def __init__(self, checkpoint: Checkpoint, readers: ShardReaders) -> None:
-        self._checkpoint = checkpoint
-        self._readers = readers
-        self._lock = threading.Lock()
-        self.first: dict[str, int] = {}  # key -> the first byte that differs
-        self.states: dict[str, str] = {}  # key -> what is wrong with a quant_state
-        self.compared = 0
-
-    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
-        placed = self._checkpoint.tensors.get(key)
-        if placed is not None and bnb_format.is_state_key(key):
-            self._compare_states(key, placed, data)
-            return
-        if placed is None or offset + data.nbytes > placed[1].nbytes:
-            return  # reported by the comparison of the headers
-        shard, tensor = placed
-        with self._lock:
-            self.compared += data.nbytes
-        for start in range(0, data.nbytes, _PIECE):
-            piece = data[start : start + _PIECE]
-            there = self._readers[shard].read(tensor.start + offset + start, piece.nbytes)
-            if not np.array_equal(there, piece):
-                place = offset + start + int(np.argmax(there != piece))
-                with self._lock:
-                    self.first[key] = min(place, self.first.get(key, place))
-                return
-
-    def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
-        """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
-        shard, tensor = placed
-        there = self._readers[shard].read(tensor.start, tensor.nbytes).tobytes()
-        expected = bnb_format.decode_state(data.tobytes(), key)
-        try:
-            same = bnb_format.decode_state(there, key) == expected
-        except InputError:
-            same = False
-        with self._lock:
-            self.compared += data.nbytes
-            if not same:
-                self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
-
-    def finish(self, plan: TensorPlan, result: Result) -> None: ...
-
-    def source_read(self, shard: Shard, digests: FileDigests) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 def check_source(
@@ -114,7 +58,7 @@ def check_source(
     Raises:
         InputError: the source cannot be quantized.
     """
-    plan = plan_of(checkpoint, weights, manifest, source, report)
+    plan = plan_of(checkpoint, weights, manifest, source, engine, resources, report)
     if plan is None:
         return
     conversion, sink = compare(
@@ -152,6 +96,8 @@ def plan_of(
     weights: dict[str, PackedWeight],
     manifest: Manifest | None,
     source: Path,
+    engine: Engine,
+    resources: Resources,
     report: Report,
 ) -> Plan | None:
     """The plan that would make `checkpoint` from `source`; None, and why in the report."""
@@ -161,7 +107,9 @@ def plan_of(
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
     try:
-        return make_plan(original, config, lambda _: _recorded_answer(manifest))
+        return make_plan(
+            original, config, lambda _: _recorded_answer(manifest), scanner(engine, resources)
+        )
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
@@ -238,9 +186,13 @@ def _compare_manifest(
                 f"{place} is not the file that this was made from: its {manifest.digest} is "
                 f"{record.digest}, the manifest has {named}",
             )
+    counted = any(t.error and t.error.outlier_blocks is not None for t in manifest.tensors.values())
     for name, tensor in expected.tensors.items():
-        there = manifest.tensors.get(name)
-        if there is None or replace(there, reason="") != replace(tensor, reason=""):
+        there, error = manifest.tensors.get(name), tensor.error
+        if error is not None and not counted:  # an earlier nf4 did not
+            error = replace(error, blocks=None, outlier_blocks=None)
+        expected_record = replace(tensor, reason="", error=error)
+        if there is None or replace(there, reason="") != expected_record:
             report.add(
                 "source", name, f"{MANIFEST} has of {name} another record than the source gives"
             )
@@ -301,12 +253,14 @@ def _recorded_answer(manifest: Manifest | None) -> Answer | None:
     if manifest is None or not manifest.config.asked:
         return None
     rearranged = selection.REARRANGED.name
+    kept = (selection.USER, selection.ENTANGLED, selection.FUSED_WITH, selection.NONFINITE)
+    packable = {rule.name for rule in kept}
     return Answer(
         version=manifest.config.asked.removeprefix("transformers "),
         quantized=frozenset(
             name
             for name, t in manifest.tensors.items()
-            if t.action == "quantize" or t.rule in (selection.USER.name, selection.ENTANGLED.name)
+            if t.action == "quantize" or t.rule in packable
         ),
         rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
     )

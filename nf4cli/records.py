@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
+ON_NONFINITE = ("error", "keep")
 TARGETS = ("transformers", "vllm", "unsloth")
 """Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
 of a mixture as a 4-bit matrix of its own, which transformers 5 does not."""
@@ -214,6 +215,8 @@ class QuantConfig:
         dtype: dtype of the kept floating tensors, or "auto" for the model's.
         keep: patterns of modules to leave in full precision.
         target: the loader it is for, one of TARGETS.
+        on_nonfinite: what to do with a weight that holds a NaN or an infinity: "error", or "keep"
+            it in full precision.
         asked: who was asked which modules are held in 4 bit ("transformers 5.23.0"), "" where
             the rules alone decided.
         max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
@@ -228,6 +231,7 @@ class QuantConfig:
     dtype: str = "auto"
     keep: tuple[str, ...] = field(default=())
     target: str = "transformers"
+    on_nonfinite: str = "error"
     asked: str = ""
     max_shard_size: int = 5_000_000_000
 
@@ -242,10 +246,24 @@ class TensorError:
     Attributes:
         rel_rmse: root of (sum of squared error / sum of squared value).
         max_abs: largest error of one element.
+        blocks: how many share an absmax each; None where a manifest does not say.
+        outlier_blocks: those whose absmax is above 10 times the root mean square of their other
+            elements, which then have few codes left.
     """
 
     rel_rmse: float
     max_abs: float
+    blocks: int | None = None
+    outlier_blocks: int | None = None
+
+    @property
+    def outlier_share(self) -> float:
+        """Outlier blocks among all, 0 where they are not known."""
+        return (self.outlier_blocks or 0) / max(1, self.blocks or 0)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def _check_source(
     report: Report,
     progress: Progress,
 ) -> None:
-    plan = plan_of(checkpoint, weights, manifest, source, report)
+    plan = plan_of(checkpoint, weights, manifest, source, engine, resources, report)
     if plan is None:
         return
     part = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names))

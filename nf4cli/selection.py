@@ -8,7 +8,8 @@ that holds keeps the tensor and gives the reason that --plan and the manifest sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -309,6 +310,12 @@ ENTANGLED = Rule(
     "loaders cannot tell its name from that of a module that has to be kept",
     lambda c, t, p: True,
 )
+FUSED_WITH = Rule(
+    "fused-with", "vLLM loads it as one with a module that has to be kept", lambda c, t, p: True
+)
+NONFINITE = Rule(
+    "nonfinite", "holds a NaN or an infinity, which 4-bit blocks cannot", lambda c, t, p: True
+)
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
 USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
@@ -350,6 +357,7 @@ def select(
     keep: Iterable[str] = (),
     target: str = "transformers",
     answer: Answer | None = None,
+    nonfinite: Collection[str] = (),
 ) -> dict[str, Choice]:
     """The fate of every tensor, by name.
 
@@ -357,6 +365,7 @@ def select(
         checkpoint: with its tensors as the model holds them (weights.py).
         keep: the user's patterns, see `matches`.
         answer: what transformers said, where it was asked: it can only keep more.
+        nonfinite: tensors that hold a NaN or an infinity and are to be kept.
 
     Raises:
         NothingToQuantizeError: nothing is left.
@@ -371,21 +380,27 @@ def select(
         hits = {pattern for pattern in patterns if matches(pattern, path)}
         unmatched -= hits
         choices[name] = _choose(context, tensor, bool(hits), answer)
+        if choices[name].quantize and name in nonfinite:
+            choices[name] = Choice(False, NONFINITE)
     for pattern in sorted(unmatched):
         raise UsageError(
             f"--keep {pattern!r} matches no module; the modules are called like "
             f"{', '.join(_examples(checkpoint))}. A pattern is a glob over the whole path "
             "('*.down_proj') or whole parts of it ('layers.0'); repeat --keep for several"
         )
-    if not any(choice.quantize for choice in choices.values()):
-        kept: dict[str, int] = {}
-        for choice in choices.values():
-            kept[choice.rule.reason] = kept.get(choice.rule.reason, 0) + 1
-        why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
-        raise NothingToQuantizeError(
-            f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
-        )
+    refuse_nothing(checkpoint, choices)
     return choices
+
+
+def refuse_nothing(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
+    """Raises NothingToQuantizeError when every tensor is kept."""
+    if any(choice.quantize for choice in choices.values()):
+        return
+    kept = Counter(choice.rule.reason for choice in choices.values())
+    why = "; ".join(f"{count} x {reason}" for reason, count in kept.items())
+    raise NothingToQuantizeError(
+        f"{checkpoint.root} has no linear layer to quantize among {len(choices)} tensors: {why}"
+    )
 
 
 def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:

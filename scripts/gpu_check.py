@@ -29,7 +29,7 @@ import numpy as np
 
 from nf4cli import codebook, engines
 from nf4cli.cli.common import processors
-from nf4cli.engines import GRANULE, Float8, NestedAbsmax, launches
+from nf4cli.engines import GRANULE, STATS, Float8, NestedAbsmax, launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine
 from nf4cli.errors import Nf4Error
@@ -200,7 +200,7 @@ def kernels(device: Any, n: int, repeats: int) -> tuple[float, list[Measured]]:
     stream = device.stream()
     sizes = {
         "src": 4 * n, "packed": n // 2, "absmax": n // 16, "sums": n // 8, "worst": n // 16,
-        "stats": 24 * -(-n // GRANULE), "codes": n // 64, "nested": n // 4096 + 256,
+        "stats": 8 * STATS * -(-n // GRANULE), "codes": n // 64, "nested": n // 4096 + 256,
     }  # fmt: skip
     memory = {name: device.allocate(size) for name, size in sizes.items()}
     at = {name: block.address for name, block in memory.items()}

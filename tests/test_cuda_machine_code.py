@@ -36,7 +36,7 @@ BUDGET = {
     "dequantize<2, true>": 18,
     "dequantize<1, true>": 25,
     "dequantize<0, true>": 14,
-    "fold_errors": 2,
+    "fold_errors": 3,
     "nested_quantize<false>": 1,
 }
 """Instructions a weight.  At its 2.75 bytes, an H100 is bound by its memory up to 27 of them."""

@@ -81,7 +81,17 @@ MUTATIONS = {
     ),
     "the tail multiplies": ("x[row][k] / largest[b]", "x[row][k] * (1.0f / largest[b])"),
     "no floor under a tail's absmax": ("largest[b] < 1e-38f ? 1e-38f : largest[b]", "largest[b]"),
-    "an error sum takes its neighbour's absmax": ("[entry >> shift]", "[entry >> (shift + 1)]"),
+    "an error sum takes its neighbour's absmax": (
+        "block = entry >> shift;", "block = entry >> (shift + 1);"
+    ),
+    "half a block is judged": ("if (shift > 5 && (base & kWarp) == 0) continue;", ""),
+    "outliers of a block are counted by each of its lanes": (
+        "if (left > 0 && (lane & (lanes - 1)) == 0) {", "if (left > 0) {"
+    ),
+    "a tail is judged as a whole block": (
+        "left >> log_block ? 1 << log_block : (int)left", "1 << log_block"
+    ),
+    "zeros beside an outlier count": ("lost ? 1 : kUnclear", "1"),
     "a factor of the row above": (
         "(f.row + lines) / f.block_rows", "f.row / f.block_rows + lines / f.block_rows"
     ),

@@ -122,7 +122,7 @@ def test_a_zero_block_stays_zero(engine):
     packed, absmax, stats = encode(engine, torch.zeros(128), "F32", 64, "nf4")
     assert set(packed.tolist()) == {0x77}
     assert absmax.tolist() == [0.0, 0.0]
-    assert stats.tolist() == [[0.0, 0.0, 0.0]]
+    assert stats.tolist() == [[0.0, 0.0, 0.0, 0.0]]
 
 
 def test_a_zero_tail_block_keeps_bitsandbytes_floor(engine):
@@ -210,7 +210,7 @@ def test_error_sums_are_what_they_say(engine):
     packed, absmax, stats = encode(engine, x, "F32", 64, "nf4")
     decoded = bnb_dequantize(packed, absmax, 64, "nf4", x.numel(), torch.float32)
     error = (x - decoded).double()
-    assert stats.shape == (4, 3)
+    assert stats.shape == (4, 4)
     for granule, row in enumerate(stats):
         part = slice(granule * GRANULE, (granule + 1) * GRANULE)
         assert row[0] == pytest.approx(float((error[part] ** 2).sum()), rel=1e-5)

@@ -17,6 +17,7 @@ from helpers import (
     refused,
     write_checkpoint_dir,
 )
+from safetensors.torch import save_file
 
 from nf4cli.limits import Resources
 from nf4cli.records import QuantConfig
@@ -97,6 +98,23 @@ def test_kept_llama4_experts_are_matrices_too(tmp_path):
     for name, value in slices(source).items():
         assert torch.equal(written[name], value.bfloat16()), name
     assert "is good" in nf4_ok("verify", out, "--source", source)
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm"])
+def test_a_llama4_expert_with_a_nan_is_kept_as_a_matrix(tmp_path, target):
+    """vLLM holds the experts of a layer as one, so there all of them are kept."""
+    source = llama4(tmp_path / "src")
+    tensors = read_all(source)
+    tensors["language_model.model.layers.0.feed_forward.experts.gate_up_proj"][1, 5, 7] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    options = ("--on-nonfinite", "keep", "--target", target)
+    nf4_ok("quantize", source, tmp_path / "out", *options)
+    written = read_all(tmp_path / "out")
+    gate = "language_model.model.layers.0.feed_forward.experts.1.gate_proj.weight"
+    assert torch.isnan(written[gate]).nonzero().tolist() == [[7, 5]]
+    kept = {name for name in slices(source) if name + STATE not in written}
+    assert kept == (set(slices(source)) if target == "vllm" else {gate})
+    assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", source)
 
 
 def mixtral(root: Path) -> Path:

@@ -273,6 +273,13 @@ def test_what_does_not_fit_is_refused(work, change, says):
     refused(INPUT, "quantize", "model8", "-q", says=says, cwd=work)
 
 
+def test_what_does_not_decode_is_refused_whatever_is_asked(work):
+    """Decoded, it would be another value than the source holds; as stored, no loader reads it."""
+    broken(work, damaged)
+    says = (GATE, "[3, 5]", "no option keeps it")
+    refused(INPUT, "quantize", "model8", "--on-nonfinite", "keep", "-q", says=says, cwd=work)
+
+
 def test_early_compressed_tensors_and_all_scales_of_kernels(tmp_path):
     quantization = compressed("channel")
     float8_model(tmp_path / "new", quantization, "_scale", (1, 0), "matrix", "bfloat16")

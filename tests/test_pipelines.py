@@ -253,6 +253,20 @@ def test_keep_speaks_of_components_and_of_their_modules(pipe, tmp_path):
     )  # fmt: skip
 
 
+def test_weights_that_are_not_finite_are_kept_in_any_component(pipe, tmp_path):
+    tensors = denoiser()
+    tensors[BLOCK][3, 5] = torch.nan
+    save_file(tensors, pipe / "transformer" / WEIGHTS, {"format": "pt"})
+    refused(INPUT, "quantize", "pipe", says=("--on-nonfinite keep",), cwd=tmp_path)
+    keep = ("--on-nonfinite", "keep")
+    refused(USAGE, "quantize", "pipe", "pipe", *keep, says=("source directory",), cwd=tmp_path)
+    text = nf4_ok("quantize", pipe, tmp_path / "out", *keep)
+    assert f"transformer: {BLOCK} holds a NaN or an infinity and stays in bfloat16" in text
+    found = load_file(tmp_path / "out" / "transformer" / WEIGHTS)[BLOCK]
+    assert torch.isnan(found).nonzero().tolist() == [[3, 5]]
+    assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", pipe)
+
+
 def test_what_has_no_linear_layer_is_copied(pipe, tmp_path):
     component(pipe / "controlnet", {"conv.weight": torch.zeros(4, 4, 3, 3)},
               {"_class_name": "ControlNetModel"})  # fmt: skip

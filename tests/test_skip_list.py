@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
+from helpers import INPUT, LLAMA, UP, llama_tensors, nf4_ok, refused, write_checkpoint_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -85,6 +85,14 @@ def test_what_is_confused_with_a_kept_module_is_kept(tmp_path):
     assert fates["pre_lm_head.weight"]["rule"] == "entangled"
     assert fates["model.layers.0.mlp.up_proj.weight"]["action"] == "quantize"
     assert "lm_head" in plan["skip_modules"]
+
+
+def test_where_that_leaves_nothing_there_is_nothing_to_quantize(work):
+    tensors = llama_tensors()
+    pair = {"lm_head.weight": tensors["lm_head.weight"], "pre_lm_head.weight": tensors[UP]}
+    write_checkpoint_dir(work / "pair", pair, LLAMA)
+    says = ("no linear layer to quantize", "loaders cannot tell its name")
+    refused(INPUT, "quantize", "pair", says=says, cwd=work)
 
 
 def test_the_survey_knows_what_families_call_their_modules():

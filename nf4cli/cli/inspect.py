@@ -82,6 +82,12 @@ def _print_tensor(console: Console, view: TensorView) -> None:
             f"error against the source: relative RMSE {view.error.rel_rmse:.4f}, "
             f"largest {view.error.max_abs:.3g}"
         )
+        if view.error.outlier_blocks is not None:
+            console.print(
+                f"outlier blocks (absmax above 10 times the RMS of the rest): "
+                f"{view.error.outlier_blocks:,} of {view.error.blocks:,} "
+                f"({view.error.outlier_share:.2%})"
+            )
     console.print("\ncodes, by value:")
     by_value = sorted(range(16), key=lambda code: (view.code_values[code], code))
     total = sum(view.codes)

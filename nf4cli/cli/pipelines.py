@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
     from ..engines import Engine
     from ..limits import Resources
-    from ..plan import Oracle
+    from ..plan import Oracle, Scan
     from ..records import Checkpoint, QuantConfig
 
 
@@ -24,6 +24,7 @@ def quantize(
     output: Path | None,
     config: QuantConfig,
     oracle: Oracle,
+    scan: Scan,
     digest: str,
     engine: Engine,
     workers: int | None,
@@ -37,11 +38,14 @@ def quantize(
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
+    from ..limits import refuse_place
     from ..summary import conversion_section
 
     if output is None:
         output = Path(f"{source.resolve().name}-nf4")
-    decided = make_pipeline_plan(source, config, oracle)
+    if config.on_nonfinite == "keep":
+        refuse_place(source, output)  # before all is read
+    decided = make_pipeline_plan(source, config, oracle, scan)
     tensors = sum(len(part.tensors) for part in decided.parts.values())
     limits = common.resources(engine, workers, memory, tensors)
     check_pipeline_output(decided, output, limits.workers, resume)

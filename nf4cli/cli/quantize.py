@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,8 @@ from .common import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from ..engines import Engine
+    from ..plan import Plan
     from ..records import Answer, Checkpoint
 
 
@@ -53,6 +56,14 @@ def quantize(
             "parts of it (mlp, layers.0). May be repeated.",
         ),
     ] = None,
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(
+            "--on-nonfinite",
+            help="A weight that holds a NaN or an infinity: error refuses it, keep leaves it in "
+            "full precision (and reads the source once more to find them, under --plan as well).",
+        ),
+    ] = "error",
     dtype: Annotated[
         str,
         typer.Option(
@@ -120,7 +131,8 @@ def quantize(
     from ..digest import ALGORITHMS
     from ..errors import UsageError
     from ..families import consult
-    from ..limits import check_output
+    from ..limits import check_output, require_place
+    from ..nonfinite import nonfinite_weights, scan_bytes
     from ..plan import make_plan
     from ..quantize import write_checkpoint
     from ..records import QuantConfig
@@ -138,11 +150,22 @@ def quantize(
         dtype=dtype,
         keep=tuple(skip_modules or ()),
         target=target,
+        on_nonfinite=on_nonfinite,
         max_shard_size=common.parse_size(max_shard_size, "--max-shard-size"),
     )
 
     def oracle(model: Checkpoint) -> Answer | None:
         return consult(model, exact, trust_remote_code)
+
+    @cache
+    def chosen() -> Engine:
+        return common.load_engine(engine, device, quiet, memory)
+
+    def scan(preliminary: Plan) -> frozenset[str]:
+        limits = common.resources(chosen(), workers, memory, len(preliminary.tensors))
+        total, show = scan_bytes(preliminary), not (quiet or json)
+        with common.ProgressDisplay(total, "looking for NaN", show) as display:
+            return nonfinite_weights(preliminary, chosen(), limits, display)
 
     if is_pipeline(source):
         pipelines.quantize(
@@ -150,8 +173,9 @@ def quantize(
             output,
             config,
             oracle,
+            scan,
             digest,
-            common.load_engine(engine, device, quiet, memory),
+            chosen(),
             workers,
             memory,
             fsync,
@@ -164,9 +188,10 @@ def quantize(
     checkpoint = open_checkpoint(source)
     if output is None:
         output = Path(f"{checkpoint.name}-nf4")
-    decided = make_plan(checkpoint, config, oracle)
-    chosen = common.load_engine(engine, device, quiet, memory)
-    limits = common.resources(chosen, workers, memory, len(decided.tensors))
+    if on_nonfinite == "keep":
+        require_place(checkpoint.root, output, checkpoint.is_file, resume)  # before all is read
+    decided = make_plan(checkpoint, config, oracle, scan)
+    limits = common.resources(chosen(), workers, memory, len(decided.tensors))
     check_output(decided, output, limits.workers, resume)
     if plan:
         if json:
@@ -179,14 +204,14 @@ def quantize(
     display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
     with display:
         manifest = write_checkpoint(
-            decided, output, chosen, limits, digest, fsync, resume, display, notify
+            decided, output, chosen(), limits, digest, fsync, resume, display, notify
         )
     seconds = time.monotonic() - started
     step_summary.append(lambda: conversion_section(output, {"": (decided, manifest)}))
     if json:
-        run = {"engine": chosen.name, "seconds": round(seconds, 3)}
+        run = {"engine": chosen().name, "seconds": round(seconds, 3)}
         common.print_json("quantize", {**views.result_document(decided, manifest, output), **run})
     elif not quiet:
         views.print_result(
-            common.out_console(), decided, manifest, output, chosen.name, seconds, source
+            common.out_console(), decided, manifest, output, chosen().name, seconds, source
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..limits import Resources
     from ..manifest import Manifest
     from ..plan import Plan
+    from ..records import TensorError
     from ..report import Finding, Report, Sample
 
 _SHOWN = 20  # findings printed
@@ -129,7 +130,7 @@ def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, A
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "groups": _groups(plan),
         "errors": {
-            name: {"rel_rmse": record.error.rel_rmse, "max_abs": record.error.max_abs}
+            name: record.error.as_dict()
             for name, record in manifest.tensors.items()
             if record.error is not None
         },
@@ -165,6 +166,31 @@ def print_errors(console: Console, manifest: Manifest) -> None:
         f"error   relative RMSE {statistics.median(errors.values()):.4f} (median weight), worst "
         f"{errors[worst]:.4f} in {plain(worst)}"
     )
+    known = {n: r.error for n, r in manifest.tensors.items() if r.error is not None}
+    if (sentence := outliers(known)) is not None:
+        console.print(f"        {sentence}, most {most_outliers(known)[0]}")
+
+
+def outliers(errors: Mapping[str, TensorError]) -> str | None:
+    """How many blocks one outlier crushes, None where there are none or they are not known."""
+    blocks = sum(error.blocks or 0 for error in errors.values())
+    found = sum(error.outlier_blocks or 0 for error in errors.values())
+    if not found:
+        return None
+    return (
+        f"outlier blocks (absmax above 10 times the RMS of the rest): {found:,} of {blocks:,} "
+        f"({found / max(1, blocks):.2%})"
+    )
+
+
+def most_outliers(errors: Mapping[str, TensorError]) -> list[str]:
+    """The weights with the largest shares of them, the largest first."""
+    ranked = sorted(errors.items(), key=lambda item: -item[1].outlier_share)
+    return [
+        f"{error.outlier_share:.2%} in {plain(name)}"
+        for name, error in ranked
+        if error.outlier_blocks
+    ]
 
 
 def bits(plan: Plan) -> str:
@@ -253,6 +279,10 @@ def print_overview(console: Console, seen: Overview, path: Path) -> None:
         console.print(f"error against the source: relative RMSE {middle:.4f} (median); the worst:")
         for name, error in ranked[:3]:
             console.print(f"  {error.rel_rmse:.4f}, largest {error.max_abs:.3g}, {plain(name)}")
+        if (sentence := outliers(seen.errors)) is not None:
+            console.print(f"{sentence}; the most:")
+            for line in most_outliers(seen.errors)[:3]:
+                console.print(f"  {line}")
     elif any(group.packed for group in seen.groups):
         console.print("error against the source: not known, there is no manifest")
     for problem in seen.problems[:5]:

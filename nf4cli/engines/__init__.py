@@ -26,6 +26,9 @@ GRANULE = 65_536
 """Elements that share one row of error sums.  Work is split at multiples of it, so that the sums,
 like the bytes, do not depend on how a tensor was cut into chunks."""
 
+STATS = 4
+"""Figures in such a row, see `Engine.quantize`."""
+
 NAMES = ("auto", "cpu", "cuda", "torch")
 
 Notify = Callable[[str], None]
@@ -121,8 +124,11 @@ class Engine(Protocol):
             absmax: out, ceil(n/blocksize) elements.
 
         Returns:
-            float64 [ceil(n/GRANULE), 3]: sum of squared error, sum of squared value, largest
-            error, each against the value decoded with the block's own float32 absmax.
+            float64 [ceil(n/GRANULE), STATS]: sum of squared error, sum of squared value, largest
+            error, each against the value decoded with the block's own float32 absmax; and how
+            many blocks are outlier blocks: absmax above 10 times the root mean square of the
+            other elements, some of which are neither zero nor as large (cuda/nf4_codec.h has
+            it to the bit).
 
         Raises:
             NonFiniteError: src holds a NaN or an infinity, or decodes to one.

@@ -17,7 +17,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, Float8, NestedAbsmax
+from . import GRANULE, STATS, Float8, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -177,7 +177,7 @@ class CpuEngine:
             raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
-        stats = np.empty((-(-n // GRANULE), 3), np.float64)
+        stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         bad = self._quantize(
             _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type),
             _address(packed), _address(absmax), _address(stats),

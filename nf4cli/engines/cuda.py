@@ -27,7 +27,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, Float8, NestedAbsmax, Notify, launches, no_notice
+from . import GRANULE, STATS, Float8, NestedAbsmax, Notify, launches, no_notice
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
 
@@ -119,7 +119,7 @@ class CudaEngine(CpuEngine):
             raise ValueError(f"blocksize {blocksize}")
         if float8 is not None and not _even(float8, n, blocksize):
             return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
-        stats = np.empty((-(-n // GRANULE), 3), np.float64)
+        stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         with self._lane() as lane:
             for start, count in lane.pieces(n, _quantize_need(itemsize, blocksize, float8)):
                 blocks = slice(start // blocksize, -(-(start + count) // blocksize))
@@ -142,11 +142,12 @@ class CudaEngine(CpuEngine):
                 )  # fmt: skip
                 for out, address in zip(outputs, places, strict=True):
                     lane.download(out.view(np.uint8), address)
-        bad = np.flatnonzero(~np.isfinite(stats[:, 0]))
-        if len(bad):
-            first, last = int(bad[0]) * GRANULE, min(n, (int(bad[0]) + 1) * GRANULE)
-            try:  # the CPU engine says which element it is
-                super().quantize(
+        # The CPU engine says which element is not finite, and where the GPU could not tell from
+        # sums whether a block holds more than zeros beside its largest values (-1).
+        for row in np.flatnonzero(~np.isfinite(stats[:, 0]) | (stats[:, 3] < 0)).tolist():
+            first, last = row * GRANULE, min(n, (row + 1) * GRANULE)
+            try:
+                (again,) = super().quantize(
                     src[first * itemsize : last * itemsize], dtype, blocksize, quant_type,
                     packed[first // 2 : (last + 1) // 2],
                     absmax[first // blocksize : -(-last // blocksize)],
@@ -154,7 +155,9 @@ class CudaEngine(CpuEngine):
                 )  # fmt: skip
             except NonFiniteError as error:
                 raise NonFiniteError(first + error.index) from None
-            raise AssertionError("the GPU found a value that is not finite where there is none")
+            if not np.isfinite(stats[row, 0]):
+                raise AssertionError("the GPU found a value that is not finite where there is none")
+            stats[row, 3] = again[3]
         return stats
 
     def dequantize(
@@ -288,7 +291,7 @@ class _Need:
 
 
 def _quantize_need(itemsize: int, blocksize: int, float8: Float8 | None) -> _Need:
-    arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 24
+    arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 8 * STATS
     arrays += 12 * launches.entries(GRANULE, blocksize)
     if float8 is None:
         return _Need(GRANULE * itemsize + arrays)

@@ -196,14 +196,13 @@ def quantize(
         yield call(0, full, False)
     if full < n:
         yield call(full, n - full, True)
-    per_granule = entries(GRANULE, blocksize)
     yield Launch(
         "fold_errors",
         -(-n // GRANULE),
         _WARP,
         (
-            _u64(sums), _u64(worst), _u64(absmax), _i64(entries(n, blocksize)),
-            _i32(per_granule), _i32(max(0, (blocksize // _SEGMENT).bit_length() - 1)), _u64(stats),
+            _u64(sums), _u64(worst), _u64(absmax), _i64(n), _i32(blocksize.bit_length() - 1),
+            _u64(stats),
         ),
     )  # fmt: skip
 

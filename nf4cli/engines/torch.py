@@ -89,7 +89,8 @@ class TorchEngine:
         codes = self._to(book.codes)[rank]
         _store(packed, ((codes[::2] << 4) | codes[1::2])[: (n + 1) // 2])
         _store(absmax, scale)
-        return self._sums(y - self._to(book.values)[rank], y, scale, blocksize)
+        sums = self._sums(y - self._to(book.values)[rank], y, scale, blocksize)
+        return np.column_stack([sums, self._outliers(x, y, scale, blocksize)])
 
     def dequantize(
         self,
@@ -170,24 +171,15 @@ class TorchEngine:
         """The error sums, added in the order that cuda/nf4_host.cpp defines."""
         torch = self._torch
         segment = min(blocksize, _SEGMENT)
-
-        def segment_sums(squares: Any) -> Any:
-            rows = squares.reshape(-1, segment // _ROW, _ROW)
-            lanes = torch.zeros_like(rows[:, 0])
-            for i in range(rows.shape[1]):
-                lanes = lanes + rows[:, i]
-            while lanes.shape[1] > 1:
-                half = lanes.shape[1] // 2
-                lanes = lanes[:, :half] + lanes[:, half:]
-            return lanes[:, 0].double()
-
         worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
         units = scale.double().repeat_interleave(blocksize // segment)
         per_granule = GRANULE // segment
         missing = -units.numel() % per_granule
         out = []
         for squares in (error * error, y * y):
-            terms = torch.nn.functional.pad(units * units * segment_sums(squares), (0, missing))
+            terms = torch.nn.functional.pad(
+                units * units * self._segments(squares, segment), (0, missing)
+            )
             total = torch.zeros(
                 terms.numel() // per_granule, dtype=torch.float64, device=self._device
             )
@@ -199,6 +191,31 @@ class TorchEngine:
         out.append(worst.amax(dim=1).double())
         sums: F64 = torch.stack(out, dim=1).cpu().numpy()
         return sums
+
+    def _segments(self, squares: Any, segment: int) -> Any:
+        """The sum of each segment, added in the order that cuda/nf4_search.h defines."""
+        rows = squares.reshape(-1, segment // _ROW, _ROW)
+        lanes = self._torch.zeros_like(rows[:, 0])
+        for i in range(rows.shape[1]):
+            lanes = lanes + rows[:, i]
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        return lanes[:, 0].double()
+
+    def _outliers(self, x: Any, y: Any, scale: Any, blocksize: int) -> NDArray[np.int64]:
+        """Outlier blocks a granule, as cuda/nf4_codec.h defines them."""
+        torch = self._torch
+        units = (self._segments(y * y, min(blocksize, _SEGMENT)) * 65536).floor()
+        units = units.reshape(scale.numel(), -1).sum(dim=1)
+        size = torch.full_like(units, blocksize)
+        size[-1] -= -x.numel() % blocksize
+        x = torch.nn.functional.pad(x.abs(), (0, -x.numel() % blocksize)).reshape(-1, blocksize)
+        between = ((x != 0) & (x != scale.unsqueeze(1))).any(dim=1)
+        found = between & (scale > 1e-38) & (units - 65536 < 655 * (size - 1))
+        found = torch.nn.functional.pad(found, (0, -found.numel() % (GRANULE // blocksize)))
+        counts: NDArray[np.int64] = found.reshape(-1, GRANULE // blocksize).sum(dim=1).cpu().numpy()
+        return counts
 
     def _load(self, src: U8, dtype: str) -> Any:
         return self._to(src).view(self._dtypes[dtype]).float()

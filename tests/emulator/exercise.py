@@ -62,6 +62,21 @@ def values(dtype: str, n: int, seed: int) -> np.ndarray:
     return bits.view(np.uint8)
 
 
+def outliers(dtype: str, n: int, blocksize: int) -> np.ndarray:
+    """Bytes of n elements; in each block one is 2 to 50 times the others' root mean square."""
+    random = np.random.default_rng(n)
+    x = random.standard_normal(n).astype(np.float32)
+    first = np.arange(0, n, blocksize)
+    place = np.minimum(first + random.integers(0, blocksize, first.size), n - 1)
+    ratios = np.array(
+        [50, -20, 12, -9, 11, -5, 2, -8]
+    )  # 8: the tail, an outlier among a whole block
+    x[place] = ratios[np.arange(first.size) % 8]
+    if dtype == "BF16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return x.astype({"F32": np.float32, "F16": np.float16}[dtype]).view(np.uint8)
+
+
 def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
@@ -76,7 +91,7 @@ def quantize(
     rows = launches.entries(n, blocksize)
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
     sums, worst = np.empty(2 * rows, np.float32), np.empty(rows, np.float32)
-    stats = np.empty((-(-n // GRANULE), 3))
+    stats = np.empty((-(-n // GRANULE), 4))
     place = None
     if float8 is not None:
         wide = -(-float8.columns // float8.block[1])
@@ -124,6 +139,9 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
                     yield name, (check_quantize, dtype, blocksize, quant_type, values(dtype, n, n))
                 zeros = np.zeros((blocksize + 1) * ITEMSIZE[dtype], np.uint8)
                 yield name, (check_quantize, dtype, blocksize, quant_type, zeros)
+                for n in (7 * blocksize + blocksize // 2 + 5, GRANULE + 40)[: 1 if quick else 2]:
+                    src = outliers(dtype, n, blocksize)
+                    yield name, (check_quantize, dtype, blocksize, quant_type, src)
         for blocksize in (32, 4096):
             for n in sizes:
                 for nested in (False, True):
@@ -140,8 +158,24 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
 
 def check_quantize(kernels, dtype, blocksize, quant_type, src) -> None:
     what = f"quantize {src.size} bytes of {dtype}, {quant_type}, blocksize {blocksize}"
-    arguments = src, dtype, blocksize, quant_type
-    same(what, quantize(kernels, *arguments), on_cpu(*arguments))
+    same_quantized(what, kernels, (src, dtype, blocksize, quant_type))
+
+
+def same_quantized(what, kernels, arguments) -> None:
+    """Outlier blocks may be left to the engine (-1) where the rest of a block rounds to zero."""
+    found, expected = quantize(kernels, *arguments), on_cpu(*arguments)
+    blocksize, quant_type = arguments[2:4]
+    exact = np.isin(np.abs(codebook.codebook(quant_type).decode), (0, 1))
+    codes = np.stack([found[0] >> 4, found[0] & 15], axis=1).reshape(-1)
+    blocks = np.pad(exact[codes], (0, -codes.size % GRANULE), constant_values=False)
+    blocks = blocks.reshape(-1, GRANULE // blocksize, blocksize).all(axis=2)
+    last = codes.size % GRANULE // blocksize  # the partial block, and what is behind the end
+    blocks[-1, last:] |= codes.size % GRANULE > 0
+    unclear = found[2][:, 3] == -1
+    if (unclear & ~blocks.any(axis=1)).any():
+        raise DifferenceError(f"{what}: the count of outlier blocks is left open without need")
+    found[2][unclear, 3] = expected[2][unclear, 3]
+    same(what, found, expected)
 
 
 def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> None:
@@ -151,9 +185,8 @@ def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> 
     src = src[: src.size // blocksize * blocksize].copy()
     scales = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
     float8 = Float8(first, shape[1], random.uniform(0, 1e-2, scales).astype(np.float32), block)
-    arguments = src, dtype, blocksize, quant_type, float8
     what = f"quantize float8 {shape} by {block} to {dtype}"
-    same(what, quantize(kernels, *arguments), on_cpu(*arguments))
+    same_quantized(what, kernels, (src, dtype, blocksize, quant_type, float8))
 
 
 def check_nested(kernels, n) -> None:

@@ -126,6 +126,14 @@ template <class T>
 bool ge(u64 a, u64 b) {
   return as<T>(a) >= as<T>(b);
 }
+template <class T>
+bool geu(u64 a, u64 b) {  // or a NaN
+  return !lt<T>(a, b);
+}
+template <class T>
+bool leu(u64 a, u64 b) {
+  return !gt<T>(a, b);
+}
 
 // -- conversions ---------------------------------------------------------------------------------
 
@@ -137,6 +145,13 @@ inline u32 f32_of_f16(u64 raw16) {
   else
     value = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
   return bits<f32>(raw16 & 0x8000 ? -value : value);
+}
+inline u64 f64_of_s32(u64 a) { return std::bit_cast<u64>((double)as<s32>(a)); }
+inline u32 min(u64 a, u64 b) { return as<s32>(a) < as<s32>(b) ? (u32)a : (u32)b; }
+inline u32 s32_of_f32(u64 a) {  // towards zero; what does not fit takes the nearest, a NaN 0
+  const f32 value = as<f32>(a);
+  if (!(value >= -2147483648.0f)) return value < 0 ? 0x80000000u : 0u;
+  return value >= 2147483648.0f ? 0x7fffffffu : (u32)(s32)value;
 }
 inline u64 f64_of_f32(u64 a) { return std::bit_cast<u64>((double)as<f32>(a)); }
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 _COMPARISONS = {
     "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
-    "lo": "lt", "ls": "le", "hi": "gt", "hs": "ge",
+    "lo": "lt", "ls": "le", "hi": "gt", "hs": "ge", "geu": "geu", "leu": "leu",
 }  # fmt: skip
 _SPECIAL = {
     "%tid.x": "emu::current->thread", "%ctaid.x": "emu::current->block",
@@ -211,6 +211,7 @@ class _Kernel:
         exact = {
             "max.f32": "max", "abs.f32": "magnitude", "fma.rn.f32": "fused", "rcp.rn.f32": "rcp",
             "cvt.f32.f16": "f32_of_f16", "cvt.f64.f32": "f64_of_f32", "clz.b32": "clz",
+            "cvt.rn.f64.s32": "f64_of_s32", "cvt.rzi.s32.f32": "s32_of_f32", "min.s32": "min",
         }  # fmt: skip
         if op in exact:
             return f"ptx::{exact[op]}({joined})"
