@@ -152,11 +152,11 @@ def confirm(plan: Plan, output: Path, algorithm: str, workers: int, progress: Pr
         found = Manifest.from_file(output / MANIFEST)
     except (InputError, OSError) as error:
         raise UsageError(f"{exists}{error}{advice}") from error
-    wanted = {"tool": __version__, "recipe": plan.config, "digest": algorithm}
-    there = {"tool": found.tool_version, "recipe": found.config, "digest": found.digest}
+    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
+    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
     for name, value in wanted.items():
         if there[name] != value:
-            raise UsageError(f"{exists}its {name} is {there[name]}, not {value}{advice}")
+            raise UsageError(f"{exists}its {name} is {there[name]!r}, not {value!r}{advice}")
     sources = {shard.path.name: shard for shard in plan.checkpoint.shards}
     if sources.keys() != found.source_files.keys():
         raise UsageError(f"{exists}it was made of other files{advice}")

@@ -124,8 +124,8 @@ def test_a_model_without_any_says_nothing_of_them(llama_nf4):
     assert "outlier" not in nf4_ok("inspect", llama_nf4)
 
 
-def edit_errors(root, change) -> None:
-    document = json.loads((root / MANIFEST).read_text())
+def edit_errors(root, change, **fields) -> None:
+    document = json.loads((root / MANIFEST).read_text()) | fields
     for record in document["tensors"].values():
         if "error" in record:
             change(record["error"])
@@ -135,7 +135,11 @@ def edit_errors(root, change) -> None:
 def test_a_manifest_of_an_earlier_version_is_proved_without_them(crushed, tmp_path):
     source, output = crushed
     shutil.copytree(output, tmp_path / "out")
-    edit_errors(tmp_path / "out", lambda e: (e.pop("blocks"), e.pop("outlier_blocks")))
+    edit_errors(
+        tmp_path / "out",
+        lambda e: (e.pop("blocks"), e.pop("outlier_blocks")),
+        tool={"name": "nf4cli", "version": "0.1.0"},
+    )
     assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", source)
     assert "outlier" not in nf4_ok("inspect", tmp_path / "out")
 

@@ -235,8 +235,8 @@ def test_a_finished_output_is_enough_if_it_is_the_one(work):
     assert done.returncode == 0, done.stderr
     assert "out is complete already" in done.stderr.replace("\n", " ")
     for options, words in (
-        (("--blocksize", "128"), "its recipe is"),
-        (("--digest", "sha256"), "its digest is blake3"),
+        (("--blocksize", "128"), "its blocksize is 64, not 128"),
+        (("--digest", "sha256"), "its digest is 'blake3', not 'sha256'"),
     ):
         refused(USAGE, "quantize", "model", "out", "--resume", *options, says=(words,), cwd=work)
     (work / "out" / "config.json").write_text("{}")
