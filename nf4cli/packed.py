@@ -5,7 +5,7 @@ What `dequantize`, `inspect` and `verify` have in common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from .records import ITEMSIZE, Checkpoint, Shard, TensorInfo
 if TYPE_CHECKING:
     from .engines import F32, U8, Engine
 
+_PIECE = 1 << 20  # bytes
 Placed = tuple[Shard, TensorInfo]
 
 
@@ -119,10 +120,7 @@ def _weight(
     checkpoint: Checkpoint, readers: ShardReaders, found: bnb_format.QuantizedWeight
 ) -> PackedWeight:
     blob = checkpoint.tensors[found.state_key]
-    shard, info = blob
-    state = bnb_format.decode_state(
-        readers[shard].read(info.start, info.nbytes).tobytes(), found.state_key
-    )
+    state = bnb_format.decode_state(read_state(readers, blob), found.state_key)
     if state.quant_type != found.quant_type:
         raise InputError(
             f"{found.state_key} says quant_type {state.quant_type!r}: expected {found.quant_type!r}"
@@ -169,6 +167,21 @@ def _weight(
     )
 
 
+def read_state(readers: ShardReaders, placed: Placed) -> bytes:
+    """The bytes of a quant_state blob.
+
+    Raises:
+        InputError: it is larger than any can be.
+    """
+    shard, tensor = placed
+    if tensor.nbytes > bnb_format.MAX_STATE:
+        raise InputError(
+            f"{tensor.name} has {tensor.nbytes:,} bytes, expected a quantization state of at most "
+            f"{bnb_format.MAX_STATE:,}"
+        )
+    return readers[shard].read(tensor.start, tensor.nbytes).tobytes()
+
+
 class PackedReader:
     """Reads parts of packed weights; every method is thread-safe."""
 
@@ -189,6 +202,12 @@ class PackedReader:
     def floats(self, placed: Placed) -> F32:
         """A whole (small) float32 tensor."""
         return self.read(placed, 0, placed[1].nbytes).view(np.float32)
+
+    def float_pieces(self, placed: Placed) -> Iterator[F32]:
+        """A whole float32 tensor of any size, in order, in pieces of bounded size."""
+        for start in range(0, placed[1].nbytes, _PIECE):
+            count = min(_PIECE, placed[1].nbytes - start)
+            yield self.read(placed, start, count).view(np.float32)
 
     def absmax(self, weight: PackedWeight, first: int, count: int) -> F32:
         """Decoded absmax of blocks [first, first + count)."""

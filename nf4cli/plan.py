@@ -309,7 +309,9 @@ def _place(
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Fill output files in source order; a weight and its companions stay together."""
     written = [plan for plan in tensors if plan.outputs]
-    files = fill_shards(written, lambda plan: plan.nbytes_out, max_shard_size)
+    files = fill_shards(
+        written, lambda plan: [(key, *spec) for key, spec in plan.outputs.items()], max_shard_size
+    )
     layouts = []
     for number, members in enumerate(files):
         name = shard_name(checkpoint.stem, number, len(files))

@@ -17,7 +17,7 @@ from .errors import InputError, UsageError
 from .families import names_of
 from .limits import Resources
 from .manifest import Manifest
-from .packed import PackedWeight, Placed
+from .packed import PackedWeight, Placed, read_state
 from .pipeline import Progress
 from .plan import Plan, TensorPlan, make_plan
 from .reader import ByteReader, ShardReaders
@@ -63,10 +63,10 @@ class _Comparison:
 
     def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
         """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
-        shard, tensor = placed
-        there = self._readers[shard].read(tensor.start, tensor.nbytes).tobytes()
         expected = bnb_format.decode_state(data.tobytes(), key)
+        there = b""
         try:
+            there = read_state(self._readers, placed)
             same = bnb_format.decode_state(there, key) == expected
         except InputError:
             same = False

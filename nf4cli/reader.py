@@ -7,11 +7,14 @@ offset order the byte ranges follow from the header's length and the sizes.
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import untrusted
 from .errors import InputError, MachineError
 from .fileio import read_at
 from .records import ITEMSIZE, Shard, TensorInfo
@@ -31,14 +34,14 @@ def read_shard(path: Path) -> Shard:
     """
     from safetensors import SafetensorError, safe_open
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_MAGIC))
-    if head == _LFS_MAGIC:
+    head, size = untrusted.read_start(path, 8 + untrusted.MAX_HEADER)
+    if head.startswith(_LFS_MAGIC):
         raise InputError(
             f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
             "'git lfs pull' in its repository, or download the file again"
         )
+    length = int.from_bytes(head[:8], "little")
+    _refuse_absurd(path, head[8 : 8 + length], min(length, size - 8))
     try:
         with safe_open(path, "numpy") as file:
             entries = []
@@ -50,7 +53,8 @@ def read_shard(path: Path) -> Shard:
             f"{path} is not a complete safetensors file ({size:,} bytes): {error}. "
             "Download or save it again"
         ) from error
-    data_start = 8 + int.from_bytes(head[:8], "little")
+    _refuse_names(path, [name for name, _, _ in entries], head[8 : 8 + length])
+    data_start = 8 + length
     tensors = []
     offset = data_start
     for name, dtype, shape in entries:
@@ -72,6 +76,47 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, size, data_start, tuple(tensors))
 
 
+def _refuse_absurd(path: Path, header: bytes, length: int) -> None:
+    """Raises InputError for a header that would cost the library, or us, much memory.
+
+    Args:
+        header: as much of it as `untrusted.MAX_HEADER` lets us see.
+        length: bytes of it that the file has.
+    """
+    if length > untrusted.MAX_HEADER:
+        raise InputError(
+            f"{path} has a header of {length:,} bytes, expected at most {untrusted.MAX_HEADER:,}: "
+            "no model has such a header. Save it in several files"
+        )
+    # Every tensor has a brace of its own and every dimension a comma.
+    if header.count(b"{") > untrusted.MAX_TENSORS + 2 or (
+        header.count(b",") > untrusted.MAX_TENSORS * untrusted.MAX_DIMENSIONS
+    ):
+        raise InputError(
+            f"{path} has a header of more than {untrusted.MAX_TENSORS:,} tensors, or of absurd "
+            "shapes: no model has. Save it in several files"
+        )
+
+
+def _refuse_names(path: Path, names: list[str], header: bytes) -> None:
+    """Raises InputError for names that are absurdly long, or that the header has twice."""
+    long = next((name for name in names if len(name) > untrusted.MAX_NAME), None)
+    if long is not None:
+        raise InputError(
+            f"{path} has a tensor with a name of {len(long):,} characters ({long[:60]!r}...), "
+            f"expected at most {untrusted.MAX_NAME:,}"
+        )
+    # The library keeps one of two equal keys; only then can there be more braces than tensors.
+    if header.count(b"{") > len(names) + 1:
+        listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
+        twice = next((k for k, count in Counter(listed).items() if count > 1), None)
+        if twice is not None:
+            raise InputError(
+                f"{path} lists {twice[:200]!r} twice in its header: readers differ in which they "
+                "take. Save it again"
+            )
+
+
 class ByteReader:
     """Positioned reads from one file; safe to share between threads.
 
@@ -85,7 +130,7 @@ class ByteReader:
 
     def __init__(self, path: Path, expected_size: int) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = untrusted.open_regular(path)
         size = os.fstat(self._fd).st_size
         if size != expected_size:
             self.close()

@@ -30,6 +30,7 @@ from .reader import ShardReaders
 from .records import Checkpoint, Shard
 from .report import LEVELS, Finding, Report
 from .source import MANIFEST, index_name, open_checkpoint
+from .untrusted import home_of, is_regular, leads_out
 
 if TYPE_CHECKING:
     pass
@@ -169,8 +170,8 @@ def _state_problems(reader: PackedReader, weight: PackedWeight) -> Iterable[str]
     ):
         yield f"{weight.name}: nested_quant_map is not bitsandbytes' dynamic map"
     if weight.nested_absmax is not None:
-        nested = reader.floats(weight.nested_absmax)
-        if not np.isfinite(nested).all() or (nested < 0).any():
+        pieces = reader.float_pieces(weight.nested_absmax)
+        if any(not np.isfinite(piece).all() or (piece < 0).any() for piece in pieces):
             yield f"{weight.name}: nested_absmax holds a value that is negative or not finite"
             return
     all_zero = True
@@ -196,7 +197,7 @@ def _check_manifest(
     progress: Progress,
 ) -> Manifest | None:
     path = checkpoint.root / MANIFEST
-    if not path.is_file():
+    if not is_regular(path):
         report.unchecked.append(
             f"that the bytes are the ones written: there is no {MANIFEST} "
             "(another program wrote this, or the run did not finish)"
@@ -243,9 +244,9 @@ def check_other_file(
 ) -> None:
     """A file beside the shards: configuration, tokenizer, code."""
     path = root / name
-    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
+    if leads_out(path, root, home_of(root)):
         report.add("manifest", name, f"{name} leads out of the directory")
-    elif not path.is_file():
+    elif not is_regular(path):
         report.add("manifest", name, f"{name} is missing: the manifest lists it")
     elif (found := digest_file(path, algorithm)) != record.digest:
         if name == "README.md":

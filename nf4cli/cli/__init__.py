@@ -13,6 +13,7 @@ import sys
 import typer
 
 from .. import __version__
+from . import common
 from .dequantize import dequantize
 from .inspect import inspect
 from .quantize import quantize
@@ -65,6 +66,12 @@ def main() -> None:
     except Nf4Error as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
+        if common.result_began():
+            _fail(
+                f"the work is done, but its result cannot be printed: {error.strerror or error}. "
+                "Nothing that was written is damaged; -q prints nothing",
+                4,
+            )
         advice = ": free some space and start again" if error.errno == errno.ENOSPC else ""
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}{advice}; nothing was left behind", 4)
@@ -94,7 +101,9 @@ def _interrupt(number: int, _: object) -> None:
 def _fail(message: str, code: int) -> None:
     from rich.console import Console
 
+    from ..untrusted import printable
+
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
     console.print("[bold red]error:[/]", end=" ")
-    console.print(message, markup=False)
+    console.print(printable(message), markup=False)
     sys.exit(code)

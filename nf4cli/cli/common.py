@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,8 +127,17 @@ def out_console() -> Console:
     return _console(stderr=False)
 
 
+_result: list[bool] = []  # holds something from the first result on
+
+
+def result_began() -> bool:
+    """Whether the work is done and its result is being printed."""
+    return bool(_result)
+
+
 def _let_a_closed_pipe_end_us() -> None:
     """From the first result on the work is done, and `nf4 ... | head` may stop reading."""
+    _result.append(True)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
@@ -150,10 +160,10 @@ def _console(stderr: bool) -> Console:
 
 
 def plain(text: object) -> str:
-    """A name or path for a styled line: its brackets are not markup."""
+    """A name or path for a styled line: its brackets are not markup, its escapes do nothing."""
     from rich.markup import escape
 
-    return escape(str(text))
+    return escape(printable(str(text)))
 
 
 def plural(count: int, noun: str) -> str:
@@ -215,12 +225,12 @@ class ProgressDisplay:
             if line_due:
                 self._last_line = now
         if self._bar is not None:
-            self._bar.update(self._task, advance=count, current=what[-40:])
+            self._bar.update(self._task, advance=count, current=plain(what[-40:]))
         elif self._show and line_due:
             share = self._done / max(1, self._total)
             self._console.print(
                 f"{self._label}: {share:.0%} ({format_size(self._done)} of "
-                f"{format_size(self._total)}), {what}",
+                f"{format_size(self._total)}), {plain(what)}",
                 soft_wrap=True,
             )
 
