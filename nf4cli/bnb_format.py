@@ -120,6 +120,8 @@ def decode_state(blob: bytes, where: str) -> QuantState:
 
     shape = fields.get("shape")
     nested = "nested_offset" in fields or "nested_blocksize" in fields
+    if not nested:
+        fields = {key: value for key, value in fields.items() if key != "nested_dtype"}
     offset = fields.get("nested_offset")
     nested_blocksize = fields.get("nested_blocksize")
     return QuantState(

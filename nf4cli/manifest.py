@@ -25,6 +25,9 @@ VERSION = 1
 """Of the format; a reader refuses what is newer than it knows."""
 
 
+ACTIONS = ("quantize", "cast", "copy", "drop")
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """Attributes: size in bytes, digest in hexadecimal."""
@@ -231,10 +234,14 @@ def _number(value: object) -> float:
 def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
     state, error = fields.get("quant_state"), fields.get("error")
     source = fields["source"]
+    if fields["action"] not in ACTIONS:
+        raise ValueError(f"the action {fields['action']!r} of {name}")
     if fields["action"] == "drop":
         output: dict[str, Any] = {"file": "", "digests": {}}
     else:
         output = fields["output"]
+        if not output["digests"]:
+            raise ValueError(f"no digest of {name}")
     return TensorRecord(
         action=_string(fields["action"]),
         rule=_string(fields["rule"]),

@@ -175,6 +175,7 @@ def print_json(document: dict[str, Any]) -> None:
     """The only thing on stdout under --json; ASCII, whatever the locale."""
     _let_a_closed_pipe_end_us()
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    sys.stdout.flush()  # a full disk is met here, where it can be told
 
 
 class ProgressDisplay:

@@ -36,9 +36,10 @@ def place() -> Path:
     """A directory of this process, in memory if possible, with a tiny model in `model`."""
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="nf4-fuzz-", dir=memory if memory.is_dir() else None))
-    for name in ("model", "index", "pipeline/unet", "manifest"):
+    for name in ("model", "float8", "index", "pipeline/unet", "manifest"):
         (root / name).mkdir(parents=True)
         (root / name / "model.safetensors").write_bytes(tiny_model())
+    (root / "float8" / "model.safetensors").write_bytes(float8_model())
     (root / "index" / "model.safetensors").rename(root / "index" / "a.safetensors")
     (root / "pipeline" / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     return root
@@ -48,6 +49,14 @@ def place() -> Path:
 def tiny_model() -> bytes:
     names = ("model.layers.0.mlp.up_proj", "lm_head", "model.layers.0.experts.0.gate", "a.gate")
     layout = lay_out("x", [(f"{name}.weight", "BF16", (64, 4)) for name in names], ())
+    return layout.header + bytes(layout.size - len(layout.header))
+
+
+@cache
+def float8_model() -> bytes:
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = [("model.norm.weight", "BF16", (64,)), (name, "F8_E4M3", (64, 4))]
+    layout = lay_out("x", kept, [(f"{name}_scale_inv", "F32", (1, 1))])
     return layout.header + bytes(layout.size - len(layout.header))
 
 
@@ -121,7 +130,11 @@ def state(data: bytes) -> None:
 
 def config(data: bytes) -> None:
     """A plan from any config.json beside a good file."""
-    root = place() / "model"
+    for name in ("model", "float8"):
+        plan_from(place() / name, data)
+
+
+def plan_from(root: Path, data: bytes) -> None:
     (root / "config.json").write_bytes(data)
     try:
         plan = make_plan(open_checkpoint(root), QuantConfig(), lambda _: None)
