@@ -30,6 +30,7 @@ from .source import (
     PIPELINE_RECORD,
     find_shards,
     is_weight_file,
+    links_note,
     open_checkpoint,
     other_files,
     plain_index,
@@ -269,6 +270,7 @@ def make_pipeline_plan(root: Path, config: QuantConfig, oracle: Oracle = consult
     if not parts:
         raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
     copies = copies_of(root, components, parts)
+    notes += links_note(root, copies.left)
     whole = ", ".join(
         f"{c.name} ({c.class_name}, {nbytes:,} bytes)"
         for c in components.values()

@@ -146,8 +146,9 @@ class Manifest:
             KeyError, TypeError, ValueError, AttributeError, OverflowError, InputError
         ) as error:  # fmt: skip
             raise InputError(
-                f"{path} is damaged ({type(error).__name__}: {str(error)[:500]}): it was edited by hand, or "
-                "is incomplete. Quantize again, or remove it to check the files without it"
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:500]}): it was "
+                "edited by hand, or is incomplete. Quantize again, or remove it to check the files "
+                "without it"
             ) from error
 
 

@@ -31,7 +31,7 @@ from .records import (
     View,
     Weight,
 )
-from .source import shard_count, shard_name
+from .source import links_note, shard_count, shard_name
 from .weights import contents
 from .writer import ShardLayout, fill_shards, lay_out
 
@@ -409,6 +409,7 @@ def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan
             f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
             "the manifest)"
         )
+    notes += links_note(checkpoint.root, checkpoint.left_files)
     needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
     if needed:
         notes.append(

@@ -317,6 +317,16 @@ def other_files(
     return tuple(sorted(extra)), tuple(sorted(left))
 
 
+def links_note(root: Path, left: Iterable[str]) -> list[str]:
+    """What to tell of links that are not copied, in a list that is empty where there are none."""
+    links = [name for name in left if (root / name).is_symlink() and not is_weight_file(name)]
+    return links and [
+        "not copied are links that lead to something that is not the model's, which would be "
+        f"published with it: {', '.join(links[:5])}{', ...' if links[5:] else ''}. Copy the files "
+        "themselves there if they belong to it"
+    ]
+
+
 def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
     """What belongs to a model beside a single file; its directory may hold anything else too."""
     home = home_of(root, files)

@@ -9,28 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from attacks.make import GOOD_STATE, KINDS
+from attacks.running import COMMANDS, check, job, names, run
 from fuzz.targets import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ATTACKS = Path(__file__).parent / "attacks"
-MEMORY = 300_000_000  # bytes; an interpreter with NumPy has 60 to 70 million of them
-CPU = ("--engine", "cpu", "--workers", "1")
-COMMANDS = {
-    "quantize": ("quantize", "m", "out-quantize", *CPU),
-    "inspect": ("inspect", "m"),
-    "verify": ("verify", "m", *CPU),
-    "dequantize": ("dequantize", "m", "out-dequantize", *CPU),
-}
-
 REFUSED = {"quantize": {3}, "inspect": {3}, "verify": {1, 3}, "dequantize": {3}}
 HARMLESS = {"quantize": {0, 3}, "inspect": {0}, "verify": {0, 1, 3}, "dequantize": {0, 3}}
 EXPECTED = {
@@ -82,44 +71,6 @@ SAYS = {
 
 
 OUTPUTS = ("quantize", "dequantize")
-
-
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-    peak: int
-    seconds: float
-
-
-def run(jobs: list[dict[str, Any]], good: Path) -> list[Result]:
-    """The results of command lines, one after the other; `good` is a good output."""
-    done = subprocess.run(
-        [sys.executable, ATTACKS / "runner.py", good], input=json.dumps(jobs), capture_output=True,
-        text=True, check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return [Result(**result) for result in json.loads(done.stdout)]
-
-
-def job(place: Path, *arguments: str) -> dict[str, Any]:
-    (place / "outside").mkdir(exist_ok=True)
-    return {"cwd": str(place), "arguments": arguments, "outside": str(place / "outside")}
-
-
-def check(result: Result, place: Path, codes: set[int], memory: int = MEMORY) -> None:
-    shown = f"{place.name}: {result.code}, {result.peak:,} bytes\n{result.stdout}\n{result.stderr}"
-    assert result.code in codes, shown
-    assert "Traceback" not in result.stderr, shown
-    assert "OPENED" not in result.stderr, shown
-    text = result.stdout + result.stderr
-    assert all(c.isprintable() for c in text if c != "\n"), shown
-    assert sum(line.startswith("error:") for line in result.stderr.splitlines()) <= 1, shown
-    assert result.peak < memory, shown
-    assert result.seconds < 20, shown
-
-
-def names(place: Path) -> set[str]:
-    return {str(p.relative_to(place)) for p in place.rglob("*")}
 
 
 def with_state(output: Path, blob: bytes) -> None:

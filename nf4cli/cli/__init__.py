@@ -65,6 +65,8 @@ def main() -> None:
         app()
     except Nf4Error as error:
         _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("the machine has not enough memory: free some, or use fewer --workers", 4)
     except OSError as error:
         if common.result_began():
             _fail(

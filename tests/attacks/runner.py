@@ -1,7 +1,8 @@
 """Runs nf4 command lines in forked children under limits: python runner.py GOOD < jobs.json.
 
-One interpreter imports everything once, by running every command over a good output; each job is a fork of it, so hundreds of attacks take
-seconds.  A child may use 3 GB of addresses and 30 s, and says which files below `outside` it opened.
+One interpreter imports everything once, by running every command over a good output; each job is a
+fork of it, so hundreds of attacks take seconds.  A child may use 3 GB of addresses and 30 s, and
+says which files below `outside` it opened.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
-from contextlib import redirect_stderr, redirect_stdout
+import typer.main
 
 import nf4cli.cli
 import nf4cli.errors
@@ -64,17 +66,16 @@ def warm_up(good: str) -> None:
     with open(os.devnull, "w") as sink, redirect_stdout(sink), redirect_stderr(sink):  # noqa: PTH123
         for line in (["inspect", good], ["verify", good, "--engine", "cpu"],
                      ["quantize", good], ["dequantize", good, good]):  # fmt: skip
-            try:
+            with suppress(SystemExit, nf4cli.errors.Nf4Error):
                 nf4cli.cli.app(line)
-            except (SystemExit, nf4cli.errors.Nf4Error):
-                pass
 
 
 def main() -> None:
     warm_up(sys.argv[1])
+    nf4cli.cli.app = typer.main.get_command(nf4cli.cli.app)  # half of a command's time
     results = []
     for job in json.load(sys.stdin):
-        files = [os.path.join(job["outside"], name) for name in (".stdout", ".stderr")]
+        files = [os.path.join(job["outside"], f".{fd}-{os.getpid()}") for fd in (1, 2)]
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:

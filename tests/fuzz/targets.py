@@ -203,6 +203,7 @@ def seeds(name: str) -> list[bytes]:
     short = lay_out("x", [("a", "F32", (2, 1)), ("b", "I8", (3,)), ("c", "F16", (0,))], ())
     body = bytes(range(short.size - len(short.header)))
     nested = bnb_format.QuantState("nf4", 64, "bfloat16", (64, 4), True, nested_offset=0.25)
+    plain = bnb_format.QuantState("fp4", 4096, "float16", (7,), False)
     record = {
         "nf4_pipeline": 1, "tool": {}, "digest": "blake3", "components": ["unet"],
         "files": [{"name": "a", "size": 1, "digest": "00"}],
@@ -238,8 +239,7 @@ def seeds(name: str) -> list[bytes]:
         "reader": [model, short.header + body],
         "reader_text": [short.header[HEADER:] + b"\n\n" + body, header + b"\n\n" + bytes(2048)],
         "writer": [b"\1\2\3abc\n\4\2\1model.x.weight\n\7\0\0\x00\x1b\n\2\1\3\xf0\x9f\xa4\xa6"],
-        "state": [bnb_format.encode_state(nested),
-                  bnb_format.encode_state(bnb_format.QuantState("fp4", 4096, "float16", (7,), False))],
+        "state": [bnb_format.encode_state(s) for s in (nested, plain)],
         "config": [json.dumps(c).encode() for c in configs],
         "index": [json.dumps({"metadata": {"total_size": 9}, "weight_map": shards}).encode()],
         "manifest": [json.dumps(whole).encode()],
