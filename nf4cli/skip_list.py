@@ -23,6 +23,9 @@ VETTED_HEADS = (
 be in the list all the same: a list in the config replaces the loaders' own defaults."""
 
 
+_MOST_PAIRS = 5_000_000
+"""Of a name and a kind of packed module, each compared in microseconds; the largest mixtures have
+some 100,000."""
 _MAY_RUN_FOR_EVER = re.compile(r"\(.*[*+?{]|[*+?{].*[*+?{].*[*+?{]", re.DOTALL)
 """A group with a quantifier, or three of them: matching can take time that is exponential, or a
 high power, in the length of a name.  Paths of modules have none, patterns in use one or two."""
@@ -135,6 +138,9 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
     Args:
         kept: paths of the matrices that stay in full precision, see `collapse`.
         quantized: paths of the packed modules.
+
+    Raises:
+        InputError: there are so many that it would take minutes.
     """
     # Layers and experts differ in digits only: what misses every masked path misses every path.
     packed: dict[str, list[str]] = {}
@@ -144,6 +150,11 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
     wanted = dict.fromkeys(VETTED_HEADS)
     for module in kept:
         wanted |= dict.fromkeys(names.forms(module))
+    if len(wanted) * len(packed) > _MOST_PAIRS:
+        raise InputError(
+            f"{len(wanted):,} names of kept modules would have to be told from {len(packed):,} kinds "
+            "of packed ones: no model has that many that differ in more than numbers"
+        )
     return [
         key
         for key in wanted

@@ -44,8 +44,8 @@ class JsonLimits:
 
 SIDE_FILE = JsonLimits(16_000_000, 500_000)
 """config.json and its like; published ones are below 1 MB."""
-INDEX = JsonLimits(100_000_000, 2 * MAX_ALL_TENSORS)
-"""An index of MAX_ALL_TENSORS names of usual length."""
+INDEX = JsonLimits(64_000_000, MAX_ALL_TENSORS)
+"""An index of the largest packed mixtures has 57 MB."""
 RECORD = JsonLimits(500_000_000, 8_000_000)
 """A manifest: about 35 values and 1,200 bytes a weight."""
 

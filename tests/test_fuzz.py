@@ -6,6 +6,7 @@ scripts/fuzz runs them long.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -105,9 +106,11 @@ def test_the_library_reads_what_we_write(data):
 def test_atheris(name, tmp_path):
     if find_spec("atheris") is None:
         pytest.skip("atheris has no build for this system or Python: the other tests still ran")
+    (tmp_path / "place").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "fuzz.drive", name, str(RUNS), "1", str(tmp_path)],
         cwd=HERE, capture_output=True, text=True, check=False,
+        env={**os.environ, "NF4_FUZZ_PLACE": str(tmp_path / "place")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"number_of_executed_units: {RUNS}" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from helpers import LLAMA, nf4, nf4_ok
 from nf4cli import untrusted
 from nf4cli.errors import InputError
 from nf4cli.reader import read_shard
-from nf4cli.skip_list import hits_v5
+from nf4cli.skip_list import Names, hits_v5, skip_modules
 from nf4cli.source import open_checkpoint
 
 
@@ -216,6 +217,14 @@ def test_names_that_would_match_for_ever():
     assert hits_v5("model.layers.0", "model.layers.0.mlp")
     assert hits_v5(r".*\.proj", "model.x.proj")
     assert not hits_v5("model.layers.1", "model.layers.0.mlp")
+
+
+def test_modules_that_have_nothing_in_common():
+    """Telling every kept name from every packed one is quadratic."""
+    words = ["".join(p) for p in itertools.product("abcdefghij", repeat=4)]
+    kept, packed = [f"{w}.lm_head" for w in words[:5000]], [f"{w}.q" for w in words[5000:]]
+    with pytest.raises(InputError, match="no model has that many"):
+        skip_modules(kept, packed, Names())
 
 
 def test_a_file_that_grows_while_it_is_read(place):

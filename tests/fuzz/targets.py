@@ -1,14 +1,16 @@
 """What is fuzzed: each target takes bytes and raises only where nf4 is wrong.
 
 A refusal (`Nf4Error`) is a good answer to bad bytes.  Anything else that is raised, and any answer
-that differs from the safetensors library's, is a finding.  Files lie in memory where the system
-has such a place: they must exist, since the library opens paths.
+that differs from the safetensors library's, is a finding.  Files must exist, since the library
+opens paths.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -33,9 +35,14 @@ HEADER = 8
 
 @cache
 def place() -> Path:
-    """A directory of this process, in memory if possible, with a tiny model in `model`."""
-    memory = Path("/dev/shm")
-    root = Path(tempfile.mkdtemp(prefix="nf4-fuzz-", dir=memory if memory.is_dir() else None))
+    """A directory of this process, with a tiny model in `model`.
+
+    It is NF4_FUZZ_PLACE, an empty directory, or else a temporary one, removed at the end.
+    """
+    given = os.environ.get("NF4_FUZZ_PLACE")
+    root = Path(given or tempfile.mkdtemp(prefix="nf4-fuzz-"))
+    if not given:
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
     for name in ("model", "float8", "index", "pipeline/unet", "manifest"):
         (root / name).mkdir(parents=True)
         (root / name / "model.safetensors").write_bytes(tiny_model())
