@@ -152,8 +152,8 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
         wanted |= dict.fromkeys(names.forms(module))
     if len(wanted) * len(packed) > _MOST_PAIRS:
         raise InputError(
-            f"{len(wanted):,} names of kept modules would have to be told from {len(packed):,} kinds "
-            "of packed ones: no model has that many that differ in more than numbers"
+            f"{len(wanted):,} names of kept modules would have to be told from {len(packed):,} "
+            "kinds of packed ones: no model has that many that differ in more than numbers"
         )
     return [
         key
