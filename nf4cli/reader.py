@@ -34,14 +34,16 @@ def read_shard(path: Path) -> Shard:
     """
     from safetensors import SafetensorError, safe_open
 
-    head, size = untrusted.read_start(path, 8 + untrusted.MAX_HEADER)
-    if head.startswith(_LFS_MAGIC):
+    head, size = untrusted.read_start(path, len(_LFS_MAGIC))
+    if head == _LFS_MAGIC:
         raise InputError(
             f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
             "'git lfs pull' in its repository, or download the file again"
         )
     length = int.from_bytes(head[:8], "little")
-    _refuse_absurd(path, head[8 : 8 + length], min(length, size - 8))
+    _refuse_absurd_length(path, min(length, size - 8))
+    header = untrusted.read_start(path, 8 + length)[0][8:] if length < size else b""
+    _refuse_absurd(path, header)
     try:
         with safe_open(path, "numpy") as file:
             entries = []
@@ -53,7 +55,8 @@ def read_shard(path: Path) -> Shard:
             f"{path} is not a complete safetensors file ({size:,} bytes): {error}. "
             "Download or save it again"
         ) from error
-    _refuse_names(path, [name for name, _, _ in entries], head[8 : 8 + length])
+    _refuse_names(path, [name for name, _, _ in entries], header)
+    del header
     data_start = 8 + length
     tensors = []
     offset = data_start
@@ -76,18 +79,17 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, size, data_start, tuple(tensors))
 
 
-def _refuse_absurd(path: Path, header: bytes, length: int) -> None:
-    """Raises InputError for a header that would cost the library, or us, much memory.
-
-    Args:
-        header: as much of it as `untrusted.MAX_HEADER` lets us see.
-        length: bytes of it that the file has.
-    """
+def _refuse_absurd_length(path: Path, length: int) -> None:
+    """Raises InputError for more bytes of a header than we would read."""
     if length > untrusted.MAX_HEADER:
         raise InputError(
             f"{path} has a header of {length:,} bytes, expected at most {untrusted.MAX_HEADER:,}: "
             "no model has such a header. Save it in several files"
         )
+
+
+def _refuse_absurd(path: Path, header: bytes) -> None:
+    """Raises InputError for a header that would cost the library, or us, much memory."""
     # Every tensor has a brace of its own and every dimension a comma.
     if header.count(b"{") > untrusted.MAX_TENSORS + 2 or (
         header.count(b",") > untrusted.MAX_TENSORS * untrusted.MAX_DIMENSIONS
