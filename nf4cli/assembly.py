@@ -29,6 +29,7 @@ from .quantize import file_records, fill
 from .report import Report
 from .resume import header
 from .source import PIPELINE_RECORD, open_checkpoint
+from .untrusted import is_regular
 from .verify import verify
 from .workspace import Workspace
 from .written import check_other_file
@@ -160,7 +161,7 @@ def verify_pipeline(
 def _read_record(path: Path, report: Report) -> Record | None:
     try:
         return (
-            Record.from_file(path / PIPELINE_RECORD) if (path / PIPELINE_RECORD).is_file() else None
+            Record.from_file(path / PIPELINE_RECORD) if is_regular(path / PIPELINE_RECORD) else None
         )
     except InputError as error:
         report.add("manifest", PIPELINE_RECORD, str(error))
@@ -214,7 +215,7 @@ def _check_copies(path: Path, source: Path, packed: list[str], report: Report) -
     copies = copies_of(source, components_of(source), packed)
     for name, original in copies.files.items():
         here = path / name
-        if not here.is_file():
+        if not is_regular(here):
             report.add("source", name, f"{name} is missing: the source has {original}")
         elif digest_file(here, "blake3") == digest_file(source / original, "blake3"):
             continue
@@ -223,7 +224,7 @@ def _check_copies(path: Path, source: Path, packed: list[str], report: Report) -
         else:
             report.add("source", name, f"{name} is not the file {source / original}")
     for name, text in copies.texts.items():
-        if not (path / name).is_file() or (path / name).read_bytes() != text.encode():
+        if not is_regular(path / name) or (path / name).read_bytes() != text.encode():
             report.add("source", name, f"{name} is not the index that the source gives")
     report.check("source", f"{len(copies.files)} copied files are those of the source")
 
@@ -278,4 +279,4 @@ def part_shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     pattern = "*/*.safetensors" if is_pipeline(path) else "*.safetensors"
-    return [file for file in path.glob(pattern) if file.is_file()]
+    return [file for file in path.glob(pattern) if is_regular(file)]

@@ -16,6 +16,7 @@ from typing import Any
 from .codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
 from .errors import InputError
 from .records import ITEMSIZE, STORAGE_NAME, TORCH_NAME, Checkpoint, TensorInfo
+from .untrusted import parse_json
 
 ABSMAX = ".absmax"
 QUANT_MAP = ".quant_map"
@@ -27,6 +28,8 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Where config.json says how a checkpoint is quantized."""
 
 _FLOAT32_MAX = 3.4028234663852886e38
+MAX_STATE = 65_536
+"""Bytes of a quant_state; bitsandbytes writes about 250."""
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 8, 2**48
 _OFFSET_ROOM = 24
 """Characters kept for nested_offset: the longest repr of a float32 is -1.1754943508222875e-38."""
@@ -104,16 +107,12 @@ def decode_state(blob: bytes, where: str) -> QuantState:
     Raises:
         InputError: not JSON, or a field is missing or impossible.
     """
-    try:
-        fields = json.loads(blob.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{where} holds a JSON {type(fields).__name__}, expected an object")
+    fields = parse_json(blob, where)
 
     def field(name: str, valid: bool, expected: str) -> Any:
         if not valid:
-            raise InputError(f"{where}: {name} is {fields.get(name)!r}, expected {expected}")
+            found = repr(fields.get(name))[:200]
+            raise InputError(f"{where}: {name} is {found}, expected {expected}")
         return fields.get(name)
 
     def integer(value: object) -> bool:
@@ -121,6 +120,8 @@ def decode_state(blob: bytes, where: str) -> QuantState:
 
     shape = fields.get("shape")
     nested = "nested_offset" in fields or "nested_blocksize" in fields
+    if not nested:
+        fields = {key: value for key, value in fields.items() if key != "nested_dtype"}
     offset = fields.get("nested_offset")
     nested_blocksize = fields.get("nested_blocksize")
     return QuantState(

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import bnb_format
 from .errors import InputError
-from .packed import Placed
+from .packed import Placed, read_state
 from .plan import TensorPlan
 from .reader import ShardReaders
 from .records import Checkpoint, FileDigests, Result, Shard
@@ -52,10 +52,10 @@ class Comparison:
 
     def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
         """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
-        shard, tensor = placed
-        there = self._readers[shard].read(tensor.start, tensor.nbytes).tobytes()
         expected = bnb_format.decode_state(data.tobytes(), key)
+        there = b""
         try:
+            there = read_state(self._readers, placed)
             same = bnb_format.decode_state(there, key) == expected
         except InputError:
             same = False

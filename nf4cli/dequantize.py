@@ -206,7 +206,9 @@ def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: st
 def _lay_out(
     outputs: list[_Output], stem: str, max_shard_size: int
 ) -> tuple[list[ShardLayout], dict[str, int]]:
-    files = fill_shards(outputs, lambda output: output.nbytes, max_shard_size)
+    files = fill_shards(
+        outputs, lambda output: [(output.source.name, output.dtype, output.shape)], max_shard_size
+    )
     layouts = [
         lay_out(
             shard_name(stem, number, len(files)),

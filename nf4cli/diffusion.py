@@ -7,7 +7,6 @@ manifest; this module knows the directory around them.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -31,12 +30,13 @@ from .source import (
     PIPELINE_RECORD,
     find_shards,
     is_weight_file,
+    links_note,
     open_checkpoint,
     other_files,
     plain_index,
     plain_name,
-    read_json,
 )
+from .untrusted import INDEX, home_of, is_plain, is_regular, leads_out, read_json
 
 INDEX_FILE = "model_index.json"
 RECORD_VERSION = 1
@@ -135,7 +135,7 @@ class Record:
         if (
             document.get("digest") not in ALGORITHMS
             or not isinstance(components, list)
-            or not all(isinstance(name, str) and _is_plain(name) for name in components)
+            or not all(isinstance(name, str) and is_plain(name) for name in components)
             or not isinstance(files, list)
             or not all(_is_file_entry(file) for file in files)
         ):
@@ -162,7 +162,7 @@ def _is_file_entry(value: object) -> bool:
 
 def is_pipeline(path: Path) -> bool:
     """Whether a path is a directory with a model_index.json."""
-    return (path / INDEX_FILE).is_file()
+    return is_regular(path / INDEX_FILE)
 
 
 def components_of(root: Path) -> dict[str, Component]:
@@ -183,23 +183,27 @@ def components_of(root: Path) -> dict[str, Component]:
     for name, value in index.items():
         if name.startswith("_") or not _is_component(value):
             continue
-        if not _is_plain(name):
+        if not is_plain(name):
             raise InputError(
                 f"{path}: the component {name!r} leads out of the directory; expected the plain "
                 "name of a directory beside it"
             )
-        if not (root / name).is_dir():
+        if not _is_own_directory(root, name):
             raise InputError(
                 f"{path} names the component {name} ({value[1]}), but {root / name} is no "
-                "directory: download it again, or set the entry to [null, null]"
+                "directory of its own: download it again, or set the entry to [null, null]"
             )
         found[name] = Component(name, value[0], value[1])
     return found
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a name is that of a directory beside the index, and leads nowhere else."""
-    return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
+def _is_own_directory(root: Path, name: str) -> bool:
+    """Whether a directory is in the pipeline, not a link to one elsewhere."""
+    path = root / name
+    try:
+        return path.is_dir() and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a name that is too long, a loop of links
+        return False
 
 
 def _is_component(value: object) -> bool:
@@ -269,6 +273,7 @@ def make_pipeline_plan(
     if not parts:
         raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
     copies = copies_of(root, components, parts)
+    notes += links_note(root, copies.left)
     whole = ", ".join(
         f"{c.name} ({c.class_name}, {nbytes:,} bytes)"
         for c in components.values()
@@ -327,13 +332,16 @@ def _own_patterns(pattern: str, component: str) -> list[str]:
 def copies_of(root: Path, components: Collection[str], converted: Collection[str]) -> Copies:
     """Everything of a pipeline but its converted components."""
     copies = Copies(root, {}, {}, [])
+    home = home_of(root)
     for path in sorted(root.iterdir()):
-        if path.is_dir():
+        if path.is_symlink() and leads_out(path, root, home):
+            copies.left.append(path.name)
+        elif path.is_dir():
             if path.name not in (*converted, *LEFT_DIRECTORIES):
                 _add_directory(copies, path, path.name in components)
         elif path.name == PIPELINE_RECORD:
             continue
-        elif path.is_file() and not is_weight_file(path.name):
+        elif is_regular(path) and not is_weight_file(path.name):
             copies.files[path.name] = path.name
         else:
             copies.left.append(path.name)
@@ -360,7 +368,7 @@ def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
     if all(plain_name(shard.name) == shard.name for shard in shards):
         copies.files[prefix + index] = prefix + index
         return
-    content: dict[str, Any] = read_json(directory / index)
+    content: dict[str, Any] = read_json(directory / index, INDEX)
     weight_map = {tensor: plain_name(file) for tensor, file in content["weight_map"].items()}
     text = json.dumps({**content, "weight_map": weight_map}, indent=2) + "\n"
     copies.texts[prefix + plain_index(shards[0].name)] = text

@@ -151,7 +151,7 @@ def _block_sizes(config: Mapping[str, Any]) -> set[tuple[int, int]]:
     """Every (rows, columns) block that the config speaks of."""
     groups = config.get("config_groups")
     found = [config.get("weight_block_size")]
-    if isinstance(groups, dict):
+    if config.get("quant_method") == "compressed-tensors" and isinstance(groups, dict):
         found += [group["weights"].get("block_structure") for group in groups.values()]
     return {
         (block[0], block[1])

@@ -18,6 +18,7 @@ from .packed import PackedReader, PackedWeight, find_weights
 from .reader import ShardReaders
 from .records import FLOAT8, TORCH_NAME, Checkpoint, TensorError
 from .source import MANIFEST
+from .untrusted import is_regular
 
 if TYPE_CHECKING:
     from .engines import F32
@@ -180,7 +181,7 @@ def _kind(weight: PackedWeight) -> str:
 
 def _manifest(checkpoint: Checkpoint) -> Manifest | None:
     path = checkpoint.root / MANIFEST
-    return Manifest.from_file(path) if path.is_file() else None
+    return Manifest.from_file(path) if is_regular(path) else None
 
 
 def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView:

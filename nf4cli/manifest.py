@@ -8,21 +8,24 @@ write the same.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .bnb_format import QuantState
+from .bnb_format import QuantState, decode_state, encode_state
 from .digest import ALGORITHMS, TENSOR_ALGORITHM
 from .errors import InputError
 from .records import QuantConfig, TensorError
-from .source import read_json
+from .untrusted import RECORD, read_json
 
 VERSION = 1
 """Of the format; a reader refuses what is newer than it knows."""
+
+
+ACTIONS = ("quantize", "cast", "copy", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ class Manifest:
         Raises:
             InputError: not a manifest, damaged, or of a newer format.
         """
-        document = read_json(path)
+        document = read_json(path, RECORD)
         version = document.get("nf4_manifest")
         if version != VERSION:
             raise InputError(
@@ -118,10 +121,13 @@ class Manifest:
             )
         try:
             return _manifest_of(document)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (
+            KeyError, TypeError, ValueError, AttributeError, OverflowError, InputError
+        ) as error:  # fmt: skip
             raise InputError(
-                f"{path} is damaged ({type(error).__name__}: {error}): it was edited by hand, or "
-                "is incomplete. Quantize again, or remove it to check the files without it"
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:500]}): it was "
+                "edited by hand, or is incomplete. Quantize again, or remove it to check the files "
+                "without it"
             ) from error
 
 
@@ -165,46 +171,78 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
     return Manifest(
         config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
         digest=document["digests"]["files"],
-        source_name=document["source"]["name"],
+        source_name=_string(document["source"]["name"]),
         source_files=_file_records(document["source"]["files"]),
         output_files=_file_records(document["output"]["files"]),
         tensors={
             name: _tensor_record(name, fields) for name, fields in document["tensors"].items()
         },
-        parameters=document["output"]["parameters"],
-        quantized_parameters=document["output"]["quantized_parameters"],
-        bits_per_weight=document["output"]["bits_per_weight"],
-        tool_version=document["tool"]["version"],
+        parameters=_count(document["output"]["parameters"]),
+        quantized_parameters=_count(document["output"]["quantized_parameters"]),
+        bits_per_weight=_number(document["output"]["bits_per_weight"]),
+        tool_version=_string(document["tool"]["version"]),
     )
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
-    if not all(isinstance(file["name"], str) for file in files):
-        raise TypeError("a file's name is not a string")
-    return {file["name"]: FileRecord(int(file["size"]), str(file["digest"])) for file in files}
+    return {
+        _string(file["name"]): FileRecord(_count(file["size"]), _string(file["digest"]))
+        for file in files
+    }
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:100]!r} where a string belongs")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{str(value)[:100]!r} where a number of something belongs")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not isfinite(float(str(value))):
+        raise TypeError(f"{str(value)[:100]!r} where a number belongs")
+    return float(str(value))
 
 
 def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
     state, error = fields.get("quant_state"), fields.get("error")
+    source = fields["source"]
+    if fields["action"] not in ACTIONS:
+        raise ValueError(f"the action {fields['action']!r} of {name}")
     if fields["action"] == "drop":
         output: dict[str, Any] = {"file": "", "digests": {}}
     else:
         output = fields["output"]
+        if not output["digests"]:
+            raise ValueError(f"no digest of {name}")
     return TensorRecord(
-        action=str(fields["action"]),
-        rule=str(fields["rule"]),
-        reason=str(fields["reason"]),
-        transposed=bool(fields.get("transposed", False)),
-        source_tensor=str(fields["source"].get("tensor", name)),
-        source_file=str(fields["source"]["file"]),
-        source_dtype=str(fields["source"]["dtype"]),
-        source_shape=tuple(fields["source"]["shape"]),
-        source_digest=str(fields["source"]["digest"]),
-        output_file=str(output["file"]),
-        outputs=dict(output["digests"]),
-        state=QuantState(**{**state, "shape": tuple(state["shape"])}) if state else None,
-        error=_error(error) if error else None,
+        action=_string(fields["action"]),
+        rule=_string(fields["rule"]),
+        reason=_string(fields["reason"]),
+        transposed=fields.get("transposed", False) is True,
+        source_tensor=_string(source.get("tensor", name)),
+        source_file=_string(source["file"]),
+        source_dtype=_string(source["dtype"]),
+        source_shape=tuple(map(_count, source["shape"])),
+        source_digest=_string(source["digest"]),
+        output_file=_string(output["file"]),
+        outputs={key: _string(digest) for key, digest in output["digests"].items()},
+        state=None if state is None else _state(name, state),
+        error=None if error is None else _error(error),
     )
+
+
+def _state(name: str, fields: dict[str, Any]) -> QuantState:
+    """A state of the manifest, which has to be one that a checkpoint may have."""
+    state = QuantState(**{**fields, "shape": tuple(fields["shape"])})
+    if decode_state(encode_state(state), f"the state of {name}") != state:
+        raise ValueError(f"the state of {name} is {state}")
+    return state
 
 
 def _error(fields: dict[str, Any]) -> TensorError:
@@ -212,11 +250,4 @@ def _error(fields: dict[str, Any]) -> TensorError:
     for count in counts.values():
         if count is not None and (type(count) is not int or not 0 <= count < 1 << 63):
             raise ValueError(f"error has {counts}")
-    return TensorError(_finite(fields["rel_rmse"]), _finite(fields["max_abs"]), **counts)
-
-
-def _finite(value: object) -> float:
-    """A number; Python's JSON would also take NaN, Infinity and 1e999."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"an error figure is {value!r}")
-    return float(value)
+    return TensorError(_number(fields["rel_rmse"]), _number(fields["max_abs"]), **counts)

@@ -23,6 +23,7 @@ from .records import ITEMSIZE, Checkpoint, Shard, TensorInfo
 if TYPE_CHECKING:
     from .engines import F32, U8, Engine
 
+_PIECE = 1 << 20  # bytes
 Placed = tuple[Shard, TensorInfo]
 
 
@@ -119,10 +120,7 @@ def _weight(
     checkpoint: Checkpoint, readers: ShardReaders, found: bnb_format.QuantizedWeight
 ) -> PackedWeight:
     blob = checkpoint.tensors[found.state_key]
-    shard, info = blob
-    state = bnb_format.decode_state(
-        readers[shard].read(info.start, info.nbytes).tobytes(), found.state_key
-    )
+    state = bnb_format.decode_state(read_state(readers, blob), found.state_key)
     if state.quant_type != found.quant_type:
         raise InputError(
             f"{found.state_key} says quant_type {state.quant_type!r}: expected {found.quant_type!r}"
@@ -167,6 +165,21 @@ def _weight(
         nested_absmax=part(bnb_format.NESTED_ABSMAX) if state.nested else None,
         nested_quant_map=part(bnb_format.NESTED_QUANT_MAP) if state.nested else None,
     )
+
+
+def read_state(readers: ShardReaders, placed: Placed) -> bytes:
+    """The bytes of a quant_state blob.
+
+    Raises:
+        InputError: it is larger than any can be.
+    """
+    shard, tensor = placed
+    if tensor.nbytes > bnb_format.MAX_STATE:
+        raise InputError(
+            f"{tensor.name} has {tensor.nbytes:,} bytes, expected a quantization state of at most "
+            f"{bnb_format.MAX_STATE:,}"
+        )
+    return readers[shard].read(tensor.start, tensor.nbytes).tobytes()
 
 
 class PackedReader:

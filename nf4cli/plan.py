@@ -32,7 +32,7 @@ from .records import (
     View,
     Weight,
 )
-from .source import shard_count, shard_name
+from .source import links_note, shard_count, shard_name
 from .weights import Contents, contents
 from .writer import ShardLayout, fill_shards, lay_out
 
@@ -341,7 +341,9 @@ def _place(
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Fill output files in source order; a weight and its companions stay together."""
     written = [plan for plan in tensors if plan.outputs]
-    files = fill_shards(written, lambda plan: plan.nbytes_out, max_shard_size)
+    files = fill_shards(
+        written, lambda plan: [(key, *spec) for key, spec in plan.outputs.items()], max_shard_size
+    )
     layouts = []
     for number, members in enumerate(files):
         name = shard_name(checkpoint.stem, number, len(files))
@@ -428,6 +430,7 @@ def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan
             f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
             "the manifest)"
         )
+    notes += links_note(checkpoint.root, checkpoint.left_files)
     needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
     if needed:
         notes.append(

@@ -30,7 +30,8 @@ from .records import (
     QuantConfig,
 )
 from .report import Report
-from .source import MANIFEST, index_name, open_checkpoint, read_json
+from .source import MANIFEST, index_name, open_checkpoint
+from .untrusted import RECORD, read_json
 
 if TYPE_CHECKING:
     pass
@@ -211,7 +212,7 @@ def _compare_text(
     checkpoint: Checkpoint, manifest: Manifest, expected: Manifest, report: Report
 ) -> None:
     """This very version wrote the manifest, so its JSON must be the same, field by field."""
-    there = read_json(checkpoint.root / MANIFEST)
+    there = read_json(checkpoint.root / MANIFEST, RECORD)
     wanted = expected.to_dict()
     for part in (there, wanted):
         part.pop("run", None)  # earlier manifests have it: how long a run took

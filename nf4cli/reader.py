@@ -7,11 +7,14 @@ offset order the byte ranges follow from the header's length and the sizes.
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import untrusted
 from .errors import InputError, MachineError
 from .fileio import Identity, identity_of, read_at
 from .records import ITEMSIZE, Shard, TensorInfo
@@ -31,15 +34,16 @@ def read_shard(path: Path) -> Shard:
     """
     from safetensors import SafetensorError, safe_open
 
-    status = path.stat()
-    size = status.st_size
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_MAGIC))
+    head, size, identity = untrusted.read_start(path, len(_LFS_MAGIC))
     if head == _LFS_MAGIC:
         raise InputError(
             f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
             "'git lfs pull' in its repository, or download the file again"
         )
+    length = int.from_bytes(head[:8], "little")
+    _refuse_absurd_length(path, min(length, size - 8))
+    header = untrusted.read_start(path, 8 + length)[0][8:] if length < size else b""
+    _refuse_absurd(path, header)
     try:
         with safe_open(path, "numpy") as file:
             entries = []
@@ -51,7 +55,9 @@ def read_shard(path: Path) -> Shard:
             f"{path} is not a complete safetensors file ({size:,} bytes): {error}. "
             "Download or save it again"
         ) from error
-    data_start = 8 + int.from_bytes(head[:8], "little")
+    _refuse_names(path, [name for name, _, _ in entries], header)
+    del header
+    data_start = 8 + length
     tensors = []
     offset = data_start
     for name, dtype, shape in entries:
@@ -70,7 +76,47 @@ def read_shard(path: Path) -> Shard:
         )
     # The library leaves the order of empty tensors at one offset to chance.
     tensors.sort(key=lambda t: (t.start, t.stop, t.name))
-    return Shard(path, size, data_start, tuple(tensors), identity_of(status))
+    return Shard(path, size, data_start, tuple(tensors), identity)
+
+
+def _refuse_absurd_length(path: Path, length: int) -> None:
+    """Raises InputError for more bytes of a header than we would read."""
+    if length > untrusted.MAX_HEADER:
+        raise InputError(
+            f"{path} has a header of {length:,} bytes, expected at most {untrusted.MAX_HEADER:,}: "
+            "no model has such a header. Save it in several files"
+        )
+
+
+def _refuse_absurd(path: Path, header: bytes) -> None:
+    """Raises InputError for a header that would cost the library, or us, much memory."""
+    # Every tensor has a brace of its own and every dimension a comma.
+    if header.count(b"{") > untrusted.MAX_TENSORS + 2 or (
+        header.count(b",") > untrusted.MAX_TENSORS * untrusted.MAX_DIMENSIONS
+    ):
+        raise InputError(
+            f"{path} has a header of more than {untrusted.MAX_TENSORS:,} tensors, or of absurd "
+            "shapes: no model has. Save it in several files"
+        )
+
+
+def _refuse_names(path: Path, names: list[str], header: bytes) -> None:
+    """Raises InputError for names that are absurdly long, or that the header has twice."""
+    long = next((name for name in names if len(name) > untrusted.MAX_NAME), None)
+    if long is not None:
+        raise InputError(
+            f"{path} has a tensor with a name of {len(long):,} characters ({long[:60]!r}...), "
+            f"expected at most {untrusted.MAX_NAME:,}"
+        )
+    # The library keeps one of two equal keys; only then can there be more braces than tensors.
+    if header.count(b"{") > len(names) + 1:
+        listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
+        twice = next((k for k, count in Counter(listed).items() if count > 1), None)
+        if twice is not None:
+            raise InputError(
+                f"{path} lists {twice[:200]!r} twice in its header: readers differ in which they "
+                "take. Save it again"
+            )
 
 
 class ByteReader:
@@ -86,7 +132,7 @@ class ByteReader:
 
     def __init__(self, path: Path, expected_size: int) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = untrusted.open_regular(path)
         size = self.identity()[2]
         if size != expected_size:
             self.close()

@@ -20,6 +20,7 @@ from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard, TensorInfo
 from .source import MANIFEST
+from .untrusted import is_regular
 from .writer import ShardLayout
 
 _PIECE = 4 << 20  # bytes read at a time
@@ -169,7 +170,7 @@ def confirm(plan: Plan, output: Path, algorithm: str, workers: int, progress: Pr
 
     def check_output(name: str, stop: threading.Event) -> None:
         path = output / name
-        if not path.is_file() or digest_file(path, algorithm) != found.output_files[name].digest:
+        if not is_regular(path) or digest_file(path, algorithm) != found.output_files[name].digest:
             raise UsageError(f"{exists}{name} in it is missing or damaged{advice}")
 
     _each(plan.checkpoint.shards, check_source, workers)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .errors import InputError
+
 VETTED_HEADS = (
     "lm_head", "embed_out", "proj_out", "vocab_projector", "cls.predictions.decoder",
     "predictions.decoder", "lm_head.decoder", "decoder", "score", "classifier", "qa_outputs",
@@ -19,6 +21,14 @@ VETTED_HEADS = (
 )  # fmt: skip
 """Heads that may be absent from the files (tied, or of another class of the same family) and must
 be in the list all the same: a list in the config replaces the loaders' own defaults."""
+
+
+_MOST_PAIRS = 5_000_000
+"""Of a name and a kind of packed module, each compared in microseconds; the largest mixtures have
+some 100,000."""
+_MAY_RUN_FOR_EVER = re.compile(r"\(.*[*+?{]|[*+?{].*[*+?{].*[*+?{]", re.DOTALL)
+"""A group with a quantifier, or three of them: matching can take time that is exponential, or a
+high power, in the length of a name.  Paths of modules have none, patterns in use one or two."""
 
 
 def hits(key: str, module: str) -> bool:
@@ -30,6 +40,13 @@ def hits_v5(key: str, module: str) -> bool:
     """transformers 5: a regex from the start up to a part's boundary, or a bare suffix."""
     if module.endswith(key):
         return True
+    if module.startswith(key) and module[len(key) : len(key) + 1] in ("", "."):
+        return True
+    if _MAY_RUN_FOR_EVER.search(key):
+        raise InputError(
+            f"{key[:200]!r} in a skip list, or as a module's name, is a regular expression that "
+            "transformers may never finish: expected the path of a module"
+        )
     try:
         return bool(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module))
     except (re.error, OverflowError, RecursionError):
@@ -121,6 +138,9 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
     Args:
         kept: paths of the matrices that stay in full precision, see `collapse`.
         quantized: paths of the packed modules.
+
+    Raises:
+        InputError: there are so many that it would take minutes.
     """
     # Layers and experts differ in digits only: what misses every masked path misses every path.
     packed: dict[str, list[str]] = {}
@@ -130,6 +150,11 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
     wanted = dict.fromkeys(VETTED_HEADS)
     for module in kept:
         wanted |= dict.fromkeys(names.forms(module))
+    if len(wanted) * len(packed) > _MOST_PAIRS:
+        raise InputError(
+            f"{len(wanted):,} names of kept modules would have to be told from {len(packed):,} "
+            "kinds of packed ones: no model has that many that differ in more than numbers"
+        )
     return [
         key
         for key in wanted

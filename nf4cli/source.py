@@ -6,7 +6,6 @@ here.  Nothing is unpickled and no code of the checkpoint is run.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,17 @@ from typing import Any
 from .errors import InputError
 from .reader import read_shard
 from .records import DIFFUSERS_STEM, MODEL_STEM, Checkpoint, Shard, TensorInfo
+from .untrusted import (
+    INDEX,
+    MAX_ALL_TENSORS,
+    home_of,
+    is_plain,
+    is_regular,
+    leads_out,
+    parse_json,
+    read_json,
+    read_start,
+)
 
 MANIFEST = "nf4_manifest.json"
 PIPELINE_RECORD = "nf4_pipeline.json"
@@ -41,8 +51,6 @@ _VARIANT = re.compile(
 """model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
 model-00001-of-00002.fp16.safetensors as earlier versions of diffusers wrote it."""
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
-_MAX_DEPTH = 64
-_MAX_JSON = 100_000_000  # bytes; the safetensors library's cap on headers
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -59,7 +67,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         index, files = find_shards(root)
         if all(file.name.startswith("adapter_model") for file in files):
             raise InputError(_not_a_checkpoint(root, "it has no model", root.iterdir()))
-    elif path.is_file():
+    elif is_regular(path):
         root, name, index = path.parent, path.stem, None
         if path.suffix != ".safetensors":
             raise InputError(
@@ -72,56 +80,38 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"; if it is a model of the Hub, fetch it first: hf download {path} --local-dir "
             f"{path.name}" if hub else ""
         )  # fmt: skip
-        raise InputError(
-            f"{path} does not exist: give a model directory or a .safetensors file{advice}"
-        )
+        what = "is no regular file" if os.path.lexists(path) else "does not exist"
+        raise InputError(f"{path} {what}: give a model directory or a .safetensors file{advice}")
     shards = tuple(read_shard(file) for file in files)
     tensors = _merge(shards)
     if not tensors:
         raise InputError(f"{path} holds no tensor: {', '.join(s.path.name for s in shards)}")
     if index is not None:
         _check_index(root / index, shards)
-    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    config = _config(root, files)
     if path.is_dir():
         extra, left = other_files(root, files, index)
     else:
-        extra, left = _companions_of_file(root) if config else (), ()
-    return Checkpoint(root, name, shards, tensors, config, path.is_file(), extra, left)
+        extra, left = _companions_of_file(root, files) if config else (), ()
+    return Checkpoint(root, name, shards, tensors, config, not path.is_dir(), extra, left)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def _config(root: Path, files: list[Path]) -> dict[str, Any]:
+    """config.json, {} where there is none.
 
     Raises:
-        InputError: too large, not UTF-8, not JSON, nested too deep, or not an object.
+        InputError: it is damaged, or a link to a file that is not the model's: the output's
+            config.json is made of it.
     """
-    if path.stat().st_size > _MAX_JSON:
-        raise InputError(f"{path} is larger than {_MAX_JSON:,} bytes: this is no {path.name}")
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if _is_deeper(value, _MAX_DEPTH):
+    path = root / "config.json"
+    if not os.path.lexists(path):
+        return {}
+    if path.is_symlink() and leads_out(path, root, home_of(root, files)):
         raise InputError(
-            f"{path} is nested more than {_MAX_DEPTH} levels deep: this is no {path.name}"
+            f"{path} is a link to {path.readlink()}, which is not beside the model's weights: "
+            "copy the file itself there"
         )
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return True
+    return read_json(path)
 
 
 def find_shards(root: Path) -> tuple[str | None, list[Path]]:
@@ -129,12 +119,12 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
 
     Files of a variant (model.fp16.safetensors) count where there are no others.
     """
-    found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and p.is_file())
+    found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and is_regular(p))
     for stem in (MODEL_STEM, DIFFUSERS_STEM):
         single, index = root / shard_name(stem, 0, 1), root / index_name(stem)
-        if single.is_file():
+        if is_regular(single):
             return None, [single]
-        if index.is_file():
+        if is_regular(index):
             return index.name, _indexed_files(index)
     indexes = sorted(p for p in root.glob("*.json") if _INDEX.fullmatch(p.name))
     if len(indexes) == 1:
@@ -232,24 +222,25 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = _weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or name in ("", ".", ".."):
+        if not is_plain(name):
             raise InputError(
                 f"{index}: the file name {name!r} leads out of the directory; "
                 "expected plain names of files beside the index"
             )
         path = index.parent / name
-        if not path.is_file():
+        if not is_regular(path):
             tensors = [t for t, f in weight_map.items() if f == name]
+            what = "is no regular file" if os.path.lexists(path) else "does not exist"
             raise InputError(
                 f"{index} names {name} (for {len(tensors)} tensors, first {tensors[0]!r}), which "
-                "does not exist: download it again"
+                f"{what}: download it again"
             )
         files.append(path)
     return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, INDEX).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -279,6 +270,10 @@ def _check_index(index: Path, shards: Iterable[Shard]) -> None:
 def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
     tensors: dict[str, tuple[Shard, TensorInfo]] = {}
     for shard in shards:
+        if len(tensors) + len(shard.tensors) > MAX_ALL_TENSORS:
+            raise InputError(
+                f"{shard.path.parent} holds more than {MAX_ALL_TENSORS:,} tensors: no model does"
+            )
         for tensor in shard.tensors:
             if tensor.name in tensors:
                 other = tensors[tensor.name][0].path.name
@@ -293,36 +288,63 @@ def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
 def other_files(
     root: Path, shards: Iterable[Path], index: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(to copy, to leave) of everything beside the shards, relative to root, sorted."""
+    """(to copy, to leave) of everything beside the shards, relative to root, sorted.
+
+    Left are also what is no regular file and links that lead out of the model.
+    """
+    shards = tuple(shards)
+    home = home_of(root, shards)
     modules = _sentence_transformers_modules(root)
     known = {index, *_OURS, *(path.name for path in shards)}
     extra, left = [], []
     for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = sorted(d for d in subdirectories if d not in LEFT_DIRECTORIES)
+        links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
+        left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]
+        subdirectories[:] = sorted(
+            d for d in subdirectories if d not in LEFT_DIRECTORIES and d not in links
+        )
         for name in names:
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
             if relative in known:
                 continue
             wanted = name.endswith(".safetensors") and path.parent in modules
-            if not path.is_file() or (not wanted and is_weight_file(name)):
+            copied = is_regular(path) and (wanted or not is_weight_file(name))
+            if not copied or (path.is_symlink() and leads_out(path, root, home)):
                 left.append(relative)
             else:
                 extra.append(relative)
     return tuple(sorted(extra)), tuple(sorted(left))
 
 
-def _companions_of_file(root: Path) -> tuple[str, ...]:
+def links_note(root: Path, left: Iterable[str]) -> list[str]:
+    """What to tell of links that are not copied, in a list that is empty where there are none."""
+    links = [name for name in left if (root / name).is_symlink() and not is_weight_file(name)]
+    return links and [
+        "not copied are links that lead to something that is not the model's, which would be "
+        f"published with it: {', '.join(links[:5])}{', ...' if links[5:] else ''}. Copy the files "
+        "themselves there if they belong to it"
+    ]
+
+
+def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
     """What belongs to a model beside a single file; its directory may hold anything else too."""
-    names = (p.name for p in root.iterdir() if p.is_file())
+    home = home_of(root, files)
+    names = (
+        p.name
+        for p in root.iterdir()
+        if is_regular(p) and not (p.is_symlink() and leads_out(p, root, home))
+    )
     return tuple(sorted(n for n in names if any(fnmatch(n, pattern) for pattern in _MODEL_FILES)))
 
 
 def _sentence_transformers_modules(root: Path) -> set[Path]:
     """Subdirectories that modules.json names: their small weights (2_Dense) belong to the model."""
     try:
-        modules = json.loads((root / "modules.json").read_bytes())
+        data, *_ = read_start(root / "modules.json", 1_000_000)
+        # The file is a list.
+        modules = parse_json(b'{"modules":' + data + b"}", "modules.json")["modules"]
         paths = {str(module["path"]) for module in modules}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (InputError, OSError, TypeError, KeyError):
         return set()
     return {root / path for path in paths if path}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,12 +19,14 @@ from .errors import MachineError
 from .fileio import write_at
 from .reader import ByteReader, read_shard
 from .records import TensorInfo
+from .untrusted import MAX_HEADER, MAX_TENSORS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Item = TypeVar("Item")
+_HEADER_ROOM = MAX_HEADER - 1000
 _PIECE = 1 << 20  # bytes read back at a time
 _ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
 
@@ -54,24 +56,42 @@ class ShardLayout:
         return max((self.tensors[key].stop for key in self.streamed), default=len(self.header))
 
 
+Entry = tuple[str, str, tuple[int, ...]]
+"""(key, dtype, shape) of a tensor to place."""
+
+
 def fill_shards(
-    items: Iterable[Item], nbytes: Callable[[Item], int], max_shard_size: int
+    items: Iterable[Item], entries: Callable[[Item], Sequence[Entry]], max_shard_size: int
 ) -> list[list[Item]]:
     """Items in order, cut into files of at most `max_shard_size` bytes of tensors; a larger item
-    gets a file of its own."""
+    gets a file of its own.  A file gets no more tensors, and no longer a header, than readers
+    take (`untrusted`).
+
+    Args:
+        entries: what is written for an item, which stays in one file.
+    """
     files: list[list[Item]] = [[]]
-    filled = 0
+    filled = tensors = header = 0
     for item in items:
-        if files[-1] and filled + nbytes(item) > max_shard_size:
+        found = entries(item)
+        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in found)
+        room = sum(map(_header_room, found))
+        if files[-1] and (
+            filled + nbytes > max_shard_size
+            or tensors + len(found) > MAX_TENSORS
+            or header + room > _HEADER_ROOM
+        ):
             files.append([])
-            filled = 0
-        filled += nbytes(item)
+            filled = tensors = header = 0
+        filled, tensors, header = filled + nbytes, tensors + len(found), header + room
         files[-1].append(item)
     return files
 
 
-Entry = tuple[str, str, tuple[int, ...]]
-"""(key, dtype, shape) of a tensor to place."""
+def _header_room(entry: Entry) -> int:
+    """Bytes that a tensor takes in a header, at most: braces, words and offsets take 100."""
+    key, _, shape = entry
+    return len(json.dumps(key, ensure_ascii=False).encode()) + 21 * len(shape) + 100
 
 
 def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry]) -> ShardLayout:

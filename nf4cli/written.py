@@ -15,6 +15,7 @@ from .pipeline import Progress
 from .records import Checkpoint, Shard
 from .report import Finding, Report
 from .source import MANIFEST, is_weight_file
+from .untrusted import home_of, is_regular, leads_out
 
 _CODE = (".py", ".so", ".pkl")
 """What a loader could run: never a harmless addition to an output."""
@@ -23,7 +24,7 @@ _CODE = (".py", ".so", ".pkl")
 def read_manifest(checkpoint: Checkpoint, report: Report) -> Manifest | None:
     """The manifest beside the shards, None (and why, in the report) where there is none."""
     path = checkpoint.root / MANIFEST
-    if not path.is_file():
+    if not is_regular(path):
         report.unchecked.append(
             f"that the bytes are the ones written: there is no {MANIFEST} "
             "(another program wrote this, or the run did not finish)"
@@ -124,9 +125,9 @@ def check_other_file(
 ) -> None:
     """A file beside the shards: configuration, tokenizer, code."""
     path = root / name
-    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
+    if leads_out(path, root, home_of(root)):
         report.add("manifest", name, f"{name} leads out of the directory")
-    elif not path.is_file():
+    elif not is_regular(path):
         report.add("manifest", name, f"{name} is missing: the manifest lists it")
     elif (found := digest_file(path, algorithm)) != record.digest:
         if name == "README.md":

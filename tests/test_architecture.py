@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nf4cli"
 FLOORS = (  # a module imports from floors below its own, or from its own floor
-    ("__init__", "errors", "fileio", "atomic_file", "components"),
+    ("__init__", "errors", "fileio", "atomic_file", "components", "untrusted"),
     ("records", "codebook"),
     ("bnb_format", "engines", "reader"),
     ("float8", "skip_list", "meta_model"),
@@ -113,6 +113,29 @@ def test_only_their_own_engine_imports_heavy_libraries():
                 names = [node.module or ""]
             heavy = {n.split(".")[0] for n in names} & HEAVY
             assert heavy <= allowed, path
+
+
+def test_no_code_comes_from_data():
+    """No unpickling, no eval; the model's own code only through --trust-remote-code."""
+    modules = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "runpy", "yaml"}
+    calls = {"eval", "exec", "compile", "__import__", "system", "popen"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names]
+                names.append((isinstance(node, ast.ImportFrom) and node.module) or "")
+                assert not {n.split(".")[0] for n in names} & modules, path
+            if isinstance(node, ast.Name):
+                assert node.id not in calls, f"{path}: {node.id}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value
+                named = f"{owner.id}.{node.func.attr}" if isinstance(owner, ast.Name) else ""
+                assert named not in {"os.system", "os.popen", "torch.load", "np.load"}, path
+            if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+                assert path.name in ("exact.py", "meta_model.py"), path
+        text = path.read_text()
+        if "get_class_from_dynamic_module" in text:
+            assert path.name == "meta_model.py"
 
 
 def test_the_main_path_is_light(llama, llama_nf4, tmp_path):

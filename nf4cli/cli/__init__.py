@@ -79,6 +79,8 @@ def main() -> None:
         raise
     except UnfinishedRunError as error:
         _fail(describe(error), error.exit_code, json)
+    except MemoryError:
+        _fail("the machine has not enough memory: free some, or use fewer --workers", 4, json)
     except (Nf4Error, OSError) as error:
         if isinstance(error, OSError) and results.begun and error.filename is None:
             _fail(_stdout_failed(error), 4, json)
@@ -130,9 +132,11 @@ def _fail(message: str, code: int, json: bool) -> None:
     """Say it on stderr, under --json also as the one document on stdout, and end."""
     from rich.console import Console
 
+    from ..untrusted import printable
+
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
     console.print("[bold red]error:[/]", end=" ")
-    console.print(message, markup=False)
+    console.print(printable(message), markup=False)
     try:
         if json:
             print_json("error", {"error": {"exit_code": code, "message": message}})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,10 +169,10 @@ def _console(stderr: bool) -> Console:
 
 
 def plain(text: object) -> str:
-    """A name or path for a styled line: its brackets are not markup."""
+    """A name or path for a styled line: its brackets are not markup, its escapes do nothing."""
     from rich.markup import escape
 
-    return escape(str(text))
+    return escape(printable(str(text)))
 
 
 def name_of(path: Path) -> str:
@@ -261,12 +262,12 @@ class ProgressDisplay:
             if line_due:
                 self._last_line = now
         if self._bar is not None:
-            self._bar.update(self._task, advance=count, current=what[-40:])
+            self._bar.update(self._task, advance=count, current=plain(what[-40:]))
         elif self._show and line_due:
             share = self._done / max(1, self._total)
             self._console.print(
                 f"{self._label}: {share:.0%} ({format_size(self._done)} of "
-                f"{format_size(self._total)}), {what}",
+                f"{format_size(self._total)}), {plain(what)}",
                 soft_wrap=True,
             )
 

@@ -1,0 +1,1 @@
+"""Hostile files, one an attack, and the program that makes them."""

@@ -1,0 +1,1 @@
+"""Fuzzing: targets that any driver can call with bytes."""
