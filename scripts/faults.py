@@ -32,6 +32,7 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 NF4 = Path(sys.executable).with_name("nf4")
+QUANTIZE = (NF4, "quantize", "--max-shard-size", "6MB")  # several files
 MACHINE, INTERRUPTED, USAGE, INPUT = 4, 130, 2, 3
 THERE = re.compile(r"continuing an earlier run: ([\d,]+) of ([\d,]+) weights")
 
@@ -76,8 +77,8 @@ class Bench:
         environment = dict(os.environ)
         if fault:
             environment |= {"LD_PRELOAD": str(self.preload), "NF4_FAULT": fault}
-        command = [NF4, "quantize", self.source, self.output, "--workers",
-                   str(self.random.choice((1, 2, 3))), *options]  # fmt: skip
+        workers = str(self.random.choice((1, 2, 3)))
+        command = [*QUANTIZE, self.source, self.output, "--workers", workers, *options]
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, **kwargs,  # type: ignore[call-overload]
@@ -179,7 +180,7 @@ def bench_calls(bench: Bench) -> int:
         environment = {"LD_PRELOAD": str(bench.preload), "NF4_FAULT": "any count 1 out",
                        "NF4_COUNT_FD": str(write)}  # fmt: skip
         subprocess.run(
-            [NF4, "quantize", "-q", bench.source, bench.output],
+            [*QUANTIZE, "-q", bench.source, bench.output],
             env={**os.environ, **environment}, pass_fds=(write,), check=True,
         )  # fmt: skip
         bench_calls.known = int(os.read(read, 100))  # type: ignore[attr-defined]
@@ -252,8 +253,8 @@ def change_source(bench: Bench) -> None:
         elif how == "truncate":
             os.truncate(shard, len(before) // 2)
         else:
-            shard.with_suffix(".new").write_bytes(before[:-2] + b"\x11\x3c")
-            shard.with_suffix(".new").replace(shard)
+            (kept / "new").write_bytes(before[:-2] + b"\x11\x3c")
+            (kept / "new").replace(shard)
         _, stderr = process.communicate(timeout=60)
         require("Traceback" not in stderr, stderr)
         if process.returncode == 0:  # it had read that file already, or not begun to
@@ -304,9 +305,10 @@ def change_source_between(bench: Bench) -> None:
 
 def two_runs(bench: Bench) -> None:
     """A second run on the same output is refused; a killed one holds no lock."""
-    first = bench.start(fault="write short 1 out")  # slow
-    while not (bench.workspace / "journal").exists():
-        time.sleep(0.01)
+    first = bench.start()
+    while not (bench.workspace / "files").exists():
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # it is alive, and holds still
     code, stderr = bench.run("--resume")
     require(code == USAGE, f"the second ended with {code}: {stderr}")
     require("another run is writing" in stderr, stderr)
@@ -435,7 +437,7 @@ def make_bench(place: Path, megabytes: int, seed: int) -> Bench:
     for _ in range(3):
         shutil.rmtree(bench.reference, ignore_errors=True)
         started = time.monotonic()
-        subprocess.run([NF4, "quantize", "-q", source, bench.reference], check=True)
+        subprocess.run([*QUANTIZE, "-q", source, bench.reference], check=True)
         bench.seconds = min(bench.seconds, time.monotonic() - started)
     return bench
 

@@ -286,7 +286,7 @@ def test_a_full_disk_behind_stdout(place):
             command, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 4
-    assert "the work is done, but its result cannot be printed" in done.stderr
+    assert "the work is done, but its result cannot be written to stdout" in done.stderr
     nf4_ok("verify", "out", "--source", "m", cwd=place)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import sys
 from pathlib import Path
 
@@ -65,10 +66,12 @@ def main() -> None:
     corpus.mkdir()
     for number, seed in enumerate(targets.seeds(name)):
         (corpus / str(number)).write_bytes(seed)
+    # A process begins with the peak of the one that started it.
+    memory = 1024 + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     crashes = Path(rest[1] if len(rest) > 1 else targets.place()).resolve()
     options = [
-        f"-runs={runs}", "-max_len=8192", "-timeout=20", "-rss_limit_mb=1024", "-len_control=0",
-        f"-seed={rest[0] if rest else 1}", f"-artifact_prefix={crashes}/{name}-",
+        f"-runs={runs}", "-max_len=8192", "-timeout=20", f"-rss_limit_mb={memory}",
+        "-len_control=0", f"-seed={rest[0] if rest else 1}", f"-artifact_prefix={crashes}/{name}-",
         "-print_final_stats=1", str(corpus),
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], targets.TARGETS[name], custom_mutator=mutate)
