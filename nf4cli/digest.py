@@ -205,12 +205,16 @@ class ShardHashing:
 
     The two digests take turns of their own, so that one thread computes the file's while another
     computes the tensors' or reads.
+
+    Args:
+        tensors: whether the tensors' are wanted.
     """
 
-    def __init__(self, shard: Shard, algorithm: str) -> None:
+    def __init__(self, shard: Shard, algorithm: str, tensors: bool) -> None:
         self.shard = shard
         self.file = _Ordered(FileDigest(algorithm))
-        self.tensors = _Ordered(TensorDigests(shard.tensors))
+        self.tensors = _Ordered(TensorDigests(shard.tensors if tensors else ()))
+        self._with_tensors = tensors
         self._reader: ByteReader | None = None
         self._lock = threading.Lock()
 
@@ -230,7 +234,8 @@ class ShardHashing:
         piece = buffer[: min(_PIECE, self.shard.size - start)]
         self._reader.read_into(piece, start)
         self.file.update(start, piece)
-        self.tensors.update(start, piece)
+        if self._with_tensors:
+            self.tensors.update(start, piece)
         return piece.nbytes
 
     def close(self) -> None:
@@ -246,6 +251,7 @@ def digest_shards(
     algorithm: str,
     workers: int = 1,
     progress: Progress = no_progress,
+    tensors: bool = True,
 ) -> list[tuple[str, dict[str, str]]]:
     """Read files once: of each its digest, and its tensors' by name.
 
@@ -254,13 +260,14 @@ def digest_shards(
 
     Args:
         workers: threads; each holds a piece of 1 MiB.
+        tensors: False leaves the tensors' digests out.
 
     Raises:
         InputError: a file changed in size since its header was read.
     """
     import numpy as np
 
-    hashings = [ShardHashing(shard, algorithm) for shard in shards]
+    hashings = [ShardHashing(shard, algorithm, tensors) for shard in shards]
 
     def make_worker() -> Callable[[tuple[ShardHashing, int]], None]:
         buffer = np.empty(_PIECE, np.uint8)

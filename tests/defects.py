@@ -416,9 +416,12 @@ def _half_forged(root: Path) -> None:
 
 
 simple("manifest: not JSON", lambda d: (d / MANIFEST).write_text("{"))
-simple(
-    "manifest: a file's digest replaced to match a damaged shard, a tensor's not",
-    _half_forged,
+DEFECTS.append(
+    Defect(
+        "manifest: a file's digest replaced to match a damaged shard, a tensor's not",
+        lambda root, _: _half_forged(root),
+        only_source=True,
+    )
 )
 simple("manifest: a tensor's record removed", lambda d: manifest(d, lambda m: m["tensors"].pop(UP)))
 simple(
