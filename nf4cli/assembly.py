@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .complete import require_none
 from .dequantize import Decoding, Summary, decode_into, plan_decoding
 from .diffusion import (
     INDEX_FILE,
@@ -21,7 +22,7 @@ from .diffusion import (
 from .digest import digest_file
 from .engines import Engine, Notify, no_notice
 from .errors import InputError
-from .limits import Resources, disk_bytes, refuse_place, require_disk, require_place
+from .limits import Resources, disk_bytes, holds_output, refuse_place, require_disk, require_place
 from .manifest import Manifest
 from .output import clear
 from .pipeline import Progress, no_progress
@@ -52,7 +53,8 @@ def check_pipeline_output(
         UsageError, MachineError: see limits.check_output.
     """
     require_place(plan.root, output, False, resume)
-    require_disk(output, pipeline_disk_bytes(plan, workers))
+    if not (resume and holds_output(output)):
+        require_disk(output, pipeline_disk_bytes(plan, workers))
 
 
 def write_pipeline(
@@ -85,7 +87,12 @@ def write_pipeline(
             name: fill(work, name, part, engine, resources, digest, progress, notify)
             for name, part in plan.parts.items()
         }
-        if not work.complete:
+        if work.complete:
+            report = Report()
+            _check_recorded(work.output, _read_record(work.output, report), [*plan.parts], report)
+            _check_copies(work.output, plan.root, [*plan.parts], report)
+            require_none(work.output, report)
+        else:
             _write_record(work.directory, plan, manifests, digest)
     return manifests
 

@@ -159,7 +159,7 @@ class Conversion:
 
     def _items(self) -> Iterator[Item | Reading]:
         """Every chunk of every tensor, in the order of the source files."""
-        stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.start))
+        stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.name))
         for _, group in stored:
             plans = list(group)
             todo = [p for p in plans if p.outputs and p.name not in self._done]

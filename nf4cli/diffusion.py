@@ -25,10 +25,10 @@ from .plan import Oracle, Plan, Scan, make_plan, no_scan
 from .records import Checkpoint, QuantConfig
 from .selection import matches, module_path
 from .source import (
-    LEFT_DIRECTORIES,
     MANIFEST,
     PIPELINE_RECORD,
     find_shards,
+    is_left,
     is_weight_file,
     links_note,
     open_checkpoint,
@@ -337,7 +337,7 @@ def copies_of(root: Path, components: Collection[str], converted: Collection[str
         if path.is_symlink() and leads_out(path, root, home):
             copies.left.append(path.name)
         elif path.is_dir():
-            if path.name not in (*converted, *LEFT_DIRECTORIES):
+            if path.name not in converted and not is_left(path.name):
                 _add_directory(copies, path, path.name in components)
         elif path.name == PIPELINE_RECORD:
             continue

@@ -76,7 +76,7 @@ def exit_code_of(error: BaseException | None) -> int:
 def describe(error: Nf4Error | OSError) -> str:
     """What an error says to a user."""
     if isinstance(error, UnfinishedRunError):
-        return f"{describe(error.cause)}\n{error}"
+        return f"{describe(error.cause)}. {error}"
     if isinstance(error, Nf4Error):
         return str(error)
     advice = ": free some space" if error.errno == errno.ENOSPC else ""

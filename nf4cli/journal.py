@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Contents:
     Attributes:
         header: its first line, None where there is none.
         parts: by name, "" for a checkpoint alone.
-        damaged: whether a line before the last is not as it was written.
+        damaged: whether the first line is not as it was written.
     """
 
     header: Json | None
@@ -64,20 +65,28 @@ class Contents:
 
 
 def read(fd: int) -> Contents:
-    """Everything that an open journal holds; a last line that is torn is none."""
+    """Everything that an open journal holds.
+
+    A line that is not as it was written is none: what it spoke of is done again.
+    """
     with os.fdopen(os.dup(fd), "rb") as file:
         file.seek(0)
         lines = file.read().split(b"\n")
     entries = [_parse(line) for line in lines[:-1]]
     parts: dict[str, Part] = {}
-    damaged = None in entries
     for entry in entries[1:]:
-        try:
-            if entry is not None:
+        if entry is not None:
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
                 _apply(entry, parts)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            damaged = True
-    return Contents(entries[0] if entries else None, parts, damaged)
+    header = entries[0] if entries else None
+    return Contents(header, parts, bool(entries) and header is None)
+
+
+def _whole_lines(fd: int) -> int:
+    """Bytes up to the end of the last line that is whole."""
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return file.read().rfind(b"\n") + 1
 
 
 def _line(entry: Json) -> bytes:
@@ -89,7 +98,10 @@ def _parse(line: bytes) -> Json | None:
     checksum, _, text = line.partition(b" ")
     if checksum != _checksum(text):
         return None
-    entry = json.loads(text)
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
     return entry if isinstance(entry, dict) else None
 
 
@@ -139,6 +151,7 @@ class Journal:
         self._closing = False
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="nf4-journal", daemon=True)
+        os.ftruncate(fd, _whole_lines(fd))  # a torn line would spoil the next one
         os.lseek(fd, 0, os.SEEK_END)
 
     def start(self) -> None:
@@ -189,13 +202,18 @@ class Journal:
         self._add({"part": part, "file": name, **asdict(digests)}, None)
 
     def close(self) -> None:
-        """Write what is left.  A failure is of no interest any more: the run ends here anyway, and
-        what a journal lacks is done again."""
+        """Write what is left.  What a journal lacks is done again, but see `require_good`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def require_good(self) -> None:
+        """After `close`: raises the OSError of a disk that failed meanwhile.  It is told once: a
+        later sync of the same file may say that all is well."""
+        if self._error is not None:
+            raise self._error
 
     def _add(self, entry: Json, path: Path | None) -> None:
         line = _line(entry)

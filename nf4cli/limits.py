@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .engines import GRANULE, Engine
 from .errors import MachineError, UsageError
 from .plan import Plan
+from .source import MANIFEST, PIPELINE_RECORD
+from .untrusted import is_regular
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
@@ -46,7 +50,14 @@ def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -
         MachineError: not enough free space.
     """
     require_place(plan.checkpoint.root, output, plan.checkpoint.is_file, resume)
-    require_disk(output, disk_bytes(plan, workers))
+    if not (resume and holds_output(output)):
+        require_disk(output, disk_bytes(plan, workers))
+
+
+def holds_output(output: Path) -> bool:
+    """Whether an output of ours is there, and no other one was begun."""
+    begun = (workspace_of(output) / "files").exists()
+    return not begun and any(is_regular(output / name) for name in (MANIFEST, PIPELINE_RECORD))
 
 
 def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
@@ -81,6 +92,11 @@ def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
             f"the output {output} is the source directory or lies inside it: give another place, "
             f"such as {source.parent / (source.name + '-out')}"
         )
+    if os.path.ismount(output):
+        raise UsageError(
+            f"{output} is a mount point, and an output takes its place in one rename: give a "
+            f"directory inside it, such as {output / source.name}-nf4"
+        )
     empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     if os.path.lexists(output) and not empty:
         raise UsageError(f"{output} exists: remove it first, or choose another output")
@@ -101,9 +117,15 @@ def require_disk(output: Path, need: int) -> None:
 
 
 def _bytes_in(directory: Path) -> int:
-    """Bytes of the disk that the files of a directory take."""
-    files = (f for f in directory.rglob("*") if f.is_file() and not f.is_symlink())
-    return sum(512 * f.stat().st_blocks for f in files)
+    """Bytes of the disk that the files of a directory take; 0 for what is none of ours."""
+    if directory.is_symlink():
+        return 0
+    total = 0
+    for file in directory.rglob("*"):
+        with suppress(OSError):  # another run may just be removing it
+            status = file.lstat()
+            total += 512 * status.st_blocks if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def disk_bytes(plan: Plan, workers: int) -> int:

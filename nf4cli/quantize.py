@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .complete import confirm
 from .conversion import Conversion
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, new_tensor_hash
 from .engines import Engine, Notify, no_notice
@@ -20,7 +21,7 @@ from .pipeline import Progress, no_progress
 from .plan import Plan, TensorPlan
 from .reader import read_shard
 from .records import FileDigests, Result, Shard
-from .resume import Standing, check, confirm, header
+from .resume import Standing, check, header
 from .source import MANIFEST
 from .workspace import Workspace
 from .writer import ShardWriter
@@ -186,7 +187,7 @@ def fill(
 ) -> Manifest:
     """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
     if work.complete:
-        manifest = confirm(plan, work.output / part, digest, resources.workers, progress)
+        manifest = confirm(plan, work.output / part, digest, resources, progress)
         notify(f"{work.output / part} is complete already, and as this would write it")
         return manifest
     directory = work.directory / part

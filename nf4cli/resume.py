@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, journal, manifest
-from .digest import digest_file, digest_shard, new_tensor_hash
+from .digest import digest_shard, new_tensor_hash
 from .errors import InputError, InterruptedRunError, UsageError
-from .fileio import identity_of
+from .fileio import identity_of, sync
 from .journal import Part
-from .manifest import Manifest
 from .pipeline import Progress, run
 from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard, TensorInfo
-from .source import MANIFEST
-from .untrusted import is_regular
 from .writer import ShardLayout
 
 _PIECE = 4 << 20  # bytes read at a time
@@ -123,7 +121,7 @@ def check(
         here = [t for t in plan.tensors if t.file == number and t.outputs]
         mine = [t for t in here if t.name in done]
         path = directory / layout.filename
-        if not mine or not _is_whole(path, layout):
+        if not mine or not _is_whole(path, layout) or not _from_the_disk(path):
             return
         found, digest = _digests_of(path, layout, mine, len(mine) == len(here), algorithm,
                                     _until(stop, layout.filename, progress))  # fmt: skip
@@ -140,50 +138,26 @@ def check(
     return standing
 
 
-def confirm(plan: Plan, output: Path, algorithm: str, workers: int, progress: Progress) -> Manifest:
-    """The manifest of an output that is there, if it is what `plan` would write.
-
-    Raises:
-        UsageError: it is not.
-        InputError: the source cannot be read.
-    """
-    exists = f"{output} exists, and is not what this would write: "
-    advice = ". Remove it first, or choose another output"
-    try:
-        found = Manifest.from_file(output / MANIFEST)
-    except (InputError, OSError) as error:
-        raise UsageError(f"{exists}{error}{advice}") from error
-    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
-    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
-    for name, value in wanted.items():
-        if there[name] != value:
-            raise UsageError(f"{exists}its {name} is {there[name]!r}, not {value!r}{advice}")
-    sources = {shard.path.name: shard for shard in plan.checkpoint.shards}
-    if sources.keys() != found.source_files.keys():
-        raise UsageError(f"{exists}it was made of other files{advice}")
-
-    def check_source(shard: Shard, stop: threading.Event) -> None:
-        name = shard.path.name
-        digest, _ = digest_shard(shard, algorithm, _until(stop, name, progress))
-        if digest != found.source_files[name].digest:
-            raise UsageError(f"{exists}{shard.path} is not the file it was made of{advice}")
-
-    def check_output(name: str, stop: threading.Event) -> None:
-        path = output / name
-        if not is_regular(path) or digest_file(path, algorithm) != found.output_files[name].digest:
-            raise UsageError(f"{exists}{name} in it is missing or damaged{advice}")
-
-    _each(plan.checkpoint.shards, check_source, workers)
-    _each(sorted(found.output_files), check_output, workers)
-    return found
-
-
 def _is_whole(path: Path, layout: ShardLayout) -> bool:
     """Whether a file of the size and with the header that were planned is there."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size != layout.size:
         return False
     with path.open("rb") as file:
         return file.read(len(layout.header)) == layout.header
+
+
+def _from_the_disk(path: Path) -> bool:
+    """Have a file read from the disk, not from a memory that the disk may have lost; False where
+    the disk says that it has."""
+    try:
+        sync(path)
+    except OSError:
+        return False
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    return True
 
 
 def _digests_of(

@@ -184,6 +184,12 @@ def plain_index(name: str) -> str:
     return index_name(match[1] if match else MODEL_STEM)
 
 
+def is_left(directory: str) -> bool:
+    """Whether a directory of that name is no part of a model: caches, and what a run works in."""
+    workspace = directory.startswith(".") and directory.endswith(".partial")
+    return workspace or directory in LEFT_DIRECTORIES
+
+
 def is_weight_file(name: str) -> bool:
     """Whether a file's name is one of weights, or of an index of them, in any format."""
     return any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
@@ -300,9 +306,7 @@ def other_files(
     for directory, subdirectories, names in os.walk(root):
         links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
         left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]
-        subdirectories[:] = sorted(
-            d for d in subdirectories if d not in LEFT_DIRECTORIES and d not in links
-        )
+        subdirectories[:] = sorted(d for d in subdirectories if not is_left(d) and d not in links)
         for name in names:
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()

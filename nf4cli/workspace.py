@@ -6,19 +6,31 @@ is also the lock: the system releases it when its process ends, however it ends.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shlex
 import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import journal
-from .errors import InputError, Nf4Error, UnfinishedRunError, UsageError
+from .errors import (
+    InputError,
+    InterruptedRunError,
+    MachineError,
+    Nf4Error,
+    UnfinishedRunError,
+    UsageError,
+)
 from .fileio import sync
 from .journal import Contents, Journal, Json
-from .limits import refuse_place, workspace_of
-from .source import MANIFEST, PIPELINE_RECORD
+from .limits import holds_output, refuse_place, workspace_of
+
+_LARGEST_JOURNAL = 2_000_000_000  # bytes: 1,000 a weight, and no model has a million
 
 
 class Workspace:
@@ -61,6 +73,7 @@ class Workspace:
         self._total = total
         self._resume = resume
         self._fsync = fsync
+        self._committed = False
         self.root = workspace_of(output)
         self.directory = self.root / "files"
 
@@ -69,7 +82,7 @@ class Workspace:
         self._fd = self._lock()
         try:
             self.earlier = journal.read(self._fd)
-            self.complete = self._is_complete()
+            self.complete = self._resume and holds_output(self.output)
             if not self.complete:
                 refuse_place(self._source[0], self.output, self._source[1])
                 if self.earlier.finished and self.directory.is_dir():
@@ -89,55 +102,92 @@ class Workspace:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            self.journal.close()
             if error is not None:
+                self.journal.close()
                 self._leave(error)
                 return
-            if not self.complete:
-                try:
+            try:
+                self.journal.close()
+                if not self.complete:
+                    self.journal.require_good()
                     self._commit()
-                except BaseException as late:
-                    self._leave(late)
-                    raise
+            except BaseException as late:
+                self._leave_late(late)
             self._remove()
         finally:
             os.close(self._fd)
 
+    def _leave_late(self, error: BaseException) -> None:
+        """A run that had nothing left to do but to wait for the disk, or to clean up.
+
+        Raises:
+            `error`, or what `_leave` makes of it; nothing where the output is there and the user
+            only did not want to wait.
+        """
+        self.journal.close()
+        if not self._committed:
+            self._leave(error)
+            raise error
+        if isinstance(error, OSError):
+            raise MachineError(
+                f"{self.output} is complete, but {self.output.parent} could not be synced: "
+                f"{error.strerror or error}. Look at that disk"
+            ) from error
+        if not isinstance(error, InterruptedRunError):
+            raise error
+
     def _lock(self) -> int:
         while True:
-            self.root.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                self.root.mkdir()
             status = self.root.lstat()
-            if self.root.is_symlink() or status.st_uid != os.geteuid():
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise UsageError(
-                    f"{self.root}, where the work on {self.output} would lie, is a link or "
-                    "somebody else's: remove it, or choose another output"
+                    f"{self.root}, where the work on {self.output} would lie, is no directory, a "
+                    "link or somebody else's: remove it, or choose another output"
                 )
             path = self.root / "journal"
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+                fd = os.open(path, flags, 0o644)
             except FileNotFoundError:
                 continue  # another run, which has just finished, removed the directory
+            except (IsADirectoryError, PermissionError) as error:
+                raise UsageError(self._no_journal(path)) from error
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise UsageError(self._no_journal(path)) from error
+                raise
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(fd)
-                raise UsageError(
-                    f"another run is writing {self.output}: wait for its end, or choose another "
-                    "output"
-                ) from error
+                self._lock_file(fd, path)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(fd)):
+                    return fd
             except BaseException:
                 os.close(fd)
                 raise
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(fd)):
-                return fd
             os.close(fd)  # that run has just finished
 
-    def _is_complete(self) -> bool:
-        """Whether an output of ours is there, and nothing else was begun."""
+    def _lock_file(self, fd: int, path: Path) -> None:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_JOURNAL:
+            raise UsageError(self._no_journal(path))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run is writing {self.output}: wait for its end, or choose another output"
+            ) from error
+        except OSError as error:
+            self._remove()
+            raise MachineError(
+                f"{path} cannot be locked ({error.strerror}): choose an output on another file "
+                "system"
+            ) from error
+
+    def _no_journal(self, path: Path) -> str:
         return (
-            self._resume
-            and not self.directory.exists()
-            and any((self.output / name).is_file() for name in (MANIFEST, PIPELINE_RECORD))
+            f"{path} is not a journal of nf4 that we may write: remove {self.root}, or choose "
+            "another output"
         )
 
     def _begin(self) -> None:
@@ -147,23 +197,26 @@ class Workspace:
 
     def _require_the_same(self) -> None:
         unfinished = (
-            f"an unfinished run lies in {self.root} ({self.earlier.finished:,} weights done)"
+            f"an unfinished run of nf4 quantize lies in {self.root} "
+            f"({self.earlier.finished:,} weights done)"
         )
+        if not self._header:
+            raise UsageError(f"{unfinished}: finish it first, or remove it: {self._removal}")
         if not self._resume:
             raise UsageError(
                 f"{unfinished}: continue it with the same command and --resume, or remove it: "
-                f"rm -r {self.root}"
+                f"{self._removal}"
             )
         if self.earlier.damaged:
             raise UsageError(
                 f"{unfinished}, but its journal is damaged: remove it and start again: "
-                f"rm -r {self.root}"
+                f"{self._removal}"
             )
         differences = list(dict.fromkeys(_differences(self.earlier.header, self._header)))
         if differences:
             raise UsageError(
                 f"{unfinished}, of something else: {'; '.join(differences[:8])}. Give the same "
-                f"source and options again, or remove it: rm -r {self.root}"
+                f"source and options again, or remove it: {self._removal}"
             )
 
     def _commit(self) -> None:
@@ -171,6 +224,7 @@ class Workspace:
             for path in (*self.directory.rglob("*"), self.directory):
                 sync(path)
         self.directory.rename(self.output)
+        self._committed = True
         if self._fsync:
             sync(self.output.parent)
 
@@ -183,11 +237,16 @@ class Workspace:
             return
         if not isinstance(error, (Nf4Error, OSError)):
             return  # a bug keeps its traceback
-        raise UnfinishedRunError(
-            f"{finished:,} of {self._total:,} weights are done and kept in {self.root}: continue "
-            f"with the same command and --resume, or remove it: rm -r {self.root}",
-            error,
-        ) from error
+        kept = f"{finished:,} of {self._total:,} weights are done and kept in {self.root}"
+        if isinstance(error, (InputError, UsageError)):
+            advice = "if they are of no use now, remove them"
+        else:
+            advice = "continue with the same command and --resume, or remove it"
+        raise UnfinishedRunError(f"{kept}: {advice}: {self._removal}", error) from error
+
+    @property
+    def _removal(self) -> str:
+        return f"rm -r {shlex.quote(str(self.root))}"
 
     def _remove(self) -> None:
         """Everything that is ours; what others put there stays."""

@@ -35,6 +35,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("conversion", "inspection", "workspace", "written", "nonfinite"),
     ("foreign",),
     ("proof",),
+    ("complete",),
     ("quantize", "verify", "dequantize"),
     ("sample",),
     ("assembly", "attest"),

@@ -38,13 +38,13 @@ def quantize(
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
-    from ..limits import refuse_place
+    from ..limits import require_place
     from ..summary import conversion_section
 
     if output is None:
         output = Path(f"{source.resolve().name}-nf4")
     if config.on_nonfinite == "keep":
-        refuse_place(source, output)  # before all is read
+        require_place(source, output, False, resume)  # before all is read
     decided = make_pipeline_plan(source, config, oracle, scan)
     tensors = sum(len(part.tensors) for part in decided.parts.values())
     limits = common.resources(engine, workers, memory, tensors)

@@ -1,0 +1,66 @@
+"""Is the output that is there what this run would write?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from . import __version__
+from .digest import digest_shards
+from .errors import InputError, UsageError
+from .limits import Resources
+from .manifest import Manifest
+from .pipeline import Progress
+from .plan import Plan
+from .proof import compare_beside
+from .report import Report
+from .source import MANIFEST, open_checkpoint
+from .written import check_manifest
+
+
+def confirm(
+    plan: Plan, output: Path, algorithm: str, resources: Resources, progress: Progress
+) -> Manifest:
+    """The manifest of a finished output, when it is what `plan` would write.
+
+    Every file of it is digested, and every file of the source; nothing is quantized.
+
+    Raises:
+        UsageError: it is not.
+        InputError: the source cannot be read.
+    """
+    try:
+        found = Manifest.from_file(output / MANIFEST)
+        checkpoint = open_checkpoint(output)
+    except InputError as error:
+        raise another(output, str(error)) from error
+    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
+    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
+    for name, value in wanted.items():
+        if there[name] != value:
+            raise another(output, f"its {name} is {there[name]!r}, not {value!r}")
+    shards = plan.checkpoint.shards
+    if {shard.path.name for shard in shards} != found.source_files.keys():
+        raise another(output, "it was made of other files")
+    digests = digest_shards(shards, algorithm, resources.workers, progress, tensors=False)
+    for shard, (digest, _) in zip(shards, digests, strict=True):
+        if digest != found.source_files[shard.path.name].digest:
+            raise another(output, f"{shard.path} is not the file that it was made of")
+    report = Report()
+    check_manifest(checkpoint, {}, resources, report, progress)
+    compare_beside(checkpoint, plan, found, report)
+    require_none(output, report)
+    return found
+
+
+def require_none(output: Path, report: Report) -> None:
+    """Raises UsageError when the report has a finding."""
+    if report.findings:
+        raise another(output, report.findings[0].message)
+
+
+def another(output: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{output} exists, and is not what this would write: {why}. Remove it first, or choose "
+        "another output"
+    )
