@@ -204,7 +204,7 @@ def run(*command: str) -> tuple[float, float, int]:
 
 def script(code: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True
+        [sys.executable, "-I", "-c", code, *arguments], check=True, capture_output=True, text=True
     )
     return done.stdout.strip().rpartition("\n")[2]
 

@@ -3,11 +3,10 @@
 
     .venv/bin/python scripts/bench_verify.py --work /some/disk [--runs 9]
 
-Makes a Llama-3B-shaped bf16 checkpoint of random weights (3.4 GB), quantizes it into one file and
-into shards of 400 MB, and times in turn, the page cache warm: `nf4 verify OUT`; a process that
-does nothing but digest the same files through nf4cli.digest.digest_file, one thread a file (BLAKE3
-alone, no tensor digests, as `verify` also makes); and one that maps each file and lets the blake3
-package use every processor, as `b3sum` does.  Then memory: of these runs, and of 20,000 tiny
+Makes a bf16 checkpoint of random weights in the shape of 24 layers of Llama-3-8B (11 GB), quantizes
+it into one file and into shards of 1 GB, and times in turn, the page cache warm: `nf4 verify OUT`;
+a process that does nothing but digest the same files through nf4cli.digest.digest_file, one thread
+a file; and one that maps each file and lets the blake3 package use every processor, as `b3sum` does.  Then memory: of these runs, and of 20,000 tiny
 tensors.  Prints a table for docs/performance.md.
 
 Peak memory is the kernel's ru_maxrss of each command, which starts from its parent's: this process
@@ -136,10 +135,10 @@ def main() -> None:
     source, many = work / "source", work / "many"
     for directory in (source, many):
         directory.mkdir(parents=True)
-    shape = ("2560", "6912", "22", "32000", "640", "0", "0")
+    shape = ("4096", "14336", "24", "32000", "1024", "0", "0")
     subprocess.run([sys.executable, "-c", MAKE, str(source), *shape], check=True)
     rows = []
-    for label, options_of in (("one file", ()), ("shards", ("--max-shard-size", "400MB"))):
+    for label, options_of in (("one file", ()), ("shards", ("--max-shard-size", "1GB"))):
         out = work / label.replace(" ", "-")
         subprocess.run([NF4, "quantize", str(source), str(out), "-q", *options_of], check=True)
         rows += compare(out, label, options.runs)
