@@ -24,8 +24,8 @@ from helpers import (
 )
 from test_resume import stop
 
-from nf4cli import engines, journal
-from nf4cli.errors import UnfinishedRunError
+from nf4cli import engines, journal, workspace
+from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources, workspace_of
 from nf4cli.plan import make_plan
 from nf4cli.quantize import write_checkpoint
@@ -180,3 +180,33 @@ def test_dequantize_does_not_touch_an_unfinished_run(finished):
         USAGE, "dequantize", "out", "other", cwd=finished,
         says=("an unfinished run of nf4 quantize", "finish it first"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", ["while the journal is written", "after the rename"])
+def test_ctrl_c_when_only_the_disk_is_waited_for(work, monkeypatch, moment):
+    pressed = []
+
+    def press() -> None:
+        if not pressed:
+            pressed.append(1)
+            raise InterruptedRunError("interrupted")
+
+    if moment == "after the rename":
+        real_sync = workspace.sync
+        monkeypatch.setattr(
+            workspace, "sync", lambda path: press() if path == work else real_sync(path)
+        )
+    else:
+        close = journal.Journal.close
+        monkeypatch.setattr(journal.Journal, "close", lambda self: (close(self), press()))
+    plan, engine = make_plan(open_checkpoint(work / "model"), QuantConfig()), engines.load("cpu")
+    limits = make_resources(engine, 1, None, 1)
+    if moment == "after the rename":  # it is there: nothing is left to do or to continue
+        write_checkpoint(plan, work / "out", engine, limits)
+    else:
+        with pytest.raises(UnfinishedRunError, match="21 of 21 weights are done"):
+            write_checkpoint(plan, work / "out", engine, limits)
+        write_checkpoint(plan, work / "out", engine, limits, resume=True)
+    assert pressed
+    assert not workspace_of(work / "out").exists()
+    nf4_ok("verify", "out", "--source", "model", cwd=work)
