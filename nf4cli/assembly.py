@@ -75,7 +75,7 @@ def write_pipeline(
             `quantize.write_checkpoint`.
     """
     check_pipeline_output(plan, output, resources.workers, resume)
-    total = sum(bool(t.outputs) for part in plan.parts.values() for t in part.tensors)
+    total = sum(part.written for part in plan.parts.values())
     place = plan.root, False
     with Workspace(
         output, place, header(plan.parts, digest), total, fsync=fsync, resume=resume

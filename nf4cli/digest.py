@@ -190,9 +190,29 @@ def tensor_digest(data: NDArray[np.uint8]) -> str:
 
 def digest_open(reader: ByteReader, shard: Shard, algorithm: str) -> str:
     """The digest of a file that is open already."""
-    digest = new_file_hash(algorithm)
-    for start in range(0, shard.size, _PIECE):
-        digest.update(memoryview(reader.read(start, min(_PIECE, shard.size - start))))
+    return _digest_range(new_file_hash(algorithm), reader, 0, shard.size, lambda count: None)
+
+
+def digest_tensor(
+    reader: ByteReader,
+    tensor: TensorInfo,
+    progress: Callable[[int], None] = lambda count: None,
+) -> str:
+    """The digest of one tensor of an open file.
+
+    Args:
+        progress: told the bytes read after each piece.
+    """
+    return _digest_range(new_tensor_hash(), reader, tensor.start, tensor.stop, progress)
+
+
+def _digest_range(
+    digest: _Hash, reader: ByteReader, start: int, stop: int, progress: Callable[[int], None]
+) -> str:
+    for place in range(start, stop, _PIECE):
+        piece = reader.read(place, min(_PIECE, stop - place))
+        digest.update(memoryview(piece))
+        progress(piece.nbytes)
     return digest.hexdigest()
 
 

@@ -92,7 +92,7 @@ class Manifest:
             "nf4_manifest": VERSION,
             "tool": {"name": "nf4cli", "version": self.tool_version},
             "digests": {"files": self.digest, "tensors": TENSOR_ALGORITHM},
-            "recipe": {**asdict(self.config), "keep": sorted(self.config.keep)},
+            "recipe": self.config.as_dict(),
             "source": {"name": self.source_name, "files": files(self.source_files)},
             "output": {
                 "files": files(self.output_files),

@@ -117,6 +117,11 @@ class Plan:
         )
 
     @property
+    def written(self) -> int:
+        """Weights of the output."""
+        return sum(bool(t.outputs) for t in self.tensors)
+
+    @property
     def quantized_parameters(self) -> int:
         return sum(t.numel for t in self.tensors if t.action == "quantize")
 

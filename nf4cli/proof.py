@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import __version__, bnb_format, selection, skip_list
 from .comparison import Comparison
@@ -32,9 +31,6 @@ from .records import (
 from .report import Report
 from .source import MANIFEST, index_name, open_checkpoint
 from .untrusted import RECORD, read_json
-
-if TYPE_CHECKING:
-    pass
 
 _WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
 """Fields of config.json that say something of the writer, not of the model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .complete import confirm
 from .conversion import Conversion
-from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, new_tensor_hash
+from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
 from .engines import Engine, Notify, no_notice
 from .errors import InterruptedRunError
 from .journal import Journal, Part
@@ -19,7 +19,7 @@ from .manifest import FileRecord, Manifest
 from .output import clear, write_side_files
 from .pipeline import Progress, no_progress
 from .plan import Plan, TensorPlan
-from .reader import read_shard
+from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
 from .source import MANIFEST
@@ -118,10 +118,8 @@ class _Files:
         turns = self._turns[number]
         if turns is not None and key in turns.digest.tensors:
             return turns.digest.tensors[key]
-        digest = new_tensor_hash()
-        for piece in writer.read(key):
-            digest.update(memoryview(piece))
-        return digest.hexdigest()
+        with ByteReader(writer.path, writer.layout.size) as reader:
+            return digest_tensor(reader, writer.layout.tensors[key])
 
     def _finish_shard(self, number: int) -> None:
         writer, turns = self._writers[number], self._turns[number]
@@ -168,9 +166,8 @@ def write_checkpoint(
     """
     check_output(plan, output, resources.workers, resume)
     place = plan.checkpoint.root, plan.checkpoint.is_file
-    total = sum(bool(t.outputs) for t in plan.tensors)
     with Workspace(
-        output, place, header({"": plan}, digest), total, fsync=fsync, resume=resume
+        output, place, header({"": plan}, digest), plan.written, fsync=fsync, resume=resume
     ) as work:
         return fill(work, "", plan, engine, resources, digest, progress, notify)
 
@@ -218,11 +215,10 @@ def fill(
 
 
 def _what_stands(plan: Plan, standing: Standing) -> str:
-    total = sum(bool(t.outputs) for t in plan.tensors)
     lost = f"; {standing.lost:,} more did not reach the disk" if standing.lost else ""
     return (
-        f"continuing an earlier run: {len(standing.results):,} of {total:,} weights are there, "
-        f"checked by their digests{lost}"
+        f"continuing an earlier run: {len(standing.results):,} of {plan.written:,} weights are "
+        f"there, checked by their digests{lost}"
     )
 
 

@@ -235,6 +235,10 @@ class QuantConfig:
     asked: str = ""
     max_shard_size: int = 5_000_000_000
 
+    def as_dict(self) -> dict[str, Any]:
+        """As it is recorded: patterns in order, since theirs has no meaning."""
+        return {**asdict(self), "keep": sorted(self.keep)}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorError:

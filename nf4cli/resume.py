@@ -6,22 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import __version__, journal, manifest
-from .digest import digest_shard, new_tensor_hash
+from .digest import digest_shard, digest_tensor, new_tensor_hash
 from .errors import InputError, InterruptedRunError, UsageError
 from .fileio import identity_of, sync
 from .journal import Part
 from .pipeline import Progress, run
 from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
-from .records import FileDigests, Result, Shard, TensorInfo
+from .records import FileDigests, Result, Shard
 from .writer import ShardLayout
-
-_PIECE = 4 << 20  # bytes read at a time
 
 
 @dataclass(slots=True)
@@ -56,9 +54,8 @@ def header(plans: Mapping[str, Plan], algorithm: str) -> dict[str, Any]:
 
 
 def _part_header(plan: Plan) -> dict[str, Any]:
-    recipe = asdict(plan.config)
     return {
-        "recipe": {**recipe, "keep": sorted(plan.config.keep)},
+        "recipe": plan.config.as_dict(),
         "source": {
             "name": plan.checkpoint.name,
             "files": {shard.path.name: shard.size for shard in plan.checkpoint.shards},
@@ -103,22 +100,20 @@ def check(
         InputError: a source file cannot be read.
     """
     standing = Standing(sources=_check_sources(plan, part, algorithm, workers, progress))
+    members: dict[int, list[TensorPlan]] = {}
+    for t in plan.tensors:
+        if t.outputs:
+            members.setdefault(t.file, []).append(t)
     done = {
-        t.name: t
+        t.name
         for t in plan.tensors
         if t.name in part.weights and part.weights[t.name][1].keys() == t.outputs.keys()
     }
     lock = threading.Lock()
 
-    def stand(names: Iterable[str]) -> None:
-        for name in names:
-            result, outputs = part.weights[name]
-            standing.results[name] = result
-            standing.outputs |= outputs
-
     def check_shard(number: int, stop: threading.Event) -> None:
         layout = plan.shards[number]
-        here = [t for t in plan.tensors if t.file == number and t.outputs]
+        here = members.get(number, [])
         mine = [t for t in here if t.name in done]
         path = directory / layout.filename
         if not mine or not _is_whole(path, layout) or not _from_the_disk(path):
@@ -129,7 +124,9 @@ def check(
             t for t in mine if all(found.get(k) == d for k, d in part.weights[t.name][1].items())
         ]
         with lock:
-            stand(t.name for t in good)
+            for t in good:
+                standing.results[t.name], outputs = part.weights[t.name]
+                standing.outputs |= outputs
             if digest is not None and len(good) == len(here):
                 standing.shards[layout.filename] = digest
 
@@ -174,15 +171,7 @@ def _digests_of(
         return tensors, digest
     keys = [layout.tensors[key] for t in plans for key in t.outputs]
     with ByteReader(path, layout.size) as reader:
-        return {tensor.name: _digest_of(reader, tensor, progress) for tensor in keys}, None
-
-
-def _digest_of(reader: ByteReader, tensor: TensorInfo, progress: Callable[[int], None]) -> str:
-    digest = new_tensor_hash()
-    for start in range(tensor.start, tensor.stop, _PIECE):
-        digest.update(memoryview(reader.read(start, min(_PIECE, tensor.stop - start))))
-        progress(0)
-    return digest.hexdigest()
+        return {tensor.name: digest_tensor(reader, tensor, progress) for tensor in keys}, None
 
 
 def _check_sources(

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .digest import new_tensor_hash
+from .digest import digest_tensor
 from .engines import Engine
-from .errors import InputError, UsageError
+from .errors import UsageError
 from .limits import Resources
 from .manifest import Manifest
 from .packed import PackedReader, PackedWeight, Placed, by_shard
@@ -24,11 +24,8 @@ from .proof import add_differences, compare, compare_beside, plan_of
 from .reader import ShardReaders
 from .records import Checkpoint
 from .report import LEVELS, Report, Sample
-from .source import open_checkpoint
-from .verify import check_config, check_states, check_structure
+from .verify import check_config, check_states, check_structure, open_or_report
 from .written import check_lists, read_manifest, recorded_digests, tensor_findings
-
-_PIECE = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +65,8 @@ def verify_sample(
     if not size > 0 or (isinstance(size, float) and size > 1):  # a NaN is not
         raise UsageError("--sample must be more than nothing and at most 100%")
     report = Report()
-    try:
-        checkpoint = open_checkpoint(path)
-    except InputError as error:
-        if not path.is_dir() or not any(path.glob("*.safetensors")):
-            raise
-        report.add("structure", str(path), str(error))
+    checkpoint = open_or_report(path, report)
+    if checkpoint is None:
         return report
     with ShardReaders(checkpoint.shards) as readers:
         weights = check_structure(checkpoint, readers, report)
@@ -165,16 +158,13 @@ def _check_digests(
 
     def check(placed: Placed) -> None:
         shard, tensor = placed
-        digest = new_tensor_hash()
-        for start in range(tensor.start, tensor.stop, _PIECE):
-            piece = readers[shard].read(start, min(_PIECE, tensor.stop - start))
-            digest.update(memoryview(piece))
-            progress(shard.path.name, piece.nbytes)
-        found = {tensor.name: digest.hexdigest()}
+        name = shard.path.name
+        digest = digest_tensor(readers[shard], tensor, lambda count: progress(name, count))
+        found = {tensor.name: digest}
         # A tensor that the manifest does not list was told of already.
         if found[tensor.name] != expected.get(tensor.name, found[tensor.name]):
             with lock:
-                report.findings += tensor_findings(shard.path.name, found, found, expected)
+                report.findings += tensor_findings(name, found, found, expected)
 
     parts = [placed for unit in chosen for placed in unit.parts]
     run(parts, lambda: check, resources.workers, lambda: None)

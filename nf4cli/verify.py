@@ -55,12 +55,8 @@ def verify(
         InputError: `path` or `source` is not a checkpoint at all.
     """
     report = Report()
-    try:
-        checkpoint = open_checkpoint(path)
-    except InputError as error:
-        if not path.is_dir() or not any(path.glob("*.safetensors")):
-            raise
-        report.add("structure", str(path), str(error))
+    checkpoint = open_or_report(path, report)
+    if checkpoint is None:
         return report
     with ShardReaders(checkpoint.shards) as readers:
         weights = check_structure(checkpoint, readers, report)
@@ -84,6 +80,21 @@ def verify(
         check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
+
+
+def open_or_report(path: Path, report: Report) -> Checkpoint | None:
+    """A checkpoint to verify; None where it is damaged, which the report then says.
+
+    Raises:
+        InputError: it is not a checkpoint at all.
+    """
+    try:
+        return open_checkpoint(path)
+    except InputError as error:
+        if not path.is_dir() or not any(path.glob("*.safetensors")):
+            raise
+        report.add("structure", str(path), str(error))
+        return None
 
 
 # -- alone ------------------------------------------------------------------------------------

@@ -180,17 +180,9 @@ class ShardWriter:
 
     def tail(self) -> Iterator[NDArray[np.uint8]]:
         """What lies behind the streamed tensors, read back from the file in pieces."""
-        return self._pieces(self.layout.streamed_stop, self.layout.size)
-
-    def read(self, key: str) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of a tensor, read back from the file in pieces."""
-        tensor = self.layout.tensors[key]
-        return self._pieces(tensor.start, tensor.stop)
-
-    def _pieces(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
         with ByteReader(self.path, self.layout.size) as reader:
-            for place in range(start, stop, _PIECE):
-                yield reader.read(place, min(_PIECE, stop - place))
+            for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
+                yield reader.read(start, min(_PIECE, self.layout.size - start))
 
     def finish(self) -> None:
         """Close the file and have the safetensors library read its header back.

@@ -12,10 +12,7 @@ only; needs a C compiler.  The full disk needs root (a small tmpfs).
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
-import re
 import shutil
 import signal
 import subprocess
@@ -27,112 +24,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-
-ROOT = Path(__file__).resolve().parent.parent
-NF4 = Path(sys.executable).with_name("nf4")
-QUANTIZE = (NF4, "quantize", "--max-shard-size", "6MB")  # several files
-MACHINE, INTERRUPTED, USAGE, INPUT = 4, 130, 2, 3
-THERE = re.compile(r"continuing an earlier run: ([\d,]+) of ([\d,]+) weights")
-
-
-class BrokenError(Exception):
-    """Something that must hold does not."""
-
-
-def require(holds: object, what: str) -> None:
-    if not holds:
-        raise BrokenError(what)
-
-
-@dataclass
-class Bench:
-    """Where it happens.
-
-    Attributes:
-        place: an empty directory of ours.
-        source, reference: a checkpoint, and its output by a run that nothing happened to.
-        seconds: that such a run takes at least.
-        preload: the faulty I/O library.
-    """
-
-    place: Path
-    source: Path
-    reference: Path
-    seconds: float
-    preload: Path
-    random: random.Random
-    resumed: int = 0
-
-    @property
-    def output(self) -> Path:
-        return self.place / "out"
-
-    @property
-    def workspace(self) -> Path:
-        return self.place / ".out.partial"
-
-    def start(self, *options: str, fault: str = "", **kwargs: object) -> subprocess.Popen[str]:
-        environment = dict(os.environ)
-        if fault:
-            environment |= {"LD_PRELOAD": str(self.preload), "NF4_FAULT": fault}
-        workers = str(self.random.choice((1, 2, 3)))
-        command = [*QUANTIZE, self.source, self.output, "--workers", workers, *options]
-        return subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, **kwargs,  # type: ignore[call-overload]
-        )  # fmt: skip
-
-    def run(self, *options: str, fault: str = "") -> tuple[int, str]:
-        process = self.start(*options, fault=fault)
-        _, stderr = process.communicate(timeout=300)
-        require("Traceback" not in stderr, f"a traceback: {stderr[-2000:]}")
-        return process.returncode, stderr
-
-    def check_half(self) -> None:
-        """The output is absent, or whole."""
-        if self.output.exists():
-            self.require_same()
-
-    def require_same(self) -> None:
-        require(
-            contents(self.output) == contents(self.reference),
-            "the output is not that of a run that nothing happened to",
-        )
-
-    def finish(self) -> None:
-        """Continue what is there, compare, clean up."""
-        done = self.done()
-        code, stderr = self.run("--resume")
-        require(code == 0, f"--resume ended with {code}: {stderr}")
-        self.require_same()
-        require(not self.workspace.exists(), "a workspace was left behind")
-        if done:
-            found = THERE.search(stderr)
-            there = int(found[1].replace(",", "")) if found else 0
-            whole = "is complete already" in stderr
-            require(there == done or whole, f"{done} weights were done, {there} were kept")
-            self.resumed += done
-        self.clean()
-
-    def done(self) -> int:
-        """Weights that the journal says are finished."""
-        journal = self.workspace / "journal"
-        lines = journal.read_bytes().split(b"\n")[1:-1] if journal.exists() else []
-        return len({json.loads(line[17:])["weight"] for line in lines if b'"weight":' in line})
-
-    def clean(self) -> None:
-        shutil.rmtree(self.output, ignore_errors=True)
-        shutil.rmtree(self.workspace, ignore_errors=True)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+from faults_bench import (
+    INPUT,
+    INTERRUPTED,
+    MACHINE,
+    NF4,
+    USAGE,
+    Bench,
+    BrokenError,
+    contents,
+    make_bench,
+    require,
+)
 
 
 @dataclass
@@ -166,28 +69,11 @@ def kill(bench: Bench) -> None:
 
 def kill_at(bench: Bench) -> None:
     """kill -9 instead of a random write, sync, rename or removal of the run."""
-    number = bench.random.randint(1, bench_calls(bench))
+    number = bench.random.randint(1, bench.calls)
     code, _ = bench.run(fault=f"any kill {number} out")
     require(code in (-signal.SIGKILL, 0), f"ended with {code}")
     bench.check_half()
     bench.finish()
-
-
-def bench_calls(bench: Bench) -> int:
-    """How many such calls a run makes."""
-    if not hasattr(bench_calls, "known"):
-        read, write = os.pipe()
-        environment = {"LD_PRELOAD": str(bench.preload), "NF4_FAULT": "any count 1 out",
-                       "NF4_COUNT_FD": str(write)}  # fmt: skip
-        subprocess.run(
-            [*QUANTIZE, "-q", bench.source, bench.output],
-            env={**os.environ, **environment}, pass_fds=(write,), check=True,
-        )  # fmt: skip
-        bench_calls.known = int(os.read(read, 100))  # type: ignore[attr-defined]
-        os.close(read)
-        os.close(write)
-        bench.clean()
-    return int(bench_calls.known)  # type: ignore[attr-defined]
 
 
 def interrupt(bench: Bench) -> None:
@@ -382,64 +268,6 @@ def tmpfs(place: Path, need: int) -> Iterator[None]:
 
 
 # -- the table -------------------------------------------------------------------------------------
-
-
-def make_source(place: Path, megabytes: int) -> Path:
-    """A Llama of about `megabytes` in bfloat16, in four shards."""
-    generator = np.random.default_rng(0)
-    hidden, layers = 512, max(2, megabytes * 10**6 // 2 // (512 * 512 * 9))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "vocab_size": 1000,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-        "tie_word_embeddings": False, "torch_dtype": "float16",
-    }  # fmt: skip
-    shapes = {"model.embed_tokens": (1000, hidden), "lm_head": (1000, hidden)}
-    for layer in range(layers):
-        shapes |= {
-            f"model.layers.{layer}.{name}": (rows * hidden, columns * hidden)
-            for name, rows, columns in (
-                ("self_attn.q_proj", 1, 1), ("self_attn.o_proj", 1, 1), ("mlp.gate_proj", 2, 1),
-                ("mlp.up_proj", 2, 1), ("mlp.down_proj", 1, 2),
-            )
-        }  # fmt: skip
-    source = place / "model"
-    source.mkdir()
-    names, weight_map = list(shapes), {}
-    for i in range(4):
-        part = {
-            f"{name}.weight": (generator.standard_normal(shapes[name], np.float32) / 20).astype(
-                "f2"
-            )
-            for name in names[i * len(names) // 4 : (i + 1) * len(names) // 4]
-        }
-        file = f"model-{i + 1:05d}-of-00004.safetensors"
-        save_file(part, source / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    (source / "config.json").write_text(json.dumps(config))
-    (source / "tokenizer.json").write_text("{}")
-    return source
-
-
-def make_bench(place: Path, megabytes: int, seed: int) -> Bench:
-    preload = place / "faulty_io.so"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    require(compiler, "no C compiler (Debian, Ubuntu: apt-get install gcc)")
-    subprocess.run(
-        [str(compiler), "-O1", "-shared", "-fPIC", "-o", preload,
-         ROOT / "tests/faults/faulty_io.c", "-ldl", "-lpthread"], check=True,
-    )  # fmt: skip
-    source = make_source(place, megabytes)
-    time.sleep(2.1)  # files just written are read again on resume; older ones need not be
-    bench = Bench(place, source, place / "reference", 1e9, preload, random.Random(seed))
-    for _ in range(3):
-        shutil.rmtree(bench.reference, ignore_errors=True)
-        started = time.monotonic()
-        subprocess.run([*QUANTIZE, "-q", source, bench.reference], check=True)
-        bench.seconds = min(bench.seconds, time.monotonic() - started)
-    return bench
 
 
 def plan(kills: int, points: int, others: int) -> list[tuple[str, int, Callable[[Bench], None]]]:
