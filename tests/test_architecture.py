@@ -23,6 +23,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
         "writer",
         "digest",
         "pipeline",
+        "transfers",
         "output",
         "weights",
         "model_config",
