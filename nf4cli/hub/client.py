@@ -1,0 +1,328 @@
+"""What a Hub is asked, through huggingface_hub (0.34 to 2.x), and its failures in our words."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..engines import Notify
+from ..errors import InputError, MachineError, UsageError
+from ..untrusted import is_plain
+
+_NAME = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^\s@]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CHUNK = 1 << 20  # bytes of a body that are handed on at a time
+_MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
+
+PIECE = _CHUNK
+Chunks = Iterator[bytes]
+
+
+class Name(NamedTuple):
+    """A model of the Hub as a user writes it, `org/name@revision`; revision None is the default
+    branch."""
+
+    repo: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a commit.
+
+    Attributes:
+        name: path in the repository, with slashes.
+        size: bytes.
+        sha256: of its bytes, for a file of LFS; None for one that lies in git itself.
+        blob: git's own digest of a file that lies in git.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+    blob: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A commit of a model, which never changes.
+
+    Attributes:
+        commit: 40 hexadecimal digits.
+        files: by name.
+    """
+
+    name: Name
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+    @property
+    def repo(self) -> str:
+        return self.name.repo
+
+
+def parse(text: str) -> Name | None:
+    """A model of the Hub, None for what cannot be one; whether it exists is another question."""
+    match = _NAME.fullmatch(text)
+    if match is None or any(set(part) <= {".", "-"} for part in match["repo"].split("/")):
+        return None
+    return Name(match["repo"], match["revision"])
+
+
+def resolve(name: Name) -> Snapshot:
+    """Ask which commit a revision is now, and what it holds.
+
+    Raises:
+        InputError: no such model or revision, or no access to it.
+        MachineError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with explained(str(name)):
+        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    if not _COMMIT.fullmatch(info.sha or "") or len(info.siblings or ()) > _MAX_FILES:
+        raise InputError(
+            f"the answer of {endpoint()} about {name} is none of a Hub's: is HF_ENDPOINT right?"
+        )
+    files = {}
+    for file in info.siblings or ():
+        _refuse_path(name, file.rfilename)
+        sha256 = file.lfs.sha256 if file.lfs else None
+        files[file.rfilename] = RemoteFile(
+            file.rfilename, int(file.size or 0), sha256, None if file.lfs else file.blob_id
+        )
+    return Snapshot(name, str(info.sha), files)
+
+
+def _refuse_path(name: Name, path: str) -> None:
+    if not all(is_plain(part) and "\\" not in part for part in path.split("/")):
+        raise InputError(f"{name} has a file {path!r}, a name that leads out of its directory")
+
+
+def read_range(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file of the Hub, and no others.
+
+    Raises:
+        InputError, MachineError: see `resolve`; the answer is shorter.
+    """
+    with open_at(snapshot, file, start, stop) as (position, chunks):
+        data = b""
+        for chunk in chunks:
+            data += chunk
+            if len(data) >= stop - position:
+                break
+    found = data[start - position : stop - position]
+    if len(found) != stop - start:
+        raise MachineError(
+            f"{file.name} of {snapshot.name}: {endpoint()} sent {len(found):,} of "
+            f"{stop - start:,} bytes from byte {start:,}: try again"
+        )
+    return found
+
+
+@contextmanager
+def open_at(
+    snapshot: Snapshot, file: RemoteFile, start: int, stop: int | None = None
+) -> Iterator[tuple[int, Chunks]]:
+    """A file of the Hub from byte `start` on, up to `stop` or its end.
+
+    Yields:
+        (offset of the first byte that comes, the bytes in pieces).  A server that knows no ranges
+        sends the file from its start.
+
+    Raises:
+        InputError, MachineError: see `resolve`; also where the connection breaks.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    url = hf_hub_url(snapshot.repo, file.name, revision=snapshot.commit)
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if start or stop is not None:
+        headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+    with (
+        explained(f"{file.name} of {snapshot.name}"),
+        _streamed(url, headers) as (response, chunks),
+    ):
+        hf_raise_for_status(response)
+        yield _position(response, start), chunks
+
+
+def _position(response: Any, asked: int) -> int:
+    """Where in the file a body begins."""
+    if response.status_code != 206:
+        return 0
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(match[1]) if match else asked
+
+
+@contextmanager
+def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]:
+    """(response, body in pieces) of a GET that follows redirects and is tried again where the
+    server says that it is busy."""
+    from huggingface_hub import constants, utils
+
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    busy = (429, 500, 502, 503, 504)
+    backoff: Any = getattr(utils, "http_stream_backoff", None)
+    if backoff is not None:
+        with backoff(
+            "GET", url, headers=headers, timeout=timeout, retry_on_status_codes=busy
+        ) as response:
+            yield response, response.iter_bytes(_CHUNK)
+        return
+    old: Any = utils.http_backoff  # before 1.0, through requests
+    response = old(
+        "GET", url, headers=headers, timeout=timeout, stream=True, retry_on_status_codes=busy
+    )
+    try:
+        yield response, response.iter_content(_CHUNK)
+    finally:
+        response.close()
+
+
+def cached(snapshot: Snapshot, file: RemoteFile) -> Path | None:
+    """Where a file of this commit lies in the user's cache, None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(snapshot.repo, file.name, revision=snapshot.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_to_cache(snapshot: Snapshot, file: RemoteFile) -> Path:
+    """Have a file in the user's cache, as `hf download` would.
+
+    Raises:
+        InputError, MachineError: see `resolve`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with explained(f"{file.name} of {snapshot.name}"):
+        return Path(hf_hub_download(snapshot.repo, file.name, revision=snapshot.commit))
+
+
+def is_offline() -> bool:
+    """Whether the user forbade huggingface_hub the network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def endpoint() -> str:
+    """The Hub that is spoken to (HF_ENDPOINT)."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns what huggingface_hub and its HTTP library raise into errors that a user can meet.
+
+    Args:
+        what: that was asked for, as it is named in the message.
+
+    Raises:
+        InputError: it does not exist, or is not for this user.
+        UsageError: it is no name that a Hub knows.
+        MachineError: the network, the Hub or the disk.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{what} is gated: accept its terms on its page at {endpoint()}, then log in with "
+            "`hf auth login` or set HF_TOKEN to a token that may read it"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{what} is not on {endpoint()}, or is private and your token may not read it: look "
+            "at its spelling, and log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{what}: {endpoint()} knows no such branch, tag or commit of it"
+        ) from error
+    except errors.DisabledRepoError as error:
+        raise InputError(f"{what} is disabled on {endpoint()}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _unreachable(what, error) from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"{what}: {endpoint()} has no such file any more") from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{what}: {_first_line(error)}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise MachineError(
+            f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or "
+            "fetch it with `hf download` first"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise _refused(what, error) from error
+    except Exception as error:
+        if not _is_of_the_network(error):
+            raise
+        raise _unreachable(what, error) from error
+
+
+def _refused(what: str, error: Any) -> InputError | MachineError:
+    """An answer of the Hub that is none of those with a name of their own."""
+    status = error.response.status_code if error.response is not None else 0
+    message = f"{what}: {endpoint()} answered {status}, {_first_line(error)}"
+    if status in (401, 403):
+        return InputError(f"{message}: log in with `hf auth login`, or set HF_TOKEN to a token "
+                          "that may do this")  # fmt: skip
+    if 400 <= status < 500 and status not in (408, 412, 416, 429):
+        return InputError(message)
+    return MachineError(f"{message}: try again later")
+
+
+def _unreachable(what: str, error: BaseException) -> MachineError:
+    return MachineError(
+        f"{what}: the connection to {endpoint()} failed ({_first_line(error)}): try again, or "
+        "look at HF_ENDPOINT and the network"
+    )
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether it is raised by the HTTP library that huggingface_hub uses: requests, httpx, httpx2,
+    or the transfer library of its storage."""
+    names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(names & {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}) or (
+        isinstance(error, ConnectionError)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, without what signed addresses carry behind a question mark."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"\?[^\s')]*", "", text).strip().rstrip(".")[:300]
+
+
+def report_to(notify: Notify) -> None:
+    """Have what huggingface_hub logs (attempts that failed, waits) told like our own notes, and
+    its progress bars left out: they would tear ours."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logger = logging.getLogger("huggingface_hub")
+    logger.handlers = [_Told(notify)]
+    logger.propagate = False
+
+
+class _Told(logging.Handler):
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._notify = notify
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notify(_first_line(Exception(record.getMessage())))
