@@ -8,53 +8,34 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import bnb_format
 from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
 from .digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
-from .engines import GRANULE, Engine, Float8
+from .engines import GRANULE, Engine
 from .errors import InputError, NonFiniteError
-from .items import AbsmaxFile, Item, Job, Reading, damaged, element, nonfinite, widest
+from .fileio import Identity
+from .items import AbsmaxFile, Item, Job, Reading, nonfinite, widest
 from .limits import Resources
 from .manifest import Manifest
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
-from .reader import ShardReaders
+from .reader import ByteReader, LocalShards, ShardSource
 from .recording import manifest_of
-from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, TensorError, View
+from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, TensorError
 from .resume import Standing
+from .worker import Sink, Worker
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from .engines import F32, U8
-
-
-class Sink(Protocol):
-    """Takes output bytes, from any thread, in any order."""
-
-    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """`data` belongs at `offset` bytes into the output tensor `key`."""
-        ...
-
-    def finish(self, plan: TensorPlan, result: Result) -> None:
-        """Every byte of this tensor and its companions has been written."""
-        ...
-
-    def source_read(self, shard: Shard, digests: FileDigests) -> None:
-        """Every byte of this source file has been read and digested."""
-        ...
-
-    def abort(self) -> None:
-        """The run has failed: let go of every thread that waits in `write`."""
-        ...
 
 
 class Conversion:
@@ -64,6 +45,7 @@ class Conversion:
         digest: algorithm for the source files' digests, None to compute none.
         scratch: directory for temporary files, None for the system's.
         standing: finished work that is not done again.
+        source: where the source files come from, None for where they lie.
     """
 
     def __init__(
@@ -76,6 +58,7 @@ class Conversion:
         scratch: Path | None = None,
         progress: Progress = no_progress,
         standing: Standing | None = None,
+        source: ShardSource | None = None,
     ) -> None:
         self.plan = plan
         self._engine = engine
@@ -90,6 +73,10 @@ class Conversion:
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
+        self._source = source
+        self._readers: dict[Path, ByteReader] = {}
+        self._identities: dict[Path, Identity] = {}
+        self._left = self._left_of()
 
     def run(self) -> None:
         """Convert everything.
@@ -98,41 +85,69 @@ class Conversion:
             InputError: a weight holds NaN or infinity, or a source file changed.
             OSError: a disk is full or fails.
         """
-        shards = self.plan.checkpoint.shards
-        with ShardReaders(shards) as self._readers:
-            if self._algorithm is not None:
-                for shard in shards:
-                    if shard.path.name not in self._digested:
-                        self._start_digest(shard, self._algorithm)
+        with LocalShards() as local:
+            self._from: ShardSource = self._source or local
             try:
-                run(self._items(), lambda: _Worker(self), self._resources.workers, self._abort)
+                run(self._items(), self._worker, self._resources.workers, self._abort)
             finally:
                 for job in self._jobs:
                     if job.absmax is not None:
                         job.absmax.close()
-            for shard in shards:
-                self._require_unchanged(shard)
+        self._require_consistent()
+
+    def _worker(self) -> Worker:
+        return Worker(self, self._engine, self._sink, self._readers, self._resources.chunk)
+
+    def _left_of(self) -> Counter[Path]:
+        """By source file: weights to be made of it, and one more for its digest."""
+        left = Counter(
+            t.weight.shard.path
+            for t in self.plan.tensors
+            if t.outputs and t.name not in self.results
+        )
+        if self._algorithm is not None:
+            shards = self.plan.checkpoint.shards
+            left.update(s.path for s in shards if s.path.name not in self._digested)
+        return left
+
+    def _part_done(self, shard: Shard) -> None:
+        """One of those is; with the last one the file is let go."""
+        with self._lock:
+            self._left[shard.path] -= 1
+            if self._left[shard.path]:
+                return
+        self._require_unchanged(shard, self._readers.pop(shard.path))
+        self._from.close(shard)
 
     def digest_source(self, shard: Shard, start: int, data: U8) -> None:
         """Bytes of a source file that stand at `start` in it; each thread waits for its turn."""
         turns = self._digests[shard.path]
         if turns.update(start, data) == shard.size:
-            digests = FileDigests(turns.digest.hexdigest(), turns.digest.tensors)
-            self._digested[shard.path.name] = digests
-            self._sink.source_read(shard, digests)
+            self._digest_done(shard, turns.digest)
 
-    def _require_unchanged(self, shard: Shard) -> None:
+    def _digest_done(self, shard: Shard, digest: ShardDigest) -> None:
+        digests = FileDigests(digest.hexdigest(), digest.tensors)
+        self._digested[shard.path.name] = digests
+        self._sink.source_read(shard, digests)
+        self._part_done(shard)
+
+    def _require_unchanged(self, shard: Shard, reader: ByteReader) -> None:
         """A file that was written to while it was read is no longer what the digests say."""
-        reader = self._readers[shard]
-        if reader.identity() == shard.identity:
+        if reader.identity() == self._identities[shard.path]:
             return
         known = self._digested.get(shard.path.name)
         # Its times may change without its bytes (chmod, a new link): only the bytes tell.
         if known is None or digest_open(reader, shard, self._algorithm or "") != known.digest:
-            raise InputError(
-                f"{shard.path} changed while it was being read: what was made of it is of no use. "
-                "Start again when nothing writes to it any more"
-            )
+            raise InputError(_changed(shard.path))
+
+    def _require_consistent(self) -> None:
+        """What was read out of turn, the scales of float8, has to be what was digested later."""
+        files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
+        for result in self.results.values():
+            for name, digest in result.sources.items():
+                known = self._digested.get(files[name].path.name)
+                if known is not None and known.tensors[name] != digest:
+                    raise InputError(_changed(files[name].path))
 
     def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
         """The record of this run, after `run`; the caller adds the output's files.
@@ -144,33 +159,48 @@ class Conversion:
             self.plan, self._algorithm or "", self.results, self._digested, output_digests
         )
 
-    def _start_digest(self, shard: Shard, algorithm: str) -> None:
-        digest = ShardDigest(shard.tensors, algorithm)
-        digest.update(self._readers[shard].read(0, shard.data_start))
+    def _open(self, shard: Shard) -> None:
+        """The next file: from here on its tensors are read."""
+        reader = self._readers[shard.path] = self._from.open(shard)
+        self._identities[shard.path] = reader.identity()
+        if self._algorithm is None or shard.path.name in self._digested:
+            return
+        digest = ShardDigest(shard.tensors, self._algorithm)
+        digest.update(reader.read(0, shard.data_start))
         if shard.data_start == shard.size:  # no tensor has a byte
-            self._digested[shard.path.name] = FileDigests(digest.hexdigest(), digest.tensors)
+            self._digest_done(shard, digest)
         else:
             self._digests[shard.path] = OrderedDigest(digest)
 
     def _abort(self) -> None:
+        self._from.abort()
         for turns in self._digests.values():
             turns.abort()
         self._sink.abort()
 
     def _items(self) -> Iterator[Item | Reading]:
         """Every chunk of every tensor, in the order of the source files."""
-        stored = groupby(self.plan.tensors, lambda t: (t.weight.shard.path, t.weight.stored.name))
-        for _, group in stored:
-            plans = list(group)
-            todo = [p for p in plans if p.outputs and p.name not in self._done]
-            in_order = any(p.view is None for p in todo)
-            if plans[0].weight.shard.path in self._digests and not in_order:
-                yield from self._readings(plans[0])
-            for plan in todo:
-                yield from self._items_of(plan)
-            for plan in plans:
-                if plan.name in self._done:
-                    self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
+        plans: dict[Path, list[TensorPlan]] = {}
+        for plan in self.plan.tensors:
+            plans.setdefault(plan.weight.shard.path, []).append(plan)
+        for shard in self.plan.checkpoint.shards:
+            if self._left[shard.path]:
+                self._open(shard)
+            stored = groupby(plans.get(shard.path, ()), lambda t: t.weight.stored.name)
+            for _, group in stored:
+                yield from self._items_of_tensor(list(group))
+
+    def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
+        """Every chunk of the weights that one stored tensor becomes."""
+        todo = [p for p in plans if p.outputs and p.name not in self._done]
+        in_order = any(p.view is None for p in todo)
+        if plans[0].weight.shard.path in self._digests and not in_order:
+            yield from self._readings(plans[0])
+        for plan in todo:
+            yield from self._items_of(plan)
+        for plan in plans:
+            if plan.name in self._done:
+                self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
 
     def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
         tensor = plan.weight.stored
@@ -196,7 +226,11 @@ class Conversion:
     def _scales(self, job: Job, scale: Scale) -> F32:
         """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
         tensor = scale.tensor
-        raw = self._readers[scale.shard].read(tensor.start, tensor.nbytes)
+        reader = self._readers.get(scale.shard.path)
+        if reader is not None:
+            raw = reader.read(tensor.start, tensor.nbytes)
+        else:
+            raw = self._from.read_tensor(scale.shard, tensor)
         job.sources[tensor.name] = tensor_digest(raw)
         values = np.empty(tensor.numel, np.float32)
         if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
@@ -243,6 +277,7 @@ class Conversion:
             self.results[job.plan.name] = result
             self._jobs.discard(job)
         self._sink.finish(job.plan, result)
+        self._part_done(weight.shard)
 
     def finish_state(self, job: Job) -> None:
         """Everything about a weight that needs all of it: double quantization, state, errors."""
@@ -301,123 +336,8 @@ class Conversion:
         )
 
 
-class _Worker:
-    """One thread's buffers and its way through an item."""
-
-    def __init__(self, conversion: Conversion) -> None:
-        self._conversion = conversion
-        chunk, engine = conversion._resources.chunk, conversion._engine
-        self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
-
-    def __call__(self, item: Item | Reading) -> None:
-        c = self._conversion
-        if isinstance(item, Reading):
-            data = self._source[: item.stop - item.start]
-            c._readers[item.shard].read_into(data, item.start)
-            c.digest_source(item.shard, item.start, data)
-            return
-        plan = item.job.plan
-        data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
-        if plan.action == "quantize":
-            self._quantize(item, data)
-        else:
-            self._keep(item, data)
-        c.item_done(item)
-
-    def _read(self, item: Item) -> U8:
-        """Elements [start, start + count) as they lie, into the start of the buffer."""
-        c, weight = self._conversion, item.job.plan.weight
-        itemsize = ITEMSIZE[weight.stored.dtype]
-        data = self._source[: item.count * itemsize]
-        position = weight.stored.start + item.start * itemsize
-        c._readers[weight.shard].read_into(data, position)
-        if item.digest:
-            c.digest_source(weight.shard, position, data)
-        return data
-
-    def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
-        """Float8 -> the weight's dtype, into the rest of the buffer."""
-        weight, float8 = item.job.plan.weight, _float8(item)
-        assert float8 is not None
-        start = -(-item.count // 8) * 8  # aligned for the wider elements
-        out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
-        try:
-            self._conversion._engine.decode_float8(data, float8, out, weight.dtype)
-        except NonFiniteError as error:
-            raise InputError(damaged(item, error.index, data, scale)) from error
-        return out
-
-    def _read_transposed(self, item: Item, view: View) -> U8:
-        """Elements [start, start + count) of the transpose of a stored matrix."""
-        weight = item.job.plan.weight
-        itemsize = ITEMSIZE[weight.stored.dtype]
-        first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
-        reader = self._conversion._readers[weight.shard]
-        block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
-        origin = weight.stored.start + view.start * itemsize
-        if last - first == view.stride:
-            reader.read_into(block.reshape(-1), origin)
-        else:
-            reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
-        elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
-        flat = np.ascontiguousarray(elements.T).reshape(-1)
-        skip = item.start - first * view.rows
-        return flat[skip : skip + item.count].view(np.uint8)
-
-    def _quantize(self, item: Item, data: U8) -> None:
-        c, plan = self._conversion, item.job.plan
-        weight, state = plan.weight, plan.state
-        assert state is not None
-        packed = self._output[: (item.count + 1) // 2]
-        absmax = np.empty(-(-item.count // state.blocksize), np.float32)
-        try:
-            sums = c._engine.quantize(
-                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax,
-                _float8(item),
-            )  # fmt: skip
-        except NonFiniteError as error:
-            if weight.scale is not None:
-                raise InputError(damaged(item, error.index, data, weight.scale)) from error
-            c.not_finite(item, error, data)
-            return
-        item.job.stats[item.start] = sums
-        name, first_block = plan.name, item.start // state.blocksize
-        c._sink.write(name, item.start // 2, packed)
-        if item.job.absmax is not None:
-            item.job.absmax.write(first_block, absmax)
-        else:
-            c._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
-
-    def _keep(self, item: Item, data: U8) -> None:
-        plan = item.job.plan
-        dtype = plan.weight.stored.dtype
-        if plan.weight.scale is not None:
-            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
-        if plan.outputs[plan.name][0] != dtype:
-            self._cast(item, data, dtype)
-        else:
-            self._conversion._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
-
-    def _cast(self, item: Item, data: U8, from_dtype: str) -> None:
-        c, plan = self._conversion, item.job.plan
-        dtype, _ = plan.outputs[plan.name]
-        out = self._output[: item.count * ITEMSIZE[dtype]]
-        try:
-            c._engine.cast(data, from_dtype, out, dtype)
-        except NonFiniteError as error:
-            place = element(item, error.index)
-            raise InputError(
-                f"{plan.weight.stored.name}{list(place)} in {plan.weight.shard.path} is too large "
-                f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
-            ) from error
-        c._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
-
-
-def _float8(item: Item) -> Float8 | None:
-    """What decodes the item, None for one that is stored in its own dtype."""
-    weight = item.job.plan.weight
-    if weight.scale is None:
-        return None
-    factors = item.job.scale
-    assert factors is not None
-    return Float8(item.start, weight.shape[1], factors, weight.scale.block)
+def _changed(path: Path) -> str:
+    return (
+        f"{path} changed while it was being read: what was made of it is of no use. Start again "
+        "when nothing writes to it any more"
+    )

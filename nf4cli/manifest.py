@@ -30,10 +30,15 @@ ACTIONS = ("quantize", "cast", "copy", "drop")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Attributes: size in bytes, digest in hexadecimal."""
+    """Attributes:
+    size: bytes.
+    digest: hexadecimal, in the manifest's algorithm.
+    sha256: of a source file on a Hub, as that states it; it was compared with the bytes.
+    """
 
     size: int
     digest: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,11 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """See the module.  `to_json` and `from_file` are inverses, but for the tool's version."""
+    """See the module.  `to_json` and `from_file` are inverses, but for the tool's version.
+
+    Attributes:
+        source_repo, source_commit: where on a Hub the source comes from, None for a local one.
+    """
 
     config: QuantConfig
     digest: str
@@ -78,6 +87,8 @@ class Manifest:
     parameters: int
     quantized_parameters: int
     bits_per_weight: float
+    source_repo: str | None = None
+    source_commit: str | None = None
     tool_version: str = __version__
 
     def to_json(self) -> str:
@@ -86,14 +97,18 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
-            return [{"name": name, **asdict(records[name])} for name in sorted(records)]
+            return [{"name": name, **_known(asdict(records[name]))} for name in sorted(records)]
 
         return {
             "nf4_manifest": VERSION,
             "tool": {"name": "nf4cli", "version": self.tool_version},
             "digests": {"files": self.digest, "tensors": TENSOR_ALGORITHM},
             "recipe": self.config.as_dict(),
-            "source": {"name": self.source_name, "files": files(self.source_files)},
+            "source": {
+                "name": self.source_name,
+                **_known({"repo": self.source_repo, "commit": self.source_commit}),
+                "files": files(self.source_files),
+            },
             "output": {
                 "files": files(self.output_files),
                 "parameters": self.parameters,
@@ -129,6 +144,10 @@ class Manifest:
                 "edited by hand, or is incomplete. Quantize again, or remove it to check the files "
                 "without it"
             ) from error
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
@@ -180,13 +199,17 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
         parameters=_count(document["output"]["parameters"]),
         quantized_parameters=_count(document["output"]["quantized_parameters"]),
         bits_per_weight=_number(document["output"]["bits_per_weight"]),
+        source_repo=_optional(document["source"].get("repo")),
+        source_commit=_optional(document["source"].get("commit")),
         tool_version=_string(document["tool"]["version"]),
     )
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
     return {
-        _string(file["name"]): FileRecord(_count(file["size"]), _string(file["digest"]))
+        _string(file["name"]): FileRecord(
+            _count(file["size"]), _string(file["digest"]), _optional(file.get("sha256"))
+        )
         for file in files
     }
 
@@ -195,6 +218,10 @@ def _string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{str(value)[:100]!r} where a string belongs")
     return value
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else _string(value)
 
 
 def _count(value: object) -> int:

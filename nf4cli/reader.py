@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from . import untrusted
 from .errors import InputError, MachineError
@@ -225,3 +225,64 @@ class ShardReaders:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ShardSource(Protocol):
+    """Where a conversion has its source files from; used from any thread."""
+
+    def open(self, shard: Shard) -> ByteReader:
+        """Called once a file, in the order of the checkpoint's; may wait until the file is here.
+
+        Raises:
+            InputError: it is not the file whose header was read.
+        """
+        ...
+
+    def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
+        """All bytes of a small tensor, whether its file is open or not."""
+        ...
+
+    def close(self, shard: Shard) -> None:
+        """Nothing more is read of this file."""
+        ...
+
+    def abort(self) -> None:
+        """The run has failed: let go of every thread that waits in `open`."""
+        ...
+
+
+class LocalShards:
+    """Source files that lie on the disk, each open only while it is read."""
+
+    def __init__(self) -> None:
+        self._readers: dict[Path, ByteReader] = {}
+
+    def open(self, shard: Shard) -> ByteReader:
+        """Raises InputError when it is not the file whose header was read."""
+        reader = ByteReader(shard.path, shard.size)
+        if reader.identity() != shard.identity and read_shard(shard.path).tensors != shard.tensors:
+            reader.close()
+            raise InputError(
+                f"{shard.path} was replaced since its header was read: start again when nothing "
+                "writes to it any more"
+            )
+        self._readers[shard.path] = reader
+        return reader
+
+    def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
+        """All bytes of a small tensor."""
+        with ByteReader(shard.path, shard.size) as reader:
+            return reader.read(tensor.start, tensor.nbytes)
+
+    def close(self, shard: Shard) -> None:
+        self._readers.pop(shard.path).close()
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+    def __enter__(self) -> LocalShards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers.values():
+            reader.close()

@@ -28,15 +28,22 @@ def manifest_of(
         sources: digests of every source file, by name.
         outputs: digests of every output tensor, by key.
     """
+    origin = plan.checkpoint.origin
     stored = {name: digest for file in sources.values() for name, digest in file.tensors.items()}
     return Manifest(
         config=plan.config,
         digest=algorithm,
         source_name=plan.checkpoint.name,
         source_files={
-            shard.path.name: FileRecord(shard.size, sources[shard.path.name].digest)
+            shard.path.name: FileRecord(
+                shard.size,
+                sources[shard.path.name].digest,
+                origin.sha256.get(shard.path.name) if origin else None,
+            )
             for shard in plan.checkpoint.shards
         },
+        source_repo=origin.repo if origin else None,
+        source_commit=origin.commit if origin else None,
         output_files={},
         tensors={
             t.name: TensorRecord(

@@ -147,6 +147,21 @@ def is_diffusers_config(config: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The commit of a model on a Hub, whose bytes never change.
+
+    Attributes:
+        repo: `org/name`.
+        commit: 40 hexadecimal digits.
+        sha256: of the weight files by name, as the Hub states it; without those that lie in git.
+    """
+
+    repo: str
+    commit: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A directory (or one file) of safetensors shards with what lies beside them.
 
@@ -159,6 +174,8 @@ class Checkpoint:
         is_file: the user named one file, whose directory may hold anything.
         extra_files: other files worth copying, relative to root, sorted.
         left_files: files that are NOT copied (other weight formats), relative, sorted.
+        origin: of a model that comes from a Hub; its shards then need not be on the disk, nor
+            stay there.
     """
 
     root: Path
@@ -169,6 +186,7 @@ class Checkpoint:
     is_file: bool
     extra_files: tuple[str, ...]
     left_files: tuple[str, ...]
+    origin: Origin | None = None
 
     @property
     def is_diffusers(self) -> bool:

@@ -33,6 +33,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("families",),
     ("plan", "manifest", "packed", "report", "journal"),
     ("limits", "items", "diffusion", "resume", "junit", "summary", "recording", "comparison"),
+    ("worker",),
     ("conversion", "inspection", "workspace", "written", "nonfinite", "hub"),
     ("foreign",),
     ("proof",),
