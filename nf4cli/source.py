@@ -300,7 +300,7 @@ def other_files(
     """
     shards = tuple(shards)
     home = home_of(root, shards)
-    modules = _sentence_transformers_modules(root)
+    modules = sentence_transformers_modules(root)
     known = {index, *_OURS, *(path.name for path in shards)}
     extra, left = [], []
     for directory, subdirectories, names in os.walk(root):
@@ -342,7 +342,7 @@ def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
     return tuple(sorted(n for n in names if any(fnmatch(n, pattern) for pattern in _MODEL_FILES)))
 
 
-def _sentence_transformers_modules(root: Path) -> set[Path]:
+def sentence_transformers_modules(root: Path) -> set[Path]:
     """Subdirectories that modules.json names: their small weights (2_Dense) belong to the model."""
     try:
         data, *_ = read_start(root / "modules.json", 1_000_000)

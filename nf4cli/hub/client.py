@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..engines import Notify
 from ..errors import InputError, MachineError, UsageError
@@ -19,8 +20,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 20  # bytes of a body that are handed on at a time
 _MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
 
-PIECE = _CHUNK
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts, beside those of huggingface_hub
+
 Chunks = Iterator[bytes]
+T = TypeVar("T")
 
 
 class Name(NamedTuple):
@@ -189,6 +192,24 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
         response.close()
 
 
+def persist(work: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """Try again, a few times and ever later, what fails for a reason that may pass.
+
+    Args:
+        stop: ends the waiting.
+
+    Raises:
+        MachineError: what `work` raised the last time.
+    """
+    for wait in _WAITS:
+        try:
+            return work()
+        except MachineError:
+            if is_offline() or (stop or threading.Event()).wait(wait):
+                raise
+    return work()
+
+
 def cached(snapshot: Snapshot, file: RemoteFile) -> Path | None:
     """Where a file of this commit lies in the user's cache, None where it does not."""
     from huggingface_hub import try_to_load_from_cache
@@ -197,8 +218,11 @@ def cached(snapshot: Snapshot, file: RemoteFile) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch_to_cache(snapshot: Snapshot, file: RemoteFile) -> Path:
+def fetch_to_cache(snapshot: Snapshot, file: RemoteFile, again: bool = False) -> Path:
     """Have a file in the user's cache, as `hf download` would.
+
+    Args:
+        again: fetch it although it is there.
 
     Raises:
         InputError, MachineError: see `resolve`.
@@ -206,7 +230,11 @@ def fetch_to_cache(snapshot: Snapshot, file: RemoteFile) -> Path:
     from huggingface_hub import hf_hub_download
 
     with explained(f"{file.name} of {snapshot.name}"):
-        return Path(hf_hub_download(snapshot.repo, file.name, revision=snapshot.commit))
+        return Path(
+            hf_hub_download(
+                snapshot.repo, file.name, revision=snapshot.commit, force_download=again
+            )
+        )
 
 
 def is_offline() -> bool:

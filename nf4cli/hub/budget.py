@@ -1,0 +1,163 @@
+"""The bound on what a run holds on the disk: who may take how much, and when.
+
+The unit of admission is a source file together with the output files that are made of it.  Steps
+are admitted in order, and what an admitted step needs is reserved whole, so it never waits for
+more: whatever is admitted runs to its end and gives back what it took.  A step that fits alone is
+therefore admitted at some time, and no two can wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..plan import Plan
+from ..records import Shard
+from ..transfers import Transfers
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Attributes:
+    source: bytes of the source file, 0 where it takes no room of the run's.
+    outputs: names of the output files that are made of it.
+    """
+
+    source: int
+    outputs: frozenset[str]
+
+
+def steps_of(
+    plan: Plan, shards: Iterable[Shard], fetched: Collection[str], done: Collection[str] = ()
+) -> list[Step]:
+    """A step for each of some source files of a plan, in order.
+
+    Args:
+        fetched: names of source files that take room of the run's.
+        done: weights that are made already.
+    """
+    outputs: dict[str, set[str]] = {}
+    for t in plan.tensors:
+        if t.outputs and t.name not in done:
+            name = plan.shards[t.file].filename
+            outputs.setdefault(t.weight.shard.path.name, set()).add(name)
+    return [
+        Step(
+            shard.size if shard.path.name in fetched else 0,
+            frozenset(outputs.get(shard.path.name, ())),
+        )
+        for shard in shards
+    ]
+
+
+def smallest(
+    steps: Sequence[Step],
+    sizes: Mapping[str, int],
+    base: int,
+    leaving: bool,
+    there: Collection[str] = (),
+) -> int:
+    """The smallest bound under which every step can be admitted, in bytes.
+
+    Args:
+        sizes: of the output files, by name.
+        base: what lies on the disk all the time.
+        leaving: output files leave the disk when they are complete; else they stay.
+        there: output files that an earlier run began.
+    """
+    if not leaving:
+        return base + sum(sizes.values()) + max((step.source for step in steps), default=0)
+    first = dict.fromkeys(there, 0)
+    last: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        for name in step.outputs:
+            first.setdefault(name, number)
+            last[name] = number
+    needs = [
+        step.source + sum(sizes[name] for name in last if first[name] <= number <= last[name])
+        for number, step in enumerate(steps)
+    ]
+    return base + max(needs, default=0)
+
+
+class Budget:
+    """Bytes of the disk, handed out; every method is thread-safe.
+
+    Args:
+        limit: the bound, None for none; at least `smallest`.
+        sizes, base, leaving, there: see `smallest`.
+        transfers: told of everything that is held.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        sizes: Mapping[str, int],
+        base: int,
+        leaving: bool,
+        transfers: Transfers,
+        there: Collection[str] = (),
+    ) -> None:
+        self._limit = limit
+        self._sizes = sizes
+        self._transfers = transfers
+        self._changed = threading.Condition()
+        self._held: dict[str, int] = {}  # output files, by name
+        self._used = 0
+        self._failed = False
+        transfers.disk_limit = limit
+        self._take(base)
+        for name in there if leaving else sizes:
+            self._hold(name)
+
+    def _take(self, count: int) -> None:
+        self._used += count
+        self._transfers.hold(count)
+
+    def _hold(self, name: str) -> None:
+        self._held[name] = self._sizes[name]
+        self._take(self._sizes[name])
+
+    def try_admit(self, step: Step) -> bool:
+        """The same without waiting; False where it does not fit now."""
+        with self._changed:
+            return self._fits(step) and self._admit(step)
+
+    def admit(self, step: Step) -> bool:
+        """Wait until a step fits, and reserve all that it needs; False when the run failed.
+
+        One thread after another: the order of the calls is the order of the steps.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._fits(step))
+            return not self._failed and self._admit(step)
+
+    def _admit(self, step: Step) -> bool:
+        self._take(step.source)
+        for name in step.outputs - self._held.keys():
+            self._hold(name)
+        return True
+
+    def _fits(self, step: Step) -> bool:
+        new = sum(self._sizes[name] for name in step.outputs if name not in self._held)
+        return self._limit is None or self._used + step.source + new <= self._limit
+
+    def source_gone(self, step: Step) -> None:
+        """The source file of a step has left the disk."""
+        self._give_back(lambda: step.source)
+
+    def output_gone(self, name: str) -> None:
+        """An output file has left the disk, for good."""
+        self._give_back(lambda: self._sizes[name])
+
+    def _give_back(self, count: Callable[[], int]) -> None:
+        with self._changed:
+            self._take(-count())
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Let go of everyone who waits."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()

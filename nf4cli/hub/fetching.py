@@ -1,0 +1,318 @@
+"""Source files from a Hub, ahead of the conversion that reads them, and gone behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engines import Notify
+from ..errors import InputError, InterruptedRunError, MachineError
+from ..reader import ByteReader
+from ..records import Shard, TensorInfo
+from ..transfers import Transfers
+from . import client
+from .budget import Budget, Step
+from .client import RemoteFile, Snapshot
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_THREADS = 2  # files that are fetched at a time
+_ATTEMPTS = 5  # without a byte between them, before a download is given up
+_WRONG = 3  # times that a whole file may come with a wrong digest
+_PIECE = 1 << 20  # bytes
+
+
+class Fetcher:
+    """The files of a snapshot as a conversion's ShardSource.
+
+    Args:
+        shards: to be read, in the order in which they will be.
+        directory: where files are fetched to, and removed from when they have been read; None
+            for the user's cache, where they stay.
+        budget: asked before a file is begun.
+        steps: of `shards`.
+        transfers: told of every byte.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        shards: Sequence[Shard],
+        directory: Path | None,
+        budget: Budget,
+        steps: Sequence[Step],
+        transfers: Transfers,
+        notify: Notify,
+    ) -> None:
+        self._snapshot = snapshot
+        self._directory = directory
+        self._budget = budget
+        self._transfers = transfers
+        self._notify = notify
+        self._waiting = list(zip(shards, steps, strict=True))[::-1]
+        self._steps = dict(zip((s.path for s in shards), steps, strict=True))
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._here: dict[Path, Path] = {}  # shard -> where its bytes are
+        self._readers: dict[Path, ByteReader] = {}
+        self._admitted: set[Path] = set()  # before the first thread asks
+        self._failure: BaseException | None = None
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"nf4-fetch-{i}", daemon=True)
+            for i in range(_THREADS)
+        ]
+
+    def __enter__(self) -> Fetcher:
+        if self._directory is not None:
+            self._directory.mkdir(exist_ok=True)
+            self._take_over(self._directory)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+        for thread in self._threads:
+            thread.join(1.0)  # one that waits for the network ends with the process
+        for reader in self._readers.values():
+            reader.close()
+
+    def _take_over(self, directory: Path) -> None:
+        """Keep what an earlier run fetched of the files that come first, as far as it fits."""
+        wanted: set[Path] = set()
+        for shard, step in self._waiting[::-1]:
+            places = _places(directory, shard.path.name)
+            if not any(place.exists() for place in places) or not self._budget.try_admit(step):
+                break
+            self._admitted.add(shard.path)
+            wanted.update(places)
+        for place in set(directory.iterdir()) - wanted:
+            place.unlink()
+
+    def open(self, shard: Shard) -> ByteReader:
+        """Wait until a file is here, with the digest that the Hub states.
+
+        Raises:
+            InputError, MachineError: it cannot be had.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: shard.path in self._here or self._failure or self._stop.is_set()
+            )
+            if shard.path not in self._here:
+                raise self._failure or InterruptedRunError("interrupted")
+            place = self._here[shard.path]
+        reader = self._readers[shard.path] = ByteReader(place, shard.size)
+        return reader
+
+    def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
+        """A small tensor, from the Hub: the file that it is in may be far ahead, or gone."""
+        file = self._snapshot.files[shard.path.name]
+        data = client.persist(
+            lambda: client.read_range(self._snapshot, file, tensor.start, tensor.stop), self._stop
+        )
+        return np.frombuffer(data, np.uint8)
+
+    def close(self, shard: Shard) -> None:
+        """Remove a file that has been read."""
+        reader = self._readers.pop(shard.path)
+        reader.close()
+        if self._directory is not None and reader.path.parent == self._directory:
+            reader.path.unlink()
+            self._budget.source_gone(self._steps[shard.path])
+
+    def abort(self) -> None:
+        self._stop.set()
+        self._budget.fail()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._turn:  # admission is in order
+                    if not self._waiting or self._stop.is_set():
+                        return
+                    shard, step = self._waiting.pop()
+                    if shard.path not in self._admitted and not self._budget.admit(step):
+                        return
+                place = self._fetch(self._snapshot.files[shard.path.name])
+                with self._changed:
+                    self._here[shard.path] = place
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+
+    def _fetch(self, file: RemoteFile) -> Path:
+        """Have a file on the disk, and its digest right."""
+        local = client.cached(self._snapshot, file)
+        if self._directory is None:
+            return self._to_cache(file, local)
+        if local is not None:
+            if not self._is_right(local, file):
+                raise MachineError(
+                    f"{local}, in the cache, has another digest than {client.endpoint()} states: "
+                    "remove it"
+                )
+            self._transfers.add_downloaded(file.size)
+            return local
+        download = Download(self._snapshot, file, self._directory, self._transfers, self._stop)
+        return download.run(self._notify)
+
+    def _to_cache(self, file: RemoteFile, place: Path | None) -> Path:
+        again = False
+        for _ in range(_WRONG):
+            place = place or self._fetch_to_cache(file, again)
+            if self._is_right(place, file):
+                self._transfers.add_downloaded(file.size)
+                return place
+            self._notify(f"{place} has a wrong digest: fetching it again")
+            place, again = None, True
+        raise InputError(_wrong(self._snapshot, file))
+
+    def _fetch_to_cache(self, file: RemoteFile, again: bool) -> Path:
+        return client.persist(
+            lambda: client.fetch_to_cache(self._snapshot, file, again), self._stop
+        )
+
+    def _is_right(self, place: Path, file: RemoteFile) -> bool:
+        """Whether a file has the size and the digest that the Hub states."""
+        if place.stat().st_size != file.size:
+            return False
+        digest = new_digest(file)
+        with place.open("rb") as opened:
+            while data := opened.read(_PIECE):
+                if self._stop.is_set():
+                    raise InterruptedRunError("interrupted")
+                digest.update(data)
+        return bool(digest.hexdigest() == expected_digest(file))
+
+
+class Download:
+    """One file, appended to until it is whole; what is there of an earlier attempt, or of an
+    earlier run, is not fetched again.
+
+    Args:
+        directory: where it goes; unfinished as NAME.part.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        file: RemoteFile,
+        directory: Path,
+        transfers: Transfers,
+        stop: threading.Event,
+    ) -> None:
+        self._snapshot, self._file, self._stop = snapshot, file, stop
+        self._transfers = transfers
+        self._place, self._part = _places(directory, file.name)
+        self._digest = new_digest(file)
+
+    def run(self, notify: Notify) -> Path:
+        """Fetch what is missing.
+
+        Raises:
+            InputError: the bytes are not those that the Hub states, again and again.
+            MachineError: the connection fails, again and again.
+        """
+        if self._place.exists():  # an earlier run had it whole
+            self._place.rename(self._part)
+        for attempt in range(_WRONG):
+            with self._part.open("ab+") as out:
+                self._continue(out)
+                self._persist(out, notify)
+            if self._digest.hexdigest() == expected_digest(self._file):
+                self._part.rename(self._place)
+                return self._place
+            self._forget(self._file.size)
+            if attempt + 1 < _WRONG:
+                notify(f"{self._file.name} came with a wrong digest: fetching it again")
+        raise InputError(_wrong(self._snapshot, self._file))
+
+    def _continue(self, out: Any) -> None:
+        """Digest what is there."""
+        self._digest = new_digest(self._file)
+        if os.fstat(out.fileno()).st_size > self._file.size:
+            out.truncate(0)
+        out.seek(0)
+        while data := out.read(_PIECE):
+            self._digest.update(data)
+            self._transfers.add_downloaded(len(data))
+
+    def _persist(self, out: Any, notify: Notify) -> None:
+        """Append the rest; an attempt that brought something counts for none."""
+        failures = 0
+        while (before := out.tell()) < self._file.size:
+            try:
+                self._append(out)
+            except MachineError as error:
+                failures = 0 if out.tell() > before else failures + 1
+                if failures >= _ATTEMPTS:
+                    raise
+                notify(f"{error}; attempt {failures + 1} goes on from byte {out.tell():,}")
+                if self._stop.wait(min(2.0**failures, 30.0)):
+                    raise InterruptedRunError("interrupted") from None
+
+    def _append(self, out: Any) -> None:
+        start = out.tell()
+        with client.open_at(self._snapshot, self._file, start) as (position, chunks):
+            skip = start - position
+            if skip < 0:
+                raise MachineError(
+                    f"{self._file.name}: asked for bytes from {start:,} on, got some from "
+                    f"{position:,} on"
+                )
+            for chunk in chunks:
+                if self._stop.is_set():
+                    raise InterruptedRunError("interrupted")
+                data = chunk[skip:]
+                skip = max(0, skip - len(chunk))
+                data = data[: self._file.size - out.tell()]
+                out.write(data)
+                self._digest.update(data)
+                self._transfers.add_downloaded(len(data))
+        out.flush()
+        if out.tell() < self._file.size:
+            raise MachineError(f"{self._file.name}: the connection ended early")
+
+    def _forget(self, count: int) -> None:
+        self._transfers.add_downloaded(-count)
+        with suppress(FileNotFoundError):
+            self._part.unlink()
+
+
+def _places(directory: Path, name: str) -> tuple[Path, Path]:
+    """Where a file lies when it is whole, and while it is not."""
+    return directory / name, directory / f"{name}.part"
+
+
+def new_digest(file: RemoteFile) -> Any:
+    """What digests a file as the Hub does: SHA-256, or git's own for a file that lies in git."""
+    if file.sha256 is not None:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def expected_digest(file: RemoteFile) -> str | None:
+    """What the Hub states."""
+    return file.sha256 or file.blob
+
+
+def _wrong(snapshot: Snapshot, file: RemoteFile) -> str:
+    return (
+        f"{file.name} of {snapshot.name} came {_WRONG} times with another digest than "
+        f"{client.endpoint()} states ({expected_digest(file)}): the file there, or something on "
+        "the way, is damaged"
+    )

@@ -1,0 +1,178 @@
+"""A model of a Hub as a directory: its small files whole, of its weight files only the headers.
+
+A weight file is stood in for by a sparse file of its size that holds nothing but the header, read
+by a range request.  So what decides about a checkpoint on the disk (source.py, plan.py, and the
+safetensors library, which wants to see the file's length) decides about one on a Hub, with the same
+code, and reads no weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha1, sha256
+from pathlib import Path
+from typing import TypeVar
+
+from ..diffusion import is_pipeline
+from ..errors import InputError, MachineError
+from ..records import Checkpoint, Origin
+from ..source import (
+    find_shards,
+    is_weight_file,
+    open_checkpoint,
+    sentence_transformers_modules,
+)
+from ..untrusted import MAX_HEADER
+from .client import RemoteFile, Snapshot, cached, open_at, persist, read_range
+
+_FIRST_READ = 1 << 18  # bytes: most headers are shorter
+_AT_A_TIME = 8  # requests
+_LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files that are no weights: no model has more
+_LEFT = (".gitattributes", ".gitignore")
+T = TypeVar("T")
+
+
+def draw(snapshot: Snapshot, directory: Path) -> None:
+    """Make the outline of a model, or of a pipeline, in an empty directory.
+
+    Raises:
+        InputError: it has no safetensors weights, or files that are not as the Hub says.
+        MachineError: the Hub cannot be reached.
+    """
+    files = {name: file for name, file in snapshot.files.items() if _counts(name)}
+    sides = [f for name, f in files.items() if not is_weight_file(name) or _is_index(name)]
+    if sum(file.size for file in sides) > _LARGEST_SIDE_FILE:
+        raise InputError(
+            f"{snapshot.name} has files of {sum(file.size for file in sides):,} bytes that are "
+            f"no weights, expected at most {_LARGEST_SIDE_FILE:,}: this is no model"
+        )
+    _each(sides, lambda file: _fetch_whole(snapshot, file, directory))
+    modules = {
+        path.relative_to(directory).as_posix() for path in sentence_transformers_modules(directory)
+    }
+    dense = [
+        f
+        for n, f in files.items()
+        if n.endswith(".safetensors") and n.rpartition("/")[0] in modules
+    ]
+    _each(dense, lambda file: _fetch_whole(snapshot, file, directory))
+    stand_ins = [f for n, f in files.items() if n.endswith(".safetensors") and f not in dense]
+    for file in stand_ins:
+        place = directory / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    needed = _needed(directory, stand_ins)
+    _each(needed, lambda file: _fetch_header(snapshot, file, directory))
+    for file in stand_ins:
+        if file not in needed:
+            (directory / file.name).unlink()
+
+
+def open_outline(snapshot: Snapshot, directory: Path) -> Checkpoint:
+    """The checkpoint that an outline is one of."""
+    found = open_checkpoint(directory)
+    here = {*found.extra_files, *(shard.path.name for shard in found.shards), "config.json"}
+    digests = {s.path.name: snapshot.files[s.path.name].sha256 for s in found.shards}
+    origin = Origin(
+        snapshot.repo, snapshot.commit, {name: digest for name, digest in digests.items() if digest}
+    )
+    return replace(
+        found,
+        name=snapshot.repo.rpartition("/")[2],
+        left_files=tuple(sorted(snapshot.files.keys() - here)),
+        origin=origin,
+    )
+
+
+def _counts(name: str) -> bool:
+    """Whether a file of a repository may be part of the model."""
+    return name not in _LEFT and not any(part.startswith(".") for part in name.split("/")[:-1])
+
+
+def _is_index(name: str) -> bool:
+    return ".safetensors" in name and name.endswith(".json")
+
+
+def _needed(directory: Path, stand_ins: Iterable[RemoteFile]) -> list[RemoteFile]:
+    """The weight files that a loader would take: the model's, or those of a pipeline's parts."""
+    by_directory: dict[Path, list[RemoteFile]] = {}
+    for file in stand_ins:
+        place = (directory / file.name).parent
+        if place == directory or is_pipeline(directory):
+            by_directory.setdefault(place, []).append(file)
+    needed = []
+    for place, files in by_directory.items():
+        try:
+            taken = {path.name for path in find_shards(place)[1]}
+        except InputError:
+            if place == directory:
+                raise
+            taken = set()  # whatever lies there, it is no part of the model
+        needed += [file for file in files if file.name.rpartition("/")[2] in taken]
+    return needed
+
+
+def _fetch_whole(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
+    """A small file, from the cache where it is there, compared with what the Hub says of it."""
+    place = directory / file.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    local = cached(snapshot, file)
+    if local is not None:
+        data = local.read_bytes()
+    else:
+        with open_at(snapshot, file, 0) as (_, chunks):
+            data = b""
+            for chunk in chunks:
+                data += chunk
+                if len(data) > file.size:
+                    break
+    if file.sha256 is not None:
+        found, expected = sha256(data).hexdigest(), file.sha256
+    else:
+        git = b"blob %d\0" % len(data) + data
+        found, expected = sha1(git, usedforsecurity=False).hexdigest(), file.blob or ""
+    if len(data) != file.size or (expected and found != expected):
+        raise MachineError(
+            f"{file.name} of {snapshot.name}: {len(data):,} bytes with the digest {found} came, "
+            f"expected {file.size:,} with {expected}: try again"
+        )
+    place.write_bytes(data)
+
+
+def _fetch_header(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
+    first = min(file.size, _FIRST_READ)
+    data = _read(snapshot, file, 0, first)
+    length = 8 + int.from_bytes(data[:8], "little")
+    if first < length <= min(file.size, 8 + MAX_HEADER):
+        data += _read(snapshot, file, first, length)
+    with (directory / file.name).open("wb") as out:
+        out.write(data[: max(8, length)])
+        try:
+            os.truncate(out.fileno(), file.size)
+        except OSError as error:
+            raise MachineError(
+                f"a sparse file of {file.size:,} bytes cannot be made in {directory} "
+                f"({error.strerror}): choose another place with TMPDIR"
+            ) from error
+
+
+def _read(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
+    local = cached(snapshot, file)
+    if local is not None and local.stat().st_size == file.size:
+        with local.open("rb") as opened:
+            opened.seek(start)
+            return opened.read(stop - start)
+    return read_range(snapshot, file, start, stop)
+
+
+def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], T]) -> None:
+    """Several files at a time; the first failure ends it."""
+    pool = ThreadPoolExecutor(_AT_A_TIME, "nf4-outline")
+    try:
+        for future in [pool.submit(persist, lambda file=file: work(file)) for file in files]:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
