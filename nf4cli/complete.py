@@ -39,18 +39,30 @@ def confirm(
     for name, value in wanted.items():
         if there[name] != value:
             raise another(output, f"its {name} is {there[name]!r}, not {value!r}")
-    shards = plan.checkpoint.shards
-    if {shard.path.name for shard in shards} != found.source_files.keys():
-        raise another(output, "it was made of other files")
-    digests = digest_shards(shards, algorithm, resources.workers, progress, tensors=False)
-    for shard, (digest, _) in zip(shards, digests, strict=True):
-        if digest != found.source_files[shard.path.name].digest:
-            raise another(output, f"{shard.path} is not the file that it was made of")
+    _require_source(plan, output, found, resources, progress)
     report = Report()
     check_manifest(checkpoint, {}, resources, report, progress)
     compare_beside(checkpoint, plan, found, report)
     require_none(output, report)
     return found
+
+
+def _require_source(
+    plan: Plan, output: Path, found: Manifest, resources: Resources, progress: Progress
+) -> None:
+    """Raises UsageError unless `found` was made of the files that `plan` reads."""
+    shards, origin = plan.checkpoint.shards, plan.checkpoint.origin
+    if {shard.path.name for shard in shards} != found.source_files.keys():
+        raise another(output, "it was made of other files")
+    if origin is not None:  # a commit does not change
+        if (found.source_repo, found.source_commit) != (origin.repo, origin.commit):
+            made_of = f"{found.source_repo or found.source_name}@{found.source_commit}"
+            raise another(output, f"it was made of {made_of}, not {origin.repo}@{origin.commit}")
+        return
+    digests = digest_shards(shards, found.digest, resources.workers, progress, tensors=False)
+    for shard, (digest, _) in zip(shards, digests, strict=True):
+        if digest != found.source_files[shard.path.name].digest:
+            raise another(output, f"{shard.path} is not the file that it was made of")
 
 
 def require_none(output: Path, report: Report) -> None:

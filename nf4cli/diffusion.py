@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,7 @@ from .families import consult
 from .manifest import FileRecord
 from .output import Copies
 from .plan import Oracle, Plan, Scan, make_plan, no_scan
-from .records import Checkpoint, QuantConfig
+from .records import Checkpoint, Origin, QuantConfig
 from .selection import matches, module_path
 from .source import (
     MANIFEST,
@@ -227,14 +227,23 @@ def _says_packed(directory: Path) -> bool:
         return True  # whoever opens it says what is wrong
 
 
+def _no_origin(component: str) -> None:
+    """The origin of what comes from no Hub."""
+
+
 def make_pipeline_plan(
-    root: Path, config: QuantConfig, oracle: Oracle = consult, scan: Scan = no_scan
+    root: Path,
+    config: QuantConfig,
+    oracle: Oracle = consult,
+    scan: Scan = no_scan,
+    origin_of: Callable[[str], Origin | None] = _no_origin,
 ) -> PipelinePlan:
     """Decide the whole conversion of a pipeline.
 
     Args:
         config: `keep` patterns may begin with a component's name, or be one.
         oracle, scan: see `make_plan`.
+        origin_of: of a component, where it comes from.
 
     Raises:
         UsageError, InputError: see `make_plan`; no component has anything to quantize.
@@ -252,7 +261,11 @@ def make_pipeline_plan(
             f"transformers' own classes, only {names or 'nothing'}: there is nothing to quantize"
         )
     kept = {name for name in components if name in config.keep}
-    checkpoints = {name: open_checkpoint(root / name) for name in wanted if name not in kept}
+    checkpoints = {
+        name: replace(open_checkpoint(root / name), origin=origin_of(name))
+        for name in wanted
+        if name not in kept
+    }
     for name, checkpoint in checkpoints.items():
         if not checkpoint.config:
             raise InputError(

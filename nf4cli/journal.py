@@ -37,11 +37,30 @@ class Part:
         files: digests of the source files that were read to their end, by name.
         identities: of the source files, when the run began: those that a later change of the
             file cannot leave as they are.
+        uploads: of the output files that a Hub has and the disk perhaps has no more, by name.
     """
 
     weights: dict[str, tuple[Result, dict[str, str]]] = field(default_factory=dict)
     files: dict[str, FileDigests] = field(default_factory=dict)
     identities: dict[str, Identity] = field(default_factory=dict)
+    uploads: dict[str, Upload] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An output file that was handed to a Hub.
+
+    Attributes:
+        digest: in the run's algorithm.
+        size: bytes.
+        sha256: hexadecimal.
+        sample: its first 512 bytes, which a Hub asks for.
+    """
+
+    digest: str
+    size: int
+    sha256: str
+    sample: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +138,11 @@ def _apply(entry: Json, parts: dict[str, Part]) -> None:
             entry["nested_offset"], TensorError(**error) if error else None, dict(entry["sources"])
         )
         part.weights[entry["weight"]] = result, dict(entry["outputs"])
+    elif "uploaded" in entry:
+        sample = bytes.fromhex(entry["sample"])
+        part.uploads[entry["uploaded"]] = Upload(
+            str(entry["digest"]), int(entry["size"]), str(entry["sha256"]), sample
+        )
     elif "file" in entry:
         part.files[entry["file"]] = FileDigests(entry["digest"], dict(entry["tensors"]))
     else:
@@ -148,6 +172,7 @@ class Journal:
         self._changed = threading.Condition()
         self._lines: list[bytes] = []
         self._unsynced: set[Path] = set()
+        self._added = self._written = 0  # lines
         self._closing = False
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="nf4-journal", daemon=True)
@@ -201,11 +226,24 @@ class Journal:
         """
         self._add({"part": part, "file": name, **asdict(digests)}, None)
 
+    def uploaded(self, part: str, name: str, upload: Upload) -> None:
+        """A Hub has an output file; returns when the line is on the disk, and the file may go.
+
+        Raises:
+            OSError: see `weight`.
+        """
+        fields = {**asdict(upload), "sample": upload.sample.hex()}
+        number = self._add({"part": part, "uploaded": name, **fields}, None)
+        with self._changed:
+            self._changed.wait_for(lambda: self._written >= number or self._error)
+            if self._error is not None:
+                raise self._error
+
     def close(self) -> None:
         """Write what is left.  What a journal lacks is done again, but see `require_good`."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -215,15 +253,18 @@ class Journal:
         if self._error is not None:
             raise self._error
 
-    def _add(self, entry: Json, path: Path | None) -> None:
+    def _add(self, entry: Json, path: Path | None) -> int:
+        """Returns the number of the line, from 1."""
         line = _line(entry)
         with self._changed:
             if self._error is not None:
                 raise self._error
             self._lines.append(line)
+            self._added += 1
             if path is not None:
                 self._unsynced.add(path)
-            self._changed.notify()
+            self._changed.notify_all()
+            return self._added
 
     def _run(self) -> None:
         try:
@@ -239,11 +280,15 @@ class Journal:
                         sync(path)
                 if lines:
                     self._append(b"".join(lines))
+                with self._changed:
+                    self._written += len(lines)
+                    self._changed.notify_all()
                 if closing:
                     return
         except OSError as error:
             with self._changed:
                 self._error = error
+                self._changed.notify_all()
 
     def _append(self, data: bytes) -> None:
         while data:

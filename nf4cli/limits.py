@@ -39,11 +39,14 @@ class Resources:
     memory: int
 
 
-def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -> None:
+def check_output(
+    plan: Plan, output: Path, workers: int, resume: bool = False, need: int | None = None
+) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
 
     Args:
         resume: what an unfinished run left may be used.
+        need: bytes of the disk, None for a whole output.
 
     Raises:
         UsageError: it exists, or it is the source or inside it.
@@ -51,7 +54,7 @@ def check_output(plan: Plan, output: Path, workers: int, resume: bool = False) -
     """
     require_place(plan.checkpoint.root, output, plan.checkpoint.is_file, resume)
     if not (resume and holds_output(output)):
-        require_disk(output, disk_bytes(plan, workers))
+        require_disk(output, disk_bytes(plan, workers) if need is None else need)
 
 
 def holds_output(output: Path) -> bool:
@@ -130,11 +133,14 @@ def _bytes_in(directory: Path) -> int:
 
 def disk_bytes(plan: Plan, workers: int) -> int:
     """Bytes that the run needs on the output's disk, temporary files and manifest included."""
+    return plan.shard_bytes + base_bytes(plan, workers)
+
+
+def base_bytes(plan: Plan, workers: int) -> int:
+    """The same without the output's shards."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
     manifest = 2 * (1000 * len(plan.tensors) + 10_000)  # and the journal
-    return (
-        plan.shard_bytes + copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
-    )
+    return copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
 
 
 def _cheaper(engine: Engine) -> str:

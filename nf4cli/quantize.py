@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from .conversion import Conversion
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
 from .engines import Engine, Notify, no_notice
 from .errors import InterruptedRunError
+from .hub.carrier import Carrier
 from .journal import Journal, Part
 from .limits import Resources, check_output
 from .manifest import FileRecord, Manifest
@@ -24,7 +26,7 @@ from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
 from .source import MANIFEST
 from .workspace import Workspace
-from .writer import ShardWriter
+from .writer import ShardLayout, ShardWriter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,13 +44,15 @@ class _Files:
         directory: where the files are, or will be.
         journal: told of every weight that is written; `part` is this checkpoint's name in it.
         standing: what is there already.
+        carrier: takes the files that are complete; they are then begun as late as they can be.
     """
 
     def __init__(
         self, plan: Plan, directory: Path, algorithm: str, journal: Journal, part: str,
-        standing: Standing,
+        standing: Standing, carrier: Carrier | None,
     ) -> None:  # fmt: skip
         self._lock = threading.Lock()
+        self._opening = threading.RLock()
         self._file_of = {key: t.file for t in plan.tensors for key in t.outputs}
         self._pending = [0] * len(plan.shards)
         self._begun = [False] * len(plan.shards)
@@ -61,36 +65,52 @@ class _Files:
         self._algorithm = algorithm
         self._journal = journal
         self._part = part
-        self._writers: list[ShardWriter] = []
-        self._turns: list[OrderedDigest | None] = []
+        self._carrier = carrier
+        self._gone = standing.uploads.keys()
+        self._writers: dict[int, ShardWriter] = {}
+        self._turns: dict[int, OrderedDigest] = {}
         self._aborted = threading.Event()
         self.shard_digests = dict(standing.shards)
         self.tensor_digests = dict(standing.outputs)
 
     def open(self) -> None:
         """Create or open every file; `close` undoes it even when this fails half way."""
-        for layout, begun in zip(self._layouts, self._begun, strict=True):
-            self._writers.append(ShardWriter(self._directory, layout, begun))
-            self._turns.append(None if begun else self._new_turns(layout.filename))
         for number, pending in enumerate(self._pending):
-            if not pending and self._layouts[number].filename not in self.shard_digests:
+            name = self._layouts[number].filename
+            if name in self._gone:
+                continue
+            if self._carrier is None or self._begun[number] or not pending:
+                self._writer(number)
+            if not pending and name not in self.shard_digests:
                 self._finish_shard(number)
+            elif not pending:
+                self._shard_done(number)
 
-    def _new_turns(self, filename: str) -> OrderedDigest:
-        layout = self._writers[-1].layout
-        digest = ShardDigest(layout.tensors.values(), self._algorithm)
-        digest.update(layout.header)
-        return OrderedDigest(digest)
+    def _writer(self, number: int) -> ShardWriter:
+        with self._opening:
+            writer = self._writers.get(number)
+            if writer is None:
+                layout, begun = self._layouts[number], self._begun[number]
+                writer = ShardWriter(self._directory, layout, begun)
+                if not begun:
+                    digest = ShardDigest(layout.tensors.values(), self._algorithm)
+                    digest.update(layout.header)
+                    self._turns[number] = OrderedDigest(digest)
+                self._writers[number] = writer
+                if self._aborted.is_set():
+                    self.abort()
+            return writer
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
         number = self._file_of[key]
-        writer, turns = self._writers[number], self._turns[number]
+        writer = self._writer(number)
+        turns = self._turns.get(number)
         writer.write(key, offset, data)
         if turns is not None and key in writer.layout.streamed:
             turns.update(writer.layout.tensors[key].start + offset, data)
 
     def finish(self, plan: TensorPlan, result: Result) -> None:
-        writer = self._writers[plan.file]
+        writer = self._writer(plan.file)
         digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
         with self._lock:
             self.tensor_digests |= digests
@@ -106,23 +126,22 @@ class _Files:
 
     def abort(self) -> None:
         self._aborted.set()
-        for turns in self._turns:
-            if turns is not None:
-                turns.abort()
+        for turns in list(self._turns.values()):
+            turns.abort()
 
     def close(self) -> None:
-        for writer in self._writers:
+        for writer in self._writers.values():
             writer.close()
 
     def _digest_of(self, writer: ShardWriter, number: int, key: str) -> str:
-        turns = self._turns[number]
+        turns = self._turns.get(number)
         if turns is not None and key in turns.digest.tensors:
             return turns.digest.tensors[key]
         with ByteReader(writer.path, writer.layout.size) as reader:
             return digest_tensor(reader, writer.layout.tensors[key])
 
     def _finish_shard(self, number: int) -> None:
-        writer, turns = self._writers[number], self._turns[number]
+        writer, turns = self._writers[number], self._turns.get(number)
         if turns is not None:
             for piece in writer.tail():
                 turns.digest.update(piece)
@@ -132,6 +151,13 @@ class _Files:
             digest, _ = digest_shard(shard, self._algorithm, self._stop_when_aborted)
         writer.finish()
         self.shard_digests[writer.path.name] = digest
+        self._shard_done(number)
+
+    def _shard_done(self, number: int) -> None:
+        if self._carrier is not None:
+            writer = self._writers[number]
+            writer.close()
+            self._carrier.shard_done(writer.path, self.shard_digests[writer.path.name])
 
     def _stop_when_aborted(self, count: int) -> None:
         if self._aborted.is_set():
@@ -148,6 +174,7 @@ def write_checkpoint(
     resume: bool = False,
     progress: Progress = no_progress,
     notify: Notify = no_notice,
+    carrier: Carrier | None = None,
 ) -> Manifest:
     """Quantize into `output`, which appears complete, with its manifest, or not at all.
 
@@ -157,6 +184,7 @@ def write_checkpoint(
         fsync: wait for the disk, so that a power failure costs no more than a killed process.
         resume: continue a run of the same that was stopped, if there is one; be content with an
             output that is there already, if it is what this would write.
+        carrier: brings the source from a Hub, or takes the output to one, or both.
 
     Raises:
         UsageError, MachineError: see `check_output` and `Workspace`.
@@ -164,12 +192,18 @@ def write_checkpoint(
         OSError: a disk is full or fails.
         UnfinishedRunError: the same, and the work done so far was kept.
     """
-    check_output(plan, output, resources.workers, resume)
+    need = carrier.disk_needed(plan, resources.workers) if carrier else None
+    check_output(plan, output, resources.workers, resume, need)
     place = plan.checkpoint.root, plan.checkpoint.is_file
-    with Workspace(
-        output, place, header({"": plan}, digest), plan.written, fsync=fsync, resume=resume
-    ) as work:
-        return fill(work, "", plan, engine, resources, digest, progress, notify)
+    recipe = header({"": plan}, digest, carrier.destination if carrier else None)
+    with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
+        manifest = fill(work, "", plan, engine, resources, digest, progress, notify, carrier)
+        if carrier is not None and carrier.leaving:
+            carrier.publish(work.directory, manifest)
+            work.discard = True
+    if carrier is not None and not carrier.leaving:
+        carrier.publish(output, manifest)
+    return manifest
 
 
 def fill(
@@ -181,6 +215,7 @@ def fill(
     digest: str,
     progress: Progress,
     notify: Notify,
+    carrier: Carrier | None = None,
 ) -> Manifest:
     """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
     if work.complete:
@@ -193,22 +228,26 @@ def fill(
     standing = check(plan, directory, recorded, digest, resources.workers, progress)
     if recorded.weights:
         notify(_what_stands(plan, standing))
+    if carrier is not None:
+        carrier.fit(plan, standing, resources.workers)
     begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
-    clear(directory, {directory / name for name in begun})
-    work.journal.identities(part, plan.checkpoint.shards)
+    clear(directory, {directory / name for name in begun - standing.uploads.keys()})
+    if plan.checkpoint.origin is None:
+        work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
-    files = _Files(plan, directory, digest, work.journal, part, standing)
-    try:
-        files.open()
-        conversion = Conversion(
-            plan, engine, resources, files, digest, work.root, progress, standing
-        )
-        conversion.run()
-    finally:
-        files.close()
+    files = _Files(plan, directory, digest, work.journal, part, standing, carrier)
+    with carrier.carrying(work, part) if carrier else nullcontext() as source:
+        try:
+            files.open()
+            conversion = Conversion(
+                plan, engine, resources, files, digest, work.root, progress, standing, source
+            )
+            conversion.run()
+        finally:
+            files.close()
     manifest = replace(
         conversion.manifest(files.tensor_digests),
-        output_files=file_records(directory, digest, files.shard_digests),
+        output_files=file_records(directory, digest, files.shard_digests, plan.shards),
     )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -223,14 +262,15 @@ def _what_stands(plan: Plan, standing: Standing) -> str:
 
 
 def file_records(
-    directory: Path, algorithm: str, known: Mapping[str, str]
+    directory: Path, algorithm: str, known: Mapping[str, str], shards: Iterable[ShardLayout] = ()
 ) -> dict[str, FileRecord]:
     """Every file of a finished directory.
 
     Args:
         known: digests of files that need not be read again.
+        shards: files that may have left it.
     """
-    files = {}
+    files = {layout.filename: FileRecord(layout.size, known[layout.filename]) for layout in shards}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
         digest = known.get(name) or digest_file(path, algorithm)

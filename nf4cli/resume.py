@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from . import __version__, journal, manifest
 from .digest import digest_shard, digest_tensor, new_tensor_hash
 from .errors import InputError, InterruptedRunError, UsageError
 from .fileio import identity_of, sync
-from .journal import Part
+from .journal import Part, Upload
 from .pipeline import Progress, run
 from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
@@ -32,6 +32,7 @@ class Standing:
         shards: digests of the output files that are complete, by name.
         sources: digests of source files that need not be read for them, by name.
         lost: weights that an earlier run finished, and whose bytes are not there.
+        uploads: of the output files that were handed to a Hub and need not be here, by name.
     """
 
     results: dict[str, Result] = field(default_factory=dict)
@@ -39,12 +40,29 @@ class Standing:
     shards: dict[str, str] = field(default_factory=dict)
     sources: dict[str, FileDigests] = field(default_factory=dict)
     lost: int = 0
+    uploads: dict[str, Upload] = field(default_factory=dict)
+
+    def forget(self, plan: Plan, filenames: Collection[str]) -> None:
+        """Take the weights in some output files for not made."""
+        for t in plan.tensors:
+            if t.outputs and plan.shards[t.file].filename in filenames:
+                self.results.pop(t.name, None)
+                for key in t.outputs:
+                    self.outputs.pop(key, None)
 
 
-def header(plans: Mapping[str, Plan], algorithm: str) -> dict[str, Any]:
+def header(
+    plans: Mapping[str, Plan], algorithm: str, destination: str | None = None
+) -> dict[str, Any]:
     """Everything that the bytes of an output depend on, as far as headers tell: two runs with
-    the same one write the same, if the bytes of the sources are the same."""
+    the same one write the same, if the bytes of the sources are the same.
+
+    Args:
+        destination: the repository that output files are handed to, and then leave the disk.
+    """
+    pushed = {} if destination is None else {"push_to": destination}
     return {
+        **pushed,
         "nf4_journal": journal.VERSION,
         "nf4_manifest": manifest.VERSION,
         "tool": __version__,
@@ -59,6 +77,7 @@ def _part_header(plan: Plan) -> dict[str, Any]:
         "source": {
             "name": plan.checkpoint.name,
             "files": {shard.path.name: shard.size for shard in plan.checkpoint.shards},
+            **(asdict(plan.checkpoint.origin) if plan.checkpoint.origin else {}),
         },
         "plan": _fingerprint(plan),
     }
@@ -116,6 +135,14 @@ def check(
         here = members.get(number, [])
         mine = [t for t in here if t.name in done]
         path = directory / layout.filename
+        if layout.filename in part.uploads and len(mine) == len(here):
+            with lock:
+                upload = standing.uploads[layout.filename] = part.uploads[layout.filename]
+                standing.shards[layout.filename] = upload.digest
+                for t in mine:
+                    standing.results[t.name], outputs = part.weights[t.name]
+                    standing.outputs |= outputs
+            return
         if not mine or not _is_whole(path, layout) or not _from_the_disk(path):
             return
         found, digest = _digests_of(path, layout, mine, len(mine) == len(here), algorithm,
@@ -180,8 +207,10 @@ def _check_sources(
     """Digests of the source files that finished work was made from.
 
     A file in the state that it was in before it was read need not be read again; another one, a
-    copy or a link that moved, may still hold the same bytes.
+    copy or a link that moved, may still hold the same bytes.  A commit of a Hub does not change.
     """
+    if plan.checkpoint.origin is not None:
+        return dict(part.files)
     needed: dict[str, dict[str, str]] = {name: {} for name in part.files}
     for result, _ in part.weights.values():
         for tensor, digest in result.sources.items():

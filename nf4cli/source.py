@@ -63,7 +63,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         InputError: not a checkpoint, or a damaged or contradictory one.
     """
     if path.is_dir():
-        root, name = path, path.resolve().name
+        root, name = path, name_of_directory(path)
         index, files = find_shards(root)
         if all(file.name.startswith("adapter_model") for file in files):
             raise InputError(_not_a_checkpoint(root, "it has no model", root.iterdir()))
@@ -94,6 +94,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         extra, left = _companions_of_file(root, files) if config else (), ()
     return Checkpoint(root, name, shards, tensors, config, not path.is_dir(), extra, left)
+
+
+def name_of_directory(root: Path) -> str:
+    """What a model is called that lies in a directory: in the Hub's cache that is named by its
+    commit, models--ORG--NAME/snapshots/COMMIT."""
+    root = root.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        return root.parent.parent.name.rpartition("--")[2]
+    return root.name
 
 
 def _config(root: Path, files: list[Path]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The directory that a run works in, beside its output: found again, locked, committed.
 
-`.NAME.partial` holds `files`, which becomes the output in one rename, and the journal.  The journal
-is also the lock: the system releases it when its process ends, however it ends.
+`.NAME.partial` holds `files`, which becomes the output in one rename, the journal, and `source`,
+what was fetched from a Hub and is not read yet.  The journal is also the lock: the system releases
+it when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Workspace:
         output: absolute.
         root: the workspace.
         directory: what will be the output; empty, or with an earlier run's files.
+        fetched: where source files may be put that come from elsewhere; made by who needs it.
+        discard: at the end nothing is to stay here: the output is somewhere else.
         earlier: the journal of an earlier run; empty for a new one.
         complete: an output is there, which a run that is resumed may be content with.
     """
@@ -76,6 +79,8 @@ class Workspace:
         self._committed = False
         self.root = workspace_of(output)
         self.directory = self.root / "files"
+        self.fetched = self.root / "source"
+        self.discard = False
 
     def __enter__(self) -> Workspace:
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,7 @@ class Workspace:
                 self.journal.restart(self._header)
             self.journal.start()
         except BaseException:
-            if not journal.read(self._fd).finished:
+            if not (journal.read(self._fd).finished or self._has_fetched()):
                 self._remove()
             os.close(self._fd)
             raise
@@ -110,7 +115,8 @@ class Workspace:
                 self.journal.close()
                 if not self.complete:
                     self.journal.require_good()
-                    self._commit()
+                    if not self.discard:
+                        self._commit()
             except BaseException as late:
                 self._leave_late(late)
             self._remove()
@@ -192,6 +198,8 @@ class Workspace:
 
     def _begin(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+        if not self._resume or self.earlier.header != self._header:
+            shutil.rmtree(self.fetched, ignore_errors=True)
         self.earlier = Contents(None, {}, False)
         self.directory.mkdir()
 
@@ -231,18 +239,24 @@ class Workspace:
     def _leave(self, error: BaseException) -> None:
         """Keep what is worth to be continued: bad input will not become better by itself."""
         finished = journal.read(self._fd).finished
+        fetched = self._has_fetched()
         useless = isinstance(error, (InputError, UsageError)) and not self.earlier.finished
-        if not finished or useless or self.complete:
+        if not (finished or fetched) or useless or self.complete:
             self._remove()
             return
         if not isinstance(error, (Nf4Error, OSError)):
             return  # a bug keeps its traceback
         kept = f"{finished:,} of {self._total:,} weights are done and kept in {self.root}"
+        if fetched:
+            kept += ", and what was fetched"
         if isinstance(error, (InputError, UsageError)):
             advice = "if they are of no use now, remove them"
         else:
             advice = "continue with the same command and --resume, or remove it"
         raise UnfinishedRunError(f"{kept}: {advice}: {self._removal}", error) from error
+
+    def _has_fetched(self) -> bool:
+        return self.fetched.is_dir() and any(self.fetched.iterdir())
 
     @property
     def _removal(self) -> str:
@@ -251,11 +265,27 @@ class Workspace:
     def _remove(self) -> None:
         """Everything that is ours; what others put there stays."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.fetched, ignore_errors=True)
         try:
             (self.root / "journal").unlink(missing_ok=True)
             self.root.rmdir()
         except OSError:
             pass  # not empty, or the disk fails: nothing that the result depends on
+
+
+def earlier_header(output: Path) -> Json:
+    """What an unfinished run of `output` makes of what, {} where there is none."""
+    try:
+        fd = os.open(workspace_of(output) / "journal", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return {}
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_JOURNAL:
+            return {}
+        return journal.read(fd).header or {}
+    finally:
+        os.close(fd)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

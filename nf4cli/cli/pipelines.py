@@ -8,58 +8,56 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import common, step_summary, views
+from . import common, hub, step_summary, views
 from .common import format_size, plain, plural
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
-    from ..engines import Engine
     from ..limits import Resources
-    from ..plan import Oracle, Scan
-    from ..records import Checkpoint, QuantConfig
+    from ..records import Checkpoint
+    from .hub import Source
+    from .request import Request
 
 
-def quantize(
-    source: Path,
-    output: Path | None,
-    config: QuantConfig,
-    oracle: Oracle,
-    scan: Scan,
-    digest: str,
-    engine: Engine,
-    workers: int | None,
-    memory: str | None,
-    fsync: bool,
-    resume: bool,
-    plan: bool,
-    json: bool,
-    quiet: bool,
-) -> None:
+def quantize(request: Request, source: Source) -> None:
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
     from ..limits import require_place
+    from ..source import name_of_directory
     from ..summary import conversion_section
 
-    if output is None:
-        output = Path(f"{source.resolve().name}-nf4")
-    if config.on_nonfinite == "keep":
-        require_place(source, output, False, resume)  # before all is read
-    decided = make_pipeline_plan(source, config, oracle, scan)
+    json, quiet = request.json, request.quiet
+    if not request.plan or request.config.on_nonfinite == "keep":
+        source = hub.whole(source, "a pipeline", request.trip.disk, not request.shows)
+    output = request.output or Path(f"{name_of_directory(source.path)}-nf4")
+    if request.config.on_nonfinite == "keep":
+        require_place(source.path, output, False, request.resume)  # before all is read
+    decided = make_pipeline_plan(
+        source.path, request.config, request.oracle, request.scan, source.origin_of
+    )
     tensors = sum(len(part.tensors) for part in decided.parts.values())
-    limits = common.resources(engine, workers, memory, tensors)
-    check_pipeline_output(decided, output, limits.workers, resume)
-    if plan:
+    engine = request.engine
+    limits = common.resources(engine, request.workers, request.memory, tensors)
+    check_pipeline_output(decided, output, limits.workers, request.resume)
+    if request.plan:
         if json:
             common.print_json("plan", _plan_document(decided, limits, output))
         else:
             _print_plan(decided, limits, output)
         return
     started = time.monotonic()
-    display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
-    with display:
+    with common.ProgressDisplay(decided.source_bytes, "quantizing", request.shows) as display:
         manifests = write_pipeline(
-            decided, output, engine, limits, digest, fsync, resume, display, common.notices(quiet)
+            decided,
+            output,
+            engine,
+            limits,
+            request.digest,
+            request.fsync,
+            request.resume,
+            display,
+            request.notify,
         )
     seconds = time.monotonic() - started
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
@@ -92,7 +90,7 @@ def quantize(
         f"{format_size(decided.shard_bytes)} in {plural(len(decided.parts), 'component')}, "
         f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({engine.name})"
     )
-    console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
+    console.print(f"next    nf4 verify {plain(output)} --source {plain(source.name)}")
 
 
 def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:

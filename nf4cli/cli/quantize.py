@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import common, pipelines, step_summary, views
+from . import checkpoints, common, hub, pipelines
 from .common import (
     DeviceOption,
     EngineOption,
@@ -21,11 +19,7 @@ from .common import (
     SourceArgument,
     WorkersOption,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    from ..engines import Engine
-    from ..plan import Plan
-    from ..records import Answer, Checkpoint
+from .request import Request
 
 
 def quantize(
@@ -113,6 +107,29 @@ def quantize(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            metavar="SIZE",
+            show_default=False,
+            help="A bound on what lies on the disk at once: files of a Hub are fetched, read and "
+            "removed one after another, not kept in the cache.",
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to",
+            metavar="ORG/NAME",
+            show_default=False,
+            help="Publish the output on the Hub, in one commit at the end. Files are uploaded as "
+            "they are complete; where no OUTPUT is given, nothing stays here.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see the repository, if it is new.")
+    ] = False,
     fsync: FsyncOption = True,
     resume: Annotated[
         bool,
@@ -130,14 +147,7 @@ def quantize(
     from ..diffusion import is_pipeline
     from ..digest import ALGORITHMS
     from ..errors import UsageError
-    from ..families import consult
-    from ..limits import check_output, require_place
-    from ..nonfinite import nonfinite_weights, scan_bytes
-    from ..plan import make_plan
-    from ..quantize import write_checkpoint
     from ..records import QuantConfig
-    from ..source import open_checkpoint
-    from ..summary import conversion_section
 
     if digest not in ALGORITHMS:
         raise UsageError(f"--digest {digest} is not one of {', '.join(ALGORITHMS)}")
@@ -153,65 +163,25 @@ def quantize(
         on_nonfinite=on_nonfinite,
         max_shard_size=common.parse_size(max_shard_size, "--max-shard-size"),
     )
-
-    def oracle(model: Checkpoint) -> Answer | None:
-        return consult(model, exact, trust_remote_code)
-
-    @cache
-    def chosen() -> Engine:
-        return common.load_engine(engine, device, quiet, memory)
-
-    def scan(preliminary: Plan) -> frozenset[str]:
-        limits = common.resources(chosen(), workers, memory, len(preliminary.tensors))
-        total, show = scan_bytes(preliminary), not (quiet or json)
-        with common.ProgressDisplay(total, "looking for NaN", show) as display:
-            return nonfinite_weights(preliminary, chosen(), limits, display)
-
-    if is_pipeline(source):
-        pipelines.quantize(
-            source,
-            output,
-            config,
-            oracle,
-            scan,
-            digest,
-            chosen(),
-            workers,
-            memory,
-            fsync,
-            resume,
-            plan,
-            json,
-            quiet,
-        )
-        return
-    checkpoint = open_checkpoint(source)
-    if output is None:
-        output = Path(f"{checkpoint.name}-nf4")
-    if on_nonfinite == "keep":
-        require_place(checkpoint.root, output, checkpoint.is_file, resume)  # before all is read
-    decided = make_plan(checkpoint, config, oracle, scan)
-    limits = common.resources(chosen(), workers, memory, len(decided.tensors))
-    check_output(decided, output, limits.workers, resume)
-    if plan:
-        if json:
-            common.print_json("plan", views.plan_document(decided, limits, output))
+    request = Request(
+        output=output,
+        config=config,
+        exact=exact,
+        trust_remote_code=trust_remote_code,
+        digest=digest,
+        engine_name=engine,
+        device=device,
+        workers=workers,
+        memory=memory,
+        fsync=fsync,
+        resume=resume,
+        plan=plan,
+        json=json,
+        quiet=quiet,
+        trip=hub.Trip(disk, push_to, public, output is None, common.notices(quiet)),
+    )
+    with hub.found(source, output, resume, request.notify) as place:
+        if is_pipeline(place.path):
+            pipelines.quantize(request, place)
         else:
-            views.print_plan(common.out_console(), decided, limits, output)
-        return
-    started = time.monotonic()
-    notify = common.notices(quiet)
-    display = common.ProgressDisplay(decided.source_bytes, "quantizing", not (quiet or json))
-    with display:
-        manifest = write_checkpoint(
-            decided, output, chosen(), limits, digest, fsync, resume, display, notify
-        )
-    seconds = time.monotonic() - started
-    step_summary.append(lambda: conversion_section(output, {"": (decided, manifest)}))
-    if json:
-        run = {"engine": chosen().name, "seconds": round(seconds, 3)}
-        common.print_json("quantize", {**views.result_document(decided, manifest, output), **run})
-    elif not quiet:
-        views.print_result(
-            common.out_console(), decided, manifest, output, chosen().name, seconds, source
-        )
+            checkpoints.quantize(request, place)

@@ -145,7 +145,7 @@ def print_result(
     output: Path,
     engine: str,
     seconds: float,
-    source: Path,
+    source: str,
 ) -> None:
     print_notes(console, plan.notes)
     console.print(table_of_groups(plan))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..engines import Notify
 from ..errors import InputError, MachineError, UsageError
+from ..records import Origin
 from ..untrusted import is_plain
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^\s@]+))?")
@@ -71,6 +72,19 @@ class Snapshot:
     def repo(self) -> str:
         return self.name.repo
 
+    def origin(self, directory: str = "") -> Origin:
+        """Where the weights come from that lie in a directory of it."""
+        prefix = f"{directory}/" if directory else ""
+        return Origin(
+            self.repo,
+            self.commit,
+            {
+                name.removeprefix(prefix): file.sha256
+                for name, file in self.files.items()
+                if name.startswith(prefix) and name.endswith(".safetensors") and file.sha256
+            },
+        )
+
 
 def parse(text: str) -> Name | None:
     """A model of the Hub, None for what cannot be one; whether it exists is another question."""
@@ -81,7 +95,7 @@ def parse(text: str) -> Name | None:
 
 
 def resolve(name: Name) -> Snapshot:
-    """Ask which commit a revision is now, and what it holds.
+    """Ask which commit a revision is now, and what it holds; offline, what the cache knows.
 
     Raises:
         InputError: no such model or revision, or no access to it.
@@ -89,6 +103,8 @@ def resolve(name: Name) -> Snapshot:
     """
     from huggingface_hub import HfApi
 
+    if is_offline():
+        return _resolve_in_cache(name)
     with explained(str(name)):
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     if not _COMMIT.fullmatch(info.sha or "") or len(info.siblings or ()) > _MAX_FILES:
@@ -103,6 +119,24 @@ def resolve(name: Name) -> Snapshot:
             file.rfilename, int(file.size or 0), sha256, None if file.lfs else file.blob_id
         )
     return Snapshot(name, str(info.sha), files)
+
+
+def _resolve_in_cache(name: Name) -> Snapshot:
+    """A snapshot of what was fetched of it: the cache's files are named by their digests."""
+    from huggingface_hub import snapshot_download
+
+    with explained(str(name)):
+        root = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+    files = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest = path.resolve().name if path.is_symlink() else ""
+        files[path.relative_to(root).as_posix()] = RemoteFile(
+            path.relative_to(root).as_posix(),
+            path.stat().st_size,
+            digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
+            digest if re.fullmatch("[0-9a-f]{40}", digest) else None,
+        )
+    return Snapshot(name, root.name, files)
 
 
 def _refuse_path(name: Name, path: str) -> None:
@@ -284,16 +318,13 @@ def explained(what: str) -> Iterator[None]:
     except errors.DisabledRepoError as error:
         raise InputError(f"{what} is disabled on {endpoint()}") from error
     except errors.LocalEntryNotFoundError as error:
-        raise _unreachable(what, error) from error
+        raise (_offline(what) if is_offline() else _unreachable(what, error)) from error
     except errors.EntryNotFoundError as error:
         raise InputError(f"{what}: {endpoint()} has no such file any more") from error
     except errors.HFValidationError as error:
         raise UsageError(f"{what}: {_first_line(error)}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise MachineError(
-            f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or "
-            "fetch it with `hf download` first"
-        ) from error
+        raise _offline(what) from error
     except errors.HfHubHTTPError as error:
         raise _refused(what, error) from error
     except Exception as error:
@@ -312,6 +343,13 @@ def _refused(what: str, error: Any) -> InputError | MachineError:
     if 400 <= status < 500 and status not in (408, 412, 416, 429):
         return InputError(message)
     return MachineError(f"{message}: try again later")
+
+
+def _offline(what: str) -> MachineError:
+    return MachineError(
+        f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or "
+        "fetch it with `hf download` first"
+    )
 
 
 def _unreachable(what: str, error: BaseException) -> MachineError:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,13 @@ class Fetcher:
             reader.path.unlink()
             self._budget.source_gone(self._steps[shard.path])
 
+    def fail(self, error: BaseException) -> None:
+        """Something else of the run has failed: `open` raises it."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+        self._budget.fail()
+
     def abort(self) -> None:
         self._stop.set()
         self._budget.fail()
@@ -150,17 +158,15 @@ class Fetcher:
                     self._here[shard.path] = place
                     self._changed.notify_all()
         except BaseException as error:
-            with self._changed:
-                self._failure = self._failure or error
-                self._changed.notify_all()
+            self.fail(error)
 
     def _fetch(self, file: RemoteFile) -> Path:
         """Have a file on the disk, and its digest right."""
-        local = client.cached(self._snapshot, file)
         if self._directory is None:
-            return self._to_cache(file, local)
+            return to_cache(self._snapshot, file, self._transfers, self._stop, self._notify)
+        local = client.cached(self._snapshot, file)
         if local is not None:
-            if not self._is_right(local, file):
+            if not is_right(local, file, self._stop):
                 raise MachineError(
                     f"{local}, in the cache, has another digest than {client.endpoint()} states: "
                     "remove it"
@@ -170,33 +176,62 @@ class Fetcher:
         download = Download(self._snapshot, file, self._directory, self._transfers, self._stop)
         return download.run(self._notify)
 
-    def _to_cache(self, file: RemoteFile, place: Path | None) -> Path:
-        again = False
-        for _ in range(_WRONG):
-            place = place or self._fetch_to_cache(file, again)
-            if self._is_right(place, file):
-                self._transfers.add_downloaded(file.size)
-                return place
-            self._notify(f"{place} has a wrong digest: fetching it again")
-            place, again = None, True
-        raise InputError(_wrong(self._snapshot, file))
 
-    def _fetch_to_cache(self, file: RemoteFile, again: bool) -> Path:
-        return client.persist(
-            lambda: client.fetch_to_cache(self._snapshot, file, again), self._stop
-        )
+def to_cache(
+    snapshot: Snapshot,
+    file: RemoteFile,
+    transfers: Transfers,
+    stop: threading.Event,
+    notify: Notify,
+) -> Path:
+    """Have a file in the user's cache, with the digest that the Hub states.
 
-    def _is_right(self, place: Path, file: RemoteFile) -> bool:
-        """Whether a file has the size and the digest that the Hub states."""
-        if place.stat().st_size != file.size:
-            return False
-        digest = new_digest(file)
-        with place.open("rb") as opened:
-            while data := opened.read(_PIECE):
-                if self._stop.is_set():
-                    raise InterruptedRunError("interrupted")
-                digest.update(data)
-        return bool(digest.hexdigest() == expected_digest(file))
+    Raises:
+        InputError, MachineError: it cannot be had.
+    """
+    place, again = client.cached(snapshot, file), False
+    for _ in range(_WRONG):
+        if place is None:
+            place = client.persist(partial(client.fetch_to_cache, snapshot, file, again), stop)
+        if is_right(place, file, stop):
+            transfers.add_downloaded(file.size)
+            return place
+        notify(f"{place} has another digest than {client.endpoint()} states: fetching it again")
+        place, again = None, True
+    raise InputError(_wrong(snapshot, file))
+
+
+def is_right(place: Path, file: RemoteFile, stop: threading.Event) -> bool:
+    """Whether a file has the size and the digest that the Hub states."""
+    if place.stat().st_size != file.size:
+        return False
+    expected = expected_digest(file)
+    if expected is None:
+        return True  # a cache without links does not tell
+    digest = new_digest(file)
+    with place.open("rb") as opened:
+        while data := opened.read(_PIECE):
+            if stop.is_set():
+                raise InterruptedRunError("interrupted")
+            digest.update(data)
+    return bool(digest.hexdigest() == expected)
+
+
+def fetch_all(
+    snapshot: Snapshot, names: Sequence[str], transfers: Transfers, notify: Notify
+) -> Path:
+    """Have files of a model in the user's cache; returns the directory that they lie in.
+
+    Raises:
+        InputError, MachineError: see `to_cache`.
+    """
+    stop = threading.Event()
+    transfers.to_download = sum(snapshot.files[name].size for name in names)
+    root = Path()
+    for name in names:
+        place = to_cache(snapshot, snapshot.files[name], transfers, stop, notify)
+        root = place.parents[name.count("/")]
+    return root
 
 
 class Download:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..diffusion import is_pipeline
 from ..errors import InputError, MachineError
-from ..records import Checkpoint, Origin
+from ..records import Checkpoint
 from ..source import (
     find_shards,
     is_weight_file,
@@ -75,16 +75,19 @@ def open_outline(snapshot: Snapshot, directory: Path) -> Checkpoint:
     """The checkpoint that an outline is one of."""
     found = open_checkpoint(directory)
     here = {*found.extra_files, *(shard.path.name for shard in found.shards), "config.json"}
-    digests = {s.path.name: snapshot.files[s.path.name].sha256 for s in found.shards}
-    origin = Origin(
-        snapshot.repo, snapshot.commit, {name: digest for name, digest in digests.items() if digest}
-    )
+    origin = snapshot.origin()
+    mine = {s.path.name for s in found.shards}
+    sha256 = {name: digest for name, digest in origin.sha256.items() if name in mine}
     return replace(
         found,
-        name=snapshot.repo.rpartition("/")[2],
         left_files=tuple(sorted(snapshot.files.keys() - here)),
-        origin=origin,
+        origin=replace(origin, sha256=sha256),
     )
+
+
+def names_in(directory: Path) -> list[str]:
+    """Names of the files that an outline has."""
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 
 def _counts(name: str) -> bool:

@@ -1,0 +1,216 @@
+"""What the commands do with models that lie on a Hub: `org/name@revision` in place of a path."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from . import common
+
+if TYPE_CHECKING:
+    from ..engines import Notify
+    from ..hub.carrier import Carrier
+    from ..hub.client import Name, Snapshot
+    from ..hub.publish import Publication
+    from ..records import Checkpoint, Origin
+
+
+def named(source: Path) -> Name | None:
+    """The model of a Hub that an argument names; None for a path, and whatever exists is one."""
+    from ..hub.client import parse
+
+    return None if os.path.lexists(source) else parse(str(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        path: a directory or file to plan from.
+        snapshot: of a model on a Hub.
+        outline: `path` holds no weights, only the headers of the files that have them.
+    """
+
+    path: Path
+    snapshot: Snapshot | None = None
+    outline: bool = False
+
+    def open(self) -> Checkpoint:
+        """Find out what the model has.
+
+        Raises:
+            InputError: see source.open_checkpoint.
+        """
+        from ..hub.outline import open_outline
+        from ..source import open_checkpoint
+
+        if self.snapshot is None:
+            return open_checkpoint(self.path)
+        return open_outline(self.snapshot, self.path)
+
+    def origin_of(self, component: str) -> Origin | None:
+        """Where a component of a pipeline comes from."""
+        return self.snapshot.origin(component) if self.snapshot else None
+
+    @property
+    def name(self) -> str:
+        """As a user would name it."""
+        return str(self.snapshot.name) if self.snapshot else str(self.path)
+
+
+@contextmanager
+def found(source: Path, output: Path | None, resume: bool, notify: Notify) -> Iterator[Source]:
+    """A source that can be planned from, wherever it lies.
+
+    Args:
+        output, resume: a run that is continued goes on with the commit that it began with.
+
+    Raises:
+        InputError, MachineError: see hub.client.resolve and hub.outline.draw.
+    """
+    name = named(source)
+    if name is None:
+        yield Source(source)
+        return
+    from ..hub import client
+    from ..hub.outline import draw
+
+    client.report_to(notify)
+    if resume and name.revision is None:
+        name = _as_begun(name, output or Path(f"{_last(name)}-nf4"), notify)
+    snapshot = client.persist(partial(client.resolve, name))
+    with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
+        directory = Path(place) / _last(name)
+        directory.mkdir()
+        draw(snapshot, directory)
+        yield Source(directory, snapshot, outline=True)
+
+
+def whole(source: Source, why: str, disk: str | None, quiet: bool) -> Source:
+    """The same with all of its bytes, for what needs them at once: fetched to the cache.
+
+    Args:
+        why: what needs them.
+        disk: as asked, a bound that this cannot keep.
+
+    Raises:
+        UsageError: there is a bound.
+        InputError, MachineError: the model cannot be fetched.
+    """
+    if source.snapshot is None or not source.outline:
+        return source
+    if disk is not None:
+        raise UsageError(
+            f"--disk does not go with {why}, which needs all of {source.name} at once: without it, "
+            "the model is fetched to the cache"
+        )
+    return Source(_fetch(source.snapshot, source.path, quiet), source.snapshot)
+
+
+@contextmanager
+def local(source: Path, quiet: bool) -> Iterator[Path]:
+    """A path for a command that reads a whole model: one of a Hub is fetched to the cache."""
+    with found(source, None, False, common.notices(quiet)) as place:
+        yield whole(place, "this command", None, quiet).path
+
+
+def _fetch(snapshot: Snapshot, outline: Path, quiet: bool) -> Path:
+    from ..hub.fetching import fetch_all
+    from ..hub.outline import names_in
+    from ..transfers import Transfers
+
+    names = names_in(outline)
+    total = sum(snapshot.files[name].size for name in names)
+    with common.ProgressDisplay(total, "fetching", not quiet):
+        return fetch_all(snapshot, names, Transfers(), common.notices(quiet))
+
+
+def _last(name: Name) -> str:
+    return name.repo.rpartition("/")[2]
+
+
+def _as_begun(name: Name, output: Path, notify: Notify) -> Name:
+    """The same model at the commit that an unfinished run of it began with."""
+    from ..workspace import earlier_header
+
+    part = earlier_header(output).get("parts", {}).get("", {}).get("source", {})
+    commit = part.get("commit")
+    if part.get("repo") != name.repo or not isinstance(commit, str):
+        return name
+    notify(f"continuing with the commit that the run began with, {name.repo}@{commit}")
+    return name._replace(revision=commit)
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """What the options of quantize ask of a Hub and of the disk.
+
+    Attributes:
+        disk, push_to, public: as asked.
+        leaving: where an output is pushed to, none stays here.
+    """
+
+    disk: str | None
+    push_to: str | None
+    public: bool
+    without_output: bool
+    notify: Notify
+
+    @property
+    def leaving(self) -> bool:
+        """Whether no output stays here."""
+        return self.push_to is not None and self.without_output
+
+    def carrier(self, source: Source, prepare: bool) -> Carrier | None:
+        """What moves the files of a run; None for one that neither fetches nor pushes.
+
+        Args:
+            prepare: whether a repository that is pushed to is made now, if there is none.
+
+        Raises:
+            UsageError: options that do not go together.
+            InputError, MachineError: see hub.publish.
+        """
+        from ..hub.carrier import Carrier
+
+        limit = None if self.disk is None else common.parse_size(self.disk, "--disk")
+        snapshot = source.snapshot if source.outline else None
+        if snapshot is None and limit is None and self.push_to is None:
+            if self.public:
+                raise UsageError("--public needs --push-to")
+            return None
+        publication = self._publication(prepare)
+        return Carrier(snapshot, limit, publication, self.leaving, self.notify)
+
+    def _publication(self, prepare: bool) -> Publication | None:
+        from ..hub import client
+        from ..hub.publish import Publication
+
+        if self.push_to is None:
+            return None
+        client.report_to(self.notify)
+        publication = Publication(self.push_to, self.public, self.notify)
+        if prepare:
+            publication.prepare()
+        return publication
+
+    def document(self, carrier: Carrier | None) -> dict[str, Any]:
+        """What --json says of a run that pushed."""
+        if self.push_to is None or carrier is None:
+            return {}
+        return {"pushed": {"repo": self.push_to, "commit": carrier.commit, "url": carrier.url}}
+
+    def show(self, carrier: Carrier | None) -> None:
+        """The same in words."""
+        if self.push_to is not None and carrier is not None:
+            common.out_console().print(
+                f"pushed  {common.plain(carrier.url)} (commit {carrier.commit[:12]})"
+            )

@@ -1,0 +1,72 @@
+"""What the options of nf4 quantize ask for, whatever the source turns out to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..engines import Engine, Notify
+    from ..plan import Plan
+    from ..records import Answer, Checkpoint, QuantConfig
+    from .hub import Trip
+
+
+@dataclass(frozen=True)
+class Request:
+    """Attributes:
+    output: None for the default.
+    memory: as asked.
+    plan: only say what would be done.
+    trip: what is asked of a Hub.
+    """
+
+    output: Path | None
+    config: QuantConfig
+    exact: bool
+    trust_remote_code: bool
+    digest: str
+    engine_name: str
+    device: str | None
+    workers: int | None
+    memory: str | None
+    fsync: bool
+    resume: bool
+    plan: bool
+    json: bool
+    quiet: bool
+    trip: Trip
+
+    @property
+    def notify(self) -> Notify:
+        """Who is told what a user should know."""
+        return common.notices(self.quiet)
+
+    @property
+    def shows(self) -> bool:
+        """Whether progress is shown."""
+        return not (self.quiet or self.json)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The one that was asked for, loaded when it is needed."""
+        return common.load_engine(self.engine_name, self.device, self.quiet, self.memory)
+
+    def oracle(self, model: Checkpoint) -> Answer | None:
+        """For `make_plan`: what transformers says of a model, where it has to be asked."""
+        from ..families import consult
+
+        return consult(model, self.exact, self.trust_remote_code)
+
+    def scan(self, preliminary: Plan) -> frozenset[str]:
+        """For `make_plan`: the weights that hold a NaN or an infinity."""
+        from ..nonfinite import nonfinite_weights, scan_bytes
+
+        limits = common.resources(self.engine, self.workers, self.memory, len(preliminary.tensors))
+        total = scan_bytes(preliminary)
+        with common.ProgressDisplay(total, "looking for NaN", self.shows) as display:
+            return nonfinite_weights(preliminary, self.engine, limits, display)

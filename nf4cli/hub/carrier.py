@@ -1,0 +1,281 @@
+"""A run whose source comes from a Hub, or whose output goes to one, within a bound on the disk.
+
+Three things overlap: source files are fetched ahead, the conversion reads them, and output files
+are uploaded as they are complete.  The budget couples them: who needs room waits for the others.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engines import Notify
+from ..errors import InterruptedRunError, UsageError
+from ..journal import Upload
+from ..limits import base_bytes
+from ..manifest import Manifest
+from ..plan import Plan
+from ..reader import ByteReader, LocalShards, ShardSource
+from ..records import Shard
+from ..resume import Standing
+from ..source import MANIFEST
+from ..transfers import Transfers
+from ..workspace import Workspace
+from . import client
+from .budget import Budget, Step, smallest, steps_of
+from .client import Snapshot
+from .fetching import Fetcher
+
+if TYPE_CHECKING:
+    from .publish import Publication
+
+_BESIDE = ("README.md", MANIFEST)
+
+
+class Carrier:
+    """See the module.
+
+    Args:
+        snapshot: where the source comes from; None for one that lies here.
+        limit: bytes that the run may hold on the disk; source files are then removed when they
+            have been read.  None for no bound: they come to the user's cache and stay there.
+        publication: where the output goes to, prepared; None for nowhere.
+        leaving: output files are removed when they are uploaded, and no output stays here.
+
+    Attributes:
+        transfers: what was moved and is held.
+        commit, url: of what was published.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot | None,
+        limit: int | None,
+        publication: Publication | None,
+        leaving: bool,
+        notify: Notify,
+    ) -> None:
+        self._snapshot = snapshot
+        self._limit = limit
+        self._publication = publication
+        self.leaving = leaving
+        self._notify = notify
+        self.transfers = Transfers()
+        self.commit = self.url = ""
+        self._uploads: _Uploads | None = None
+
+    @property
+    def destination(self) -> str | None:
+        """The repository that output files leave the disk for."""
+        return self._publication.repo if self._publication and self.leaving else None
+
+    def disk_needed(self, plan: Plan, workers: int) -> int:
+        """Bytes of the output's disk that are enough.
+
+        Raises:
+            UsageError: the bound is below that.
+        """
+        steps = steps_of(plan, plan.checkpoint.shards, self._fetched(plan))
+        sizes = {layout.filename: layout.size for layout in plan.shards}
+        need = smallest(steps, sizes, base_bytes(plan, workers), self.leaving)
+        if self._limit is not None and self._limit < need:
+            raise UsageError(self._too_little(plan, workers, need))
+        return need
+
+    def _too_little(self, plan: Plan, workers: int, need: int) -> str:
+        largest = max((s.size for s in plan.checkpoint.shards), default=0)
+        message = (
+            f"--disk {self._limit:,} bytes is too little for {plan.checkpoint.name}: the smallest "
+            f"that works is {-(-need // 1_000_000)}MB (its largest file has {largest:,} bytes)"
+        )
+        if self.leaving:
+            return f"{message}; a smaller --max-shard-size may help"
+        return (
+            f"{message}. With --push-to and no OUTPUT, where files leave the disk as they are "
+            f"uploaded, less is enough"
+        )
+
+    def _fetched(self, plan: Plan) -> set[str]:
+        """Names of the source files that take room of the run's."""
+        if self._snapshot is None or self._limit is None:
+            return set()
+        files = self._snapshot.files
+        names = (shard.path.name for shard in plan.checkpoint.shards)
+        return {n for n in names if client.cached(self._snapshot, files[n]) is None}
+
+    def fit(self, plan: Plan, standing: Standing, workers: int) -> None:
+        """Decide how the rest of a run goes on, before any file of it is opened.
+
+        Under a bound, an earlier run's unfinished output files may have to go: two files that it
+        had begun at once need not fit beside what comes first now.
+        """
+        self._plan, done = plan, standing.results
+        left = {t.weight.shard.path for t in plan.tensors if t.outputs and t.name not in done}
+        self._shards = [
+            shard
+            for shard in plan.checkpoint.shards
+            if shard.path in left or shard.path.name not in standing.sources
+        ]
+        fetched, base = self._fetched(plan), base_bytes(plan, workers)
+        sizes = {layout.filename: layout.size for layout in plan.shards}
+        self._steps = steps_of(plan, self._shards, fetched, done)
+        here = {plan.shards[t.file].filename for t in plan.tensors if t.name in done}
+        here -= standing.uploads.keys()
+        if self._limit is not None and self.leaving:
+            need = smallest(self._steps, sizes, base, True, here)
+            if need > self._limit:
+                first = self._steps[0].outputs if self._steps else frozenset()
+                standing.forget(plan, here - standing.shards.keys() - first)
+                return self.fit(plan, standing, workers)
+        self._here = here
+        self._sizes, self._base = sizes, base
+        self._gone = standing.uploads
+        return None
+
+    @contextmanager
+    def carrying(self, work: Workspace, part: str) -> Iterator[ShardSource]:
+        """Fetch and upload while the body runs; at its end every upload is done."""
+        transfers = self.transfers
+        transfers.to_download = sum(s.size for s in self._shards) if self._snapshot else 0
+        budget = Budget(self._limit, self._sizes, self._base, self.leaving, transfers, self._here)
+        with ExitStack() as stack:
+            source: Fetcher | _Paced
+            if self._snapshot is None:
+                source = _Paced(self._shards, self._steps, budget)
+                stack.enter_context(source)
+            else:
+                source = stack.enter_context(
+                    Fetcher(
+                        self._snapshot,
+                        self._shards,
+                        None if self._limit is None else work.fetched,
+                        budget,
+                        self._steps,
+                        transfers,
+                        self._notify,
+                    )
+                )
+            if self._publication is not None:
+                transfers.to_upload = sum(self._sizes.values())
+                self._uploads = stack.enter_context(
+                    _Uploads(self._publication, work, part, self.leaving, budget, transfers, source)
+                )
+                for name, upload in self._gone.items():
+                    self._publication.restore(name, upload.size, upload.sha256, upload.sample)
+                    transfers.add_uploaded(upload.size)
+            yield source
+            if self._uploads is not None:
+                self._uploads.drain()
+
+    def shard_done(self, path: Path, digest: str) -> None:
+        """An output file is complete; from any thread.
+
+        Raises:
+            InputError, MachineError: an upload failed meanwhile.
+        """
+        if self._uploads is not None:
+            self._uploads.put(path, digest)
+
+    def publish(self, directory: Path, manifest: Manifest) -> None:
+        """Commit everything: from here on others see it.
+
+        Args:
+            directory: holds what was not uploaded as a shard.
+        """
+        if self._publication is None:
+            return
+        for name in (*manifest.output_files, *_BESIDE):
+            path = directory / name
+            if name not in {layout.filename for layout in self._plan.shards} and path.is_file():
+                self._publication.add(path, name)
+        self.commit, self.url = self._publication.commit(
+            f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
+        )
+
+
+class _Paced(LocalShards):
+    """Local source files, each opened when there is room for what is made of it."""
+
+    def __init__(self, shards: list[Shard], steps: list[Step], budget: Budget) -> None:
+        super().__init__()
+        self._steps = dict(zip((s.path for s in shards), steps, strict=True))
+        self._budget = budget
+        self._failure: BaseException | None = None
+
+    def open(self, shard: Shard) -> ByteReader:
+        if not self._budget.admit(self._steps[shard.path]):
+            raise self._failure or InterruptedRunError("interrupted")
+        return super().open(shard)
+
+    def fail(self, error: BaseException) -> None:
+        self._failure = error
+        self.abort()
+
+    def abort(self) -> None:
+        self._budget.fail()
+
+
+class _Uploads:
+    """A thread that uploads files in the order in which they are complete."""
+
+    def __init__(
+        self,
+        publication: Publication,
+        work: Workspace,
+        part: str,
+        leaving: bool,
+        budget: Budget,
+        transfers: Transfers,
+        source: Fetcher | _Paced,
+    ) -> None:
+        self._publication, self._journal, self._part = publication, work.journal, part
+        self._leaving, self._budget, self._transfers = leaving, budget, transfers
+        self._source = source
+        self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="nf4-upload", daemon=True)
+
+    def __enter__(self) -> _Uploads:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)  # one that waits for the network ends with the process
+
+    def put(self, path: Path, digest: str) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put((path, digest))
+
+    def drain(self) -> None:
+        """Wait until everything is uploaded.
+
+        Raises:
+            InputError, MachineError: it cannot be.
+        """
+        self._queue.put(None)
+        while self._thread.is_alive():
+            self._thread.join(0.2)  # short, so that Ctrl-C is heard
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        try:
+            while (item := self._queue.get()) is not None:
+                self._upload(*item)
+        except BaseException as error:
+            self._failure = error
+            self._source.fail(error)
+
+    def _upload(self, path: Path, digest: str) -> None:
+        uploaded = self._publication.add(path, path.name)
+        self._transfers.add_uploaded(uploaded.size)
+        if self._leaving:
+            upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
+            self._journal.uploaded(self._part, path.name, upload)
+            path.unlink()
+            self._budget.output_gone(path.name)
