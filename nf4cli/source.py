@@ -75,13 +75,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         files = [path]
     else:
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-        advice = (
-            f"; if it is a model of the Hub, fetch it first: hf download {path} --local-dir "
-            f"{path.name}" if hub else ""
-        )  # fmt: skip
         what = "is no regular file" if os.path.lexists(path) else "does not exist"
-        raise InputError(f"{path} {what}: give a model directory or a .safetensors file{advice}")
+        raise InputError(f"{path} {what}: give a model directory or a .safetensors file")
     shards = tuple(read_shard(file) for file in files)
     tensors = _merge(shards)
     if not tensors:

@@ -40,7 +40,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("complete",),
     ("quantize", "verify", "dequantize"),
     ("sample",),
-    ("assembly", "attest"),
+    ("assembly", "attest", "trial"),
     ("cli", "__main__"),
 )
 HEAVY = {"torch", "transformers", "diffusers", "cupy"}

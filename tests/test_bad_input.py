@@ -68,8 +68,11 @@ def test_one_shard_of_several(work):
     )  # fmt: skip
 
 
-def test_a_hub_id_is_told_apart(work):
-    refused(INPUT, "quantize", "org/name", says=("hf download org/name",), cwd=work)
+def test_a_hub_id_is_told_apart(work, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    says = ("org/name is no path here", "HF_HUB_OFFLINE")
+    refused(MACHINE, "quantize", "org/name", says=says, cwd=work)
+    refused(INPUT, "quantize", "models/of/mine", says=("does not exist",), cwd=work)
 
 
 def test_names_with_brackets_are_not_markup(work):

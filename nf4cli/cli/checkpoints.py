@@ -34,10 +34,14 @@ def quantize(request: Request, source: Source) -> None:
     need = carrier.disk_needed(plan, limits.workers) if carrier else None
     check_output(plan, output, limits.workers, request.resume, need)
     if request.plan:
+        outlook = hub.outlook(source, carrier, plan, engine, limits)
         if request.json:
-            common.print_json("plan", views.plan_document(plan, limits, output))
+            document = views.plan_document(plan, limits, output)
+            common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
         else:
             views.print_plan(common.out_console(), plan, limits, output)
+            if outlook:
+                hub.show_outlook(outlook)
         return
     started = time.monotonic()
     with common.ProgressDisplay(plan.source_bytes, "quantizing", request.shows) as display:

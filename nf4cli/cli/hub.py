@@ -6,20 +6,23 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import InputError, MachineError, UsageError
 from . import common
 
 if TYPE_CHECKING:
-    from ..engines import Notify
+    from ..engines import Engine, Notify
     from ..hub.carrier import Carrier
     from ..hub.client import Name, Snapshot
     from ..hub.publish import Publication
+    from ..limits import Resources
+    from ..plan import Plan
     from ..records import Checkpoint, Origin
+    from ..transfers import Transfers
 
 
 def named(source: Path) -> Name | None:
@@ -86,7 +89,10 @@ def found(source: Path, output: Path | None, resume: bool, notify: Notify) -> It
     client.report_to(notify)
     if resume and name.revision is None:
         name = _as_begun(name, output or Path(f"{_last(name)}-nf4"), notify)
-    snapshot = client.persist(partial(client.resolve, name))
+    try:
+        snapshot = client.persist(partial(client.resolve, name), notify)
+    except (InputError, MachineError) as error:
+        raise type(error)(f"{source} is no path here, and as a model of a Hub: {error}") from error
     with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
@@ -180,6 +186,7 @@ class Trip:
             InputError, MachineError: see hub.publish.
         """
         from ..hub.carrier import Carrier
+        from ..transfers import Transfers
 
         limit = None if self.disk is None else common.parse_size(self.disk, "--disk")
         snapshot = source.snapshot if source.outline else None
@@ -187,30 +194,85 @@ class Trip:
             if self.public:
                 raise UsageError("--public needs --push-to")
             return None
-        publication = self._publication(prepare)
-        return Carrier(snapshot, limit, publication, self.leaving, self.notify)
+        transfers = Transfers()
+        publication = self._publication(prepare, transfers)
+        return Carrier(snapshot, limit, publication, self.leaving, transfers, self.notify)
 
-    def _publication(self, prepare: bool) -> Publication | None:
+    def _publication(self, prepare: bool, transfers: Transfers) -> Publication | None:
         from ..hub import client
         from ..hub.publish import Publication
 
         if self.push_to is None:
             return None
         client.report_to(self.notify)
-        publication = Publication(self.push_to, self.public, self.notify)
+        publication = Publication(
+            self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
+        )
         if prepare:
             publication.prepare()
         return publication
 
     def document(self, carrier: Carrier | None) -> dict[str, Any]:
         """What --json says of a run that pushed."""
-        if self.push_to is None or carrier is None:
-            return {}
-        return {"pushed": {"repo": self.push_to, "commit": carrier.commit, "url": carrier.url}}
+        published = carrier and carrier.published
+        return {"pushed": asdict(published)} if published else {}
 
     def show(self, carrier: Carrier | None) -> None:
         """The same in words."""
-        if self.push_to is not None and carrier is not None:
+        published = carrier and carrier.published
+        if published:
+            seen = "private" if published.private else "public"
             common.out_console().print(
-                f"pushed  {common.plain(carrier.url)} (commit {carrier.commit[:12]})"
+                f"pushed  {common.plain(published.url)} ({seen}, commit {published.commit[:12]})"
             )
+
+
+_LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  # bytes a second
+
+
+def outlook(
+    source: Source, carrier: Carrier | None, plan: Plan, engine: Engine, limits: Resources
+) -> dict[str, Any]:
+    """What --plan says of a model on a Hub; {} for one that lies here."""
+    from ..trial import bytes_per_second
+
+    if carrier is None or not source.outline:
+        return {}
+    found = asdict(carrier.outlook(plan, limits.workers))
+    speed = bytes_per_second(engine, limits, plan.config)
+    return {
+        **found,
+        "convert_bytes_per_second": round(speed),
+        "convert_seconds": round(plan.source_bytes / speed, 1),
+    }
+
+
+def show_outlook(outlook: dict[str, Any]) -> None:
+    """The same in words."""
+    console, size = common.out_console(), common.format_size
+    fetch = outlook["fetch_bytes"]
+    cached = f", {size(outlook['cached_bytes'])} are in the cache" * bool(outlook["cached_bytes"])
+    times = ", ".join(f"{_duration(fetch / speed)} at {name}" for name, speed in _LINKS)
+    console.print(
+        f"fetch   {fetch:,} bytes of {common.plain(outlook['repo'])}@{outlook['commit']}{cached}"
+    )
+    console.print(
+        f"time    {_duration(outlook['convert_seconds'])} to convert (measured here: "
+        f"{size(outlook['convert_bytes_per_second'])}/s)" + (f"; to fetch {times}" if fetch else "")
+    )
+    console.print(
+        f"bound   --disk {_megabytes(outlook['smallest_disk_bytes'])} or more; with --push-to and "
+        f"no OUTPUT {_megabytes(outlook['smallest_disk_bytes_when_pushed'])} or more"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{-(-count // 1_000_000)}MB"
+
+
+def _duration(seconds: float) -> str:
+    """`8 s`, `3 min`, `2 h 10 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

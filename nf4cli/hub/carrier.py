@@ -10,8 +10,8 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..engines import Notify
 from ..errors import InterruptedRunError, UsageError
@@ -22,18 +22,34 @@ from ..plan import Plan
 from ..reader import ByteReader, LocalShards, ShardSource
 from ..records import Shard
 from ..resume import Standing
-from ..source import MANIFEST
+from ..source import CARD, MANIFEST
 from ..transfers import Transfers
 from ..workspace import Workspace
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Snapshot
 from .fetching import Fetcher
+from .publish import Publication, Published, Uploaded
 
-if TYPE_CHECKING:
-    from .publish import Publication
+_BESIDE = (CARD, MANIFEST)
 
-_BESIDE = ("README.md", MANIFEST)
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a conversion from a Hub needs, in bytes.
+
+    Attributes:
+        fetch_bytes, cached_bytes: of weight files, which have to be fetched or are in the cache.
+        smallest_disk_bytes: the smallest --disk with an output that stays.
+        smallest_disk_bytes_when_pushed: that with one that leaves, file by file.
+    """
+
+    repo: str
+    commit: str
+    fetch_bytes: int
+    cached_bytes: int
+    smallest_disk_bytes: int
+    smallest_disk_bytes_when_pushed: int
 
 
 class Carrier:
@@ -46,9 +62,10 @@ class Carrier:
         publication: where the output goes to, prepared; None for nowhere.
         leaving: output files are removed when they are uploaded, and no output stays here.
 
+        transfers: told of everything that is moved and held.
+
     Attributes:
-        transfers: what was moved and is held.
-        commit, url: of what was published.
+        published: at the end.
     """
 
     def __init__(
@@ -57,6 +74,7 @@ class Carrier:
         limit: int | None,
         publication: Publication | None,
         leaving: bool,
+        transfers: Transfers,
         notify: Notify,
     ) -> None:
         self._snapshot = snapshot
@@ -64,8 +82,8 @@ class Carrier:
         self._publication = publication
         self.leaving = leaving
         self._notify = notify
-        self.transfers = Transfers()
-        self.commit = self.url = ""
+        self.transfers = transfers
+        self.published: Published | None = None
         self._uploads: _Uploads | None = None
 
     @property
@@ -85,6 +103,27 @@ class Carrier:
         if self._limit is not None and self._limit < need:
             raise UsageError(self._too_little(plan, workers, need))
         return need
+
+    def outlook(self, plan: Plan, workers: int) -> Outlook:
+        """What a run would move and need; of a source that comes from a Hub."""
+        assert self._snapshot is not None
+        shards, base = plan.checkpoint.shards, base_bytes(plan, workers)
+        cached = {
+            s.path.name
+            for s in shards
+            if client.cached(self._snapshot, self._snapshot.files[s.path.name]) is not None
+        }
+        to_fetch = {s.path.name for s in shards} - cached
+        steps = steps_of(plan, shards, to_fetch)
+        sizes = {layout.filename: layout.size for layout in plan.shards}
+        return Outlook(
+            repo=self._snapshot.repo,
+            commit=self._snapshot.commit,
+            fetch_bytes=sum(s.size for s in shards if s.path.name in to_fetch),
+            cached_bytes=sum(s.size for s in shards if s.path.name in cached),
+            smallest_disk_bytes=smallest(steps, sizes, base, leaving=False),
+            smallest_disk_bytes_when_pushed=smallest(steps, sizes, base, leaving=True),
+        )
 
     def _too_little(self, plan: Plan, workers: int, need: int) -> str:
         largest = max((s.size for s in plan.checkpoint.shards), default=0)
@@ -162,11 +201,11 @@ class Carrier:
             if self._publication is not None:
                 transfers.to_upload = sum(self._sizes.values())
                 self._uploads = stack.enter_context(
-                    _Uploads(self._publication, work, part, self.leaving, budget, transfers, source)
+                    _Uploads(self._publication, work, part, self.leaving, budget, source)
                 )
                 for name, upload in self._gone.items():
-                    self._publication.restore(name, upload.size, upload.sha256, upload.sample)
-                    transfers.add_uploaded(upload.size)
+                    sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
+                    self._publication.restore(sent)
             yield source
             if self._uploads is not None:
                 self._uploads.drain()
@@ -192,7 +231,7 @@ class Carrier:
             path = directory / name
             if name not in {layout.filename for layout in self._plan.shards} and path.is_file():
                 self._publication.add(path, name)
-        self.commit, self.url = self._publication.commit(
+        self.published = self._publication.commit(
             f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
         )
 
@@ -229,11 +268,10 @@ class _Uploads:
         part: str,
         leaving: bool,
         budget: Budget,
-        transfers: Transfers,
         source: Fetcher | _Paced,
     ) -> None:
         self._publication, self._journal, self._part = publication, work.journal, part
-        self._leaving, self._budget, self._transfers = leaving, budget, transfers
+        self._leaving, self._budget = leaving, budget
         self._source = source
         self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue()
         self._failure: BaseException | None = None
@@ -273,8 +311,7 @@ class _Uploads:
 
     def _upload(self, path: Path, digest: str) -> None:
         uploaded = self._publication.add(path, path.name)
-        self._transfers.add_uploaded(uploaded.size)
-        if self._leaving:
+        if self._leaving and uploaded.stored:
             upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
             self._journal.uploaded(self._part, path.name, upload)
             path.unlink()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..engines import Notify
+from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
 from ..records import Origin
 from ..untrusted import is_plain
 
-_NAME = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^\s@]+))?")
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 20  # bytes of a body that are handed on at a time
 _MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
@@ -226,10 +226,13 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
         response.close()
 
 
-def persist(work: Callable[[], T], stop: threading.Event | None = None) -> T:
+def persist(
+    work: Callable[[], T], notify: Notify = no_notice, stop: threading.Event | None = None
+) -> T:
     """Try again, a few times and ever later, what fails for a reason that may pass.
 
     Args:
+        notify: told of every failure that is not the last.
         stop: ends the waiting.
 
     Raises:
@@ -238,8 +241,11 @@ def persist(work: Callable[[], T], stop: threading.Event | None = None) -> T:
     for wait in _WAITS:
         try:
             return work()
-        except MachineError:
-            if is_offline() or (stop or threading.Event()).wait(wait):
+        except MachineError as error:
+            if is_offline():
+                raise
+            notify(f"{error}. The next attempt is in {wait:.0f} s")
+            if (stop or threading.Event()).wait(wait):
                 raise
     return work()
 

@@ -119,7 +119,9 @@ class Fetcher:
         """A small tensor, from the Hub: the file that it is in may be far ahead, or gone."""
         file = self._snapshot.files[shard.path.name]
         data = client.persist(
-            lambda: client.read_range(self._snapshot, file, tensor.start, tensor.stop), self._stop
+            partial(client.read_range, self._snapshot, file, tensor.start, tensor.stop),
+            self._notify,
+            self._stop,
         )
         return np.frombuffer(data, np.uint8)
 
@@ -192,7 +194,9 @@ def to_cache(
     place, again = client.cached(snapshot, file), False
     for _ in range(_WRONG):
         if place is None:
-            place = client.persist(partial(client.fetch_to_cache, snapshot, file, again), stop)
+            place = client.persist(
+                partial(client.fetch_to_cache, snapshot, file, again), notify, stop
+            )
         if is_right(place, file, stop):
             transfers.add_downloaded(file.size)
             return place
