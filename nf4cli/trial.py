@@ -1,4 +1,4 @@
-"""How fast this machine converts, found out by converting: a small model, made up and thrown away."""
+"""How fast this machine converts, found out by converting a small model that is made up."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def quantize(request: Request, source: Source) -> None:
     if request.plan:
         outlook = hub.outlook(source, carrier, plan, engine, limits)
         if request.json:
-            document = views.plan_document(plan, limits, output)
+            document = {**views.plan_document(plan, limits, output), "source": source.name}
             common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
         else:
             views.print_plan(common.out_console(), plan, limits, output)

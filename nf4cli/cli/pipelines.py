@@ -42,7 +42,8 @@ def quantize(request: Request, source: Source) -> None:
     check_pipeline_output(decided, output, limits.workers, request.resume)
     if request.plan:
         if json:
-            common.print_json("plan", _plan_document(decided, limits, output))
+            document = _plan_document(decided, limits, output)
+            common.print_json("plan", {**document, "source": source.name})
         else:
             _print_plan(decided, limits, output)
         return
