@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from .complete import confirm
 from .conversion import Conversion
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
 from .engines import Engine, Notify, no_notice
-from .errors import InterruptedRunError
+from .errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
 from .hub.carrier import Carrier
 from .journal import Journal, Part
 from .limits import Resources, check_output
@@ -202,8 +202,21 @@ def write_checkpoint(
             carrier.publish(work.directory, manifest)
             work.discard = True
     if carrier is not None and not carrier.leaving:
-        carrier.publish(output, manifest)
+        with _complete(output):
+            carrier.publish(output, manifest)
     return manifest
+
+
+@contextmanager
+def _complete(output: Path) -> Iterator[None]:
+    """Has an error say that an output is there, all the same."""
+    try:
+        yield
+    except Nf4Error as error:
+        kind = {kind.exit_code: kind for kind in (InputError, UsageError, InterruptedRunError)}
+        raise kind.get(error.exit_code, MachineError)(
+            f"{output} is complete, but was not published: {error}. Publish it with nf4 push"
+        ) from error
 
 
 def fill(

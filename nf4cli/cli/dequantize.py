@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common
+from . import common, hub
 from .common import (
     DeviceOption,
     EngineOption,
@@ -53,6 +53,7 @@ def dequantize(
     from ..source import open_checkpoint
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
+    source = hub.local(source, quiet or json)
     total = sum(file.stat().st_size for file in part_shards(source)) * 3
     display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
     chosen = common.load_engine(engine, device, quiet, memory)

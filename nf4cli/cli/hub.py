@@ -121,11 +121,16 @@ def whole(source: Source, why: str, disk: str | None, quiet: bool) -> Source:
     return Source(_fetch(source.snapshot, source.path, quiet), source.snapshot)
 
 
-@contextmanager
-def local(source: Path, quiet: bool) -> Iterator[Path]:
-    """A path for a command that reads a whole model: one of a Hub is fetched to the cache."""
+def local(source: Path, quiet: bool) -> Path:
+    """A path for a command that reads a whole model: one of a Hub is fetched to the cache.
+
+    Raises:
+        InputError, MachineError: it cannot be had.
+    """
+    if named(source) is None:
+        return source
     with found(source, None, False, common.notices(quiet)) as place:
-        yield whole(place, "this command", None, quiet).path
+        return whole(place, "this command", None, quiet).path
 
 
 def _fetch(snapshot: Snapshot, outline: Path, quiet: bool) -> Path:

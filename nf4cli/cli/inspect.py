@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, pipelines, views
+from . import common, hub, pipelines, views
 from .common import JsonOption, format_size
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def inspect(
     from ..diffusion import is_pipeline
     from ..source import open_checkpoint
 
+    path = hub.local(path, json)
     if is_pipeline(path):
         pipelines.inspect(path, tensor, json, show_tensor)
         return

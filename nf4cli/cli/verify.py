@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, UsageError
-from . import common, step_summary, views
+from . import common, hub, step_summary, views
 from .common import (
     DeviceOption,
     EngineOption,
@@ -64,6 +64,8 @@ def verify(
 
     if seed is not None and sample is None:
         raise UsageError("--seed needs --sample")
+    path = hub.local(path, quiet or json)
+    source = source and hub.local(source, quiet or json)
     with JUnitFile(junit, path, source) as report_file:
         chosen = common.load_engine(engine, device, quiet, memory)
         limits = common.resources(chosen, workers, memory, _weights(path, source) if memory else 0)

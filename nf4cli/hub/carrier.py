@@ -85,6 +85,7 @@ class Carrier:
         self.transfers = transfers
         self.published: Published | None = None
         self._uploads: _Uploads | None = None
+        self._sent: set[str] = set()  # names of files that need no other way
 
     @property
     def destination(self) -> str | None:
@@ -152,7 +153,7 @@ class Carrier:
         Under a bound, an earlier run's unfinished output files may have to go: two files that it
         had begun at once need not fit beside what comes first now.
         """
-        self._plan, done = plan, standing.results
+        done = standing.results
         left = {t.weight.shard.path for t in plan.tensors if t.outputs and t.name not in done}
         self._shards = [
             shard
@@ -206,6 +207,7 @@ class Carrier:
                 for name, upload in self._gone.items():
                     sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
                     self._publication.restore(sent)
+                    self._sent.add(name)
             yield source
             if self._uploads is not None:
                 self._uploads.drain()
@@ -217,19 +219,23 @@ class Carrier:
             InputError, MachineError: an upload failed meanwhile.
         """
         if self._uploads is not None:
+            self._sent.add(path.name)
             self._uploads.put(path, digest)
 
     def publish(self, directory: Path, manifest: Manifest) -> None:
         """Commit everything: from here on others see it.
 
         Args:
-            directory: holds what was not uploaded as a shard.
+            directory: holds what was not uploaded yet.
+
+        Raises:
+            InputError, MachineError: see Publication.commit.
         """
         if self._publication is None:
             return
         for name in (*manifest.output_files, *_BESIDE):
             path = directory / name
-            if name not in {layout.filename for layout in self._plan.shards} and path.is_file():
+            if name not in self._sent and path.is_file():
                 self._publication.add(path, name)
         self.published = self._publication.commit(
             f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
