@@ -33,12 +33,10 @@ class FileRecord:
     """Attributes:
     size: bytes.
     digest: hexadecimal, in the manifest's algorithm.
-    sha256: of a source file on a Hub, as that states it; it was compared with the bytes.
     """
 
     size: int
     digest: str
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
-            return [{"name": name, **_known(asdict(records[name]))} for name in sorted(records)]
+            return [{"name": name, **asdict(records[name])} for name in sorted(records)]
 
         return {
             "nf4_manifest": VERSION,
@@ -207,9 +205,7 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
     return {
-        _string(file["name"]): FileRecord(
-            _count(file["size"]), _string(file["digest"]), _optional(file.get("sha256"))
-        )
+        _string(file["name"]): FileRecord(_count(file["size"]), _string(file["digest"]))
         for file in files
     }
 

@@ -194,6 +194,8 @@ def write_checkpoint(
     """
     need = carrier.disk_needed(plan, resources.workers) if carrier else None
     check_output(plan, output, resources.workers, resume, need)
+    if carrier is not None:
+        carrier.prepare()
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)
     with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
@@ -249,7 +251,7 @@ def fill(
         work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
     files = _Files(plan, directory, digest, work.journal, part, standing, carrier)
-    with carrier.carrying(work, part) if carrier else nullcontext() as source:
+    with carrier.carrying(work, part, digest) if carrier else nullcontext() as source:
         try:
             files.open()
             conversion = Conversion(

@@ -35,11 +35,7 @@ def manifest_of(
         digest=algorithm,
         source_name=plan.checkpoint.name,
         source_files={
-            shard.path.name: FileRecord(
-                shard.size,
-                sources[shard.path.name].digest,
-                origin.sha256.get(shard.path.name) if origin else None,
-            )
+            shard.path.name: FileRecord(shard.size, sources[shard.path.name].digest)
             for shard in plan.checkpoint.shards
         },
         source_repo=origin.repo if origin else None,

@@ -30,7 +30,7 @@ def quantize(request: Request, source: Source) -> None:
     plan = make_plan(checkpoint, request.config, request.oracle, request.scan)
     engine = request.engine
     limits = common.resources(engine, request.workers, request.memory, len(plan.tensors))
-    carrier = trip.carrier(source, prepare=not request.plan)
+    carrier = trip.carrier(source)
     need = carrier.disk_needed(plan, limits.workers) if carrier else None
     check_output(plan, output, limits.workers, request.resume, need)
     if request.plan:
@@ -50,7 +50,7 @@ def quantize(request: Request, source: Source) -> None:
             output,
             engine,
             limits,
-            request.digest,
+            request.algorithm(source),
             request.fsync,
             request.resume,
             display,

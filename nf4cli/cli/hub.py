@@ -180,15 +180,11 @@ class Trip:
         """Whether no output stays here."""
         return self.push_to is not None and self.without_output
 
-    def carrier(self, source: Source, prepare: bool) -> Carrier | None:
+    def carrier(self, source: Source) -> Carrier | None:
         """What moves the files of a run; None for one that neither fetches nor pushes.
-
-        Args:
-            prepare: whether a repository that is pushed to is made now, if there is none.
 
         Raises:
             UsageError: options that do not go together.
-            InputError, MachineError: see hub.publish.
         """
         from ..hub.carrier import Carrier
         from ..transfers import Transfers
@@ -200,22 +196,19 @@ class Trip:
                 raise UsageError("--public needs --push-to")
             return None
         transfers = Transfers()
-        publication = self._publication(prepare, transfers)
+        publication = self._publication(transfers)
         return Carrier(snapshot, limit, publication, self.leaving, transfers, self.notify)
 
-    def _publication(self, prepare: bool, transfers: Transfers) -> Publication | None:
+    def _publication(self, transfers: Transfers) -> Publication | None:
         from ..hub import client
         from ..hub.publish import Publication
 
         if self.push_to is None:
             return None
         client.report_to(self.notify)
-        publication = Publication(
+        return Publication(
             self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
         )
-        if prepare:
-            publication.prepare()
-        return publication
 
     def document(self, carrier: Carrier | None) -> dict[str, Any]:
         """What --json says of a run that pushed."""

@@ -54,7 +54,7 @@ def quantize(request: Request, source: Source) -> None:
             output,
             engine,
             limits,
-            request.digest,
+            request.algorithm(source),
             request.fsync,
             request.resume,
             display,

@@ -101,8 +101,13 @@ def quantize(
     ] = False,
     max_shard_size: ShardSizeOption = "5GB",
     digest: Annotated[
-        str, typer.Option("--digest", help="Digest of files in the manifest: blake3 or sha256.")
-    ] = "blake3",
+        str,
+        typer.Option(
+            "--digest",
+            help="Digest of files in the manifest: blake3 (quicker), sha256 (which a Hub states as "
+            "well), or auto: sha256 where the source or the output lies on a Hub.",
+        ),
+    ] = "auto",
     engine: EngineOption = "auto",
     device: DeviceOption = None,
     workers: WorkersOption = None,
@@ -149,8 +154,8 @@ def quantize(
     from ..errors import UsageError
     from ..records import QuantConfig
 
-    if digest not in ALGORITHMS:
-        raise UsageError(f"--digest {digest} is not one of {', '.join(ALGORITHMS)}")
+    if digest not in ("auto", *ALGORITHMS):
+        raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
     config = QuantConfig(
         quant_type=quant_type,
         blocksize=blocksize,

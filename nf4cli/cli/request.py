@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..engines import Engine, Notify
     from ..plan import Plan
     from ..records import Answer, Checkpoint, QuantConfig
-    from .hub import Trip
+    from .hub import Source, Trip
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Request:
     json: bool
     quiet: bool
     trip: Trip
+
+    def algorithm(self, source: Source) -> str:
+        """Of the files' digests."""
+        if self.digest != "auto":
+            return self.digest
+        return "sha256" if source.snapshot or self.trip.push_to else "blake3"
 
     @property
     def notify(self) -> Notify:

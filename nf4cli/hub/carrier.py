@@ -59,7 +59,7 @@ class Carrier:
         snapshot: where the source comes from; None for one that lies here.
         limit: bytes that the run may hold on the disk; source files are then removed when they
             have been read.  None for no bound: they come to the user's cache and stay there.
-        publication: where the output goes to, prepared; None for nowhere.
+        publication: where the output goes to; None for nowhere.
         leaving: output files are removed when they are uploaded, and no output stays here.
 
         transfers: told of everything that is moved and held.
@@ -91,6 +91,15 @@ class Carrier:
     def destination(self) -> str | None:
         """The repository that output files leave the disk for."""
         return self._publication.repo if self._publication and self.leaving else None
+
+    def prepare(self) -> None:
+        """Have the repository that the output goes to, and see that we may write there.
+
+        Raises:
+            UsageError, InputError, MachineError: see Publication.prepare.
+        """
+        if self._publication is not None:
+            self._publication.prepare()
 
     def disk_needed(self, plan: Plan, workers: int) -> int:
         """Bytes of the output's disk that are enough.
@@ -177,8 +186,12 @@ class Carrier:
         return None
 
     @contextmanager
-    def carrying(self, work: Workspace, part: str) -> Iterator[ShardSource]:
-        """Fetch and upload while the body runs; at its end every upload is done."""
+    def carrying(self, work: Workspace, part: str, algorithm: str) -> Iterator[ShardSource]:
+        """Fetch and upload while the body runs; at its end every upload is done.
+
+        Args:
+            algorithm: of the digests that `shard_done` is given.
+        """
         transfers = self.transfers
         transfers.to_download = sum(s.size for s in self._shards) if self._snapshot else 0
         budget = Budget(self._limit, self._sizes, self._base, self.leaving, transfers, self._here)
@@ -202,7 +215,7 @@ class Carrier:
             if self._publication is not None:
                 transfers.to_upload = sum(self._sizes.values())
                 self._uploads = stack.enter_context(
-                    _Uploads(self._publication, work, part, self.leaving, budget, source)
+                    _Uploads(self._publication, work, part, algorithm, self.leaving, budget, source)
                 )
                 for name, upload in self._gone.items():
                     sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
@@ -272,11 +285,13 @@ class _Uploads:
         publication: Publication,
         work: Workspace,
         part: str,
+        algorithm: str,
         leaving: bool,
         budget: Budget,
         source: Fetcher | _Paced,
     ) -> None:
         self._publication, self._journal, self._part = publication, work.journal, part
+        self._algorithm = algorithm
         self._leaving, self._budget = leaving, budget
         self._source = source
         self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue()
@@ -316,7 +331,8 @@ class _Uploads:
             self._source.fail(error)
 
     def _upload(self, path: Path, digest: str) -> None:
-        uploaded = self._publication.add(path, path.name)
+        known = digest if self._algorithm == "sha256" else None
+        uploaded = self._publication.add(path, path.name, known)
         if self._leaving and uploaded.stored:
             upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
             self._journal.uploaded(self._part, path.name, upload)

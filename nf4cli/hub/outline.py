@@ -28,7 +28,7 @@ from ..source import (
 from ..untrusted import MAX_HEADER
 from .client import RemoteFile, Snapshot, cached, open_at, persist, read_range
 
-_FIRST_READ = 1 << 18  # bytes: most headers are shorter
+_FIRST_READ = 1 << 16  # bytes: most headers are shorter
 _AT_A_TIME = 8  # requests
 _LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files that are no weights: no model has more
 _LEFT = (".gitattributes", ".gitignore")
