@@ -195,6 +195,7 @@ def write_checkpoint(
     need = carrier.disk_needed(plan, resources.workers) if carrier else None
     check_output(plan, output, resources.workers, resume, need)
     if carrier is not None:
+        carrier.require_room(plan)
         carrier.prepare()
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)

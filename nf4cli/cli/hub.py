@@ -70,11 +70,14 @@ class Source:
 
 
 @contextmanager
-def found(source: Path, output: Path | None, resume: bool, notify: Notify) -> Iterator[Source]:
+def found(
+    source: Path, output: Path | None, resume: bool, keep: bool, notify: Notify
+) -> Iterator[Source]:
     """A source that can be planned from, wherever it lies.
 
     Args:
         output, resume: a run that is continued goes on with the commit that it began with.
+        keep: what is fetched stays in the user's cache.
 
     Raises:
         InputError, MachineError: see hub.client.resolve and hub.outline.draw.
@@ -96,7 +99,7 @@ def found(source: Path, output: Path | None, resume: bool, notify: Notify) -> It
     with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
-        draw(snapshot, directory)
+        draw(snapshot, directory, keep)
         yield Source(directory, snapshot, outline=True)
 
 
@@ -129,7 +132,7 @@ def local(source: Path, quiet: bool) -> Path:
     """
     if named(source) is None:
         return source
-    with found(source, None, False, common.notices(quiet)) as place:
+    with found(source, None, False, True, common.notices(quiet)) as place:
         return whole(place, "this command", None, quiet).path
 
 

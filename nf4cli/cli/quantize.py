@@ -185,7 +185,8 @@ def quantize(
         quiet=quiet,
         trip=hub.Trip(disk, push_to, public, output is None, common.notices(quiet)),
     )
-    with hub.found(source, output, resume, request.notify) as place:
+    keep = disk is None and not plan
+    with hub.found(source, output, resume, keep, request.notify) as place:
         if is_pipeline(place.path):
             pipelines.quantize(request, place)
         else:

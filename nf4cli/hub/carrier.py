@@ -92,6 +92,15 @@ class Carrier:
         """The repository that output files leave the disk for."""
         return self._publication.repo if self._publication and self.leaving else None
 
+    def require_room(self, plan: Plan) -> None:
+        """Raises MachineError where the user's cache would be too full for what comes there."""
+        if self._snapshot is None or self._limit is not None:
+            return
+        files = self._snapshot.files
+        names = [shard.path.name for shard in plan.checkpoint.shards]
+        missing = [n for n in names if client.cached(self._snapshot, files[n]) is None]
+        client.require_room_in_cache(self._snapshot.repo, sum(files[n].size for n in missing))
+
     def prepare(self) -> None:
         """Have the repository that the output goes to, and see that we may write there.
 

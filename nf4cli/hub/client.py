@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -274,6 +275,36 @@ def fetch_to_cache(snapshot: Snapshot, file: RemoteFile, again: bool = False) ->
             hf_hub_download(
                 snapshot.repo, file.name, revision=snapshot.commit, force_download=again
             )
+        )
+
+
+def remember(snapshot: Snapshot, file: RemoteFile) -> None:
+    """Have the user's cache know which commit the revision is, for work offline, by asking for a
+    file of it under that name."""
+    from huggingface_hub import hf_hub_download
+
+    with explained(f"{file.name} of {snapshot.name}"):
+        hf_hub_download(snapshot.repo, file.name, revision=snapshot.name.revision)
+
+
+def blobs_of(repo: str) -> Path:
+    """Where the user's cache keeps the bytes of a model; unfinished ones are *.incomplete."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
+
+
+def require_room_in_cache(repo: str, need: int) -> None:
+    """Raises MachineError when the disk of the user's cache has fewer than `need` bytes free."""
+    place = blobs_of(repo)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise MachineError(
+            f"{repo} has {need:,} bytes to fetch and the cache in {place} has {free:,} free: free "
+            "some space, set HF_HOME to another disk, or give a bound with --disk, under which "
+            "files do not stay"
         )
 
 

@@ -29,6 +29,7 @@ _THREADS = 2  # files that are fetched at a time
 _ATTEMPTS = 5  # without a byte between them, before a download is given up
 _WRONG = 3  # times that a whole file may come with a wrong digest
 _PIECE = 1 << 20  # bytes
+_WATCH_EVERY = 0.5  # seconds
 
 
 class Fetcher:
@@ -76,6 +77,9 @@ class Fetcher:
         if self._directory is not None:
             self._directory.mkdir(exist_ok=True)
             self._take_over(self._directory)
+        else:
+            watch = threading.Thread(target=self._watch_cache, name="nf4-watch", daemon=True)
+            self._threads.append(watch)
         for thread in self._threads:
             thread.start()
         return self
@@ -98,6 +102,20 @@ class Fetcher:
             wanted.update(places)
         for place in set(directory.iterdir()) - wanted:
             place.unlink()
+
+    def _watch_cache(self) -> None:
+        """Count what comes to the cache while it comes: huggingface_hub tells of whole files."""
+        blobs, counted = client.blobs_of(self._snapshot.repo), 0
+        while True:
+            ended = self._stop.wait(_WATCH_EVERY)
+            here = 0
+            for file in () if ended else blobs.glob("*.incomplete"):
+                with suppress(OSError):
+                    here += file.stat().st_size
+            self._transfers.add_downloaded(here - counted)
+            counted = here
+            if ended:
+                return
 
     def open(self, shard: Shard) -> ByteReader:
         """Wait until a file is here, with the digest that the Hub states.

@@ -26,7 +26,17 @@ from ..source import (
     sentence_transformers_modules,
 )
 from ..untrusted import MAX_HEADER
-from .client import RemoteFile, Snapshot, cached, open_at, persist, read_range
+from .client import (
+    RemoteFile,
+    Snapshot,
+    cached,
+    fetch_to_cache,
+    is_offline,
+    open_at,
+    persist,
+    read_range,
+    remember,
+)
 
 _FIRST_READ = 1 << 16  # bytes: most headers are shorter
 _AT_A_TIME = 8  # requests
@@ -35,8 +45,11 @@ _LEFT = (".gitattributes", ".gitignore")
 T = TypeVar("T")
 
 
-def draw(snapshot: Snapshot, directory: Path) -> None:
+def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
     """Make the outline of a model, or of a pipeline, in an empty directory.
+
+    Args:
+        keep: small files come to the user's cache as well, as `hf download` would have it.
 
     Raises:
         InputError: it has no safetensors weights, or files that are not as the Hub says.
@@ -49,6 +62,9 @@ def draw(snapshot: Snapshot, directory: Path) -> None:
             f"{snapshot.name} has files of {sum(file.size for file in sides):,} bytes that are "
             f"no weights, expected at most {_LARGEST_SIDE_FILE:,}: this is no model"
         )
+    if keep and not is_offline():
+        _each(sides, lambda file: fetch_to_cache(snapshot, file))
+        _each(sides[:1], lambda file: remember(snapshot, file))
     _each(sides, lambda file: _fetch_whole(snapshot, file, directory))
     modules = {
         path.relative_to(directory).as_posix() for path in sentence_transformers_modules(directory)
