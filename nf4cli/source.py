@@ -30,6 +30,8 @@ from .untrusted import (
 
 MANIFEST = "nf4_manifest.json"
 PIPELINE_RECORD = "nf4_pipeline.json"
+CARD = "README.md"
+"""The model card: a user's to edit, so no record answers for it."""
 _OURS = (MANIFEST, PIPELINE_RECORD)
 
 # Formats that hold the same weights again (or a pickle, which we never read): not copied.

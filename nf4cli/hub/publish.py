@@ -1,0 +1,461 @@
+"""Files of an output -> one commit of a model's repository, which nobody sees half of.
+
+Bytes go up file by file, as soon as there is a file, without a commit; the commit at the end names
+them all.  The Hub keeps what was sent and not committed, so that the next run need not send it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..diffusion import Record
+from ..engines import Notify, no_notice
+from ..errors import InputError, MachineError, UsageError
+from ..manifest import Manifest
+from ..source import CARD, MANIFEST, PIPELINE_RECORD, is_weight_file
+from ..untrusted import RECORD, read_start
+from .client import Name, RemoteFile, Snapshot, endpoint, is_offline, open_at, resolve
+from .upload import (
+    Sent,
+    addition,
+    hold,
+    is_ignored,
+    is_stored,
+    response_of,
+    rest,
+    retry_after,
+    sha256_of,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before the second, third... attempt
+_LONGEST_WAIT = 300.0  # that a server may ask for
+_SAMPLE = 512  # bytes of a file's start that the Hub looks at
+Answer = TypeVar("Answer")
+
+
+def _tell_nobody(count: int) -> None:
+    pass
+
+
+class LostUploadError(MachineError):
+    """The Hub does not have bytes any more that an earlier run sent to it.
+
+    Attributes:
+        names: the files that have to be sent again, where it says so; else all that were restored.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A file that was handed over.
+
+    Attributes:
+        name: path in the repository, with slashes.
+        size: bytes.
+        sha256: of its bytes, hexadecimal.
+        sample: its first 512 bytes.
+        stored: the Hub holds its bytes, so that another process can go on with `restore`.  False
+            for a small file, which waits in memory and goes up with the commit itself.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    sample: bytes
+    stored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Attributes:
+    repo: with its owner.
+    commit: 40 hexadecimal digits.
+    url: of the model's page.
+    private: whether only its owner sees it.
+    changed: False where the repository held all of it before, and no commit was made.
+    deleted: files of an earlier output that are gone.
+    """
+
+    repo: str
+    commit: str
+    url: str
+    private: bool
+    changed: bool
+    deleted: tuple[str, ...]
+
+
+class Publication:
+    """One commit in the making: `prepare`, then `add` and `restore` in any order, then `commit`.
+
+    `add` may be called from several threads at a time.
+
+    Args:
+        repo: `org/name`, or `name` for the user's own.
+        public: whether a repository that does not exist yet is made for everybody to see.  One
+            that exists stays as it is.
+        replace_card: whether a README.md that is there is replaced.
+        sent: told of bytes as they go up; what was there already counts.
+
+    Attributes:
+        repo: with its owner, after `prepare`.
+        private: after `prepare`.
+        keeps_card: the repository has a README.md, which stays: `add` leaves ours out.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        public: bool = False,
+        replace_card: bool = False,
+        notify: Notify = no_notice,
+        sent: Sent = _tell_nobody,
+    ) -> None:
+        self.repo = repo
+        self.private = not public
+        self.keeps_card = False
+        self._public = public
+        self._replace_card = replace_card
+        self._notify = notify
+        self._sent = sent
+        self._lock = threading.Lock()
+        self._head: Snapshot | None = None
+        self._recorded: frozenset[str] = frozenset()
+        self._operations: list[CommitOperationAdd] = []
+        self._expected: dict[str, _Expected] = {}
+        self._restored: set[str] = set()
+
+    def prepare(self) -> None:
+        """Have the repository, and everything that could refuse the commit looked at.
+
+        Raises:
+            UsageError: another model lives there; HF_HUB_OFFLINE is set; no name of a Hub's.
+            InputError: no token, or one that may not write there.
+            MachineError: the Hub cannot be reached.
+        """
+        if is_offline():
+            raise UsageError(
+                f"{self.repo} cannot be written to: HF_HUB_OFFLINE forbids the network. Unset it"
+            )
+        _require_token(self.repo)
+        self.repo = self._asked(self.repo, self._create)
+        self._asked(self.repo, self._probe)
+        head = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
+        self._recorded, why = self._files_of_earlier_output(head)
+        _refuse_another_model(self.repo, head, self._recorded, why)
+        self.keeps_card = CARD in head.files and not self._replace_card
+        self._head = head
+        self._say_who_sees_it()
+
+    def _create(self) -> str:
+        from huggingface_hub import HfApi
+
+        url = HfApi().create_repo(self.repo, private=not self._public, exist_ok=True)
+        if "/" in url.repo_id:
+            return str(url.repo_id)
+        return f"{HfApi().whoami()['name']}/{url.repo_id}"
+
+    def _probe(self) -> None:
+        """Ask how a file would go up, which needs the right to write, and sends nothing."""
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        HfApi().preupload_lfs_files(self.repo, [CommitOperationAdd(MANIFEST, b"{}")])
+
+    def _say_who_sees_it(self) -> None:
+        from huggingface_hub import HfApi
+
+        self.private = self._asked(self.repo, lambda: bool(HfApi().model_info(self.repo).private))
+        if self.private and self._public:
+            self._notify(
+                f"{self.repo} exists and is private, and stays so: make it public in its settings"
+            )
+        elif not self.private and not self._public:
+            self._notify(f"{self.repo} exists and is public: everybody will see what is pushed")
+
+    def _files_of_earlier_output(self, head: Snapshot) -> tuple[frozenset[str], str]:
+        """(every file that the manifests of a commit answer for, why there are none)."""
+        try:
+            if PIPELINE_RECORD in head.files:
+                record = self._read(head, PIPELINE_RECORD, Record.from_file)
+                names = {PIPELINE_RECORD, *record.files}
+                parts = [f"{component}/" for component in record.components]
+            elif MANIFEST in head.files:
+                names, parts = set(), [""]
+            else:
+                return frozenset(), f"it has no {MANIFEST}"
+            for part in parts:
+                manifest = self._read(head, part + MANIFEST, Manifest.from_file)
+                names |= {part + MANIFEST, *(part + name for name in manifest.output_files)}
+        except InputError as error:
+            return frozenset(), str(error)
+        return frozenset(names), ""
+
+    def _read(self, head: Snapshot, name: str, parse: Callable[[Path], Answer]) -> Answer:
+        """A record of an earlier output, from the Hub."""
+        file = head.files.get(name)
+        if file is None or file.size > RECORD.nbytes:
+            raise InputError(f"it has no {name} that can be read")
+        with tempfile.TemporaryDirectory(prefix="nf4-") as directory:
+            place = Path(directory) / name.rpartition("/")[2]
+            self._asked(f"{name} of {self.repo}", lambda: _download(head, file, place))
+            return parse(place)
+
+    def add(self, path: Path, name: str, sha256: str | None = None) -> Uploaded:
+        """Send the bytes of a file; it may be removed afterwards.
+
+        What the Hub has is not sent: the same file under this name, or the same bytes that an
+        earlier run sent.
+
+        Args:
+            path: a regular file, which nobody writes to meanwhile.
+            name: path in the repository, with slashes.
+            sha256: of its bytes, where the caller knows it.
+
+        Raises:
+            InputError: the file changed meanwhile, or the Hub refuses it.
+            UsageError: the repository's .gitignore would leave it out.
+            MachineError: the Hub cannot be reached, or says again and again that it is busy.
+        """
+        sample, size, identity = read_start(path, _SAMPLE)
+        if sha256 is None:
+            sha256 = sha256_of(path)
+        if name == CARD and self.keeps_card:
+            self._sent(size)
+            return Uploaded(name, size, sha256, sample, True)
+        if self._is_there(name, size, sha256):
+            self._expect(name, _Expected(size, sha256, None))
+            self._sent(size)
+            return Uploaded(name, size, sha256, sample, True)
+        operation = addition(name, path, size, sample, sha256, self._sent)
+        self._asked(f"{name} for {self.repo}", lambda: self._send(operation))
+        stored = is_stored(operation)
+        blob = None if stored else hold(operation, path, sha256)
+        if read_start(path, 0)[2] != identity:
+            raise InputError(f"{path} changed while it was sent: let nobody write there, run again")
+        self._expect(name, _Expected(size, sha256, blob), operation)
+        self._sent(rest(operation))
+        return Uploaded(name, size, sha256, sample, stored)
+
+    def restore(self, uploaded: Uploaded) -> None:
+        """Count a file in that an earlier process sent, and that is not on this disk any more."""
+        if not self._is_there(uploaded.name, uploaded.size, uploaded.sha256):
+            operation = addition(
+                uploaded.name, None, uploaded.size, uploaded.sample, uploaded.sha256, self._sent
+            )
+            self._expect(uploaded.name, _Expected(uploaded.size, uploaded.sha256, None), operation)
+            self._restored.add(uploaded.name)
+        else:
+            self._expect(uploaded.name, _Expected(uploaded.size, uploaded.sha256, None))
+        self._sent(uploaded.size)
+
+    def _is_there(self, name: str, size: int, sha256: str) -> bool:
+        there = self._prepared.files.get(name)
+        return there is not None and (there.size, there.sha256) == (size, sha256)
+
+    @property
+    def _prepared(self) -> Snapshot:
+        assert self._head is not None, "prepare() comes first"
+        return self._head
+
+    def _expect(
+        self, name: str, expected: _Expected, operation: CommitOperationAdd | None = None
+    ) -> None:
+        with self._lock:
+            self._expected[name] = expected
+            if operation is not None:
+                self._operations.append(operation)
+
+    def _send(self, operation: CommitOperationAdd) -> None:
+        from huggingface_hub import HfApi
+
+        HfApi().preupload_lfs_files(self.repo, [operation], num_threads=1, free_memory=False)
+        if is_ignored(operation):
+            raise UsageError(
+                f"the .gitignore of {self.repo} leaves {operation.path_in_repo} out, so that the "
+                "model would not be whole: remove that line from it"
+            )
+
+    @property
+    def stale(self) -> tuple[str, ...]:
+        """Files of the earlier output that the new one does not have; its card stays."""
+        here = self._prepared.files.keys() & self._recorded
+        return tuple(sorted(here - self._expected.keys() - {CARD, ".gitattributes"}))
+
+    def commit(self, message: str) -> Published:
+        """Make what was added visible, all at once, and see that it is.
+
+        Raises:
+            MachineError: somebody else made a commit meanwhile, the Hub cannot be reached, or what
+                it shows is not what was sent.  What was sent stays there for the next run.
+            LostUploadError: the Hub does not have what an earlier run sent.
+            InputError: the Hub refuses it; README.md's metadata is not what it takes.
+        """
+        with self._lock:
+            operations, stale = list(self._operations), self.stale
+        for wait in (*_WAITS, None):
+            try:
+                commit = self._send_commit(operations, stale, message)
+                break
+            except MachineError as error:
+                # The commit may have been made although its answer was lost.
+                now = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
+                if now.commit != self._prepared.commit:
+                    if not _differences(now, self._expected, stale):
+                        commit = now.commit
+                        break
+                    raise MachineError(
+                        f"{self.repo} got another commit ({now.commit[:12]}) since this run "
+                        "looked at it; nothing of it was changed, and what was sent stays there: "
+                        "run the same again"
+                    ) from error
+                if wait is None or _is_conflict(error):
+                    raise
+                self._wait(error, wait)
+        shown = self._asked(self.repo, lambda: resolve(Name(self.repo, commit)))
+        if wrong := _differences(shown, self._expected, stale):
+            raise MachineError(
+                f"commit {commit[:12]} of {self.repo} is not what was sent: {wrong[0]}. Run the "
+                "same again, and look at the page of the model"
+            )
+        changed = commit != self._prepared.commit
+        url = f"{endpoint()}/{self.repo}"
+        return Published(self.repo, commit, url, self.private, changed, stale)
+
+    def _send_commit(
+        self, operations: list[CommitOperationAdd], stale: tuple[str, ...], message: str
+    ) -> str:
+        """One attempt; the id of the commit, or of the head where there is nothing to change."""
+        from huggingface_hub import CommitOperationDelete, HfApi
+
+        head = self._prepared.commit
+        if not operations and not stale:
+            return head
+        try:
+            with translated(self.repo):
+                answer = HfApi().create_commit(
+                    self.repo,
+                    [*operations, *(CommitOperationDelete(name) for name in stale)],
+                    commit_message=message,
+                    parent_commit=head,
+                )
+        except InputError as error:
+            if lost := _lost(error, self._restored):
+                raise LostUploadError(
+                    f"{endpoint()} no longer has {', '.join(lost[:3])}"
+                    f"{', ...' if lost[3:] else ''}, which an earlier run sent: those files have "
+                    f"to be made and sent again ({error})",
+                    lost,
+                ) from error
+            raise
+        return str(answer.oid)
+
+    def _asked(self, what: str, call: Callable[[], Answer]) -> Answer:
+        """What the Hub answers, asked again while the machine or the network may be to blame."""
+        for wait in _WAITS:
+            try:
+                with translated(what):
+                    return call()
+            except MachineError as error:
+                self._wait(error, wait)
+        with translated(what):
+            return call()
+
+    def _wait(self, error: MachineError, seconds: float) -> None:
+        seconds = max(seconds, retry_after(error, _LONGEST_WAIT))
+        self._notify(f"{error}; the next attempt is in {seconds:.0f} s")
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What the commit has to show of a file: `blob` is git's digest where it is no LFS file."""
+
+    size: int
+    sha256: str
+    blob: str | None
+
+
+def _require_token(repo: str) -> None:
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise InputError(
+            f"{repo} cannot be written to without a token: log in with `hf auth login`, or set "
+            f"HF_TOKEN to one of {endpoint()} that may write there"
+        )
+
+
+def _refuse_another_model(repo: str, head: Snapshot, recorded: frozenset[str], why: str) -> None:
+    """Raises UsageError when a commit has weights that no output of nf4 answers for."""
+    foreign = sorted(
+        name
+        for name in head.files
+        if is_weight_file(name.rpartition("/")[2]) and name not in recorded
+    )
+    if foreign:
+        names = f"{', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}"
+        reason = why or f"its {MANIFEST} does not list them"
+        raise UsageError(
+            f"{repo} holds weights that nf4 did not put there ({names}; {reason}), and a loader "
+            "could take them for ours: push to another repository, or delete them there first"
+        )
+
+
+def _download(head: Snapshot, file: RemoteFile, place: Path) -> None:
+    with open_at(head, file, 0) as (_, chunks), place.open("wb") as out:
+        for chunk in chunks:
+            out.write(chunk)
+            if out.tell() > file.size:
+                break
+        size = out.tell()
+    if size != file.size:
+        raise MachineError(f"{file.name}: {endpoint()} sent {size:,} of {file.size:,} bytes")
+
+
+def _is_conflict(error: MachineError) -> bool:
+    """Whether the Hub says that its head is another than the one that we named."""
+    response = response_of(error)
+    return response is not None and response.status_code == 412
+
+
+def _differences(
+    shown: Snapshot, expected: Mapping[str, _Expected], stale: Iterable[str]
+) -> list[str]:
+    """What a commit shows that is not as it was sent."""
+    found = []
+    for name, wanted in sorted(expected.items()):
+        file = shown.files.get(name)
+        if file is None:
+            found.append(f"{name} is missing")
+        elif file.size != wanted.size:
+            found.append(f"{name} has {file.size:,} bytes, expected {wanted.size:,}")
+        elif file.sha256 is not None and file.sha256 != wanted.sha256:
+            found.append(f"the sha256 of {name} is {file.sha256}, expected {wanted.sha256}")
+        elif file.sha256 is None and wanted.blob not in (None, file.blob):
+            found.append(f"{name} has git's digest {file.blob}, expected {wanted.blob}")
+        elif file.sha256 is None and wanted.blob is None:
+            found.append(f"{name} lies in git, expected in LFS")
+    return found + [f"{name} is still there" for name in stale if name in shown.files]
+
+
+def _lost(error: InputError, restored: Collection[str]) -> tuple[str, ...]:
+    """Files of an earlier process that the Hub says it does not have, when it refuses a commit."""
+    text = f"{error} {error.__cause__}"
+    if not restored or not re.search(r"\blfs\b|pointer", text, re.IGNORECASE):
+        return ()
+    named = sorted(name for name in restored if name in text)
+    return tuple(named or sorted(restored))
