@@ -19,7 +19,7 @@ from ..untrusted import is_plain
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CHUNK = 1 << 20  # bytes of a body that are handed on at a time
+_CHUNK = 1 << 16  # bytes of a body that are handed on at a time: what a break costs
 _MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts, beside those of huggingface_hub
@@ -212,8 +212,14 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
     busy = (429, 500, 502, 503, 504)
     backoff: Any = getattr(utils, "http_stream_backoff", None)
     if backoff is not None:
+        # Without retry_on_exceptions: it would begin again in the middle of a body that broke.
         with backoff(
-            "GET", url, headers=headers, timeout=timeout, retry_on_status_codes=busy
+            "GET",
+            url,
+            headers=headers,
+            timeout=timeout,
+            retry_on_exceptions=(),
+            retry_on_status_codes=busy,
         ) as response:
             yield response, response.iter_bytes(_CHUNK)
         return
