@@ -268,6 +268,8 @@ class _Api(_Handler):
             self._whoami()
         elif parts == ["api", "repos", "create"]:
             self._create()
+        elif parts == ["api", "validate-yaml"]:
+            self.reply(200, {"errors": [], "warnings": []})
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._model("/".join(parts[2:4]), parts[4:])
         elif parts[-3:-1] == ["lfs", "objects"] or parts[-2:] == ["objects", "batch"]:
