@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .card import write_card
 from .complete import require_none
 from .dequantize import Decoding, Summary, decode_into, plan_decoding
 from .diffusion import (
@@ -29,8 +30,8 @@ from .pipeline import Progress, no_progress
 from .quantize import file_records, fill
 from .report import Report
 from .resume import header
-from .source import PIPELINE_RECORD, open_checkpoint
-from .untrusted import is_regular
+from .source import PIPELINE_RECORD, name_of_directory, open_checkpoint
+from .untrusted import is_regular, read_json
 from .verify import verify
 from .workspace import Workspace
 from .written import check_other_file
@@ -94,6 +95,8 @@ def write_pipeline(
             require_none(work.output, report)
         else:
             _write_record(work.directory, plan, manifests, digest)
+            index = read_json(work.directory / INDEX_FILE)
+            write_card(work.directory, plan.root, name_of_directory(plan.root), manifests, index)
     return manifests
 
 

@@ -23,15 +23,13 @@ from .errors import InputError, UsageError
 from .manifest import FileRecord, Manifest
 from .pipeline import Progress, no_progress, run
 from .report import Finding
-from .source import LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
+from .source import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:nf4cli:quantize:v1"
 SELF_ATTESTED = "urn:nf4cli:self-attested"
 """The builder where nobody names one: no build platform vouches for the statement."""
-
-_CARD = "README.md"
 
 
 @dataclass(slots=True)
@@ -164,7 +162,7 @@ def _strays(root: Path, known: Mapping[str, object]) -> Iterable[str]:
         directories[:] = sorted(set(directories) - set(LEFT_DIRECTORIES) - set(links))
         for file in sorted([*files, *links]):
             name = (here / file).relative_to(root).as_posix()
-            if name not in known and not file.startswith(".git"):
+            if name not in known and not file.startswith(".git") and name != CARD:
                 yield name
 
 
@@ -190,7 +188,7 @@ def _read(
                 record.size,
                 record.digest,
             ):
-                if key == name == _CARD or key.endswith(f"/{_CARD}"):
+                if key == name == CARD or key.endswith(f"/{CARD}"):
                     with lock:
                         found.notes.append(f"{name} was edited since and is not in the statement")
                     return

@@ -27,6 +27,7 @@ from .selection import matches, module_path
 from .source import (
     MANIFEST,
     PIPELINE_RECORD,
+    REPOSITORYS,
     find_shards,
     is_left,
     is_weight_file,
@@ -354,7 +355,7 @@ def copies_of(root: Path, components: Collection[str], converted: Collection[str
                 _add_directory(copies, path, path.name in components)
         elif path.name == PIPELINE_RECORD:
             continue
-        elif is_regular(path) and not is_weight_file(path.name):
+        elif is_regular(path) and not is_weight_file(path.name) and path.name not in REPOSITORYS:
             copies.files[path.name] = path.name
         else:
             copies.left.append(path.name)

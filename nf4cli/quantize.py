@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .card import write_card
 from .complete import confirm
 from .conversion import Conversion
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
@@ -265,6 +266,14 @@ def fill(
         conversion.manifest(files.tensor_digests),
         output_files=file_records(directory, digest, files.shard_digests, plan.shards),
     )
+    if not part:  # the card of a pipeline speaks of all its parts
+        write_card(
+            directory,
+            None if plan.checkpoint.is_file else plan.checkpoint.root,
+            manifest.source_name,
+            {"": manifest},
+            plan.output_config or {},
+        )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
 

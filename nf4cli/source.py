@@ -32,6 +32,8 @@ MANIFEST = "nf4_manifest.json"
 PIPELINE_RECORD = "nf4_pipeline.json"
 CARD = "README.md"
 """The model card: a user's to edit, so no record answers for it."""
+REPOSITORYS = (CARD, ".gitattributes", ".gitignore")
+"""Files of a repository rather than of the model in it: an output gets its own."""
 _OURS = (MANIFEST, PIPELINE_RECORD)
 
 # Formats that hold the same weights again (or a pickle, which we never read): not copied.
@@ -320,6 +322,7 @@ def other_files(
                 continue
             wanted = name.endswith(".safetensors") and path.parent in modules
             copied = is_regular(path) and (wanted or not is_weight_file(name))
+            copied = copied and relative not in REPOSITORYS
             if not copied or (path.is_symlink() and leads_out(path, root, home)):
                 left.append(relative)
             else:

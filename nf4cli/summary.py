@@ -24,7 +24,7 @@ LIMIT = 1 << 20
 _ROWS = 20
 _LONGEST = 400  # characters of a name or message
 _SPECIAL = re.compile(r"[^\w\s./,;=()'\"+?%-]|_")
-_ACTIONS = {"quantize": "4-bit", "cast": "kept, cast", "copy": "kept", "drop": "left out"}
+ACTIONS = {"quantize": "4-bit", "cast": "kept, cast", "copy": "kept", "drop": "left out"}
 
 
 def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]]) -> str:
@@ -47,14 +47,14 @@ def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]])
             f"{statistics.median(errors.values()):.4f}",
             f"{errors[worst]:.4f} in {escape(worst)}",
         ))  # fmt: skip
-    lines += _table(
+    lines += table(
         ("", "bytes before", "bytes after", "bits a weight", "in 4 bit",
          "relative RMSE, median", "worst"), rows, "lrrrrrl",
     )  # fmt: skip
     kinds = [
         (
             escape(name or plan.checkpoint.name),
-            _ACTIONS[action],
+            ACTIONS[action],
             escape(reason),
             f"{count:,}",
             f"{nbytes:,}",
@@ -62,7 +62,7 @@ def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]])
         for name, (plan, _) in parts.items()
         for action, reason, count, _, nbytes in plan.groups()
     ]
-    lines += _table(("", "what", "why", "tensors", "bytes"), kinds, "lllrr")
+    lines += table(("", "what", "why", "tensors", "bytes"), kinds, "lllrr")
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def verification_section(path: Path, reports: Mapping[str, Report]) -> str:
     good = "good in the sample" if sampled else "good"
     verdict = f"**not good**, findings: {len(findings):,}" if findings else good
     lines = [f"### nf4 verify: {escape(path)}: {verdict}", ""]
-    lines += _table(
+    lines += table(
         ("", "check", "result"),
         [
             (escape(name), escape(check.what), "ok" if check.ok else "**failed**")
@@ -86,7 +86,7 @@ def verification_section(path: Path, reports: Mapping[str, Report]) -> str:
         ],
         "lll",
     )
-    lines += _table(
+    lines += table(
         ("", "level", "where", "finding"),
         [
             (escape(name), escape(f.level), escape(f.where), escape(f.message))
@@ -134,7 +134,12 @@ def escape(text: object) -> str:
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", seen)
 
 
-def _table(headings: Iterable[str], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
+def table(headings: Iterable[str], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
+    """The lines of a table, and an empty one behind it; [] for one without rows.
+
+    Args:
+        align: a letter a column, "l" or "r".
+    """
     if not rows:
         return []
     marks = {"l": ":--", "r": "--:"}

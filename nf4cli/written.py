@@ -14,7 +14,7 @@ from .packed import PackedWeight
 from .pipeline import Progress
 from .records import Checkpoint, Shard
 from .report import Finding, Report
-from .source import MANIFEST, is_weight_file
+from .source import CARD, MANIFEST, REPOSITORYS, is_weight_file
 from .untrusted import home_of, is_regular, leads_out
 
 _CODE = (".py", ".so", ".pkl")
@@ -109,7 +109,7 @@ def _check_additions(checkpoint: Checkpoint, manifest: Manifest, report: Report)
     wrong = {name for name in added if is_weight_file(name) or name.endswith(_CODE)}
     for name in sorted(wrong):
         report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
-    if others := sorted(added - wrong):
+    if others := sorted(added - wrong - {*REPOSITORYS}):
         report.unchecked.append(f"files that the manifest does not list: {', '.join(others[:10])}")
 
 
@@ -140,8 +140,8 @@ def check_other_file(
     elif not is_regular(path):
         report.add("manifest", name, f"{name} is missing: the manifest lists it")
     elif (found := digest_file(path, algorithm)) != record.digest:
-        if name == "README.md":
-            report.unchecked.append("README.md: it was edited since, as a model card may be")
+        if name == CARD:  # of an output of nf4 0.2
+            report.unchecked.append(f"{CARD}: it was edited since, as a model card may be")
         else:
             report.add(
                 "manifest",

@@ -6,25 +6,33 @@ them all.  The Hub keeps what was sent and not committed, so that the next run n
 
 from __future__ import annotations
 
+import hashlib
 import re
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..diffusion import Record
+from ..card import addressed
 from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
-from ..manifest import Manifest
-from ..source import CARD, MANIFEST, PIPELINE_RECORD, is_weight_file
-from ..untrusted import RECORD, read_start
-from .client import Name, RemoteFile, Snapshot, endpoint, is_offline, open_at, resolve
+from ..source import CARD, MANIFEST
+from ..untrusted import read_start
+from .client import Name, Snapshot, endpoint, is_offline, resolve
+from .repository import (
+    Expected,
+    differences,
+    files_of_earlier_output,
+    read_whole,
+    refuse_another_model,
+)
 from .upload import (
+    MAX_IN_GIT,
     Sent,
     addition,
+    blob_of,
     hold,
     is_ignored,
     is_stored,
@@ -136,7 +144,7 @@ class Publication:
         self._head: Snapshot | None = None
         self._recorded: frozenset[str] = frozenset()
         self._operations: list[CommitOperationAdd] = []
-        self._expected: dict[str, _Expected] = {}
+        self._expected: dict[str, Expected] = {}
         self._restored: set[str] = set()
 
     def prepare(self) -> None:
@@ -155,8 +163,10 @@ class Publication:
         self.repo = self._asked(self.repo, self._create)
         self._asked(self.repo, self._probe)
         head = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
-        self._recorded, why = self._files_of_earlier_output(head)
-        _refuse_another_model(self.repo, head, self._recorded, why)
+        self._recorded, why = files_of_earlier_output(
+            head, lambda name: self._asked(f"{name} of {self.repo}", lambda: read_whole(head, name))
+        )
+        refuse_another_model(self.repo, head, self._recorded, why)
         self.keeps_card = CARD in head.files and not self._replace_card
         self._head = head
         self._say_who_sees_it()
@@ -186,34 +196,6 @@ class Publication:
         elif not self.private and not self._public:
             self._notify(f"{self.repo} exists and is public: everybody will see what is pushed")
 
-    def _files_of_earlier_output(self, head: Snapshot) -> tuple[frozenset[str], str]:
-        """(every file that the manifests of a commit answer for, why there are none)."""
-        try:
-            if PIPELINE_RECORD in head.files:
-                record = self._read(head, PIPELINE_RECORD, Record.from_file)
-                names = {PIPELINE_RECORD, *record.files}
-                parts = [f"{component}/" for component in record.components]
-            elif MANIFEST in head.files:
-                names, parts = set(), [""]
-            else:
-                return frozenset(), f"it has no {MANIFEST}"
-            for part in parts:
-                manifest = self._read(head, part + MANIFEST, Manifest.from_file)
-                names |= {part + MANIFEST, *(part + name for name in manifest.output_files)}
-        except InputError as error:
-            return frozenset(), str(error)
-        return frozenset(names), ""
-
-    def _read(self, head: Snapshot, name: str, parse: Callable[[Path], Answer]) -> Answer:
-        """A record of an earlier output, from the Hub."""
-        file = head.files.get(name)
-        if file is None or file.size > RECORD.nbytes:
-            raise InputError(f"it has no {name} that can be read")
-        with tempfile.TemporaryDirectory(prefix="nf4-") as directory:
-            place = Path(directory) / name.rpartition("/")[2]
-            self._asked(f"{name} of {self.repo}", lambda: _download(head, file, place))
-            return parse(place)
-
     def add(self, path: Path, name: str, sha256: str | None = None) -> Uploaded:
         """Send the bytes of a file; it may be removed afterwards.
 
@@ -230,14 +212,13 @@ class Publication:
             UsageError: the repository's .gitignore would leave it out.
             MachineError: the Hub cannot be reached, or says again and again that it is busy.
         """
+        if name == CARD:
+            return self._add_card(path)
         sample, size, identity = read_start(path, _SAMPLE)
         if sha256 is None:
             sha256 = sha256_of(path)
-        if name == CARD and self.keeps_card:
-            self._sent(size)
-            return Uploaded(name, size, sha256, sample, True)
         if self._is_there(name, size, sha256):
-            self._expect(name, _Expected(size, sha256, None))
+            self._expect(name, Expected(size, sha256, None))
             self._sent(size)
             return Uploaded(name, size, sha256, sample, True)
         operation = addition(name, path, size, sample, sha256, self._sent)
@@ -246,9 +227,26 @@ class Publication:
         blob = None if stored else hold(operation, path, sha256)
         if read_start(path, 0)[2] != identity:
             raise InputError(f"{path} changed while it was sent: let nobody write there, run again")
-        self._expect(name, _Expected(size, sha256, blob), operation)
+        self._expect(name, Expected(size, sha256, blob), operation)
         self._sent(rest(operation))
         return Uploaded(name, size, sha256, sample, stored)
+
+    def _add_card(self, path: Path) -> Uploaded:
+        """The model card, with the name of the repository in it, unless one is there that stays."""
+        from huggingface_hub import CommitOperationAdd
+
+        data, size, _ = read_start(path, MAX_IN_GIT)
+        if size > MAX_IN_GIT:
+            raise InputError(f"{path} has {size:,} bytes: no model card does")
+        text = addressed(data, self.repo)
+        sha256 = hashlib.sha256(text).hexdigest()
+        if not self.keeps_card:
+            operation = CommitOperationAdd(CARD, text)
+            self._asked(f"{CARD} for {self.repo}", lambda: self._send(operation))
+            blob = None if is_stored(operation) else blob_of(text)
+            self._expect(CARD, Expected(len(text), sha256, blob), operation)
+        self._sent(size)
+        return Uploaded(CARD, len(text), sha256, text[:_SAMPLE], False)
 
     def restore(self, uploaded: Uploaded) -> None:
         """Count a file in that an earlier process sent, and that is not on this disk any more."""
@@ -256,10 +254,10 @@ class Publication:
             operation = addition(
                 uploaded.name, None, uploaded.size, uploaded.sample, uploaded.sha256, self._sent
             )
-            self._expect(uploaded.name, _Expected(uploaded.size, uploaded.sha256, None), operation)
+            self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None), operation)
             self._restored.add(uploaded.name)
         else:
-            self._expect(uploaded.name, _Expected(uploaded.size, uploaded.sha256, None))
+            self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None))
         self._sent(uploaded.size)
 
     def _is_there(self, name: str, size: int, sha256: str) -> bool:
@@ -272,7 +270,7 @@ class Publication:
         return self._head
 
     def _expect(
-        self, name: str, expected: _Expected, operation: CommitOperationAdd | None = None
+        self, name: str, expected: Expected, operation: CommitOperationAdd | None = None
     ) -> None:
         with self._lock:
             self._expected[name] = expected
@@ -314,7 +312,7 @@ class Publication:
                 # The commit may have been made although its answer was lost.
                 now = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
                 if now.commit != self._prepared.commit:
-                    if not _differences(now, self._expected, stale):
+                    if not differences(now, self._expected, stale):
                         commit = now.commit
                         break
                     raise MachineError(
@@ -326,7 +324,7 @@ class Publication:
                     raise
                 self._wait(error, wait)
         shown = self._asked(self.repo, lambda: resolve(Name(self.repo, commit)))
-        if wrong := _differences(shown, self._expected, stale):
+        if wrong := differences(shown, self._expected, stale):
             raise MachineError(
                 f"commit {commit[:12]} of {self.repo} is not what was sent: {wrong[0]}. Run the "
                 "same again, and look at the page of the model"
@@ -380,15 +378,6 @@ class Publication:
         time.sleep(seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    """What the commit has to show of a file: `blob` is git's digest where it is no LFS file."""
-
-    size: int
-    sha256: str
-    blob: str | None
-
-
 def _require_token(repo: str) -> None:
     from huggingface_hub import get_token
 
@@ -399,57 +388,10 @@ def _require_token(repo: str) -> None:
         )
 
 
-def _refuse_another_model(repo: str, head: Snapshot, recorded: frozenset[str], why: str) -> None:
-    """Raises UsageError when a commit has weights that no output of nf4 answers for."""
-    foreign = sorted(
-        name
-        for name in head.files
-        if is_weight_file(name.rpartition("/")[2]) and name not in recorded
-    )
-    if foreign:
-        names = f"{', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}"
-        reason = why or f"its {MANIFEST} does not list them"
-        raise UsageError(
-            f"{repo} holds weights that nf4 did not put there ({names}; {reason}), and a loader "
-            "could take them for ours: push to another repository, or delete them there first"
-        )
-
-
-def _download(head: Snapshot, file: RemoteFile, place: Path) -> None:
-    with open_at(head, file, 0) as (_, chunks), place.open("wb") as out:
-        for chunk in chunks:
-            out.write(chunk)
-            if out.tell() > file.size:
-                break
-        size = out.tell()
-    if size != file.size:
-        raise MachineError(f"{file.name}: {endpoint()} sent {size:,} of {file.size:,} bytes")
-
-
 def _is_conflict(error: MachineError) -> bool:
     """Whether the Hub says that its head is another than the one that we named."""
     response = response_of(error)
     return response is not None and response.status_code == 412
-
-
-def _differences(
-    shown: Snapshot, expected: Mapping[str, _Expected], stale: Iterable[str]
-) -> list[str]:
-    """What a commit shows that is not as it was sent."""
-    found = []
-    for name, wanted in sorted(expected.items()):
-        file = shown.files.get(name)
-        if file is None:
-            found.append(f"{name} is missing")
-        elif file.size != wanted.size:
-            found.append(f"{name} has {file.size:,} bytes, expected {wanted.size:,}")
-        elif file.sha256 is not None and file.sha256 != wanted.sha256:
-            found.append(f"the sha256 of {name} is {file.sha256}, expected {wanted.sha256}")
-        elif file.sha256 is None and wanted.blob not in (None, file.blob):
-            found.append(f"{name} has git's digest {file.blob}, expected {wanted.blob}")
-        elif file.sha256 is None and wanted.blob is None:
-            found.append(f"{name} lies in git, expected in LFS")
-    return found + [f"{name} is still there" for name in stale if name in shown.files]
 
 
 def _lost(error: InputError, restored: Collection[str]) -> tuple[str, ...]:

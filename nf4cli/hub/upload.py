@@ -18,7 +18,8 @@ from .client import endpoint, explained
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-_MAX_IN_GIT = 32_000_000  # bytes of a file that is none of LFS; the Hub takes up to 10 MB
+MAX_IN_GIT = 32_000_000
+"""Bytes of a file that is none of LFS; the Hub takes up to 10 MB."""
 
 Sent = Callable[[int], None]
 """Told of bytes of a file that are on the Hub, from any thread."""
@@ -106,8 +107,8 @@ def hold(operation: CommitOperationAdd, path: Path, sha256: str) -> str:
     Raises:
         InputError: it is not small, or not the file that it was.
     """
-    data, size, _ = read_start(path, _MAX_IN_GIT)
-    if size > _MAX_IN_GIT:
+    data, size, _ = read_start(path, MAX_IN_GIT)
+    if size > MAX_IN_GIT:
         raise InputError(
             f"{path} has {size:,} bytes, and {endpoint()} wants it in git itself, not in LFS: "
             "name its kind in the repository's .gitattributes"
@@ -115,7 +116,12 @@ def hold(operation: CommitOperationAdd, path: Path, sha256: str) -> str:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InputError(f"{path} changed while it was sent: let nobody write there, run again")
     operation.path_or_fileobj = data
-    return hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+    return blob_of(data)
+
+
+def blob_of(data: bytes) -> str:
+    """Git's digest of a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

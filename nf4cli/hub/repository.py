@@ -1,0 +1,116 @@
+"""What a repository of a Hub holds: an earlier output, another model, or just what was sent."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..diffusion import Record
+from ..errors import InputError, MachineError, UsageError
+from ..manifest import Manifest
+from ..source import MANIFEST, PIPELINE_RECORD, is_weight_file
+from ..untrusted import RECORD
+from .client import Snapshot, endpoint, open_at
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the commit has to show of a file: `blob` is git's digest where it is no LFS file."""
+
+    size: int
+    sha256: str
+    blob: str | None
+
+
+def read_whole(head: Snapshot, name: str) -> bytes:
+    """A record of an earlier output.
+
+    Raises:
+        InputError: there is none, or none of a size that can be.
+        MachineError: see `open_at`; it came short.
+    """
+    file = head.files.get(name)
+    if file is None or file.size > RECORD.nbytes:
+        raise InputError(f"it has no {name} that can be read")
+    data = bytearray()
+    with open_at(head, file, 0) as (_, chunks):
+        for chunk in chunks:
+            data += chunk
+            if len(data) > file.size:
+                break
+    if len(data) != file.size:
+        raise MachineError(f"{name}: {endpoint()} sent {len(data):,} of {file.size:,} bytes")
+    return bytes(data)
+
+
+def files_of_earlier_output(
+    head: Snapshot, read: Callable[[str], bytes]
+) -> tuple[frozenset[str], str]:
+    """(every file that the manifests of a commit answer for, why there are none).
+
+    Args:
+        read: gives the bytes of a file of that commit.
+    """
+
+    def parsed(name: str, parse: Callable[[Path], Parsed]) -> Parsed:
+        with tempfile.TemporaryDirectory(prefix="nf4-") as directory:
+            place = Path(directory) / name.rpartition("/")[2]
+            place.write_bytes(read(name))
+            return parse(place)
+
+    try:
+        if PIPELINE_RECORD in head.files:
+            record = parsed(PIPELINE_RECORD, Record.from_file)
+            names = {PIPELINE_RECORD, *record.files}
+            parts = [f"{component}/" for component in record.components]
+        elif MANIFEST in head.files:
+            names, parts = set(), [""]
+        else:
+            return frozenset(), f"it has no {MANIFEST}"
+        for part in parts:
+            manifest = parsed(part + MANIFEST, Manifest.from_file)
+            names |= {part + MANIFEST, *(part + name for name in manifest.output_files)}
+    except InputError as error:
+        return frozenset(), str(error)
+    return frozenset(names), ""
+
+
+def refuse_another_model(repo: str, head: Snapshot, recorded: frozenset[str], why: str) -> None:
+    """Raises UsageError when a commit has weights that no output of nf4 answers for."""
+    foreign = sorted(
+        name
+        for name in head.files
+        if is_weight_file(name.rpartition("/")[2]) and name not in recorded
+    )
+    if foreign:
+        names = f"{', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}"
+        reason = why or f"its {MANIFEST} does not list them"
+        raise UsageError(
+            f"{repo} holds weights that nf4 did not put there ({names}; {reason}), and a loader "
+            "could take them for ours: push to another repository, or delete them there first"
+        )
+
+
+def differences(
+    shown: Snapshot, expected: Mapping[str, Expected], stale: Iterable[str]
+) -> list[str]:
+    """What a commit shows that is not as it was sent."""
+    found = []
+    for name, wanted in sorted(expected.items()):
+        file = shown.files.get(name)
+        if file is None:
+            found.append(f"{name} is missing")
+        elif file.size != wanted.size:
+            found.append(f"{name} has {file.size:,} bytes, expected {wanted.size:,}")
+        elif file.sha256 is not None and file.sha256 != wanted.sha256:
+            found.append(f"the sha256 of {name} is {file.sha256}, expected {wanted.sha256}")
+        elif file.sha256 is None and wanted.blob not in (None, file.blob):
+            found.append(f"{name} has git's digest {file.blob}, expected {wanted.blob}")
+        elif file.sha256 is None and wanted.blob is None:
+            found.append(f"{name} lies in git, expected in LFS")
+    return found + [f"{name} is still there" for name in stale if name in shown.files]
