@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import threading
@@ -22,7 +23,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 16  # bytes of a body that are handed on at a time: what a break costs
 _MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
 
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts, beside those of huggingface_hub
+_BUSY_RETRIES = 3  # within each of the attempts, where the server says that it is busy
+_ATTEMPTS = 5  # of what fails for a reason that may pass
 
 Chunks = Iterator[bytes]
 T = TypeVar("T")
@@ -220,17 +222,41 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
             timeout=timeout,
             retry_on_exceptions=(),
             retry_on_status_codes=busy,
+            max_retries=_BUSY_RETRIES,
+            base_wait_time=waits(1)[0],
         ) as response:
             yield response, response.iter_bytes(_CHUNK)
         return
     old: Any = utils.http_backoff  # before 1.0, through requests
     response = old(
-        "GET", url, headers=headers, timeout=timeout, stream=True, retry_on_status_codes=busy
+        "GET",
+        url,
+        headers=headers,
+        timeout=timeout,
+        stream=True,
+        retry_on_status_codes=busy,
+        max_retries=_BUSY_RETRIES,
+        base_wait_time=waits(1)[0],
     )
     try:
         yield response, response.iter_content(_CHUNK)
     finally:
         response.close()
+
+
+def waits(count: int) -> list[float]:
+    """Seconds to wait between attempts, each twice the one before; the first is a second, or what
+    NF4_HUB_WAIT says.
+
+    Raises:
+        UsageError: that is no number.
+    """
+    text = os.environ.get("NF4_HUB_WAIT", "1")
+    try:
+        first = float(text)
+    except ValueError as error:
+        raise UsageError(f"NF4_HUB_WAIT is {text!r}, expected seconds") from error
+    return [first * 2.0**number for number in range(count)]
 
 
 def persist(
@@ -245,7 +271,7 @@ def persist(
     Raises:
         MachineError: what `work` raised the last time.
     """
-    for wait in _WAITS:
+    for wait in waits(_ATTEMPTS - 1):
         try:
             return work()
         except MachineError as error:
@@ -380,6 +406,8 @@ def _refused(what: str, error: Any) -> InputError | MachineError:
     """An answer of the Hub that is none of those with a name of their own."""
     status = error.response.status_code if error.response is not None else 0
     message = f"{what}: {endpoint()} answered {status}, {_first_line(error)}"
+    if status == 403 and not str(error.response.url).startswith(endpoint()):
+        return MachineError(f"{message}, the address of the file may have expired: try again")
     if status in (401, 403):
         return InputError(f"{message}: log in with `hf auth login`, or set HF_TOKEN to a token "
                           "that may do this")  # fmt: skip

@@ -319,7 +319,7 @@ class Download:
                 if failures >= _ATTEMPTS:
                     raise
                 notify(f"{error}; attempt {failures + 1} goes on from byte {out.tell():,}")
-                if self._stop.wait(min(2.0**failures, 30.0)):
+                if self._stop.wait(client.waits(failures + 1)[-1]):
                     raise InterruptedRunError("interrupted") from None
 
     def _append(self, out: Any) -> None:

@@ -139,26 +139,37 @@ def _fetch_whole(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
     place = directory / file.name
     place.parent.mkdir(parents=True, exist_ok=True)
     local = cached(snapshot, file)
-    if local is not None:
-        data = local.read_bytes()
-    else:
-        with open_at(snapshot, file, 0) as (_, chunks):
-            data = b""
-            for chunk in chunks:
-                data += chunk
-                if len(data) > file.size:
-                    break
+    data = local.read_bytes() if local is not None else b""
+    if local is None or (_complaint(file, data) and not is_offline()):
+        data = _download(snapshot, file)
+    if complaint := _complaint(file, data):
+        raise MachineError(f"{file.name} of {snapshot.name}: {complaint}: try again")
+    place.write_bytes(data)
+
+
+def _download(snapshot: Snapshot, file: RemoteFile) -> bytes:
+    """All of a small file, or a little more than all where too much comes."""
+    data = b""
+    with open_at(snapshot, file, 0) as (_, chunks):
+        for chunk in chunks:
+            data += chunk
+            if len(data) > file.size:
+                break
+    return data
+
+
+def _complaint(file: RemoteFile, data: bytes) -> str:
+    """What is wrong with the bytes of a small file, "" for nothing."""
     if file.sha256 is not None:
         found, expected = sha256(data).hexdigest(), file.sha256
     else:
         git = b"blob %d\0" % len(data) + data
         found, expected = sha1(git, usedforsecurity=False).hexdigest(), file.blob or ""
-    if len(data) != file.size or (expected and found != expected):
-        raise MachineError(
-            f"{file.name} of {snapshot.name}: {len(data):,} bytes with the digest {found} came, "
-            f"expected {file.size:,} with {expected}: try again"
-        )
-    place.write_bytes(data)
+    if len(data) == file.size and (not expected or found == expected):
+        return ""
+    return (
+        f"{len(data):,} bytes with the digest {found} came, expected {file.size:,} with {expected}"
+    )
 
 
 def _fetch_header(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:

@@ -20,7 +20,7 @@ from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
 from ..source import CARD, MANIFEST
 from ..untrusted import read_start
-from .client import Name, Snapshot, endpoint, is_offline, resolve
+from .client import Name, Snapshot, endpoint, is_offline, resolve, waits
 from .repository import (
     Expected,
     differences,
@@ -46,7 +46,7 @@ from .upload import (
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before the second, third... attempt
+_RETRIES = 5  # of what fails for a reason that may pass
 _LONGEST_WAIT = 300.0  # that a server may ask for
 _SAMPLE = 512  # bytes of a file's start that the Hub looks at
 Answer = TypeVar("Answer")
@@ -304,7 +304,7 @@ class Publication:
         """
         with self._lock:
             operations, stale = list(self._operations), self.stale
-        for wait in (*_WAITS, None):
+        for wait in (*waits(_RETRIES), None):
             try:
                 commit = self._send_commit(operations, stale, message)
                 break
@@ -363,7 +363,7 @@ class Publication:
 
     def _asked(self, what: str, call: Callable[[], Answer]) -> Answer:
         """What the Hub answers, asked again while the machine or the network may be to blame."""
-        for wait in _WAITS:
+        for wait in waits(_RETRIES):
             try:
                 with translated(what):
                     return call()

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from .faults import Fault, Faults
-from .store import File, Repo, Store, free_port_environment, is_lfs
+from .store import File, Repo, Store, environment_of, is_lfs
 
 _PIECE = 1 << 16
 TOKENS = {"hf_write": "write", "hf_read": "read"}
@@ -86,7 +86,7 @@ class Hub:
 
     def environment(self, home: Path, token: str | None = "hf_write") -> dict[str, str]:
         """For a process that speaks to this Hub and to nothing else."""
-        return free_port_environment(self.url, home, token)
+        return environment_of(self.url, home, token)
 
     def requests(self, pattern: str) -> list[Request]:
         """Those whose "METHOD /path" the pattern is found in."""

@@ -128,7 +128,7 @@ def is_lfs(name: str, size: int) -> bool:
     return name.endswith(LFS) or size > LARGE
 
 
-def free_port_environment(url: str, home: Path, token: str | None) -> dict[str, str]:
+def environment_of(url: str, home: Path, token: str | None) -> dict[str, str]:
     """The environment of a process that speaks to a server and to nothing else."""
     left = {
         k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()
@@ -139,6 +139,7 @@ def free_port_environment(url: str, home: Path, token: str | None) -> dict[str, 
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",  # huggingface_hub 2.x would send every upload there
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NF4_HUB_WAIT": "0.1",
         "NO_PROXY": "*",
         **({} if token is None else {"HF_TOKEN": token}),
     }
