@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, pipelines, step_summary, views
+from . import common, completing, pipelines, step_summary, views
 from .common import (
     DeviceOption,
     EngineOption,
@@ -34,10 +34,17 @@ def quantize(
         Path | None,
         typer.Argument(help="New directory. Default: NAME-nf4 here.", show_default=False),
     ] = None,
-    quant_type: Annotated[str, typer.Option("--quant-type", help="nf4 or fp4.")] = "nf4",
+    quant_type: Annotated[
+        str,
+        typer.Option("--quant-type", help="nf4 or fp4.", autocompletion=completing.quant_types),
+    ] = "nf4",
     blocksize: Annotated[
         int,
-        typer.Option("--blocksize", help="Weights that share a scale: 32 to 4096, powers of 2."),
+        typer.Option(
+            "--blocksize",
+            help="Weights that share a scale: 32 to 4096, powers of 2.",
+            autocompletion=completing.blocksizes,
+        ),
     ] = 64,
     double_quant: Annotated[
         bool,
@@ -62,6 +69,7 @@ def quantize(
             "--on-nonfinite",
             help="A weight that holds a NaN or an infinity: error refuses it, keep leaves it in "
             "full precision (and reads the source once more to find them, under --plan as well).",
+            autocompletion=completing.on_nonfinite,
         ),
     ] = "error",
     dtype: Annotated[
@@ -69,6 +77,7 @@ def quantize(
         typer.Option(
             "--dtype",
             help="Dtype of what stays float: auto (the model's), float32, float16, bfloat16.",
+            autocompletion=completing.dtypes,
         ),
     ] = "auto",
     compute_dtype: Annotated[
@@ -76,12 +85,15 @@ def quantize(
         typer.Option(
             "--compute-dtype",
             help="Dtype loaders compute in: auto (the model's), float32, float16, bfloat16.",
+            autocompletion=completing.dtypes,
         ),
     ] = "auto",
     quant_storage: Annotated[
         str,
         typer.Option(
-            "--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."
+            "--quant-storage",
+            help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16).",
+            autocompletion=completing.storages,
         ),
     ] = "uint8",
     target: Annotated[
@@ -89,6 +101,7 @@ def quantize(
         typer.Option(
             "--target",
             help="Who loads it: transformers; vllm or unsloth, which take experts in 4 bit.",
+            autocompletion=completing.targets,
         ),
     ] = "transformers",
     exact: Annotated[
@@ -107,7 +120,12 @@ def quantize(
     ] = False,
     max_shard_size: ShardSizeOption = "5GB",
     digest: Annotated[
-        str, typer.Option("--digest", help="Digest of files in the manifest: blake3 or sha256.")
+        str,
+        typer.Option(
+            "--digest",
+            help="Digest of files in the manifest: blake3 or sha256.",
+            autocompletion=completing.digests,
+        ),
     ] = "blake3",
     engine: EngineOption = "auto",
     device: DeviceOption = None,
