@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the steps of action.yml, which run on a GitHub runner (Linux, macOS).
 # Environment: what GitHub sets (GITHUB_OUTPUT, RUNNER_TEMP), NF4_* from the action's inputs.
 set -euo pipefail

@@ -46,8 +46,10 @@ def main() -> None:
     except ValueError:  # killed before it could say anything, or a bug: the log has its traceback
         print("::error title=nf4::nf4 left no report: see the log", file=sys.stderr)
         return
-    print(*outputs(document), sep="\n")
-    print(*annotations(document), sep="\n", file=sys.stderr)
+    for line in outputs(document):
+        print(line)
+    for line in annotations(document):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":
