@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ci.commands import stand_in
+from ci.context import alone
 from ci.expressions import evaluate
 from ci.github import Caches, Job
 from helpers import nf4_ok, same_files
+
+from nf4cli import __version__
 
 ROOT = Path(__file__).parent.parent
 INSTALLED = {"Install nf4": None}  # the tests' own is on the PATH
@@ -24,13 +26,9 @@ def job(work, tmp_path):
     return Job(ROOT, work, tmp_path / "runner-1", instead=INSTALLED)
 
 
-def stand_in(place: Path, script: str) -> dict[str, str]:
-    """Environment of a job with another nf4, which may call the real one as $REAL."""
-    place.mkdir()
-    command = place / "nf4"
-    command.write_text(f"#!/bin/bash\nREAL={Path(sys.executable).with_name('nf4')}\n{script}\n")
-    command.chmod(0o755)
-    return {"PATH": f"{place}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def other_nf4(place: Path, script: str) -> dict[str, str]:
+    """Environment of a job with another nf4."""
+    return {"PATH": stand_in(place, "nf4", script)}
 
 
 def test_convert_and_verify(job, work):
@@ -112,8 +110,7 @@ def test_inputs_that_contradict_each_other(job, inputs, says):
 def test_a_stopped_run_goes_on_in_the_next_job(work, tmp_path):
     caches = Caches(tmp_path / "caches", work)
     nf4_ok("quantize", "model", "by-hand", cwd=work)
-    # No file larger than 100 kB: as a full disk, an error of the machine in mid-run.
-    full = stand_in(tmp_path / "full", 'ulimit -f 100; exec "$REAL" "$@" --workers 1')
+    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$@" --workers 1')
     first = Job(ROOT, work, tmp_path / "runner-1", caches, INSTALLED, full)
     outputs = first.use(model="model", output="out")
     assert not first.ok
@@ -138,7 +135,7 @@ def test_downloads_are_kept_once(work, tmp_path):
     """What came from the Hub is cached for the next job; a bounded run has nothing to cache."""
     script = 'mkdir -p "$HF_HOME/hub/models--a--b"; echo \'{"nf4": "quantize"}\''
     caches = Caches(tmp_path / "caches", work)
-    env = stand_in(tmp_path / "hub", script) | {"HF_HOME": str(tmp_path / "hf")}
+    env = other_nf4(tmp_path / "hub", script) | {"HF_HOME": str(tmp_path / "hf")}
     keep = "Keep downloads"
     for run, (disk, kept) in enumerate([("10GB", False), ("", True), ("", False)]):
         one = Job(ROOT, work, tmp_path / f"runner-{run}", caches, INSTALLED, env, run)
@@ -156,7 +153,7 @@ def test_publishing(work, tmp_path, output, published):
         f'echo "nf4 $*" >>{said}; [ -z "$HF_TOKEN" ] || echo token >>{said}\n'
         'echo \'{"nf4": "push", "commit": "c0ffee"}\''
     )
-    job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, stand_in(tmp_path / "bin", script))
+    job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, other_nf4(tmp_path / "bin", script))
     outputs = job.use(
         model="model", output=output, push_to="me/it", public="true", disk="2GB", hf_token="secret"
     )
@@ -184,21 +181,21 @@ def test_what_is_not_good_is_not_published(work, tmp_path):
 def test_no_token_is_none(work, tmp_path):
     """An empty HF_TOKEN would be sent as one."""
     script = 'echo "{\\"nf4\\": \\"x\\"}"; [ -z "${HF_TOKEN+set}" ]'
-    job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, stand_in(tmp_path / "bin", script))
+    job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, other_nf4(tmp_path / "bin", script))
     job.use(model="a/b", verify="none")
     assert job.ok, job.log
 
 
 def test_the_time_limit(work, tmp_path):
     """SIGTERM, early enough to keep what is finished; the exit code is nf4's."""
-    clock = tmp_path / "clock"
-    clock.mkdir()
-    timeout = clock / "timeout"
-    timeout.write_text(f'#!/bin/bash\n[[ "$*" == *"TERM --kill-after=2m 7m nf4 quantize"* ]] || exit 99\n'
-                       f'exec {shutil.which("timeout")} "${{@/7m/0.4s}}"\n')  # fmt: skip
-    timeout.chmod(0o755)
-    env = stand_in(tmp_path / "bin", "trap 'exit 130' TERM; sleep 20 & wait")
-    env["PATH"] = f"{clock}:{env['PATH']}"
+    env = other_nf4(tmp_path / "bin", "trap 'exit 130' TERM; sleep 20 & wait")
+    stand_in(
+        tmp_path / "bin",
+        "timeout",
+        f'''
+        [[ "$*" == *"--signal=TERM --kill-after=2m 7m nf4 quantize"* ]] || exit 99
+        exec {shutil.which("timeout")} "${{@/7m/0.4s}}"''',
+    )
     job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, env)
     outputs = job.use(model="model", minutes="7")
     assert not job.ok
@@ -206,18 +203,18 @@ def test_the_time_limit(work, tmp_path):
     assert "left no report" in job.log
 
 
-def test_the_install_step(tmp_path):
-    """pip and a compiler make nf4 of the checkout, in an environment of its own."""
-    packages = [path for path in sys.path if path.endswith("site-packages")]
+def test_the_install_step(wheel, tmp_path):
+    """nf4 in an environment of its own, on the PATH of the next step."""
+    path = tmp_path / "path"
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "ci" / "install.sh"], capture_output=True, text=True, check=False,
-        env={**os.environ, "PIP_NO_DEPS": "1", "PYTHONPATH": os.pathsep.join(packages),
-             "RUNNER_TEMP": str(tmp_path), "GITHUB_ACTION_PATH": str(ROOT), "NF4_INSTALL": "",
-             "GITHUB_PATH": str(tmp_path / "path")},
+        ["bash", ROOT / "scripts" / "ci" / "install.sh"],
+        env=alone() | {"RUNNER_TEMP": str(tmp_path), "GITHUB_ACTION_PATH": str(ROOT),
+                       "NF4_INSTALL": str(wheel), "GITHUB_PATH": str(path)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("nf4 ")
-    place = Path((tmp_path / "path").read_text().strip())
+    assert done.stdout == f"nf4 {__version__}\n"
+    place = Path(path.read_text().strip())
     assert (place / "nf4").is_file()
     assert list(place.parent.glob("lib/python*/site-packages/nf4cli/engines/_nf4.so"))
 
