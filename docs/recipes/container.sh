@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# nf4 in a container; docker takes the same words. The model lies in ./model, the output appears
+# nf4 in a container (docker: without --userns keep-id). The model lies in ./model, the output appears
 # beside it and belongs to whoever runs this.
 # Usage: container.sh CHECKOUT_OF_NF4 MODEL OUTPUT
 set -euo pipefail
