@@ -20,10 +20,10 @@ from nf4cli import codebook, digest, engines, records
 BIN = Path(sys.executable).parent
 CACHED = "HuggingFaceTB/SmolLM2-135M"
 START = {
-    "bash": (["bash", "--norc", "--noprofile", "-i"], 'eval "$(_NF4_COMPLETE=source_bash nf4)"'),
+    "bash": (["bash", "--norc", "--noprofile", "-i"], "nf4 --show-completion > nf4; source ./nf4"),
     "zsh": (
         ["zsh", "-f", "-i"],
-        'autoload -Uz compinit; compinit -u; eval "$(_NF4_COMPLETE=source_zsh nf4)"',
+        "autoload -Uz compinit; compinit -u; nf4 --show-completion > nf4; source ./nf4",
     ),
 }
 COMPLETED = [  # what is typed before Tab, and what then stands there
@@ -139,8 +139,8 @@ def test_fish(place):
     require("fish")
     for typed, completed in COMPLETED:
         done = subprocess.run(
-            ["fish", "--no-config", "-c", "_NF4_COMPLETE=source_fish nf4 | source; "
-             "complete -C $argv", typed],
+            ["fish", "--no-config", "-c", "nf4 --show-completion | source; "
+             "complete -C $argv[1]", typed],
             cwd=place, env=environment(place), capture_output=True, text=True, check=True,
         )  # fmt: skip
         words = [line.split("\t")[0] for line in done.stdout.splitlines()]
