@@ -13,11 +13,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from . import records
+
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-QUANT_TYPES = ("nf4", "fp4")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Written down there, where a shell that completes a word need not wait for numpy.
+QUANT_TYPES, BLOCKSIZES = records.QUANT_TYPES, records.BLOCKSIZES
 NESTED_BLOCKSIZE = 256
 """Elements of the absmax vector that share one nested_absmax (bitsandbytes fixes it)."""
 

@@ -30,6 +30,9 @@ STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 """quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""
 
 
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 ON_NONFINITE = ("error", "keep")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
 from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
@@ -111,6 +112,13 @@ def llama_nf4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("output") / "llama-nf4"
     nf4_ok("quantize", llama, output)
     return output
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nf4, built from no more than what goes into a container."""
+    place = tmp_path_factory.mktemp("wheel")
+    return build_wheel(copy_context(place / "context"), place)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import typer
 
 from ..errors import UsageError
 from ..untrusted import printable
+from . import completing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 EngineOption = Annotated[
     str,
     typer.Option(
-        "--engine", help="auto (a usable GPU, else the CPU), cpu, cuda, or torch (slow reference)."
+        "--engine",
+        help="auto (a usable GPU, else the CPU), cpu, cuda, or torch (slow reference).",
+        autocompletion=completing.engines,
     ),
 ]
 DeviceOption = Annotated[
@@ -282,5 +285,10 @@ class ProgressDisplay:
 
 
 SourceArgument = Annotated[
-    Path, typer.Argument(help="A model directory, or one .safetensors file.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A model directory, or one .safetensors file.",
+        show_default=False,
+        autocompletion=completing.sources,
+    ),
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common, hub
+from . import common, completing, hub
 from .common import (
     DeviceOption,
     EngineOption,
@@ -35,6 +35,7 @@ def dequantize(
         typer.Option(
             "--dtype",
             help="Dtype of all floats: auto (the original), float32, float16, bfloat16.",
+            autocompletion=completing.dtypes,
         ),
     ] = "auto",
     max_shard_size: ShardSizeOption = "5GB",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import checkpoints, common, hub, pipelines
+from . import checkpoints, common, completing, hub, pipelines
 from .common import (
     DeviceOption,
     EngineOption,
@@ -28,10 +28,17 @@ def quantize(
         Path | None,
         typer.Argument(help="New directory. Default: NAME-nf4 here.", show_default=False),
     ] = None,
-    quant_type: Annotated[str, typer.Option("--quant-type", help="nf4 or fp4.")] = "nf4",
+    quant_type: Annotated[
+        str,
+        typer.Option("--quant-type", help="nf4 or fp4.", autocompletion=completing.quant_types),
+    ] = "nf4",
     blocksize: Annotated[
         int,
-        typer.Option("--blocksize", help="Weights that share a scale: 32 to 4096, powers of 2."),
+        typer.Option(
+            "--blocksize",
+            help="Weights that share a scale: 32 to 4096, powers of 2.",
+            autocompletion=completing.blocksizes,
+        ),
     ] = 64,
     double_quant: Annotated[
         bool,
@@ -56,6 +63,7 @@ def quantize(
             "--on-nonfinite",
             help="A weight that holds a NaN or an infinity: error refuses it, keep leaves it in "
             "full precision (and reads the source once more to find them, under --plan as well).",
+            autocompletion=completing.on_nonfinite,
         ),
     ] = "error",
     dtype: Annotated[
@@ -63,6 +71,7 @@ def quantize(
         typer.Option(
             "--dtype",
             help="Dtype of what stays float: auto (the model's), float32, float16, bfloat16.",
+            autocompletion=completing.dtypes,
         ),
     ] = "auto",
     compute_dtype: Annotated[
@@ -70,12 +79,15 @@ def quantize(
         typer.Option(
             "--compute-dtype",
             help="Dtype loaders compute in: auto (the model's), float32, float16, bfloat16.",
+            autocompletion=completing.dtypes,
         ),
     ] = "auto",
     quant_storage: Annotated[
         str,
         typer.Option(
-            "--quant-storage", help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16)."
+            "--quant-storage",
+            help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16).",
+            autocompletion=completing.storages,
         ),
     ] = "uint8",
     target: Annotated[
@@ -83,6 +95,7 @@ def quantize(
         typer.Option(
             "--target",
             help="Who loads it: transformers; vllm or unsloth, which take experts in 4 bit.",
+            autocompletion=completing.targets,
         ),
     ] = "transformers",
     exact: Annotated[
@@ -106,6 +119,7 @@ def quantize(
             "--digest",
             help="Digest of files in the manifest: blake3 (quicker), sha256 (which a Hub states as "
             "well), or auto: sha256 where the source or the output lies on a Hub.",
+            autocompletion=completing.digests,
         ),
     ] = "auto",
     engine: EngineOption = "auto",

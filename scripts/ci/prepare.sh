@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Names and keys that the other steps use; refuses inputs that contradict each other.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case $NF4_VERIFY in
+  alone | none) ;;
+  source) [ -e "$NF4_MODEL" ] || fail "verify: source needs a model that is a path here: $NF4_MODEL is none" ;;
+  *) fail "verify is '$NF4_VERIFY': write alone, source or none" ;;
+esac
+case $NF4_MINUTES in
+  *[!0-9]*) fail "minutes is '$NF4_MINUTES': write a whole number" ;;
+esac
+[ -n "$NF4_MODEL" ] || fail "model is empty: name a directory, or org/name on the Hub"
+
+# Where nf4 quantize would put it, said here because the cache has to know.
+name=${NF4_MODEL%%@*}
+name=$(basename "$name")
+result=$NF4_OUTPUT
+if [ -z "$result" ] && [ -z "$NF4_PUSH_TO" ]; then
+  result="${name%.safetensors}-nf4"
+fi
+workspace=$result
+[ -n "$workspace" ] || workspace="$name-nf4"
+
+# One directory for each use of the action in a job.
+mkdir -p "$RUNNER_TEMP"
+reports=$(mktemp -d "$RUNNER_TEMP/nf4-reports-XXXXXX")
+
+output output "$result"
+output workspace "$(dirname "$workspace")/.$(basename "$workspace").partial"
+output reports "$reports"
+output hub-cache "${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
+output model-key "$(printf '%s' "$NF4_MODEL" | sum)"
+output run-key "$(printf '%s\n' "$NF4_MODEL" "$NF4_OUTPUT" "$NF4_PUSH_TO" "$NF4_ARGS" | sum)"
+output pip-cache "$(python -m pip cache dir)"
+output pip-key "$(sum <"$GITHUB_ACTION_PATH/pyproject.toml")"
+free_disk

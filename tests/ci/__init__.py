@@ -1,0 +1,1 @@
+"""Stand-ins for what runs a recipe elsewhere: GitHub's runner."""
