@@ -9,21 +9,17 @@ in it: the same output gives the same bytes.
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .diffusion import Record
-from .digest import digests_of_file
 from .errors import InputError, UsageError
-from .manifest import FileRecord, Manifest
-from .pipeline import Progress, no_progress, run
+from .listed import Listed, joined, listed_output, read_listed, strays
+from .manifest import Manifest
+from .pipeline import Progress, no_progress
 from .report import Finding
-from .source import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -51,15 +47,6 @@ class Attestation:
         return (json.dumps(self.statement, indent=1, allow_nan=False) + "\n").encode()
 
 
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """A file as a manifest lists it: where it lies, what it should be, in which algorithm."""
-
-    path: Path
-    record: FileRecord | None
-    algorithm: str
-
-
 def attest(
     path: Path,
     source: Path | None = None,
@@ -81,14 +68,17 @@ def attest(
     """
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x20]+", builder):
         raise UsageError(f"--builder-id {builder!r} is no URI: write one like https://ci.example/1")
-    manifests, output = _listed_output(path)
+    manifests, output = listed_output(path)
     found = Attestation()
-    for name in _strays(path, output):
+    for name in strays(path, output):
         message = f"{name} is in no manifest: remove it, or keep it beside {path.name}"
         found.findings.append(Finding("manifest", name, message))
     sources = _listed_sources(manifests, source) if source else {}
-    digests = _read({**output, **{f"source:{n}": f for n, f in sources.items()}}, workers, found,
-                    progress)  # fmt: skip
+    digests, findings, edited = read_listed(
+        {**output, **{f"source:{n}": f for n, f in sources.items()}}, workers, progress
+    )
+    found.findings += sorted(findings, key=lambda finding: (finding.level, finding.where))
+    found.notes += [f"{name} was edited since and is not in the statement" for name in edited]
     if not found.findings:
         found.statement = _statement(
             {name: digests[name] for name in output if name in digests},
@@ -99,114 +89,14 @@ def attest(
     return found
 
 
-def _listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, _Listed]]:
-    """The manifests by component ("" for a checkpoint), and every file that they answer for."""
-    record_place = path / PIPELINE_RECORD
-    if record_place.is_file():
-        record = Record.from_file(record_place)
-        files = {n: _Listed(path / n, r, record.digest) for n, r in record.files.items()}
-        files[PIPELINE_RECORD] = _Listed(record_place, None, record.digest)
-        manifests = {name: _manifest(path / name) for name in record.components}
-    elif path.is_dir():
-        files, manifests = {}, {"": _manifest(path)}
-    else:
-        raise InputError(f"{path} is no directory: give one that nf4 quantize wrote")
-    for component, manifest in manifests.items():
-        for name, file in manifest.output_files.items():
-            files[_joined(component, name)] = _Listed(
-                path / component / name, file, manifest.digest
-            )
-        own = _joined(component, MANIFEST)
-        files.setdefault(own, _Listed(path / own, None, manifest.digest))
-    for name, listed in files.items():
-        if not _lies_in(listed.path, path):
-            raise InputError(f"{path}: {name[:200]!r} in a manifest leads out of the directory")
-    return manifests, dict(sorted(files.items()))
-
-
-def _lies_in(file: Path, directory: Path) -> bool:
-    try:
-        return file.resolve().is_relative_to(directory.resolve())
-    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL
-        return False
-
-
-def _manifest(directory: Path) -> Manifest:
-    if not (directory / MANIFEST).is_file():
-        raise InputError(
-            f"{directory} has no {MANIFEST}: nf4 attests what nf4 quantize wrote, and a finished "
-            "run has one"
-        )
-    return Manifest.from_file(directory / MANIFEST)
-
-
-def _listed_sources(manifests: Mapping[str, Manifest], source: Path) -> dict[str, _Listed]:
+def _listed_sources(manifests: Mapping[str, Manifest], source: Path) -> dict[str, Listed]:
     return {
-        _joined(component, name): _Listed(
+        joined(component, name): Listed(
             source if source.is_file() else source / component / name, file, manifest.digest
         )
         for component, manifest in manifests.items()
         for name, file in manifest.source_files.items()
     }
-
-
-def _joined(component: str, name: str) -> str:
-    return f"{component}/{name}" if component else name
-
-
-def _strays(root: Path, known: Mapping[str, object]) -> Iterable[str]:
-    """Files that no manifest lists: a statement without them would let them ride along."""
-    for place, directories, files in os.walk(root):
-        here = Path(place)
-        links = [d for d in directories if (here / d).is_symlink()]
-        directories[:] = sorted(set(directories) - set(LEFT_DIRECTORIES) - set(links))
-        for file in sorted([*files, *links]):
-            name = (here / file).relative_to(root).as_posix()
-            if name not in known and not file.startswith(".git") and name != CARD:
-                yield name
-
-
-def _read(
-    files: Mapping[str, _Listed], workers: int, found: Attestation, progress: Progress
-) -> dict[str, str]:
-    """Each file's SHA-256, by the key in `files`; what differs from its record is a finding."""
-    digests: dict[str, str] = {}
-    lock = threading.Lock()
-
-    def check(item: tuple[str, _Listed]) -> None:
-        key, listed = item
-        name = key.removeprefix("source:")
-        message = None
-        if not os.path.isfile(listed.path):  # noqa: PTH113 - False also for a name too long
-            message = f"{listed.path} is missing: the manifest lists it"
-        else:
-            size, both = digests_of_file(
-                listed.path, {"sha256", listed.algorithm}, lambda count: progress(name, count)
-            )
-            record = listed.record
-            if record is not None and (size, both[listed.algorithm]) != (
-                record.size,
-                record.digest,
-            ):
-                if key == name == CARD or key.endswith(f"/{CARD}"):
-                    with lock:
-                        found.notes.append(f"{name} was edited since and is not in the statement")
-                    return
-                message = (
-                    f"{listed.path} is not what the manifest says: {listed.algorithm} is "
-                    f"{both[listed.algorithm]}, expected {record.digest}"
-                )
-        with lock:
-            if message is None:
-                digests[key] = both["sha256"]
-            else:
-                level = "source" if key != name else "manifest"
-                found.findings.append(Finding(level, name, message))
-
-    run(files.items(), lambda: check, min(workers, max(1, len(files))), lambda: None)
-    found.findings.sort(key=lambda finding: (finding.level, finding.where))
-    found.notes.sort()
-    return digests
 
 
 def _statement(
@@ -223,7 +113,7 @@ def _statement(
     dependencies = []
     for component, manifest in sorted(manifests.items()):
         for file, record in sorted(manifest.source_files.items()):
-            name = _joined(component, file)
+            name = joined(component, file)
             digest = {manifest.digest: record.digest}
             if name in sources:
                 digest["sha256"] = sources[name]

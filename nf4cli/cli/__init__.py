@@ -17,6 +17,7 @@ from .attest import attest
 from .common import print_json, results
 from .dequantize import dequantize
 from .inspect import inspect
+from .push import push
 from .quantize import quantize
 from .verify import verify
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad or unsupported input, "
     "4 the machine (disk full, I/O error, no engine), 130 interrupted.",
 )
-for command in (quantize, verify, dequantize, inspect, attest):
+for command in (quantize, verify, dequantize, inspect, attest, push):
     app.command()(command)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..card import addressed
 from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
+from ..fileio import Identity
 from ..source import CARD, MANIFEST
 from ..untrusted import read_start
 from .client import Name, Snapshot, endpoint, is_offline, resolve, waits
@@ -155,13 +156,12 @@ class Publication:
             InputError: no token, or one that may not write there.
             MachineError: the Hub cannot be reached.
         """
-        if is_offline():
-            raise UsageError(
-                f"{self.repo} cannot be written to: HF_HUB_OFFLINE forbids the network. Unset it"
-            )
-        _require_token(self.repo)
-        self.repo = self._asked(self.repo, self._create)
-        self._asked(self.repo, self._probe)
+        require_access(self.repo)
+        try:
+            self.repo = self._asked(self.repo, self._create)
+            self._asked(self.repo, self._probe)
+        except InputError as error:
+            raise _no_access(self.repo, error) from error
         head = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
         self._recorded, why = files_of_earlier_output(
             head, lambda name: self._asked(f"{name} of {self.repo}", lambda: read_whole(head, name))
@@ -196,7 +196,13 @@ class Publication:
         elif not self.private and not self._public:
             self._notify(f"{self.repo} exists and is public: everybody will see what is pushed")
 
-    def add(self, path: Path, name: str, sha256: str | None = None) -> Uploaded:
+    def add(
+        self,
+        path: Path,
+        name: str,
+        sha256: str | None = None,
+        identity: Identity | None = None,
+    ) -> Uploaded:
         """Send the bytes of a file; it may be removed afterwards.
 
         What the Hub has is not sent: the same file under this name, or the same bytes that an
@@ -206,6 +212,7 @@ class Publication:
             path: a regular file, which nobody writes to meanwhile.
             name: path in the repository, with slashes.
             sha256: of its bytes, where the caller knows it.
+            identity: which file that was the digest of.
 
         Raises:
             InputError: the file changed meanwhile, or the Hub refuses it.
@@ -214,7 +221,10 @@ class Publication:
         """
         if name == CARD:
             return self._add_card(path)
-        sample, size, identity = read_start(path, _SAMPLE)
+        sample, size, found = read_start(path, _SAMPLE)
+        identity = identity or found
+        if found != identity:
+            raise _changed(path)
         if sha256 is None:
             sha256 = sha256_of(path)
         if self._is_there(name, size, sha256):
@@ -222,11 +232,16 @@ class Publication:
             self._sent(size)
             return Uploaded(name, size, sha256, sample, True)
         operation = addition(name, path, size, sample, sha256, self._sent)
-        self._asked(f"{name} for {self.repo}", lambda: self._send(operation))
+        try:
+            self._asked(f"{name} for {self.repo}", lambda: self._send(operation))
+        except InputError as error:
+            if read_start(path, 0)[2] != identity:
+                raise _changed(path) from error
+            raise
         stored = is_stored(operation)
         blob = None if stored else hold(operation, path, sha256)
         if read_start(path, 0)[2] != identity:
-            raise InputError(f"{path} changed while it was sent: let nobody write there, run again")
+            raise _changed(path)
         self._expect(name, Expected(size, sha256, blob), operation)
         self._sent(rest(operation))
         return Uploaded(name, size, sha256, sample, stored)
@@ -272,10 +287,12 @@ class Publication:
     def _expect(
         self, name: str, expected: Expected, operation: CommitOperationAdd | None = None
     ) -> None:
+        there = self._prepared.files.get(name)
         with self._lock:
             self._expected[name] = expected
-            if operation is not None:
-                self._operations.append(operation)
+            if operation is None or (there and expected.blob and there.blob == expected.blob):
+                return  # it is there as it should be
+            self._operations.append(operation)
 
     def _send(self, operation: CommitOperationAdd) -> None:
         from huggingface_hub import HfApi
@@ -376,6 +393,37 @@ class Publication:
         seconds = max(seconds, retry_after(error, _LONGEST_WAIT))
         self._notify(f"{error}; the next attempt is in {seconds:.0f} s")
         time.sleep(seconds)
+
+
+def _no_access(repo: str, error: InputError) -> InputError:
+    """The same error, in plain words where it is about the token."""
+    status = getattr(response_of(error), "status_code", 0)
+    if status not in (401, 403):
+        return error
+    why = "is not valid there" if status == 401 else "may not write to it"
+    return InputError(
+        f"{repo}: the token that {endpoint()} was given {why} (answer {status}): log in with "
+        "`hf auth login`, or set HF_TOKEN to one with the right to write"
+    )
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        f"{path} changed while it was sent, and nothing was published: let nobody write there, "
+        "see that it is good (nf4 verify), and run the same again"
+    )
+
+
+def require_access(repo: str) -> None:
+    """What can be known of the right to write without asking anybody.
+
+    Raises:
+        UsageError: HF_HUB_OFFLINE is set.
+        InputError: there is no token.
+    """
+    if is_offline():
+        raise UsageError(f"{repo} cannot be written to: HF_HUB_OFFLINE forbids it. Unset it")
+    _require_token(repo)
 
 
 def _require_token(repo: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_IN_GIT = 32_000_000
 """Bytes of a file that is none of LFS; the Hub takes up to 10 MB."""
+
+_NO_XET = "A server that has no Xet storage needs HF_HUB_DISABLE_XET=1"
 
 Sent = Callable[[int], None]
 """Told of bytes of a file that are on the Hub, from any thread."""
@@ -140,14 +144,25 @@ def translated(what: str) -> Iterator[None]:
     try:
         with explained(what):
             yield
+    except MachineError as error:
+        if _sends_to_xet():
+            raise MachineError(f"{error}. {_NO_XET}") from error
+        raise
     except (ValueError, RuntimeError) as error:
         text = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         if "metadata" in text.lower():
             raise InputError(f"{what}: README.md is not what the Hub takes: {error}") from error
         raise MachineError(
-            f"{what}: {endpoint()} was not understood ({text[:300]}): try again; a server that "
-            "has no Xet storage needs HF_HUB_DISABLE_XET=1"
+            f"{what}: {endpoint()} was not understood ({text[:300]}): try again. {_NO_XET}"
         ) from error
+
+
+def _sends_to_xet() -> bool:
+    """Whether uploads go to a storage that another Hub than the known one may not have."""
+    from huggingface_hub import constants
+
+    there = find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
+    return there and "HF_ENDPOINT" in os.environ
 
 
 def response_of(error: BaseException) -> Any:

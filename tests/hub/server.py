@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import yaml
+
 from .faults import Fault, Faults
 from .store import File, Repo, Store, environment_of, is_lfs
 
@@ -269,7 +271,7 @@ class _Api(_Handler):
         elif parts == ["api", "repos", "create"]:
             self._create()
         elif parts == ["api", "validate-yaml"]:
-            self.reply(200, {"errors": [], "warnings": []})
+            self._validate_card()
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._model("/".join(parts[2:4]), parts[4:])
         elif parts[-3:-1] == ["lfs", "objects"] or parts[-2:] == ["objects", "batch"]:
@@ -305,6 +307,22 @@ class _Api(_Handler):
         token = {"displayName": "test", "role": self.role}
         auth = {"type": "access_token", "accessToken": token}
         self.reply(200, {"type": "user", "name": "me", "orgs": [{"name": "org"}], "auth": auth})
+
+    def _validate_card(self) -> None:
+        """The head of a README.md, of which the Hub takes fields of some types only."""
+        content = json.loads(self.body_bytes)["content"]
+        head = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        try:
+            fields = yaml.safe_load(head[1]) if head else {}
+            wrong = [
+                f'"{name}" must be a string'
+                for name in ("license", "base_model_relation", "library_name", "pipeline_tag")
+                if not isinstance(fields.get(name, ""), str)
+            ]
+        except yaml.YAMLError as error:
+            wrong = [str(error)]
+        errors = [{"message": message} for message in wrong]
+        self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _create(self) -> None:
         asked = json.loads(self.body_bytes)

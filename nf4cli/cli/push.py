@@ -1,0 +1,146 @@
+"""nf4 push: a finished output, checked and published on a Hub in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import common, views
+from .common import JsonOption, QuietOption, WorkersOption
+
+if TYPE_CHECKING:
+    from ..hub.publish import Published
+    from ..push import Checked
+
+
+def push(
+    output: Annotated[
+        Path, typer.Argument(help="A directory that nf4 quantize wrote.", show_default=False)
+    ],
+    repo: Annotated[
+        str,
+        typer.Argument(
+            metavar="ORG/NAME", help="The repository; made where there is none.", show_default=False
+        ),
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see the repository, if it is new.")
+    ] = False,
+    replace_card: Annotated[
+        bool,
+        typer.Option(
+            "--replace-card", help="Replace the README.md that is there. It is kept otherwise."
+        ),
+    ] = False,
+    message: Annotated[
+        str | None,
+        typer.Option("--message", metavar="TEXT", help="Of the commit.", show_default=False),
+    ] = None,
+    workers: WorkersOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish a finished output on the Hub: checked first, one commit, private if it is new.
+
+    Every file is read and must be what the manifest says: exit code 1, and nothing is sent, when
+    not.
+    """
+    from ..errors import UsageError
+    from ..hub import client
+    from ..hub.publish import Publication, require_access
+    from ..push import check
+    from ..push import push as send
+
+    if message is not None and not message.strip():
+        raise UsageError("--message is empty: leave it out, or say what the commit is")
+    if client.parse(repo if "/" in repo else f"me/{repo}") is None or "@" in repo:
+        raise UsageError(
+            f"{repo!r} is no name of a repository: write org/name, or name for your own"
+        )
+    notify, show = common.notices(quiet), not (quiet or json)
+    client.report_to(notify)
+    require_access(repo)
+    total = _bytes_in(output)
+    with common.ProgressDisplay(total, "checking", show) as display:
+        checked = check(output, workers or common.processors(), display)
+    if checked.findings:
+        _refuse(checked, json)
+    if checked.left:
+        names = f"{', '.join(checked.left[:5])}{', ...' if checked.left[5:] else ''}"
+        notify(f"not pushed, since no manifest lists it: {names}")
+    with common.ProgressDisplay(checked.nbytes, "pushing", show) as display:
+        shown = _Shown(display)
+        publication = Publication(repo, public, replace_card, notify, shown.sent)
+        publication.prepare()
+        if publication.keeps_card:
+            notify(f"{publication.repo} keeps its README.md; --replace-card puts ours there")
+        published = send(checked, publication, message, shown.begun)
+    if json:
+        common.print_json("push", {**_document(checked), "pushed": asdict(published)})
+    elif not quiet:
+        _show(checked, published)
+
+
+class _Shown:
+    """What is sent, on a display: the file that was begun last, of several at a time."""
+
+    def __init__(self, display: common.ProgressDisplay) -> None:
+        self._display, self._name = display, ""
+
+    def begun(self, name: str, _: int) -> None:
+        self._name = name
+
+    def sent(self, count: int) -> None:
+        self._display(self._name, count)
+
+
+def _bytes_in(output: Path) -> int:
+    """Of the weight files, about all that will be read."""
+    from ..assembly import part_shards
+
+    return sum(file.stat().st_size for file in part_shards(output)) if output.is_dir() else 0
+
+
+def _refuse(checked: Checked, json: bool) -> None:
+    if json:
+        common.print_json("push", {**_document(checked), "pushed": None})
+    else:
+        views.print_verdict(common.out_console(), checked.findings, checked.path)
+        common.note(
+            "nothing was pushed; nf4 verify says more of what differs, nf4 quantize makes it anew"
+        )
+    raise typer.Exit(1)
+
+
+def _document(checked: Checked) -> dict[str, object]:
+    return {
+        "path": str(checked.path),
+        "ok": not checked.findings,
+        "files": len(checked.sha256),
+        "bytes": checked.nbytes,
+        "left_files": checked.left,
+        "findings": views.finding_documents(checked.findings),
+    }
+
+
+def _show(checked: Checked, published: Published) -> None:
+    console = common.out_console()
+    seen = "private" if published.private else "public"
+    what = f"commit {published.commit[:12]}" if published.changed else "all of it was there already"
+    files = common.plural(len(checked.sha256), "file")
+    console.print(
+        f"[bold]{common.plain(published.url)}[/]: {files}, {common.format_size(checked.nbytes)}, "
+        f"{seen}, {what}"
+    )
+    if published.deleted:
+        console.print(f"gone    {common.plain(', '.join(published.deleted))}")
+    first = next(iter(checked.manifests.values()))
+    source = ""
+    if first.source_repo and first.source_commit:
+        source = f" --source {first.source_repo}@{first.source_commit}"
+    console.print(f"next    nf4 verify {common.plain(published.repo + source)}")
+    if published.private:
+        console.print("        private: its settings on that page make it public")
