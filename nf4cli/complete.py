@@ -34,17 +34,35 @@ def confirm(
         checkpoint = open_checkpoint(output)
     except InputError as error:
         raise another(output, str(error)) from error
-    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
-    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
-    for name, value in wanted.items():
-        if there[name] != value:
-            raise another(output, f"its {name} is {there[name]!r}, not {value!r}")
+    if (why := differs(plan, found, algorithm)) is not None:
+        raise another(output, why)
     _require_source(plan, output, found, resources, progress)
     report = Report()
     check_manifest(checkpoint, {}, resources, report, progress)
     compare_beside(checkpoint, plan, found, report)
     require_none(output, report)
     return found
+
+
+def differs(plan: Plan, found: Manifest, algorithm: str) -> str | None:
+    """In which option an output is another than the one that `plan` would write."""
+    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
+    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
+    for name, value in wanted.items():
+        if there[name] != value:
+            return f"its {name} is {there[name]!r}, not {value!r}"
+    return None
+
+
+def is_of_commit(plan: Plan, found: Manifest) -> bool:
+    """Whether an output was made of the files that `plan` reads, of the same commit of a Hub."""
+    origin = plan.checkpoint.origin
+    names = {shard.path.name for shard in plan.checkpoint.shards}
+    return (
+        origin is not None
+        and (found.source_repo, found.source_commit) == (origin.repo, origin.commit)
+        and names == found.source_files.keys()
+    )
 
 
 def _require_source(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card import write_card
-from .complete import confirm
+from .complete import confirm, differs, is_of_commit
 from .conversion import Conversion
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
 from .engines import Engine, Notify, no_notice
@@ -26,7 +26,7 @@ from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
 from .source import MANIFEST
-from .workspace import Workspace
+from .workspace import Workspace, earlier_header
 from .writer import ShardLayout, ShardWriter
 
 if TYPE_CHECKING:
@@ -198,6 +198,11 @@ def write_checkpoint(
     if carrier is not None:
         carrier.require_room(plan)
         carrier.prepare()
+        if carrier.leaving and resume and not earlier_header(output):
+            there = carrier.manifest_there()
+            if there and is_of_commit(plan, there) and not differs(plan, there, digest):
+                notify(f"{carrier.destination} has this already, as this would write it")
+                return there
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)
     with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:

@@ -11,6 +11,7 @@ import pytest
 from helpers import nf4_ok, same_files
 from hub import Fault
 from hub.fixtures import SHARDS, Watch, bytes_in
+from test_pipelines import pipe  # noqa: F401 - a fixture
 
 WEIGHTS = r"GET /files/.*safetensors"
 PUSH = ("--push-to", "me/model-nf4", "--max-shard-size", "1MB")
@@ -250,3 +251,40 @@ def test_a_stalled_link_is_no_reason_to_wait_for_ever(nf4_hub, hub):
     started = time.monotonic()
     nf4_hub.ok("quantize", "org/model", "out", "--disk", "40MB", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert time.monotonic() - started < 30
+
+
+def test_what_is_published_already_is_not_made_again(nf4_hub, hub):
+    """A job that passes --resume may run again, and again."""
+    arguments = ("quantize", "org/model", "--disk", "10MB", *PUSH, "--resume")
+    nf4_hub.ok(*arguments)
+    repo = hub.store.repos["me/model-nf4"]
+    hub.log.clear()
+    done = nf4_hub(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "me/model-nf4 has this already" in done.stderr
+    assert len(repo.commits) == 2
+    assert not hub.requests("PUT ")
+    assert not [r for r in hub.requests("GET /files/org") if r.range != "bytes=0-65535"]
+    nf4_hub.ok(*arguments, "--blocksize", "128")
+    assert len(repo.commits) == 3
+    nf4_hub.ok(*arguments)
+    assert len(repo.commits) == 4
+
+
+def test_pipelines(nf4_hub, hub, pipe):  # noqa: F811
+    source = pipe
+    hub.add("org/flux", source)
+    plan = json.loads(nf4_hub.ok("quantize", "org/flux", "--plan", "--json"))
+    assert plan["components"]
+    assert not [r for r in hub.requests(WEIGHTS) if r.range is None]
+    nf4_hub.fails(2, "quantize", "org/flux", "--disk", "1GB", says=("--disk does not go with",))
+    nf4_hub.ok("quantize", "org/flux", "--push-to", "me/flux-nf4")
+    nf4_hub.ok("quantize", source, "local", "--digest", "sha256")
+    pushed = hub.store.repos["me/flux-nf4"].head
+    for path in (nf4_hub.work / "local").rglob("*.safetensors"):
+        name = path.relative_to(nf4_hub.work / "local").as_posix()
+        assert pushed[name].place.read_bytes() == path.read_bytes()
+    part = next(iter(plan["components"]))
+    manifest = json.loads(pushed[f"{part}/nf4_manifest.json"].place.read_text())
+    assert manifest["source"]["repo"] == "org/flux"
+    nf4_hub.ok("verify", "me/flux-nf4", "--source", "org/flux")

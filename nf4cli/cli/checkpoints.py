@@ -59,12 +59,13 @@ def quantize(request: Request, source: Source) -> None:
         )
     seconds = time.monotonic() - started
     step_summary.append(lambda: conversion_section(output, {"": (plan, manifest)}))
+    published = carrier.published if carrier else None
     if request.json:
         run = {"engine": engine.name, "seconds": round(seconds, 3)}
         result = views.result_document(plan, manifest, output)
-        common.print_json("quantize", {**result, **run, **trip.document(carrier)})
+        common.print_json("quantize", {**result, **run, **hub.document_of(published)})
     elif not request.quiet:
         views.print_result(
             common.out_console(), plan, manifest, output, engine.name, seconds, source.name
         )
-        trip.show(carrier)
+        hub.show_published(published)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..engines import Engine, Notify
     from ..hub.carrier import Carrier
     from ..hub.client import Name, Snapshot
-    from ..hub.publish import Publication
+    from ..hub.publish import Publication, Published
     from ..limits import Resources
     from ..plan import Plan
     from ..records import Checkpoint, Origin
@@ -199,10 +199,11 @@ class Trip:
                 raise UsageError("--public needs --push-to")
             return None
         transfers = Transfers()
-        publication = self._publication(transfers)
+        publication = self.publication(transfers)
         return Carrier(snapshot, limit, publication, self.leaving, transfers, self.notify)
 
-    def _publication(self, transfers: Transfers) -> Publication | None:
+    def publication(self, transfers: Transfers) -> Publication | None:
+        """What the output is pushed by, None for one that is not."""
         from ..hub import client
         from ..hub.publish import Publication
 
@@ -213,19 +214,19 @@ class Trip:
             self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
         )
 
-    def document(self, carrier: Carrier | None) -> dict[str, Any]:
-        """What --json says of a run that pushed."""
-        published = carrier and carrier.published
-        return {"pushed": asdict(published)} if published else {}
 
-    def show(self, carrier: Carrier | None) -> None:
-        """The same in words."""
-        published = carrier and carrier.published
-        if published:
-            seen = "private" if published.private else "public"
-            common.out_console().print(
-                f"pushed  {common.plain(published.url)} ({seen}, commit {published.commit[:12]})"
-            )
+def document_of(published: Published | None) -> dict[str, Any]:
+    """What --json says of a run that pushed."""
+    return {"pushed": asdict(published)} if published else {}
+
+
+def show_published(published: Published | None) -> None:
+    """The same in words."""
+    if published:
+        seen = "private" if published.private else "public"
+        common.out_console().print(
+            f"pushed  {common.plain(published.url)} ({seen}, commit {published.commit[:12]})"
+        )
 
 
 _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  # bytes a second

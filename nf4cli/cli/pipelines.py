@@ -23,13 +23,21 @@ def quantize(request: Request, source: Source) -> None:
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
+    from ..errors import UsageError
     from ..limits import require_place
+    from ..push import check, push
     from ..source import name_of_directory
     from ..summary import conversion_section
+    from ..transfers import Transfers
 
-    json, quiet = request.json, request.quiet
+    json, quiet, trip = request.json, request.quiet, request.trip
+    if trip.disk is not None and not request.plan:
+        raise UsageError(
+            f"--disk does not go with a pipeline, and {source.name} is one: its components are "
+            "converted one after another, with all of it here"
+        )
     if not request.plan or request.config.on_nonfinite == "keep":
-        source = hub.whole(source, "a pipeline", request.trip.disk, not request.shows)
+        source = hub.whole(source, "a pipeline", trip.disk, not request.shows)
     output = request.output or Path(f"{name_of_directory(source.path)}-nf4")
     if request.config.on_nonfinite == "keep":
         require_place(source.path, output, False, request.resume)  # before all is read
@@ -47,6 +55,9 @@ def quantize(request: Request, source: Source) -> None:
         else:
             _print_plan(decided, limits, output)
         return
+    publication = trip.publication(Transfers())
+    if publication is not None:
+        publication.prepare()
     started = time.monotonic()
     with common.ProgressDisplay(decided.source_bytes, "quantizing", request.shows) as display:
         manifests = write_pipeline(
@@ -61,6 +72,7 @@ def quantize(request: Request, source: Source) -> None:
             request.notify,
         )
     seconds = time.monotonic() - started
+    published = push(check(output, limits.workers), publication) if publication else None
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
     step_summary.append(lambda: conversion_section(output, parts))
     if json:
@@ -76,6 +88,7 @@ def quantize(request: Request, source: Source) -> None:
             },
             "copied_bytes": decided.copies.nbytes,
             "notes": list(decided.notes),
+            **hub.document_of(published),
         })  # fmt: skip
         return
     if quiet:
@@ -92,6 +105,7 @@ def quantize(request: Request, source: Source) -> None:
         f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({engine.name})"
     )
     console.print(f"next    nf4 verify {plain(output)} --source {plain(source.name)}")
+    hub.show_published(published)
 
 
 def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:

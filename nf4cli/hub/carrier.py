@@ -7,6 +7,7 @@ are uploaded as they are complete.  The budget couples them: who needs room wait
 from __future__ import annotations
 
 import queue
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engines import Notify
-from ..errors import InterruptedRunError, UsageError
+from ..errors import InputError, InterruptedRunError, UsageError
 from ..journal import Upload
 from ..limits import base_bytes
 from ..manifest import Manifest
@@ -27,9 +28,10 @@ from ..transfers import Transfers
 from ..workspace import Workspace
 from . import client
 from .budget import Budget, Step, smallest, steps_of
-from .client import Snapshot
+from .client import Name, Snapshot
 from .fetching import Fetcher
 from .publish import Publication, Published, Uploaded
+from .repository import read_whole
 
 _BESIDE = (CARD, MANIFEST)
 
@@ -109,6 +111,28 @@ class Carrier:
         """
         if self._publication is not None:
             self._publication.prepare()
+
+    def manifest_there(self) -> Manifest | None:
+        """The manifest of what is published there now; None where it is not whole."""
+        assert self._publication is not None
+        repo = self._publication.repo
+        head = client.persist(lambda: client.resolve(Name(repo, None)), self._notify)
+        try:
+            with tempfile.TemporaryDirectory(prefix="nf4-") as place:
+                path = Path(place) / MANIFEST
+                path.write_bytes(client.persist(lambda: read_whole(head, MANIFEST), self._notify))
+                found = Manifest.from_file(path)
+        except InputError:
+            return None
+        for name, record in found.output_files.items():
+            file = head.files.get(name)
+            digest = file and (file.sha256 if found.digest == "sha256" else None)
+            if file is None or file.size != record.size or digest not in (None, record.digest):
+                return None
+        url = f"{client.endpoint()}/{repo}"
+        private = self._publication.private
+        self.published = Published(repo, head.commit, url, private, changed=False, deleted=())
+        return found
 
     def disk_needed(self, plan: Plan, workers: int) -> int:
         """Bytes of the output's disk that are enough.
