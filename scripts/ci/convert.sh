@@ -20,8 +20,18 @@ fi
 [ -n "${HF_TOKEN:-}" ] || unset HF_TOKEN
 
 
-code=0
-untrusted "$NF4_REPORTS/quantize.json" "${words[@]}" || code=$?
+convert() {
+  code=0
+  untrusted "$NF4_REPORTS/quantize.json" "${words[@]}" || code=$?
+}
+convert
+# A cache may bring the unfinished work of last week, and the model or nf4 is another since then.
+if [ "$code" = 2 ] && [ -n "$NF4_RESTORED" ] && [ -e "$NF4_WORKSPACE/journal" ]; then
+  echo "What an earlier job left does not fit what is asked for: beginning again without it."
+  rm -r "$NF4_WORKSPACE"
+  convert
+fi
+[ "$code" != 143 ] || code=130 # the signal came before nf4 had begun
 output exit-code "$code"
 output downloaded "$([ -e "$NF4_MODEL" ] && echo false || echo true)"
 python "$GITHUB_ACTION_PATH/scripts/ci/report.py" "$NF4_REPORTS/quantize.json" >>"$GITHUB_OUTPUT"
