@@ -61,7 +61,7 @@ def test_defaults(job, work):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "$(touch hacked)", "x'; touch hacked; '", '"`touch hacked`"']
+    "name", ["a b", "--plan", "$(touch hacked)", "x'; touch hacked; '", '"`touch hacked`"']
 )
 def test_no_input_is_a_command(job, work, name):
     (work / "model").rename(work / name)
@@ -110,7 +110,7 @@ def test_inputs_that_contradict_each_other(job, inputs, says):
 def test_a_stopped_run_goes_on_in_the_next_job(work, tmp_path):
     caches = Caches(tmp_path / "caches", work)
     nf4_ok("quantize", "model", "by-hand", cwd=work)
-    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$@" --workers 1')
+    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"')
     first = Job(ROOT, work, tmp_path / "runner-1", caches, INSTALLED, full)
     outputs = first.use(model="model", output="out")
     assert not first.ok
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_in_the_next_job(work, tmp_path):
 def test_a_stopped_run_of_another_model_is_left(work, tmp_path):
     """The cache's key is the name of the model, which may change under it."""
     caches = Caches(tmp_path / "caches", work)
-    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$@" --workers 1')
+    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"')
     Job(ROOT, work, tmp_path / "runner-1", caches, INSTALLED, full).use(model="model")
     write_checkpoint_dir(work / "model", llama_tensors(seed=1), LLAMA)
     nf4_ok("quantize", "model", "by-hand", cwd=work)

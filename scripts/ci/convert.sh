@@ -2,9 +2,7 @@
 # nf4 quantize, always with --resume: it starts where there is nothing to go on with.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-words=(nf4 quantize "$NF4_MODEL")
-[ -z "$NF4_OUTPUT" ] || words+=("$NF4_OUTPUT")
-words+=(--resume --json)
+words=(nf4 quantize --resume --json)
 [ -z "$NF4_DISK" ] || words+=(--disk "$NF4_DISK")
 [ -z "$NF4_MEMORY" ] || words+=(--memory "$NF4_MEMORY")
 if [ -n "$NF4_PUSH_TO" ]; then
@@ -12,7 +10,8 @@ if [ -n "$NF4_PUSH_TO" ]; then
   [ "$NF4_PUBLIC" != true ] || words+=(--public)
 fi
 read -r -d '' -a more <<<"$NF4_ARGS" || true
-words+=(${more[@]+"${more[@]}"})
+words+=(${more[@]+"${more[@]}"} -- "$NF4_MODEL") # a name may begin with a dash
+[ -z "$NF4_OUTPUT" ] || words+=("$NF4_OUTPUT")
 # SIGTERM: nf4 keeps what is finished and ends with 130.
 if [ -n "$NF4_MINUTES" ]; then
   words=(timeout --preserve-status --signal=TERM --kill-after=2m "${NF4_MINUTES}m" "${words[@]}")

@@ -18,7 +18,7 @@ esac
 if [ -e "$NF4_MODEL" ]; then
   name=$(python -c 'import os, sys; print(os.path.basename(os.path.abspath(sys.argv[1])))' "$NF4_MODEL")
 else
-  name=$(basename "${NF4_MODEL%%@*}")
+  name=$(basename -- "${NF4_MODEL%%@*}")
 fi
 result=$NF4_OUTPUT
 if [ -z "$result" ] && [ -z "$NF4_PUSH_TO" ]; then
@@ -32,7 +32,7 @@ mkdir -p "$RUNNER_TEMP"
 reports=$(mktemp -d "$RUNNER_TEMP/nf4-reports-XXXXXX")
 
 output output "$result"
-output workspace "$(dirname "$workspace")/.$(basename "$workspace").partial"
+output workspace "$(dirname -- "$workspace")/.$(basename -- "$workspace").partial"
 output reports "$reports"
 output hub-cache "${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
 output model-key "$(printf '%s' "$NF4_MODEL" | sum)"
