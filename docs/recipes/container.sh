@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# nf4 in a container (docker: without --userns keep-id). The model lies in this directory, the output appears
-# beside it and belongs to whoever runs this.
+# nf4 in a container (docker: without --userns keep-id). The model lies in this directory or on the
+# Hub; the output appears here and belongs to whoever runs this.
 # Usage: container.sh CHECKOUT_OF_NF4 MODEL OUTPUT
 set -euo pipefail
 
