@@ -89,7 +89,7 @@ def test_github(work, tmp_path):
     runner.use(**inputs | {"model": "org/name@main", "push_to": "me/it", "hf_token": "x"})
     assert runner.ok, runner.log
     assert said.read_text().split() == (
-        "quantize org/name@main --resume --json --disk 10GB --memory 4GB --push-to me/it".split()
+        "quantize --resume --json --disk 10GB --memory 4GB --push-to me/it -- org/name@main".split()
     )
 
 
@@ -110,7 +110,7 @@ def test_gitlab(work, tmp_path):
     """A full disk: the cache has what is finished, and the retry goes on and reports."""
     job = yaml.safe_load((RECIPES / "gitlab-ci.yml").read_text())["nf4"]
     cached = work / job["cache"][1]["paths"][0].replace("$OUTPUT", "out")
-    path = stand_in(tmp_path / "bin", "nf4", 'exec "${TROUBLED[@]}" full "$@" --workers 1')
+    path = stand_in(tmp_path / "bin", "nf4", 'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"')
     assert gitlab_script(work, path) == 4
     assert (cached / "journal").exists()
     assert gitlab_script(work) == 0
@@ -215,7 +215,7 @@ def test_the_loop(work, tmp_path):
     path = stand_in(
         tmp_path / "bin", "nf4",
         f'if [ -e {once} ]; then exec "$REAL" "$@"; fi; touch {once}\n'
-        'exec "${TROUBLED[@]}" full "$@" --workers 1',
+        'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"',
     )  # fmt: skip
     done = run_loop(work, path, "model", "broken")
     assert done.returncode == 3, done.stderr
@@ -237,12 +237,12 @@ def test_the_loop_ends_at_ctrl_c(work, tmp_path):
 
 
 def test_a_container(work, tmp_path):
-    """All but the container: its nf4 works in the directory that is mounted on /work."""
+    """All but the container: its nf4 works in the directory that is mounted on /models."""
     path = stand_in(tmp_path / "bin", "podman", f"""
         case $1 in
           build) [ "$*" = "build --tag nf4 --file {ROOT}/Containerfile {ROOT}" ] ;;
           run)
-            [[ "$*" == *" --volume {work}:/work "* ]] || exit 99
+            [[ "$*" == *" --volume {work}:/models "* ]] || exit 99
             while [ "$1" != nf4 ]; do shift; done
             exec "$REAL" "${{@:2}}" ;;
         esac""")  # fmt: skip

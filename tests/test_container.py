@@ -93,4 +93,4 @@ def test_nobody_is_root_in_it(stages):
     final = dict(stages[1])
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", final["USER"])
     assert PARSED.envs["HF_HOME"] in json.loads(final["VOLUME"])
-    assert shlex.split(final["WORKDIR"]) == ["/work"]
+    assert shlex.split(final["WORKDIR"]) == ["/models"]

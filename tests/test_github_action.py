@@ -12,7 +12,7 @@ from ci.commands import stand_in
 from ci.context import alone
 from ci.expressions import evaluate
 from ci.github import Caches, Job
-from helpers import nf4_ok, same_files
+from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 
 from nf4cli import __version__
 
@@ -61,7 +61,7 @@ def test_defaults(job, work):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "$(touch hacked)", "x'; touch hacked; '", '"`touch hacked`"']
+    "name", ["a b", "--plan", "$(touch hacked)", "x'; touch hacked; '", '"`touch hacked`"']
 )
 def test_no_input_is_a_command(job, work, name):
     (work / "model").rename(work / name)
@@ -110,7 +110,7 @@ def test_inputs_that_contradict_each_other(job, inputs, says):
 def test_a_stopped_run_goes_on_in_the_next_job(work, tmp_path):
     caches = Caches(tmp_path / "caches", work)
     nf4_ok("quantize", "model", "by-hand", cwd=work)
-    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$@" --workers 1')
+    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"')
     first = Job(ROOT, work, tmp_path / "runner-1", caches, INSTALLED, full)
     outputs = first.use(model="model", output="out")
     assert not first.ok
@@ -129,6 +129,32 @@ def test_a_stopped_run_goes_on_in_the_next_job(work, tmp_path):
     other.use(model="model", output="out2", args="--blocksize 128")
     assert other.ok, other.log
     assert "continuing" not in other.log
+
+
+def test_a_stopped_run_of_another_model_is_left(work, tmp_path):
+    """The cache's key is the name of the model, which may change under it."""
+    caches = Caches(tmp_path / "caches", work)
+    full = other_nf4(tmp_path / "full", 'exec "${TROUBLED[@]}" full "$1" --workers 1 "${@:2}"')
+    Job(ROOT, work, tmp_path / "runner-1", caches, INSTALLED, full).use(model="model")
+    write_checkpoint_dir(work / "model", llama_tensors(seed=1), LLAMA)
+    nf4_ok("quantize", "model", "by-hand", cwd=work)
+    second = Job(ROOT, work, tmp_path / "runner-2", caches, INSTALLED, run_id=2)
+    second.use(model="model")
+    assert second.ok, second.log
+    assert "beginning again without it" in second.log
+    assert same_files(work / "by-hand", work / "model-nf4")
+    third = Job(ROOT, work, tmp_path / "runner-3", None, INSTALLED)
+    third.use(model="model", args="--blocksize 63")  # exit code 2 for another reason
+    assert not third.ok
+    assert "beginning again" not in third.log
+
+
+def test_the_model_is_this_directory(work, tmp_path):
+    job = Job(ROOT, work / "model", tmp_path / "runner", None, INSTALLED)
+    assert job.use(model=".", output="../x")["path"] == "../x", job.log
+    assert job.ok, job.log
+    outputs = Job(ROOT, work, tmp_path / "runner-2", None, INSTALLED).use(model="./model/.")
+    assert outputs["path"] == "model-nf4"
 
 
 def test_downloads_are_kept_once(work, tmp_path):

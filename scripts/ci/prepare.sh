@@ -8,13 +8,18 @@ case $NF4_VERIFY in
   *) fail "verify is '$NF4_VERIFY': write alone, source or none" ;;
 esac
 case $NF4_MINUTES in
+  "") ;;
   *[!0-9]*) fail "minutes is '$NF4_MINUTES': write a whole number" ;;
+  *) command -v timeout >/dev/null || fail "minutes needs GNU timeout, which macOS lacks: brew install coreutils, or leave it out" ;;
 esac
 [ -n "$NF4_MODEL" ] || fail "model is empty: name a directory, or org/name on the Hub"
 
 # Where nf4 quantize would put it, said here because the cache has to know.
-name=${NF4_MODEL%%@*}
-name=$(basename "$name")
+if [ -e "$NF4_MODEL" ]; then
+  name=$(python -c 'import os, sys; print(os.path.basename(os.path.abspath(sys.argv[1])))' "$NF4_MODEL")
+else
+  name=$(basename -- "${NF4_MODEL%%@*}")
+fi
 result=$NF4_OUTPUT
 if [ -z "$result" ] && [ -z "$NF4_PUSH_TO" ]; then
   result="${name%.safetensors}-nf4"
@@ -27,7 +32,7 @@ mkdir -p "$RUNNER_TEMP"
 reports=$(mktemp -d "$RUNNER_TEMP/nf4-reports-XXXXXX")
 
 output output "$result"
-output workspace "$(dirname "$workspace")/.$(basename "$workspace").partial"
+output workspace "$(dirname -- "$workspace")/.$(basename -- "$workspace").partial"
 output reports "$reports"
 output hub-cache "${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
 output model-key "$(printf '%s' "$NF4_MODEL" | sum)"

@@ -2,8 +2,9 @@
 # nf4 push: one commit at the end, so that nobody sees half a model.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-words=(nf4 push "$NF4_OUTPUT" "$NF4_PUSH_TO" --json)
+words=(nf4 push --json)
 [ "$NF4_PUBLIC" != true ] || words+=(--public)
+words+=(-- "$NF4_OUTPUT" "$NF4_PUSH_TO")
 [ -n "${HF_TOKEN:-}" ] || unset HF_TOKEN
 
 code=0
