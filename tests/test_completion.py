@@ -42,7 +42,7 @@ VALUES = {
     "quantize --compute-dtype": ("auto", *records.SAFETENSORS_NAME),
     "quantize --quant-storage": tuple(records.STORAGE_NAME),
     "quantize --target": records.TARGETS,
-    "quantize --digest": digest.ALGORITHMS,
+    "quantize --digest": ("auto", *digest.ALGORITHMS),
     "quantize --engine": engines.NAMES,
     "verify --engine": engines.NAMES,
     "dequantize --dtype": ("auto", *records.SAFETENSORS_NAME),

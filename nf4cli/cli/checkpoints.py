@@ -32,6 +32,8 @@ def quantize(request: Request, source: Source) -> None:
     limits = common.resources(engine, request.workers, request.memory, len(plan.tensors))
     carrier = trip.carrier(source)
     need = carrier.disk_needed(plan, limits.workers) if carrier else None
+    if request.plan:
+        need = 0  # what does not fit here may be planned all the same
     check_output(plan, output, limits.workers, request.resume, need)
     if request.plan:
         outlook = hub.outlook(source, carrier, plan, engine, limits)
