@@ -27,6 +27,7 @@ _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:")
 _MAX_HEAD = 4_000_000  # bytes; benchmarks' results make some of 500 KB
 _MAX_FIELD = 8_000  # characters of one field
 _MAX_STRING = 300
+_MAX_BRACKETS = 100  # of a field: the parser takes seconds for thousands of levels
 _MAX_ITEMS = 100  # of a list; a few multilingual models name as many languages
 
 
@@ -61,24 +62,26 @@ def parse_metadata(text: str) -> Metadata:
 def _blocks(text: str) -> dict[str, str]:
     """The lines of each known field; the first of two."""
     found: dict[str, list[str]] = {}
-    current: list[str] = []
+    current, room = [""], 0
     for line in text.splitlines():
         if (match := _KEY.match(line)) is not None:
             known = match[1] in (*STRINGS, *_LISTS) and match[1] not in found
-            current = found.setdefault(match[1], []) if known else []
-        if sum(map(len, current)) < _MAX_FIELD:
-            current.append(line[:_MAX_FIELD])
+            current, room = found.setdefault(match[1], []) if known else [], _MAX_FIELD
+        if room > 0:
+            current.append(line[:room])
+            room -= len(line) + 1
     return {key: "\n".join(lines) for key, lines in found.items()}
 
 
 def _value(block: str) -> dict[str, Any]:
     """The base loader makes strings, lists and mappings (`no` is Norwegian, not false), no objects;
     of aliases a few lines can make gigabytes, so that there are none."""
-    text = block[: 2 * _MAX_FIELD]
+    if block.count("[") + block.count("{") > _MAX_BRACKETS:
+        return {}
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.BaseLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block, yaml.BaseLoader)):
             return {}
-        value = yaml.load(text, Loader=yaml.BaseLoader)
+        value = yaml.load(block, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -129,13 +129,16 @@ def test_no_code_comes_from_data():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names]
                 names.append((isinstance(node, ast.ImportFrom) and node.module) or "")
-                assert not {n.split(".")[0] for n in names} & modules, path
+                allowed = {"yaml"} if path.name == "front_matter.py" else set()
+                assert not {n.split(".")[0] for n in names} & modules - allowed, path
             if isinstance(node, ast.Name):
                 assert node.id not in calls, f"{path}: {node.id}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = node.func.value
                 named = f"{owner.id}.{node.func.attr}" if isinstance(owner, ast.Name) else ""
                 assert named not in {"os.system", "os.popen", "torch.load", "np.load"}, path
+                if named.startswith("yaml."):  # strings, lists and mappings only
+                    assert named == "yaml.safe_dump" or "yaml.BaseLoader" in ast.unparse(node)
             if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
                 assert path.name in ("exact.py", "meta_model.py"), path
         text = path.read_text()

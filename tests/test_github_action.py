@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_publishing(work, tmp_path, output, published):
     said = tmp_path / "said"
     script = (
         f'echo "nf4 $*" >>{said}; [ -z "$HF_TOKEN" ] || echo token >>{said}\n'
-        'echo \'{"nf4": "push", "commit": "c0ffee"}\''
+        'echo \'{"nf4": "push", "pushed": {"commit": "c0ffee"}}\''
     )
     job = Job(ROOT, work, tmp_path / "runner", None, INSTALLED, other_nf4(tmp_path / "bin", script))
     outputs = job.use(
@@ -252,3 +253,24 @@ def test_expressions():
     assert evaluate("inputs.e || inputs.none || 'it''s'", contexts) == "it's"
     with pytest.raises(KeyError):
         evaluate("secrets.HF_TOKEN", contexts)
+
+
+def test_from_a_hub_to_a_hub(work, tmp_path, hub, converted):
+    """The whole way, against a server: converted under a bound, nothing is left here."""
+    env = {**hub.environment(tmp_path / "home"), "PATH": os.environ["PATH"]}
+    one = Job(ROOT, work, tmp_path / "runner-1", None, INSTALLED, env)
+    options = {"model": "org/model", "push_to": "me/out", "args": "--max-shard-size 1MB"}
+    outputs = one.use(**options, disk="10MB", hf_token="hf_write")
+    assert one.ok, one.log
+    repo = hub.store.repos["me/out"]
+    assert repo.private
+    assert outputs["commit"] == repo.branches["main"]
+    assert outputs["path"] == ""
+    for path in converted.glob("*.safetensors"):
+        assert repo.head[path.name].place.read_bytes() == path.read_bytes()
+    assert "### nf4 quantize" in one.summary
+    two = Job(ROOT, work, tmp_path / "runner-2", None, INSTALLED, env)
+    outputs = two.use(**options, output="out", verify="source", hf_token="hf_write")
+    assert two.ok, two.log
+    assert "Publish" in two.ran
+    assert outputs["commit"] == repo.branches["main"]

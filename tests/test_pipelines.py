@@ -110,7 +110,7 @@ def test_components_become_checkpoints_and_the_rest_is_copied(pipe, tmp_path):
     assert {"x_embedder", "time_text_embed.timestep_embedder.linear_1"} <= set(skip)
     assert "proj_out" not in skip
     assert (out / "text_encoder" / "model.safetensors").is_file()
-    for name in ("model_index.json", "README.md", "scheduler/scheduler_config.json",
+    for name in ("model_index.json", "scheduler/scheduler_config.json",
                  "tokenizer/vocab.json", f"vae/{WEIGHTS}", "vae/config.json"):  # fmt: skip
         assert (out / name).read_bytes() == (pipe / name).read_bytes()
     text = nf4_ok("verify", out, "--source", pipe)
@@ -124,7 +124,7 @@ def test_dequantize_gives_a_pipeline_back(pipe, tmp_path):
     nf4_ok("quantize", pipe, out)
     nf4_ok("dequantize", out, back)
     here = {p.relative_to(back) for p in back.rglob("*")}
-    assert here == {p.relative_to(pipe) for p in pipe.rglob("*")}
+    assert here == {p.relative_to(pipe) for p in pipe.rglob("*")} - {Path("README.md")}
     for part in ("transformer", "text_encoder"):
         assert (
             json.loads((back / part / "config.json").read_text()).items()
@@ -165,7 +165,9 @@ def test_plan_json_and_inspect_have_a_section_for_each_component(pipe, tmp_path)
 def test_a_component_and_a_bare_file_alone(pipe, tmp_path):
     nf4_ok("quantize", pipe, tmp_path / "whole")
     nf4_ok("quantize", pipe / "transformer", tmp_path / "part")
-    assert same_files(tmp_path / "part", tmp_path / "whole" / "transformer", but=(MANIFEST,))
+    assert same_files(
+        tmp_path / "part", tmp_path / "whole" / "transformer", but=(MANIFEST, "README.md")
+    )
     nf4_ok("verify", tmp_path / "part", "--source", pipe / "transformer")
     shutil.copy(pipe / "transformer" / WEIGHTS, tmp_path / WEIGHTS)
     nf4_ok("quantize", tmp_path / WEIGHTS, tmp_path / "bare")
@@ -201,7 +203,8 @@ def test_variants_are_left_beside_full_weights(pipe, tmp_path):
     (pipe / "flux1-dev.safetensors").write_bytes(b"all of it again")
     plan = json.loads(nf4_ok("quantize", pipe, tmp_path / "out", "--plan", "--json"))
     assert plan["left_files"] == sorted((
-        "flux1-dev.safetensors", "text_encoder/model.bin", "text_encoder/model.fp16.safetensors",
+        "README.md", "flux1-dev.safetensors", "text_encoder/model.bin",
+        "text_encoder/model.fp16.safetensors",
         "transformer/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin",
         "transformer/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",

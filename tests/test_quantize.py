@@ -218,12 +218,13 @@ def test_other_files_are_copied_and_other_weights_are_not(tmp_path):
     source = write_checkpoint_dir(tmp_path / "src", llama_tensors(), LLAMA)
     keep = {
         "tokenizer.json": "{}", "chat_template.jinja": "x", "generation_config.json": "{}",
-        "modeling_custom.py": "x = 1", "1_Pooling/config.json": "{}", "README.md": "hi",
+        "modeling_custom.py": "x = 1", "1_Pooling/config.json": "{}",
         "assets/a/b.txt": "deep",
     }  # fmt: skip
     leave = ["pytorch_model.bin", "consolidated.00.pth", "model.gguf", "consolidated.safetensors",
              "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack", "training_args.bin",
-             "pytorch_model.bin.index.json", ".git/HEAD", ".cache/huggingface/x"]  # fmt: skip
+             "pytorch_model.bin.index.json", ".git/HEAD", ".cache/huggingface/x",
+             ".gitattributes", ".gitignore"]  # fmt: skip
     for name, text in keep.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
@@ -267,7 +268,7 @@ def test_one_file_without_a_config(tmp_path):
     text = nf4_ok("quantize", "weights.safetensors", cwd=tmp_path)
     assert "no config.json" in text
     out = tmp_path / "weights-nf4"
-    assert sorted(p.name for p in out.iterdir()) == ["model.safetensors", MANIFEST]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.safetensors", MANIFEST]
     nf4_ok("verify", out, "--source", tmp_path / "weights.safetensors")
 
 

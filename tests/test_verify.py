@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import blake3
 import numpy as np
 import pytest
 import torch
@@ -261,9 +262,29 @@ def test_shards_without_their_index(tmp_path):
 def test_an_edited_model_card_is_no_damage(llama, tmp_path):
     source = Path(shutil.copytree(llama, tmp_path / "src"))
     (source / "README.md").write_text("card")
-    nf4_ok("quantize", source, tmp_path / "out")
-    (tmp_path / "out" / "README.md").write_text("another card")
-    assert "README.md: it was edited" in nf4_ok("verify", tmp_path / "out", "--source", source)
+    out = tmp_path / "out"
+    nf4_ok("quantize", source, out)
+    plain = nf4_ok("verify", out, "--source", source)
+    assert "README" not in plain
+    assert "README" not in (out / MANIFEST).read_text()
+    for content in ("another card", "---\n- [", None):
+        (out / "README.md").unlink()
+        if content is not None:
+            (out / "README.md").write_text(content)
+        assert nf4_ok("verify", out, "--source", source) == plain
+
+
+def test_an_edited_model_card_of_an_earlier_version(llama_nf4, tmp_path):
+    """nf4 0.2 copied the source's card and listed it."""
+    out = Path(shutil.copytree(llama_nf4, tmp_path / "out"))
+    (out / "README.md").write_text("card")
+    manifest = json.loads((out / MANIFEST).read_text())
+    digest = blake3.blake3(b"card").hexdigest()
+    manifest["output"]["files"].append({"name": "README.md", "size": 4, "digest": digest})
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert "README" not in nf4_ok("verify", out)
+    (out / "README.md").write_text("another card")
+    assert "README.md: it was edited" in nf4_ok("verify", out)
 
 
 def test_json(llama_nf4, copy):

@@ -50,7 +50,8 @@ def push(
     """
     from ..errors import UsageError
     from ..hub import client
-    from ..hub.publish import Publication, require_access
+    from ..hub.publish import Publication
+    from ..hub.repository import require_access
     from ..push import check
     from ..push import push as send
 

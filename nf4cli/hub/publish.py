@@ -21,13 +21,15 @@ from ..errors import InputError, MachineError, UsageError
 from ..fileio import Identity
 from ..source import CARD, MANIFEST
 from ..untrusted import read_start
-from .client import Name, Snapshot, endpoint, is_offline, resolve, waits
+from .client import Name, Snapshot, endpoint, resolve, waits
 from .repository import (
     Expected,
     differences,
     files_of_earlier_output,
+    no_access,
     read_whole,
     refuse_another_model,
+    require_access,
 )
 from .upload import (
     MAX_IN_GIT,
@@ -161,7 +163,7 @@ class Publication:
             self.repo = self._asked(self.repo, self._create)
             self._asked(self.repo, self._probe)
         except InputError as error:
-            raise _no_access(self.repo, error) from error
+            raise no_access(self.repo, error) from error
         head = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
         self._recorded, why = files_of_earlier_output(
             head, lambda name: self._asked(f"{name} of {self.repo}", lambda: read_whole(head, name))
@@ -325,6 +327,8 @@ class Publication:
             try:
                 commit = self._send_commit(operations, stale, message)
                 break
+            except LostUploadError:
+                raise  # the Hub has answered: no further attempt brings them back
             except MachineError as error:
                 # The commit may have been made although its answer was lost.
                 now = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
@@ -395,45 +399,11 @@ class Publication:
         time.sleep(seconds)
 
 
-def _no_access(repo: str, error: InputError) -> InputError:
-    """The same error, in plain words where it is about the token."""
-    status = getattr(response_of(error), "status_code", 0)
-    if status not in (401, 403):
-        return error
-    why = "is not valid there" if status == 401 else "may not write to it"
-    return InputError(
-        f"{repo}: the token that {endpoint()} was given {why} (answer {status}): log in with "
-        "`hf auth login`, or set HF_TOKEN to one with the right to write"
-    )
-
-
 def _changed(path: Path) -> InputError:
     return InputError(
         f"{path} changed while it was sent, and nothing was published: let nobody write there, "
         "see that it is good (nf4 verify), and run the same again"
     )
-
-
-def require_access(repo: str) -> None:
-    """What can be known of the right to write without asking anybody.
-
-    Raises:
-        UsageError: HF_HUB_OFFLINE is set.
-        InputError: there is no token.
-    """
-    if is_offline():
-        raise UsageError(f"{repo} cannot be written to: HF_HUB_OFFLINE forbids it. Unset it")
-    _require_token(repo)
-
-
-def _require_token(repo: str) -> None:
-    from huggingface_hub import get_token
-
-    if not get_token():
-        raise InputError(
-            f"{repo} cannot be written to without a token: log in with `hf auth login`, or set "
-            f"HF_TOKEN to one of {endpoint()} that may write there"
-        )
 
 
 def _is_conflict(error: MachineError) -> bool:

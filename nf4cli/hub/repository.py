@@ -13,7 +13,8 @@ from ..errors import InputError, MachineError, UsageError
 from ..manifest import Manifest
 from ..source import MANIFEST, PIPELINE_RECORD, is_weight_file
 from ..untrusted import RECORD
-from .client import Snapshot, endpoint, open_at
+from .client import Snapshot, endpoint, is_offline, open_at
+from .upload import response_of
 
 Parsed = TypeVar("Parsed")
 
@@ -114,3 +115,37 @@ def differences(
         elif file.sha256 is None and wanted.blob is None:
             found.append(f"{name} lies in git, expected in LFS")
     return found + [f"{name} is still there" for name in stale if name in shown.files]
+
+
+def require_access(repo: str) -> None:
+    """What can be known of the right to write without asking anybody.
+
+    Raises:
+        UsageError: HF_HUB_OFFLINE is set.
+        InputError: there is no token.
+    """
+    if is_offline():
+        raise UsageError(f"{repo} cannot be written to: HF_HUB_OFFLINE forbids it. Unset it")
+    _require_token(repo)
+
+
+def _require_token(repo: str) -> None:
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise InputError(
+            f"{repo} cannot be written to without a token: log in with `hf auth login`, or set "
+            f"HF_TOKEN to one of {endpoint()} that may write there"
+        )
+
+
+def no_access(repo: str, error: InputError) -> InputError:
+    """The same error, in plain words where it is about the token."""
+    status = getattr(response_of(error), "status_code", 0)
+    if status not in (401, 403):
+        return error
+    why = "is not valid there" if status == 401 else "may not write to it"
+    return InputError(
+        f"{repo}: the token that {endpoint()} was given {why} (answer {status}): log in with "
+        "`hf auth login`, or set HF_TOKEN to one with the right to write"
+    )

@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case $NF4_VERIFY in
   alone | none) ;;
-  source) [ -e "$NF4_MODEL" ] || fail "verify: source needs a model that is a path here: $NF4_MODEL is none" ;;
+  source) [ -e "$NF4_MODEL" ] || [ -z "$NF4_DISK" ] || fail "verify: source fetches the model once more, without a bound: leave out disk, or write alone" ;;
   *) fail "verify is '$NF4_VERIFY': write alone, source or none" ;;
 esac
 case $NF4_MINUTES in

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_OUTPUTS = {"bits_per_weight": "bits-per-weight", "commit": "commit"}
-
 
 def outputs(document: dict[str, Any]) -> list[str]:
     """NAME=VALUE for each of the action's outputs that the document knows."""
-    found = [(name, document.get(field)) for field, name in _OUTPUTS.items()]
-    return [f"{name}={_line(value)}" for name, value in found if value is not None]
+    pushed = document.get("pushed") or {}
+    found = {"bits-per-weight": document.get("bits_per_weight"), "commit": pushed.get("commit")}
+    return [f"{name}={_line(value)}" for name, value in found.items() if value is not None]
 
 
 def annotations(document: dict[str, Any]) -> list[str]:
