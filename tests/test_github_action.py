@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_name_is_no_order_to_the_runner(job, work):
     ("inputs", "says"),
     [
         ({"model": "model", "verify": "twice"}, "verify is 'twice'"),
-        ({"model": "org/name", "verify": "source"}, "needs a model that is a path"),
+        ({"model": "org/name", "verify": "source", "disk": "1GB"}, "without a bound"),
         ({"model": "model", "minutes": "1h"}, "minutes is '1h'"),
         ({"model": ""}, "model is empty"),
         ({"model": "model", "output": "a\nb=c"}, "would hold a line break"),
@@ -257,7 +258,10 @@ def test_expressions():
 
 def test_from_a_hub_to_a_hub(work, tmp_path, hub, converted):
     """The whole way, against a server: converted under a bound, nothing is left here."""
-    env = {**hub.environment(tmp_path / "home"), "PATH": os.environ["PATH"]}
+    env = {
+        **hub.environment(tmp_path / "home"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     one = Job(ROOT, work, tmp_path / "runner-1", None, INSTALLED, env)
     options = {"model": "org/model", "push_to": "me/out", "args": "--max-shard-size 1MB"}
     outputs = one.use(**options, disk="10MB", hf_token="hf_write")

@@ -87,9 +87,10 @@ def found(
         yield Source(source)
         return
     from ..hub import client
+    from ..hub.explaining import report_to
     from ..hub.outline import draw
 
-    client.report_to(notify)
+    report_to(notify)
     if resume and name.revision is None:
         name = _as_begun(name, output or Path(f"{_last(name)}-nf4"), notify)
     try:
@@ -204,12 +205,12 @@ class Trip:
 
     def publication(self, transfers: Transfers) -> Publication | None:
         """What the output is pushed by, None for one that is not."""
-        from ..hub import client
+        from ..hub.explaining import report_to
         from ..hub.publish import Publication
 
         if self.push_to is None:
             return None
-        client.report_to(self.notify)
+        report_to(self.notify)
         return Publication(
             self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
         )

@@ -50,6 +50,7 @@ def push(
     """
     from ..errors import UsageError
     from ..hub import client
+    from ..hub.explaining import report_to
     from ..hub.publish import Publication
     from ..hub.repository import require_access
     from ..push import check
@@ -62,7 +63,7 @@ def push(
             f"{repo!r} is no name of a repository: write org/name, or name for your own"
         )
     notify, show = common.notices(quiet), not (quiet or json)
-    client.report_to(notify)
+    report_to(notify)
     require_access(repo)
     total = _bytes_in(output)
     with common.ProgressDisplay(total, "checking", show) as display:

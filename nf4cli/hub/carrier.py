@@ -29,6 +29,7 @@ from ..workspace import Workspace
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
+from .explaining import endpoint
 from .fetching import Fetcher
 from .publish import Publication, Published, Uploaded
 from .repository import read_whole
@@ -129,7 +130,7 @@ class Carrier:
             digest = file and (file.sha256 if found.digest == "sha256" else None)
             if file is None or file.size != record.size or digest not in (None, record.digest):
                 return None
-        url = f"{client.endpoint()}/{repo}"
+        url = f"{endpoint()}/{repo}"
         private = self._publication.private
         self.published = Published(repo, head.commit, url, private, changed=False, deleted=())
         return found

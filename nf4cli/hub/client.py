@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
 from ..records import Origin
 from ..untrusted import is_plain
+from .explaining import endpoint, explained, is_offline
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -338,128 +338,3 @@ def require_room_in_cache(repo: str, need: int) -> None:
             "some space, set HF_HOME to another disk, or give a bound with --disk, under which "
             "files do not stay"
         )
-
-
-def is_offline() -> bool:
-    """Whether the user forbade huggingface_hub the network (HF_HUB_OFFLINE)."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def endpoint() -> str:
-    """The Hub that is spoken to (HF_ENDPOINT)."""
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turns what huggingface_hub and its HTTP library raise into errors that a user can meet.
-
-    Args:
-        what: that was asked for, as it is named in the message.
-
-    Raises:
-        InputError: it does not exist, or is not for this user.
-        UsageError: it is no name that a Hub knows.
-        MachineError: the network, the Hub or the disk.
-    """
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"{what} is gated: accept its terms on its page at {endpoint()}, then log in with "
-            "`hf auth login` or set HF_TOKEN to a token that may read it"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{what} is not on {endpoint()}, or is private and your token may not read it: look "
-            "at its spelling, and log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"{what}: {endpoint()} knows no such branch, tag or commit of it"
-        ) from error
-    except errors.DisabledRepoError as error:
-        raise InputError(f"{what} is disabled on {endpoint()}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise (_offline(what) if is_offline() else _unreachable(what, error)) from error
-    except errors.EntryNotFoundError as error:
-        raise InputError(f"{what}: {endpoint()} has no such file any more") from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{what}: {_first_line(error)}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise _offline(what) from error
-    except errors.HfHubHTTPError as error:
-        raise _refused(what, error) from error
-    except Exception as error:
-        if not _is_of_the_network(error):
-            raise
-        raise _unreachable(what, error) from error
-
-
-def _refused(what: str, error: Any) -> InputError | MachineError:
-    """An answer of the Hub that is none of those with a name of their own."""
-    status = error.response.status_code if error.response is not None else 0
-    message = f"{what}: {endpoint()} answered {status}, {_first_line(error)}"
-    if status == 403 and not str(error.response.url).startswith(endpoint()):
-        return MachineError(f"{message}, the address of the file may have expired: try again")
-    if status in (401, 403):
-        return InputError(f"{message}: log in with `hf auth login`, or set HF_TOKEN to a token "
-                          "that may do this")  # fmt: skip
-    if 400 <= status < 500 and status not in (408, 412, 416, 429):
-        return InputError(message)
-    return MachineError(f"{message}: try again later")
-
-
-def _offline(what: str) -> MachineError:
-    return MachineError(
-        f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that, or "
-        "fetch it with `hf download` first"
-    )
-
-
-def _unreachable(what: str, error: BaseException) -> MachineError:
-    return MachineError(
-        f"{what}: the connection to {endpoint()} failed ({_first_line(error)}): try again, or "
-        "look at HF_ENDPOINT and the network"
-    )
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """Whether it is raised by the HTTP library that huggingface_hub uses: requests, httpx, httpx2,
-    or the transfer library of its storage."""
-    names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return bool(names & {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}) or (
-        isinstance(error, ConnectionError)
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a message, without what signed addresses carry behind a question mark."""
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"\?[^\s')]*", "", text).strip().rstrip(".")[:300]
-
-
-def report_to(notify: Notify) -> None:
-    """Have what huggingface_hub logs (attempts that failed, waits) told like our own notes, and
-    its progress bars left out: they would tear ours."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
-    logger = logging.getLogger("huggingface_hub")
-    logger.handlers = [_Told(notify)]
-    logger.propagate = False
-
-
-class _Told(logging.Handler):
-    def __init__(self, notify: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._notify = notify
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._notify(_first_line(Exception(record.getMessage())))

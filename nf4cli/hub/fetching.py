@@ -21,6 +21,7 @@ from ..transfers import Transfers
 from . import client
 from .budget import Budget, Step
 from .client import RemoteFile, Snapshot
+from .explaining import endpoint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -188,8 +189,7 @@ class Fetcher:
         if local is not None:
             if not is_right(local, file, self._stop):
                 raise MachineError(
-                    f"{local}, in the cache, has another digest than {client.endpoint()} states: "
-                    "remove it"
+                    f"{local}, in the cache, has another digest than {endpoint()} states: remove it"
                 )
             self._transfers.add_downloaded(file.size)
             return local
@@ -218,7 +218,7 @@ def to_cache(
         if is_right(place, file, stop):
             transfers.add_downloaded(file.size)
             return place
-        notify(f"{place} has another digest than {client.endpoint()} states: fetching it again")
+        notify(f"{place} has another digest than {endpoint()} states: fetching it again")
         place, again = None, True
     raise InputError(_wrong(snapshot, file))
 
@@ -370,6 +370,6 @@ def expected_digest(file: RemoteFile) -> str | None:
 def _wrong(snapshot: Snapshot, file: RemoteFile) -> str:
     return (
         f"{file.name} of {snapshot.name} came {_WRONG} times with another digest than "
-        f"{client.endpoint()} states ({expected_digest(file)}): the file there, or something on "
+        f"{endpoint()} states ({expected_digest(file)}): the file there, or something on "
         "the way, is damaged"
     )

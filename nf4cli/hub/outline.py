@@ -31,12 +31,12 @@ from .client import (
     Snapshot,
     cached,
     fetch_to_cache,
-    is_offline,
     open_at,
     persist,
     read_range,
     remember,
 )
+from .explaining import is_offline
 
 _FIRST_READ = 1 << 16  # bytes: most headers are shorter
 _AT_A_TIME = 8  # requests

@@ -21,7 +21,8 @@ from ..errors import InputError, MachineError, UsageError
 from ..fileio import Identity
 from ..source import CARD, MANIFEST
 from ..untrusted import read_start
-from .client import Name, Snapshot, endpoint, resolve, waits
+from .client import Name, Snapshot, resolve, waits
+from .explaining import endpoint
 from .repository import (
     Expected,
     differences,

@@ -13,7 +13,8 @@ from ..errors import InputError, MachineError, UsageError
 from ..manifest import Manifest
 from ..source import MANIFEST, PIPELINE_RECORD, is_weight_file
 from ..untrusted import RECORD
-from .client import Snapshot, endpoint, is_offline, open_at
+from .client import Snapshot, open_at
+from .explaining import endpoint, is_offline
 from .upload import response_of
 
 Parsed = TypeVar("Parsed")

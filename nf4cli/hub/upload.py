@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..digest import digests_of_file
 from ..errors import InputError, MachineError
 from ..untrusted import read_start
-from .client import endpoint, explained
+from .explaining import endpoint, explained
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
