@@ -96,14 +96,9 @@ def test_what_the_hub_lost_is_named(worker, files, tmp_path):
 
 
 FAULTS = {
-    "busy": Fault(r"POST /api/models/me/made/preupload", status=503, times=2),
-    "too many requests": Fault(
-        r"POST .*objects/batch", status=429, headers={"Retry-After": "1"}, times=2
-    ),
+    "too many requests": Fault(r"POST .*objects/batch", status=429, headers={"Retry-After": "1"}),
     "an upload that breaks": Fault(r"PUT /upload", drop=True),
-    "an upload whose answer is lost": Fault(r"PUT /upload", lose=True),
     "a commit whose answer is lost": Fault(r"POST .*/commit/main", lose=True),
-    "a commit that never arrives": Fault(r"POST .*/commit/main", drop=True),
     "a card that cannot be looked at": Fault(r"POST /api/validate-yaml", status=503),
 }
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import nf4_ok
+import torch
+from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
 from hub import Fault, Hub
 from hub.fixtures import Runner
 from schemas import document
@@ -26,11 +27,27 @@ COMMIT = r"POST .*/commit/main"
 
 
 @pytest.fixture(scope="module")
-def made_single(model, tmp_path_factory) -> Path:
-    """The output in one file."""
-    output = tmp_path_factory.mktemp("push") / "single"
-    nf4_ok("quantize", model, output)
-    return output
+def source(tmp_path_factory) -> Path:
+    """A Llama with a vocabulary that makes several files of its 4 MB."""
+    tensors = llama_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn(16384, 64).mul(0.02).bfloat16()
+    root = tmp_path_factory.mktemp("push") / "model"
+    return write_checkpoint_dir(root, tensors, {**LLAMA, "vocab_size": 16384})
+
+
+@pytest.fixture(scope="module")
+def made(source) -> Path:
+    """An output of three files."""
+    nf4_ok("quantize", source, source.parent / "three", "--max-shard-size", "1MB")
+    return source.parent / "three"
+
+
+@pytest.fixture(scope="module")
+def made_single(source) -> Path:
+    """The same in one."""
+    nf4_ok("quantize", source, source.parent / "one")
+    return source.parent / "one"
 
 
 @pytest.fixture
@@ -40,10 +57,10 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def push(hub, tmp_path, converted) -> Runner:
+def push(hub, tmp_path, made) -> Runner:
     """Runs nf4 in a directory with an output called `out`."""
     runner = Runner(hub, tmp_path)
-    shutil.copytree(converted, runner.work / "out")
+    shutil.copytree(made, runner.work / "out")
     return runner
 
 
@@ -119,13 +136,13 @@ def test_another_model_is_left_alone(push, hub, files):
     assert not hub.requests(PUT)
 
 
-def test_an_earlier_output_is_replaced_whole(push, hub, converted, made_single):
+def test_an_earlier_output_is_replaced_whole(push, hub, made, made_single):
     push.ok("push", "out", REPO)
     repo = hub.store.repos[REPO]
     mine = {n: hub.store.file(n, b"my own words") for n in ("README.md", "notes/a.txt")}
     repo.commit({**repo.head, **mine}, "edited on the page")
     found = document(push.ok("push", made_single, REPO, "--json"), "push")
-    stale = {p.name for p in converted.iterdir()} - {p.name for p in made_single.iterdir()}
+    stale = {p.name for p in made.iterdir()} - {p.name for p in made_single.iterdir()}
     assert set(found["pushed"]["deleted"]) == stale
     assert "model.safetensors.index.json" in stale
     assert len(repo.commits) == 4
@@ -290,9 +307,9 @@ def test_killed_and_begun_again(push, hub):
     require_published(hub, push.work / "out")
 
 
-def test_what_was_pushed_is_good(push, model):
+def test_what_was_pushed_is_good(push, source):
     push.ok("push", "out", REPO)
-    text = push.ok("verify", REPO, "--source", model)
+    text = push.ok("verify", REPO, "--source", source)
     assert "every byte is the one the source gives" in text
     assert "not checked" not in text
 
