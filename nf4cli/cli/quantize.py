@@ -15,7 +15,6 @@ from .common import (
     JsonOption,
     MemoryOption,
     QuietOption,
-    ShardSizeOption,
     SourceArgument,
     WorkersOption,
 )  # fmt: skip
@@ -112,7 +111,15 @@ def quantize(
             "--trust-remote-code", help="Let transformers run the model's own code when asked."
         ),
     ] = False,
-    max_shard_size: ShardSizeOption = "5GB",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            show_default=False,
+            help="Largest size of an output file. Default: 5GB; 1GB where files are pushed and "
+            "leave a bounded disk, which then needs less.",
+        ),
+    ] = None,
     digest: Annotated[
         str,
         typer.Option(
@@ -170,6 +177,8 @@ def quantize(
 
     if digest not in ("auto", *ALGORITHMS):
         raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
+    trip = hub.Trip(disk, push_to, public, output is None, common.notices(quiet))
+    largest = "1GB" if disk is not None and trip.leaving else "5GB"
     config = QuantConfig(
         quant_type=quant_type,
         blocksize=blocksize,
@@ -180,7 +189,7 @@ def quantize(
         keep=tuple(skip_modules or ()),
         target=target,
         on_nonfinite=on_nonfinite,
-        max_shard_size=common.parse_size(max_shard_size, "--max-shard-size"),
+        max_shard_size=common.parse_size(max_shard_size or largest, "--max-shard-size"),
     )
     request = Request(
         output=output,
@@ -197,7 +206,7 @@ def quantize(
         plan=plan,
         json=json,
         quiet=quiet,
-        trip=hub.Trip(disk, push_to, public, output is None, common.notices(quiet)),
+        trip=trip,
     )
     keep = disk is None and not plan
     with hub.found(source, output, resume, keep, request.notify) as place:
