@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common, hub, step_summary, views
+from .common import parse_size
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from .hub import Source
     from .request import Request
 
@@ -36,7 +39,13 @@ def quantize(request: Request, source: Source) -> None:
         need = 0  # what does not fit here may be planned all the same
     check_output(plan, output, limits.workers, request.resume, need)
     if request.plan:
-        outlook = hub.outlook(source, carrier, plan, engine, limits)
+
+        def pushed() -> Plan:
+            size = parse_size(request.shard_size or hub.LEAVING_SHARDS, "--max-shard-size")
+            config = replace(request.config, max_shard_size=size)
+            return make_plan(checkpoint, config, request.oracle)
+
+        outlook = hub.outlook(source, carrier, plan, pushed, engine, limits)
         if request.json:
             document = {**views.plan_document(plan, limits, output), "source": source.name}
             common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..records import Checkpoint, Origin
     from ..transfers import Transfers
+
+
+SHARDS, LEAVING_SHARDS = "5GB", "1GB"
+"""The largest output file, by default: as loaders write them; where files leave a bounded disk."""
 
 
 def named(source: Path) -> Name | None:
@@ -234,14 +238,23 @@ _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  #
 
 
 def outlook(
-    source: Source, carrier: Carrier | None, plan: Plan, engine: Engine, limits: Resources
+    source: Source,
+    carrier: Carrier | None,
+    plan: Plan,
+    pushed: Callable[[], Plan],
+    engine: Engine,
+    limits: Resources,
 ) -> dict[str, Any]:
-    """What --plan says of a model on a Hub; {} for one that lies here."""
+    """What --plan says of a model on a Hub; {} for one that lies here.
+
+    Args:
+        pushed: gives the plan of a run whose output leaves the disk.
+    """
     from ..trial import bytes_per_second
 
     if carrier is None or not source.outline:
         return {}
-    found = asdict(carrier.outlook(plan, limits.workers))
+    found = asdict(carrier.outlook(plan, pushed(), limits.workers))
     speed = bytes_per_second(engine, limits, plan.config)
     return {
         **found,

@@ -178,7 +178,7 @@ def quantize(
     if digest not in ("auto", *ALGORITHMS):
         raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
     trip = hub.Trip(disk, push_to, public, output is None, common.notices(quiet))
-    largest = "1GB" if disk is not None and trip.leaving else "5GB"
+    largest = hub.LEAVING_SHARDS if disk is not None and trip.leaving else hub.SHARDS
     config = QuantConfig(
         quant_type=quant_type,
         blocksize=blocksize,
@@ -194,6 +194,7 @@ def quantize(
     request = Request(
         output=output,
         config=config,
+        shard_size=max_shard_size,
         exact=exact,
         trust_remote_code=trust_remote_code,
         digest=digest,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Request:
     """Attributes:
     output: None for the default.
+    shard_size: as asked, None for the default.
     memory: as asked.
     plan: only say what would be done.
     trip: what is asked of a Hub.
@@ -27,6 +28,7 @@ class Request:
 
     output: Path | None
     config: QuantConfig
+    shard_size: str | None
     exact: bool
     trust_remote_code: bool
     digest: str

@@ -148,8 +148,12 @@ class Carrier:
             raise UsageError(self._too_little(plan, workers, need))
         return need
 
-    def outlook(self, plan: Plan, workers: int) -> Outlook:
-        """What a run would move and need; of a source that comes from a Hub."""
+    def outlook(self, plan: Plan, pushed: Plan, workers: int) -> Outlook:
+        """What a run would move and need; of a source that comes from a Hub.
+
+        Args:
+            pushed: of a run whose output leaves the disk.
+        """
         assert self._snapshot is not None
         shards, base = plan.checkpoint.shards, base_bytes(plan, workers)
         cached = {
@@ -158,15 +162,18 @@ class Carrier:
             if client.cached(self._snapshot, self._snapshot.files[s.path.name]) is not None
         }
         to_fetch = {s.path.name for s in shards} - cached
-        steps = steps_of(plan, shards, to_fetch)
-        sizes = {layout.filename: layout.size for layout in plan.shards}
+
+        def bound(plan: Plan, leaving: bool) -> int:
+            sizes = {layout.filename: layout.size for layout in plan.shards}
+            return smallest(steps_of(plan, shards, to_fetch), sizes, base, leaving)
+
         return Outlook(
             repo=self._snapshot.repo,
             commit=self._snapshot.commit,
             fetch_bytes=sum(s.size for s in shards if s.path.name in to_fetch),
             cached_bytes=sum(s.size for s in shards if s.path.name in cached),
-            smallest_disk_bytes=smallest(steps, sizes, base, leaving=False),
-            smallest_disk_bytes_when_pushed=smallest(steps, sizes, base, leaving=True),
+            smallest_disk_bytes=bound(plan, leaving=False),
+            smallest_disk_bytes_when_pushed=bound(pushed, leaving=True),
         )
 
     def _too_little(self, plan: Plan, workers: int, need: int) -> str:
