@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from .fileio import Identity
 from .hub.publish import Publication, Published
 from .listed import listed_output, read_listed, strays
 from .manifest import Manifest
-from .pipeline import Progress, no_progress, run
+from .pipeline import Progress, no_progress
 from .report import Finding
 from .source import CARD
 from .untrusted import is_regular, read_start
@@ -98,5 +100,37 @@ def push(
             checked.path / name, name, checked.sha256.get(name), checked.identities.get(name)
         )
 
-    run(names, lambda: add, _AT_A_TIME, lambda: None)
+    _each(names, add)
     return publication.commit(message or checked.message)
+
+
+def _each(names: Iterable[str], work: Callable[[str], None]) -> None:
+    """Several at a time; the first failure, or Ctrl-C, ends it at once.
+
+    Unlike pipeline.run it does not wait for what is under way: that may be an upload of gigabytes,
+    or a server that asked for five minutes, and ends with the process.
+    """
+    queue, lock = iter(names), threading.Lock()
+    failures: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            while not failures:
+                with lock:
+                    name = next(queue, None)
+                if name is None:
+                    return
+                work(name)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=take, daemon=True) for _ in range(_AT_A_TIME)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not failures and any(thread.is_alive() for thread in threads):
+            time.sleep(0.05)  # short, so that Ctrl-C is heard
+    except BaseException as error:
+        failures.append(error)
+    if failures:
+        raise failures[0]

@@ -17,6 +17,7 @@ from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
 from hub import Fault, Hub
 from hub.fixtures import Runner
 from schemas import document
+from test_pipelines import pipe  # noqa: F401 - a fixture
 
 from nf4cli.card import HERE
 from nf4cli.source import MANIFEST
@@ -256,8 +257,17 @@ def test_what_passes(push, hub, name):
     require_published(hub, push.work / "out")
 
 
-def begin_and_wait(push, hub, *arguments) -> subprocess.Popen[str]:
-    """A push that waits for a busy Hub, which its last argument's request has met."""
+def test_uploads_in_parts(push, hub):
+    """As the Hub wants files of gigabytes; a part that breaks is sent again."""
+    hub.part_size = 300_000
+    hub.faults.add(Fault(r"PUT /upload.*part=2", drop=True))
+    push.ok("push", "out", REPO)
+    assert len(hub.requests(r"PUT /upload.*part=")) > 10
+    require_published(hub, push.work / "out")
+
+
+def begin_and_wait(push, hub) -> subprocess.Popen[str]:
+    """A push that waits for a busy Hub, that has met the fault."""
     process = push.start("push", "out", REPO)
     while not hub.faults.seen:
         assert process.poll() is None, process.communicate()
@@ -307,11 +317,37 @@ def test_killed_and_begun_again(push, hub):
     require_published(hub, push.work / "out")
 
 
+def test_ctrl_c_does_not_wait_for_the_network(push, hub):
+    hub.faults.add(Fault(PUT, status=503, headers={"Retry-After": "60"}, times=10**6))
+    process = begin_and_wait(push, hub)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert hub.store.repos[REPO].head == {}
+
+
 def test_what_was_pushed_is_good(push, source):
     push.ok("push", "out", REPO)
     text = push.ok("verify", REPO, "--source", source)
     assert "every byte is the one the source gives" in text
     assert "not checked" not in text
+
+
+def test_a_pipeline(push, hub, pipe):  # noqa: F811
+    """All of it, over a checkpoint that was there, and back to the checkpoint."""
+    push.ok("push", "out", REPO)
+    push.ok("quantize", pipe, "pipeline")
+    found = document(push.ok("push", "pipeline", REPO, "--replace-card", "--json"), "push")
+    assert {MANIFEST, "model.safetensors.index.json"} <= set(found["pushed"]["deleted"])
+    require_published(hub, push.work / "pipeline", commits=3)
+    card = hub.store.repos[REPO].head["README.md"].place.read_text()
+    assert f'DiffusionPipeline.from_pretrained("{REPO}"' in card
+    assert "every byte is the one the source gives" in push.ok("verify", REPO, "--source", pipe)
+    push.ok("push", "out", REPO, "--replace-card")
+    require_published(hub, push.work / "out", commits=4)
 
 
 @pytest.mark.loaders

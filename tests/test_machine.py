@@ -95,7 +95,7 @@ def test_the_page_names_every_schema_and_every_schema_is_used():
     names = {path.name for path in SCHEMAS.iterdir()}
     assert names == {f"{kind}.schema.json" for kind in
                      ("plan", "quantize", "verify", "dequantize", "inspect", "tensor", "attest",
-                      "error", "statement")}  # fmt: skip
+                      "push", "error", "statement")}  # fmt: skip
     missing = [name for name in names if f"schemas/{name}" not in PAGE]
     assert not missing
 
@@ -252,11 +252,11 @@ def test_exit_code_4_the_machine(place, arguments):
 
 SIGNALLED = """
 import os, signal, time
-import nf4cli.attest, nf4cli.source
+import nf4cli.listed, nf4cli.source
 def interrupted(*_):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1)  # the main thread hears it, wherever this runs
-nf4cli.source.read_shard = nf4cli.attest.digests_of_file = interrupted
+nf4cli.source.read_shard = nf4cli.listed.digests_of_file = interrupted
 from nf4cli.cli import main
 main()
 """

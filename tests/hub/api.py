@@ -211,7 +211,13 @@ class Api(Handler):
             found = {"oid": asked["oid"], "size": asked["size"]}
             if not self.hub.store.object(asked["oid"]).exists():
                 href = f"{self.hub.cdn}/upload/{asked['oid']}?expires={time.time() + 60}"
-                found["actions"] = {"upload": {"href": href, "header": {}}}
+                header = {}
+                if self.hub.part_size:
+                    count = -(-asked["size"] // self.hub.part_size)
+                    header = {str(n): f"{href}&part={n}" for n in range(1, count + 1)}
+                    header["chunk_size"] = str(self.hub.part_size)
+                    href = f"{self.hub.url}/complete/{asked['oid']}"
+                found["actions"] = {"upload": {"href": href, "header": header}}
             objects.append(found)
         self.reply(200, {"transfer": "basic", "objects": objects})
 

@@ -26,6 +26,7 @@ class Hub:
         faults: what goes wrong.
         log: every request that was answered.
         rate: bytes a second of every body, None for no limit.
+        part_size: bytes of the parts that an upload comes in, None for one whole.
     """
 
     def __init__(self, root: Path, port: int = 0) -> None:
@@ -33,6 +34,7 @@ class Hub:
         self.faults = Faults()
         self.log: list[Request] = []
         self.rate: float | None = None
+        self.part_size: int | None = None
         self.lock = threading.RLock()
         self._servers = [_serve(self, kind, port) for kind, port in ((Api, port), (Cdn, 0))]
         self.url, self.cdn = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
