@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from helpers import nf4_ok, same_files
@@ -288,3 +292,30 @@ def test_pipelines(nf4_hub, hub, pipe):  # noqa: F811
     manifest = json.loads(pushed[f"{part}/nf4_manifest.json"].place.read_text())
     assert manifest["source"]["repo"] == "org/flux"
     nf4_hub.ok("verify", "me/flux-nf4", "--source", "org/flux")
+
+
+@pytest.mark.parametrize("options", [(), ("--disk", "40MB"), ("--plan",)])
+def test_the_oldest_huggingface_hub(nf4_hub, hub, converted, options):
+    """transformers 4 needs a version before 1.0, which speaks another HTTP library's language."""
+    python = os.environ.get("NF4_TRANSFORMERS4_PYTHON")
+    if not python:
+        pytest.skip("NF4_TRANSFORMERS4_PYTHON names no interpreter with huggingface_hub below 1.0")
+    # What that environment lacks comes from ours, which is looked at last.
+    ours = Path(importlib.util.find_spec("nf4cli").origin).parents[1]
+    arguments = ["nf4", "quantize", "org/model", "out", "--max-shard-size", "1MB", *options]
+    code = (
+        f"import sys; sys.path.append({str(ours)!r}); sys.argv = {arguments!r}\n"
+        "import huggingface_hub; print(huggingface_hub.__version__, file=sys.stderr)\n"
+        "from nf4cli.cli import main; main()"
+    )
+    hub.faults.add(Fault(r"GET /files/.*00007-of", after=1, cut=700_000))
+    hub.faults.add(Fault(r"GET /files/.*00009-of", after=1, status=503))
+    done = subprocess.run(
+        [python, "-c", code], env=hub.environment(nf4_hub.home), cwd=nf4_hub.work,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("0.")
+    if options != ("--plan",):
+        assert hub.faults.seen == 2
+        assert same_files(nf4_hub.work / "out", converted, but=("nf4_manifest.json", "README.md"))
