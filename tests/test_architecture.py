@@ -33,7 +33,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("exact",),
     ("families",),
     ("plan", "manifest", "packed", "report", "journal"),
-    ("limits", "items", "diffusion", "resume", "junit", "summary", "recording", "comparison"),
+    ("limits", "items", "diffusion", "resume", "junit", "summary", "recording", "comparison", "watch"),
     ("card",),
     ("worker",),
     ("conversion", "inspection", "workspace", "written", "nonfinite", "hub"),

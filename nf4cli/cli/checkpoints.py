@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common, hub, step_summary, views
+from .ledger import Ledger, tell_resources, tell_times, work_bytes
+from .outcome import Outcome, print_outcome
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from .hub import Source
@@ -20,7 +23,7 @@ def quantize(request: Request, source: Source) -> None:
     from ..quantize import write_checkpoint
     from ..summary import conversion_section
 
-    trip = request.trip
+    trip, started = request.trip, time.monotonic()
     if request.config.on_nonfinite == "keep":
         source = hub.whole(source, "--on-nonfinite keep", trip.disk, not request.shows)
     checkpoint = source.open()
@@ -43,8 +46,16 @@ def quantize(request: Request, source: Source) -> None:
             if outlook:
                 hub.show_outlook(outlook)
         return
-    started = time.monotonic()
-    with common.ProgressDisplay(plan.source_bytes, "quantizing", request.shows) as display:
+    planned = time.monotonic()
+    if request.verbose:
+        common.err_console().print(views.table_of_groups(plan))
+        tell_resources(engine.name, limits)
+    with ProgressDisplay(
+        work_bytes(plan), "quantizing", request.shows,
+        what=f"{source.name} -> {trip.destination(output)}", weights=plan.parameters,
+        transfers=carrier.transfers if carrier else None, place=output,
+    ) as display:  # fmt: skip
+        ledger = Ledger(display, request.verbose)
         manifest = write_checkpoint(
             plan,
             output,
@@ -56,15 +67,31 @@ def quantize(request: Request, source: Source) -> None:
             display,
             request.notify,
             carrier,
+            ledger,
         )
-    seconds = time.monotonic() - started
-    step_summary.append(lambda: conversion_section(output, {"": (plan, manifest)}))
+    seconds = time.monotonic() - planned
+    if request.verbose:
+        tell_times(planned - started, seconds)
+    parts = {"": (plan, manifest)}
+    step_summary.append(lambda: conversion_section(output, parts))
     if request.json:
         run = {"engine": engine.name, "seconds": round(seconds, 3)}
         result = views.result_document(plan, manifest, output)
         common.print_json("quantize", {**result, **run, **trip.document(carrier)})
     elif not request.quiet:
-        views.print_result(
-            common.out_console(), plan, manifest, output, engine.name, seconds, source.name
+        outcome = Outcome(
+            source=source.name,
+            output=output,
+            parts=parts,
+            config=plan.output_config or {},
+            notes=plan.notes,
+            copied=None,
+            engine=engine.name,
+            workers=limits.workers,
+            seconds=seconds,
+            ledger=ledger,
+            transfers=carrier.transfers if carrier else None,
+            published=carrier.published if carrier else None,
+            leaving=trip.leaving,
         )
-        trip.show(carrier)
+        print_outcome(common.out_console(), outcome)

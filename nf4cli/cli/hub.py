@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, MachineError, UsageError
 from . import common
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
@@ -143,8 +144,14 @@ def _fetch(snapshot: Snapshot, outline: Path, quiet: bool) -> Path:
 
     names = names_in(outline)
     total = sum(snapshot.files[name].size for name in names)
-    with common.ProgressDisplay(total, "fetching", not quiet):
-        return fetch_all(snapshot, names, Transfers(), common.notices(quiet))
+    name = str(snapshot.name)
+    with ProgressDisplay(total, "fetching", not quiet, what=name) as display:
+
+        class Counted(Transfers):
+            def add_downloaded(self, count: int) -> None:
+                display(name, count)
+
+        return fetch_all(snapshot, names, Counted(), common.notices(quiet))
 
 
 def _last(name: Name) -> str:
@@ -218,14 +225,9 @@ class Trip:
         published = carrier and carrier.published
         return {"pushed": asdict(published)} if published else {}
 
-    def show(self, carrier: Carrier | None) -> None:
-        """The same in words."""
-        published = carrier and carrier.published
-        if published:
-            seen = "private" if published.private else "public"
-            common.out_console().print(
-                f"pushed  {common.plain(published.url)} ({seen}, commit {published.commit[:12]})"
-            )
+    def destination(self, output: Path) -> str:
+        """Where the output goes to, as a user would name it."""
+        return self.push_to if self.push_to and self.leaving else str(output)
 
 
 _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  # bytes a second

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import common, hub, step_summary, views
 from .common import format_size, plain, plural
+from .ledger import Ledger, tell_resources, tell_times, work_bytes
+from .outcome import Outcome, print_outcome
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
@@ -27,7 +30,7 @@ def quantize(request: Request, source: Source) -> None:
     from ..source import name_of_directory
     from ..summary import conversion_section
 
-    json, quiet = request.json, request.quiet
+    json, quiet, started = request.json, request.quiet, time.monotonic()
     if not request.plan or request.config.on_nonfinite == "keep":
         source = hub.whole(source, "a pipeline", request.trip.disk, not request.shows)
     output = request.output or Path(f"{name_of_directory(source.path)}-nf4")
@@ -47,8 +50,17 @@ def quantize(request: Request, source: Source) -> None:
         else:
             _print_plan(decided, limits, output)
         return
-    started = time.monotonic()
-    with common.ProgressDisplay(decided.source_bytes, "quantizing", request.shows) as display:
+    planned = time.monotonic()
+    if request.verbose:
+        for name, part in decided.parts.items():
+            common.err_console().print(f"[bold]{plain(name)}[/]", views.table_of_groups(part))
+        tell_resources(engine.name, limits)
+    with ProgressDisplay(
+        sum(map(work_bytes, decided.parts.values())), "quantizing", request.shows,
+        what=f"{source.name} -> {output}",
+        weights=sum(part.parameters for part in decided.parts.values()), place=output,
+    ) as display:  # fmt: skip
+        ledger = Ledger(display, request.verbose)
         manifests = write_pipeline(
             decided,
             output,
@@ -59,8 +71,11 @@ def quantize(request: Request, source: Source) -> None:
             request.resume,
             display,
             request.notify,
+            ledger,
         )
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - planned
+    if request.verbose:
+        tell_times(planned - started, seconds)
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
     step_summary.append(lambda: conversion_section(output, parts))
     if json:
@@ -80,18 +95,19 @@ def quantize(request: Request, source: Source) -> None:
         return
     if quiet:
         return
-    console = common.out_console()
-    views.print_notes(console, decided.notes)
-    for name, part in decided.parts.items():
-        console.print(f"[bold]{plain(name)}[/]: {views.bits(part)}")
-        console.print(views.table_of_groups(part))
-        views.print_errors(console, manifests[name])
-    console.print(
-        f"[bold]{plain(output)}[/]: {format_size(decided.source_bytes)} -> "
-        f"{format_size(decided.shard_bytes)} in {plural(len(decided.parts), 'component')}, "
-        f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({engine.name})"
+    outcome = Outcome(
+        source=source.name,
+        output=output,
+        parts=parts,
+        config={},
+        notes=tuple(decided.notes),
+        copied=decided.copies.nbytes,
+        engine=engine.name,
+        workers=limits.workers,
+        seconds=seconds,
+        ledger=ledger,
     )
-    console.print(f"next    nf4 verify {plain(output)} --source {plain(source.name)}")
+    print_outcome(common.out_console(), outcome)
 
 
 def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:

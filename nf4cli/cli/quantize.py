@@ -17,6 +17,7 @@ from .common import (
     QuietOption,
     ShardSizeOption,
     SourceArgument,
+    VerboseOption,
     WorkersOption,
 )  # fmt: skip
 from .request import Request
@@ -147,6 +148,7 @@ def quantize(
     ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..diffusion import is_pipeline
@@ -154,6 +156,8 @@ def quantize(
     from ..errors import UsageError
     from ..records import QuantConfig
 
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose do not go together: leave one of them out")
     if digest not in ("auto", *ALGORITHMS):
         raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
     config = QuantConfig(
@@ -183,6 +187,7 @@ def quantize(
         plan=plan,
         json=json,
         quiet=quiet,
+        verbose=verbose,
         trip=hub.Trip(disk, push_to, public, output is None, common.notices(quiet)),
     )
     keep = disk is None and not plan
