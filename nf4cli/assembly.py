@@ -33,6 +33,7 @@ from .resume import header
 from .source import PIPELINE_RECORD, name_of_directory, open_checkpoint
 from .untrusted import is_regular, read_json
 from .verify import verify
+from .watch import NOBODY, Watch
 from .workspace import Workspace
 from .written import check_other_file
 
@@ -68,6 +69,7 @@ def write_pipeline(
     resume: bool = False,
     progress: Progress = no_progress,
     notify: Notify = no_notice,
+    watch: Watch = NOBODY,
 ) -> dict[str, Manifest]:
     """Quantize into `output`, which appears complete or not at all; the manifests by component.
 
@@ -85,7 +87,7 @@ def write_pipeline(
             clear(work.directory, {work.directory / name for name in plan.parts})
             plan.copies.write(work.directory)
         manifests = {
-            name: fill(work, name, part, engine, resources, digest, progress, notify)
+            name: fill(work, name, part, engine, resources, digest, progress, notify, watch=watch)
             for name, part in plan.parts.items()
         }
         if work.complete:

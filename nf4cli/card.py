@@ -10,6 +10,7 @@ used where they are plain.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 import statistics
@@ -206,6 +207,32 @@ def _loading(subject: Subject) -> list[str]:
     return lines
 
 
+def loading_call(
+    place: str, parts: Mapping[str, Manifest], config: Mapping[str, Any]
+) -> str | None:
+    """What loads an output at `place`, in one line; None where no loader takes it.
+
+    Args:
+        parts, config: see `Subject`.
+    """
+    subject = Subject("", {}, parts, config)
+    target = subject.first.config.target
+    if not subject.library:
+        return None
+    if target == "vllm":
+        return f"vllm serve {shlex.quote(place)}"
+    quoted = json.dumps(place, ensure_ascii=False)
+    if target == "unsloth":
+        return f"FastLanguageModel.from_pretrained({quoted}, load_in_4bit=True)"
+    if subject.library == "diffusers":
+        name, dtype = _diffusers_class(subject)
+        return f"{name}.from_pretrained({quoted}, torch_dtype=torch.{dtype})"
+    if subject.library == "sentence-transformers":
+        return f"SentenceTransformer({quoted})"
+    remote = ", trust_remote_code=True" if "auto_map" in config else ""
+    return f"{_auto_class(config)}.from_pretrained({quoted}{remote})"
+
+
 _UNSLOTH = f"""from unsloth import FastLanguageModel
 
 model, tokenizer = FastLanguageModel.from_pretrained("{HERE}", load_in_4bit=True)"""
@@ -257,13 +284,18 @@ def _transformers_code(subject: Subject, kind: str) -> str:
     return "\n".join(lines)
 
 
-def _diffusers_code(subject: Subject) -> str:
+def _diffusers_class(subject: Subject) -> tuple[str, str]:
+    """The class of diffusers that loads it, and the dtype to load it in."""
     dtype = subject.first.config.compute_dtype
     dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "bfloat16"
-    name = "DiffusionPipeline"
-    if not subject.is_pipeline:
-        name = str(subject.config.get("_class_name"))
-        name = name if _CLASS.fullmatch(name) else "AutoModel"
+    if subject.is_pipeline:
+        return "DiffusionPipeline", dtype
+    name = str(subject.config.get("_class_name"))
+    return (name if _CLASS.fullmatch(name) else "AutoModel"), dtype
+
+
+def _diffusers_code(subject: Subject) -> str:
+    name, dtype = _diffusers_class(subject)
     own = "pipeline" if subject.is_pipeline else "model"
     lines = [
         "import torch",

@@ -26,6 +26,7 @@ from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
 from .source import MANIFEST
+from .watch import NOBODY, Watch
 from .workspace import Workspace, earlier_header
 from .writer import ShardLayout, ShardWriter
 
@@ -46,11 +47,12 @@ class _Files:
         journal: told of every weight that is written; `part` is this checkpoint's name in it.
         standing: what is there already.
         carrier: takes the files that are complete; they are then begun as late as they can be.
+        watch: told of what is finished.
     """
 
     def __init__(
         self, plan: Plan, directory: Path, algorithm: str, journal: Journal, part: str,
-        standing: Standing, carrier: Carrier | None,
+        standing: Standing, carrier: Carrier | None, watch: Watch,
     ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._opening = threading.RLock()
@@ -67,6 +69,7 @@ class _Files:
         self._journal = journal
         self._part = part
         self._carrier = carrier
+        self._watch = watch
         self._gone = standing.uploads.keys()
         self._writers: dict[int, ShardWriter] = {}
         self._turns: dict[int, OrderedDigest] = {}
@@ -113,6 +116,7 @@ class _Files:
     def finish(self, plan: TensorPlan, result: Result) -> None:
         writer = self._writer(plan.file)
         digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
+        self._watch.tensor(self._part, plan, result)
         with self._lock:
             self.tensor_digests |= digests
             self._pending[plan.file] -= 1
@@ -155,6 +159,8 @@ class _Files:
         self._shard_done(number)
 
     def _shard_done(self, number: int) -> None:
+        layout = self._layouts[number]
+        self._watch.file(self._part, layout.filename, layout.size)
         if self._carrier is not None:
             writer = self._writers[number]
             writer.close()
@@ -176,6 +182,7 @@ def write_checkpoint(
     progress: Progress = no_progress,
     notify: Notify = no_notice,
     carrier: Carrier | None = None,
+    watch: Watch = NOBODY,
 ) -> Manifest:
     """Quantize into `output`, which appears complete, with its manifest, or not at all.
 
@@ -186,6 +193,7 @@ def write_checkpoint(
         resume: continue a run of the same that was stopped, if there is one; be content with an
             output that is there already, if it is what this would write.
         carrier: brings the source from a Hub, or takes the output to one, or both.
+        watch: told of every weight and file that is finished.
 
     Raises:
         UsageError, MachineError: see `check_output` and `Workspace`.
@@ -206,7 +214,7 @@ def write_checkpoint(
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)
     with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
-        manifest = fill(work, "", plan, engine, resources, digest, progress, notify, carrier)
+        manifest = fill(work, "", plan, engine, resources, digest, progress, notify, carrier, watch)
         if carrier is not None and carrier.leaving:
             carrier.publish(work.directory, manifest)
             work.discard = True
@@ -238,6 +246,7 @@ def fill(
     progress: Progress,
     notify: Notify,
     carrier: Carrier | None = None,
+    watch: Watch = NOBODY,
 ) -> Manifest:
     """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
     if work.complete:
@@ -250,6 +259,7 @@ def fill(
     standing = check(plan, directory, recorded, digest, resources.workers, progress)
     if recorded.weights:
         notify(_what_stands(plan, standing))
+    watch.resumed(part, (t for t in plan.tensors if t.name in standing.results))
     if carrier is not None:
         carrier.fit(plan, standing, resources.workers)
     begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
@@ -257,7 +267,7 @@ def fill(
     if plan.checkpoint.origin is None:
         work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
-    files = _Files(plan, directory, digest, work.journal, part, standing, carrier)
+    files = _Files(plan, directory, digest, work.journal, part, standing, carrier, watch)
     with carrier.carrying(work, part, digest) if carrier else nullcontext() as source:
         try:
             files.open()

@@ -19,6 +19,7 @@ from .common import (
     QuietOption,
     WorkersOption,
 )  # fmt: skip
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -80,8 +81,8 @@ def attest(
         chosen = common.load_engine(engine if source else "cpu", device, quiet, memory)
         limits = common.resources(chosen, workers, memory)
         total = sum(f.stat().st_size for p in reading for f in part_shards(p))
-        display = common.ProgressDisplay(
-            total * (2 if source else 1), "attesting", not (quiet or json)
+        display = ProgressDisplay(
+            total * (2 if source else 1), "attesting", not quiet, what=str(output)
         )
         with display:
             findings = _proof(output, source, chosen, limits, display) if source else []
@@ -134,7 +135,7 @@ def _proof(
     source: Path,
     engine: Engine,
     resources: Resources,
-    display: common.ProgressDisplay,
+    display: ProgressDisplay,
 ) -> list[Finding]:
     """What nf4 verify --source finds."""
     from ..assembly import verify_pipeline

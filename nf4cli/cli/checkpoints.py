@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common, hub, step_summary, views
-from .common import parse_size
+from .ledger import Ledger, tell_resources, tell_times, work_bytes
+from .outcome import Outcome, print_outcome
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
+    from ..hub.carrier import Carrier
+    from ..limits import Resources
     from ..plan import Plan
     from .hub import Source
     from .request import Request
@@ -23,7 +27,7 @@ def quantize(request: Request, source: Source) -> None:
     from ..quantize import write_checkpoint
     from ..summary import conversion_section
 
-    trip = request.trip
+    trip, started = request.trip, time.monotonic()
     if request.config.on_nonfinite == "keep":
         source = hub.whole(source, "--on-nonfinite keep", trip.disk, not request.shows)
     checkpoint = source.open()
@@ -39,23 +43,18 @@ def quantize(request: Request, source: Source) -> None:
         need = 0  # what does not fit here may be planned all the same
     check_output(plan, output, limits.workers, request.resume, need)
     if request.plan:
-
-        def pushed() -> Plan:
-            size = parse_size(request.shard_size or hub.LEAVING_SHARDS, "--max-shard-size")
-            config = replace(request.config, max_shard_size=size)
-            return make_plan(checkpoint, config, request.oracle)
-
-        outlook = hub.outlook(source, carrier, plan, pushed, engine, limits)
-        if request.json:
-            document = {**views.plan_document(plan, limits, output), "source": source.name}
-            common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
-        else:
-            views.print_plan(common.out_console(), plan, limits, output)
-            if outlook:
-                hub.show_outlook(outlook)
+        _show_plan(request, source, carrier, plan, limits, output)
         return
-    started = time.monotonic()
-    with common.ProgressDisplay(plan.source_bytes, "quantizing", request.shows) as display:
+    planned = time.monotonic()
+    if request.verbose:
+        common.err_console().print(views.table_of_groups(plan))
+        tell_resources(engine.name, limits)
+    with ProgressDisplay(
+        work_bytes(plan), "quantizing", request.shows,
+        what=f"{source.name} -> {trip.destination(output)}", weights=plan.parameters,
+        transfers=carrier.transfers if carrier else None, place=output,
+    ) as display:  # fmt: skip
+        ledger = Ledger(display, request.verbose)
         manifest = write_checkpoint(
             plan,
             output,
@@ -67,16 +66,57 @@ def quantize(request: Request, source: Source) -> None:
             display,
             request.notify,
             carrier,
+            ledger,
         )
-    seconds = time.monotonic() - started
-    step_summary.append(lambda: conversion_section(output, {"": (plan, manifest)}))
+    seconds = time.monotonic() - planned
+    if request.verbose:
+        tell_times(planned - started, seconds)
+    parts = {"": (plan, manifest)}
+    step_summary.append(lambda: conversion_section(output, parts))
     published = carrier.published if carrier else None
     if request.json:
         run = {"engine": engine.name, "seconds": round(seconds, 3)}
         result = views.result_document(plan, manifest, output)
         common.print_json("quantize", {**result, **run, **hub.document_of(published)})
     elif not request.quiet:
-        views.print_result(
-            common.out_console(), plan, manifest, output, engine.name, seconds, source.name
+        outcome = Outcome(
+            source=source.name,
+            output=output,
+            parts=parts,
+            config=plan.output_config or {},
+            notes=plan.notes,
+            copied=None,
+            engine=engine.name,
+            workers=limits.workers,
+            seconds=seconds,
+            ledger=ledger,
+            transfers=carrier.transfers if carrier else None,
+            published=published,
+            leaving=trip.leaving,
         )
-        hub.show_published(published)
+        print_outcome(common.out_console(), outcome)
+
+
+def _show_plan(
+    request: Request,
+    source: Source,
+    carrier: Carrier | None,
+    plan: Plan,
+    limits: Resources,
+    output: Path,
+) -> None:
+    from ..plan import make_plan
+
+    def pushed() -> Plan:
+        size = common.parse_size(request.shard_size or hub.LEAVING_SHARDS, "--max-shard-size")
+        config = replace(request.config, max_shard_size=size)
+        return make_plan(plan.checkpoint, config, request.oracle)
+
+    outlook = hub.outlook(source, carrier, plan, pushed, request.engine, limits)
+    if request.json:
+        document = {**views.plan_document(plan, limits, output), "source": source.name}
+        common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
+        return
+    views.print_plan(common.out_console(), plan, limits, output)
+    if outlook:
+        hub.show_outlook(outlook)

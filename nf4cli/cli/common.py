@@ -1,4 +1,4 @@
-"""What the commands share: options, sizes, tables, the progress display."""
+"""What the commands share: options, sizes, consoles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +19,6 @@ from . import completing
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from ..engines import Engine, Notify
     from ..limits import Resources
@@ -65,6 +62,9 @@ FsyncOption = Annotated[
     typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all (power failures)."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also a line for every weight and file, and times.")
+]
 
 
 def parse_size(text: str, option: str) -> int:
@@ -164,7 +164,8 @@ def _console(stderr: bool) -> Console:
     from rich.console import Console
 
     # A terminal's lines are broken at words; a pipe or a log has no columns to break them at.
-    logged = not (sys.stderr if stderr else sys.stdout).isatty()
+    stream = sys.stderr if stderr else sys.stdout
+    logged = stream is None or not stream.isatty()  # None: the caller closed it
     return Console(
         stderr=stderr, highlight=False, emoji=False,
         soft_wrap=logged, width=200 if logged else None,
@@ -215,73 +216,6 @@ def _escaped(match: re.Match[str]) -> str:
     """
     character = match[0]
     return json.dumps("\ufffd" if "\ud800" <= character <= "\udfff" else character)[1:-1]
-
-
-class ProgressDisplay:
-    """A bar on a terminal; elsewhere a line every 30 seconds, so that CI sees life.
-
-    Args:
-        total: bytes of work.
-        label: what is being done.
-        show: False for nothing at all.
-    """
-
-    _LINE_EVERY = 30.0
-
-    def __init__(self, total: int, label: str, show: bool) -> None:
-        self._console = err_console()
-        self._total, self._label, self._done = total, label, 0
-        self._lock = threading.Lock()
-        self._last_line = time.monotonic()
-        self._show = show
-        self._bar: Progress | None = None
-        if show and self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = self._new_bar()
-
-    def _new_bar(self) -> Progress:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )  # fmt: skip
-
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-            TransferSpeedColumn(), TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[current]}"),
-            console=self._console, transient=True,
-        )  # fmt: skip
-        self._task = bar.add_task(self._label, total=self._total, current="")
-        return bar
-
-    def __call__(self, what: str, count: int) -> None:
-        with self._lock:
-            self._done += count
-            now = time.monotonic()
-            line_due = now - self._last_line > self._LINE_EVERY
-            if line_due:
-                self._last_line = now
-        if self._bar is not None:
-            self._bar.update(self._task, advance=count, current=plain(what[-40:]))
-        elif self._show and line_due:
-            share = self._done / max(1, self._total)
-            self._console.print(
-                f"{self._label}: {share:.0%} ({format_size(self._done)} of "
-                f"{format_size(self._total)}), {plain(what)}",
-                soft_wrap=True,
-            )
-
-    def __enter__(self) -> ProgressDisplay:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 SourceArgument = Annotated[

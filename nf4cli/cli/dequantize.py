@@ -20,6 +20,7 @@ from .common import (
     WorkersOption,
     format_size,
 )  # fmt: skip
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..dequantize import Summary
@@ -54,9 +55,11 @@ def dequantize(
     from ..source import open_checkpoint
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
-    source = hub.local(source, quiet or json)
+    source = hub.local(source, quiet)
     total = sum(file.stat().st_size for file in part_shards(source)) * 3
-    display = common.ProgressDisplay(total, "dequantizing", not (quiet or json))
+    display = ProgressDisplay(
+        total, "dequantizing", not quiet, what=f"{source} -> {output}", place=output
+    )
     chosen = common.load_engine(engine, device, quiet, memory)
     started = time.monotonic()
     if is_pipeline(source):

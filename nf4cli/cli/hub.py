@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, MachineError, UsageError
 from . import common
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
@@ -148,8 +149,14 @@ def _fetch(snapshot: Snapshot, outline: Path, quiet: bool) -> Path:
 
     names = names_in(outline)
     total = sum(snapshot.files[name].size for name in names)
-    with common.ProgressDisplay(total, "fetching", not quiet):
-        return fetch_all(snapshot, names, Transfers(), common.notices(quiet))
+    name = str(snapshot.name)
+    with ProgressDisplay(total, "fetching", not quiet, what=name) as display:
+
+        class Counted(Transfers):
+            def add_downloaded(self, count: int) -> None:
+                display(name, count)
+
+        return fetch_all(snapshot, names, Counted(), common.notices(quiet))
 
 
 def _last(name: Name) -> str:
@@ -219,19 +226,14 @@ class Trip:
             self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
         )
 
+    def destination(self, output: Path) -> str:
+        """Where the output goes to, as a user would name it."""
+        return self.push_to if self.push_to and self.leaving else str(output)
+
 
 def document_of(published: Published | None) -> dict[str, Any]:
     """What --json says of a run that pushed."""
     return {"pushed": asdict(published)} if published else {}
-
-
-def show_published(published: Published | None) -> None:
-    """The same in words."""
-    if published:
-        seen = "private" if published.private else "public"
-        common.out_console().print(
-            f"pushed  {common.plain(published.url)} ({seen}, commit {published.commit[:12]})"
-        )
 
 
 _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  # bytes a second

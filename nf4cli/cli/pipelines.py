@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import common, hub, step_summary, views
 from .common import format_size, plain, plural
+from .ledger import Ledger, tell_resources, tell_times, work_bytes
+from .outcome import Outcome, print_outcome
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
@@ -31,6 +34,7 @@ def quantize(request: Request, source: Source) -> None:
     from ..transfers import Transfers
 
     json, quiet, trip = request.json, request.quiet, request.trip
+    started = time.monotonic()
     if trip.disk is not None and not request.plan:
         raise UsageError(
             f"--disk does not go with a pipeline, and {source.name} is one: its components are "
@@ -58,8 +62,17 @@ def quantize(request: Request, source: Source) -> None:
     publication = trip.publication(Transfers())
     if publication is not None:
         publication.prepare()
-    started = time.monotonic()
-    with common.ProgressDisplay(decided.source_bytes, "quantizing", request.shows) as display:
+    planned = time.monotonic()
+    if request.verbose:
+        for name, part in decided.parts.items():
+            common.err_console().print(f"[bold]{plain(name)}[/]", views.table_of_groups(part))
+        tell_resources(engine.name, limits)
+    with ProgressDisplay(
+        sum(map(work_bytes, decided.parts.values())), "quantizing", request.shows,
+        what=f"{source.name} -> {output}",
+        weights=sum(part.parameters for part in decided.parts.values()), place=output,
+    ) as display:  # fmt: skip
+        ledger = Ledger(display, request.verbose)
         manifests = write_pipeline(
             decided,
             output,
@@ -70,9 +83,12 @@ def quantize(request: Request, source: Source) -> None:
             request.resume,
             display,
             request.notify,
+            ledger,
         )
-    seconds = time.monotonic() - started
     published = push(check(output, limits.workers), publication) if publication else None
+    seconds = time.monotonic() - planned
+    if request.verbose:
+        tell_times(planned - started, seconds)
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
     step_summary.append(lambda: conversion_section(output, parts))
     if json:
@@ -93,19 +109,20 @@ def quantize(request: Request, source: Source) -> None:
         return
     if quiet:
         return
-    console = common.out_console()
-    views.print_notes(console, decided.notes)
-    for name, part in decided.parts.items():
-        console.print(f"[bold]{plain(name)}[/]: {views.bits(part)}")
-        console.print(views.table_of_groups(part))
-        views.print_errors(console, manifests[name])
-    console.print(
-        f"[bold]{plain(output)}[/]: {format_size(decided.source_bytes)} -> "
-        f"{format_size(decided.shard_bytes)} in {plural(len(decided.parts), 'component')}, "
-        f"{format_size(decided.copies.nbytes)} copied, in {seconds:.2f} s ({engine.name})"
+    outcome = Outcome(
+        source=source.name,
+        output=output,
+        parts=parts,
+        config={},
+        notes=tuple(decided.notes),
+        copied=decided.copies.nbytes,
+        engine=engine.name,
+        workers=limits.workers,
+        seconds=seconds,
+        ledger=ledger,
+        published=published,
     )
-    console.print(f"next    nf4 verify {plain(output)} --source {plain(source.name)}")
-    hub.show_published(published)
+    print_outcome(common.out_console(), outcome)
 
 
 def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from . import common, views
 from .common import JsonOption, QuietOption, WorkersOption
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..hub.publish import Published
@@ -66,14 +67,14 @@ def push(
     report_to(notify)
     require_access(repo)
     total = _bytes_in(output)
-    with common.ProgressDisplay(total, "checking", show) as display:
+    with ProgressDisplay(total, "checking", show) as display:
         checked = check(output, workers or common.processors(), display)
     if checked.findings:
         _refuse(checked, json)
     if checked.left:
         names = f"{', '.join(checked.left[:5])}{', ...' if checked.left[5:] else ''}"
         notify(f"not pushed, since no manifest lists it: {names}")
-    with common.ProgressDisplay(checked.nbytes, "pushing", show) as display:
+    with ProgressDisplay(checked.nbytes, "pushing", show) as display:
         shown = _Shown(display)
         publication = Publication(repo, public, replace_card, notify, shown.sent)
         publication.prepare()
@@ -89,7 +90,7 @@ def push(
 class _Shown:
     """What is sent, on a display: the file that was begun last, of several at a time."""
 
-    def __init__(self, display: common.ProgressDisplay) -> None:
+    def __init__(self, display: ProgressDisplay) -> None:
         self._display, self._name = display, ""
 
     def begun(self, name: str, _: int) -> None:

@@ -16,6 +16,7 @@ from .common import (
     MemoryOption,
     QuietOption,
     SourceArgument,
+    VerboseOption,
     WorkersOption,
 )  # fmt: skip
 from .request import Request
@@ -168,6 +169,7 @@ def quantize(
     ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..diffusion import is_pipeline
@@ -175,6 +177,8 @@ def quantize(
     from ..errors import UsageError
     from ..records import QuantConfig
 
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose do not go together: leave one of them out")
     if digest not in ("auto", *ALGORITHMS):
         raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
     trip = hub.Trip(disk, push_to, public, output is None, common.notices(quiet))
@@ -207,6 +211,7 @@ def quantize(
         plan=plan,
         json=json,
         quiet=quiet,
+        verbose=verbose,
         trip=trip,
     )
     keep = disk is None and not plan

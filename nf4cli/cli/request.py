@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
@@ -41,6 +42,7 @@ class Request:
     plan: bool
     json: bool
     quiet: bool
+    verbose: bool
     trip: Trip
 
     def algorithm(self, source: Source) -> str:
@@ -57,7 +59,7 @@ class Request:
     @property
     def shows(self) -> bool:
         """Whether progress is shown."""
-        return not (self.quiet or self.json)
+        return not self.quiet
 
     @cached_property
     def engine(self) -> Engine:
@@ -76,5 +78,5 @@ class Request:
 
         limits = common.resources(self.engine, self.workers, self.memory, len(preliminary.tensors))
         total = scan_bytes(preliminary)
-        with common.ProgressDisplay(total, "looking for NaN", self.shows) as display:
+        with ProgressDisplay(total, "looking for NaN", self.shows) as display:
             return nonfinite_weights(preliminary, self.engine, limits, display)

@@ -20,6 +20,7 @@ from .common import (
     WorkersOption,
 )
 from .junit_file import JUnitFile
+from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine
@@ -64,14 +65,15 @@ def verify(
 
     if seed is not None and sample is None:
         raise UsageError("--seed needs --sample")
-    path = hub.local(path, quiet or json)
-    source = source and hub.local(source, quiet or json)
+    path = hub.local(path, quiet)
+    source = source and hub.local(source, quiet)
     with JUnitFile(junit, path, source) as report_file:
         chosen = common.load_engine(engine, device, quiet, memory)
         limits = common.resources(chosen, workers, memory, _weights(path, source) if memory else 0)
         places = [place for place in (path, source) if place]
         total = sum(f.stat().st_size for place in places for f in part_shards(place))
-        display = common.ProgressDisplay(total, "verifying", not (quiet or json))
+        against = f"{path} against {source}" if source else str(path)
+        display = ProgressDisplay(total, "verifying", not quiet, what=against)
         with display:
             if sample is not None:
                 own, parts = _look(path, source, sample, seed, chosen, limits, display), {}
@@ -115,7 +117,7 @@ def _look(
     seed: int | None,
     engine: Engine,
     limits: Resources,
-    display: common.ProgressDisplay,
+    display: ProgressDisplay,
 ) -> Report:
     from ..diffusion import is_pipeline
     from ..sample import verify_sample

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..report import Finding, Report, Sample
 
 _SHOWN = 20  # findings printed
+WORDS = {"quantize": "4-bit", "cast": "cast", "copy": "kept", "drop": "left out"}
+"""Actions, as tables call them."""
 
 
 def _groups(plan: Plan) -> list[dict[str, Any]]:
@@ -76,8 +78,7 @@ def table_of_groups(plan: Plan) -> Any:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("what", "why", "tensors", "weights", "bytes"):
         table.add_column(heading, justify="left" if heading in ("what", "why") else "right")
-    words = {"quantize": "4-bit", "cast": f"to {plan.config.dtype}", "copy": "kept",
-             "drop": "left out"}  # fmt: skip
+    words = WORDS | {"cast": f"to {plan.config.dtype}"}
     for action, reason, count, elements, nbytes in plan.groups():
         table.add_row(
             words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes),
@@ -136,39 +137,6 @@ def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, A
         },
         "notes": list(plan.notes),
     }
-
-
-def print_result(
-    console: Console,
-    plan: Plan,
-    manifest: Manifest,
-    output: Path,
-    engine: str,
-    seconds: float,
-    source: str,
-) -> None:
-    print_notes(console, plan.notes)
-    console.print(table_of_groups(plan))
-    console.print(
-        f"[bold]{plain(output)}[/]: {format_size(plan.source_bytes)} -> "
-        f"{format_size(plan.shard_bytes)}, {bits(plan)}, in {seconds:.2f} s "
-        f"({format_size(plan.source_bytes / max(seconds, 1e-9))}/s, "
-        f"{engine})"
-    )
-    print_errors(console, manifest)
-    console.print(f"next    nf4 verify {plain(output)} --source {plain(source)}")
-
-
-def print_errors(console: Console, manifest: Manifest) -> None:
-    errors = {n: r.error.rel_rmse for n, r in manifest.tensors.items() if r.error is not None}
-    worst = max(errors, key=lambda name: errors[name])
-    console.print(
-        f"error   relative RMSE {statistics.median(errors.values()):.4f} (median weight), worst "
-        f"{errors[worst]:.4f} in {plain(worst)}"
-    )
-    known = {n: r.error for n, r in manifest.tensors.items() if r.error is not None}
-    if (sentence := outliers(known)) is not None:
-        console.print(f"        {sentence}, most {most_outliers(known)[0]}")
 
 
 def outliers(errors: Mapping[str, TensorError]) -> str | None:

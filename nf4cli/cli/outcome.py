@@ -1,0 +1,274 @@
+"""What nf4 quantize says when it is done: one screen of 24 lines and 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import views
+from .common import format_size, plain, plural
+from .machine import peak_memory
+from .progress import count, duration, shorten
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..hub.publish import Published
+    from ..manifest import Manifest
+    from ..plan import Plan
+    from ..records import TensorError
+    from ..transfers import Transfers
+    from .ledger import Ledger
+
+_ROWS = 6  # kinds of weights, and components, that are shown
+_WORST = 3
+_NOTABLE = 0.01  # a share of outlier blocks that is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        source: as the user named it.
+        parts: by component of a pipeline; "" is a checkpoint that is no part of one.
+        config: config.json of the output, {} of a pipeline.
+        copied: bytes of a pipeline's other files, None for a checkpoint alone.
+        engine, workers: what converted.
+        seconds: that it took.
+        ledger: what this run did itself.
+        transfers: what was moved and held, None for a run that moved nothing.
+        published: where it went to.
+        leaving: no output stayed here.
+    """
+
+    source: str
+    output: Path
+    parts: Mapping[str, tuple[Plan, Manifest]]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+    copied: int | None
+    engine: str
+    workers: int
+    seconds: float
+    ledger: Ledger
+    transfers: Transfers | None = None
+    published: Published | None = None
+    leaving: bool = False
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [plan for plan, _ in self.parts.values()]
+
+    @property
+    def place(self) -> str:
+        """Where the output is: a repository where none stayed here."""
+        if self.leaving and self.published:
+            return self.published.repo
+        return str(self.output)
+
+    @property
+    def errors(self) -> dict[str, TensorError]:
+        """Of every 4-bit weight, by name; in a pipeline COMPONENT/NAME."""
+        return {
+            f"{part}/{name}" if part else name: record.error
+            for part, (_, manifest) in self.parts.items()
+            for name, record in manifest.tensors.items()
+            if record.error is not None
+        }
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    """On stdout.  Names and reasons are shortened to the terminal; commands to copy are not."""
+    width = console.width
+    console.print(f"[bold]{plain(outcome.source)}[/] -> [bold]{plain(outcome.place)}[/]")
+    for line in (*_sizes(outcome), *_speeds(outcome)):
+        console.print(plain(line))
+    console.print()
+    if len(outcome.parts) > 1 or "" not in outcome.parts:
+        _print_rows(console, _components(outcome))
+    _print_rows(console, _kinds(outcome.plans))
+    console.print()
+    for line in _errors(outcome.errors, width):
+        console.print(plain(line))
+    views.print_notes(console, outcome.notes)
+    if outcome.published is not None:
+        seen = "private" if outcome.published.private else "public"
+        commit = outcome.published.commit[:12]
+        console.print(
+            f"pushed  {plain(outcome.published.url)} ({seen}, commit {commit})", soft_wrap=True
+        )
+    command = f"nf4 verify {_word(outcome.place)} --source {_word(outcome.source)}"
+    console.print(f"next    {plain(command)}", soft_wrap=True)
+    if call := _loading(outcome):
+        console.print(f"load    {plain(call)}", soft_wrap=True)
+
+
+def _word(text: str) -> str:
+    """As a shell takes it; what cannot be printed is shown escaped, so not quoted as well."""
+    return shlex.quote(text) if text.isprintable() else text
+
+
+def _sizes(outcome: Outcome) -> Iterator[str]:
+    plans = outcome.plans
+    before = sum(plan.source_bytes for plan in plans)
+    after = sum(plan.shard_bytes for plan in plans)
+    files = plural(sum(len(plan.shards) for plan in plans), "file")
+    copied = f", and {format_size(outcome.copied)} copied" if outcome.copied is not None else ""
+    yield (
+        f"size    {format_size(before)} -> {format_size(after)} ({after / before:.0%}) in "
+        f"{files}{copied}"
+    )
+    yield f"bits    {bits(plans)}"
+
+
+def bits(plans: list[Plan]) -> str:
+    """`5.19 a weight, 4.13 in the 75% that are 4-bit`."""
+    packed = [t for plan in plans for t in plan.tensors if t.state is not None]
+    quantized = sum(plan.quantized_parameters for plan in plans)
+    parameters = sum(plan.parameters for plan in plans)
+    whole = 8 * sum(t.nbytes_out for plan in plans for t in plan.tensors) / max(1, parameters)
+    own = 8 * sum(t.nbytes_out for t in packed) / max(1, quantized)
+    return (
+        f"{whole:.2f} a weight, {own:.2f} in the {quantized / max(1, parameters):.0%} that are "
+        "4-bit"
+    )
+
+
+def _speeds(outcome: Outcome) -> Iterator[str]:
+    ledger, seconds = outcome.ledger, max(outcome.seconds, 1e-9)
+    took = f"time    {seconds:.2f} s" if seconds < 60 else f"time    {duration(seconds)}"
+    if ledger.nbytes:
+        took += (
+            f", {format_size(ledger.nbytes / seconds)}/s, {count(ledger.weights / seconds)} "
+            "weights/s"
+        )
+        if ledger.earlier:
+            took += f"; {plural(ledger.earlier, 'weight')} were there already"
+    else:
+        took += "; all of it was there already"
+    yield took
+    memory = peak_memory()
+    most = f", memory at most {format_size(memory)}" if memory else ""
+    yield f"engine  {outcome.engine}, {plural(outcome.workers, 'worker')}{most}"
+    moved = outcome.transfers
+    if moved is not None:
+        facts = []
+        if moved.to_download:
+            facts.append(f"{format_size(moved.downloaded)} fetched")
+        if moved.to_upload:
+            facts.append(f"{format_size(moved.uploaded)} uploaded")
+        if moved.disk_limit is not None:
+            facts.append(
+                f"disk at most {format_size(moved.most_disk)} of {format_size(moved.disk_limit)}"
+            )
+        if facts:
+            yield f"moved   {', '.join(facts)}"
+
+
+_Row = tuple[str, ...]
+
+
+def _kinds(plans: list[Plan]) -> list[_Row]:
+    """What became 4-bit, what was kept and why; the largest first."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for plan in plans:
+        for action, reason, *numbers in plan.groups():
+            what = views.WORDS[action] if action != "cast" else f"to {plan.config.dtype}"
+            known = sums.setdefault((what, reason), [0, 0, 0])
+            for i, number in enumerate(numbers):
+                known[i] += number
+    order = sorted(sums.items(), key=lambda item: (item[0][0] != "4-bit", -item[1][2]))
+    rest = order[_ROWS - 1 :] if len(order) > _ROWS else []
+    rows = [(*key, *_numbers(numbers)) for key, numbers in order[: len(order) - len(rest)]]
+    if rest:
+        kept = [sum(numbers[i] for _, numbers in rest) for i in range(3)]
+        rows.append(("...", f"for {len(rest)} other reasons (--plan has all)", *_numbers(kept)))
+    return [("what", "why", "tensors", "weights", "bytes"), *rows]
+
+
+def _numbers(numbers: list[int]) -> tuple[str, str, str]:
+    return f"{numbers[0]:,}", count(numbers[1]), format_size(numbers[2])
+
+
+def _components(outcome: Outcome) -> list[_Row]:
+    rows: list[_Row] = [("component", "", "bits", "before", "after", "error")]
+    for name, (plan, manifest) in outcome.parts.items():
+        errors = [r.error.rel_rmse for r in manifest.tensors.values() if r.error is not None]
+        rows.append((
+            name,
+            "",
+            f"{plan.bits_per_weight:.2f}",
+            format_size(plan.source_bytes),
+            format_size(plan.shard_bytes),
+            f"{statistics.median(errors):.4f}" if errors else "-",
+        ))  # fmt: skip
+    if len(rows) > _ROWS + 1:
+        hidden = len(rows) - _ROWS
+        rows[_ROWS:] = [(f"... and {hidden} more", *[""] * 5)]
+    return rows
+
+
+def _print_rows(console: Console, rows: list[_Row]) -> None:
+    """A table: the second column takes what the others leave, and is cut there."""
+    from rich.cells import cell_len, set_cell_size
+
+    columns = len(rows[0])
+    rows = [tuple(plain_text(cell) for cell in row) for row in rows]
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(columns)]
+    others = sum(widths) - widths[1] + 2 * (columns - 1)
+    widths[1] = max(8, min(widths[1], console.width - others))
+    for number, row in enumerate(rows):
+        cells = [
+            set_cell_size(row[0], widths[0]),
+            set_cell_size(_cut(row[1], widths[1]), widths[1]),
+        ]
+        cells += [cell.rjust(widths[i + 2]) for i, cell in enumerate(row[2:])]
+        style = "dim" if not number else "bold" if row[0] == "4-bit" else None
+        console.print("  ".join(cells), style=style, markup=False, no_wrap=True)
+
+
+def plain_text(cell: str) -> str:
+    """A cell without what would move a cursor."""
+    from ..untrusted import printable
+
+    return printable(cell)
+
+
+def _cut(text: str, cells: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= cells else set_cell_size(text, max(0, cells - 3)) + "..."
+
+
+def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
+    """The median, the worst weights, and how many blocks outliers crush."""
+    if not errors:
+        return
+    median = statistics.median(error.rel_rmse for error in errors.values())
+    worst = sorted(errors, key=lambda name: (-errors[name].rel_rmse, name))[:_WORST]
+    yield f"error   relative RMSE {median:.4f} (median weight), the worst:"
+    for name in worst:
+        error = errors[name]
+        notable = f"  ({error.outlier_share:.1%} outlier blocks)" * (
+            error.outlier_share >= _NOTABLE
+        )
+        yield f"        {error.rel_rmse:.4f}  {shorten(name, width - 17 - len(notable))}{notable}"
+    blocks = sum(error.blocks or 0 for error in errors.values())
+    found = sum(error.outlier_blocks or 0 for error in errors.values())
+    if found:
+        most = max(errors, key=lambda name: errors[name].outlier_share)
+        line = f"        outlier blocks {found / max(1, blocks):.2%}, most "
+        line += f"{errors[most].outlier_share:.2%} in "
+        yield f"{line}{shorten(most, max(12, width - len(line) - 1))}"
+
+
+def _loading(outcome: Outcome) -> str | None:
+    from ..card import loading_call
+
+    manifests = {part: manifest for part, (_, manifest) in outcome.parts.items()}
+    return loading_call(outcome.place, manifests, outcome.config)
