@@ -35,6 +35,10 @@ READING = {
     "a page in place of an answer": Fault(
         r"GET /api/models/org/model", body=b"<html>maintenance</html>", status=502
     ),
+    "a page that calls itself an answer": Fault(
+        r"GET /api/models/org/model", body=b"<html>sign in to this network</html>", status=200
+    ),
+    "an answer of something else": Fault(r"GET /api/models/org/model", body=b"[1]", status=200),
 }
 
 

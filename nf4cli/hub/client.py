@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -109,11 +110,12 @@ def resolve(name: Name) -> Snapshot:
     if is_offline():
         return _resolve_in_cache(name)
     with explained(str(name)):
-        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+        try:
+            info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise MachineError(_no_hub(name)) from error  # a page in place of an answer
     if not _COMMIT.fullmatch(info.sha or "") or len(info.siblings or ()) > _MAX_FILES:
-        raise InputError(
-            f"the answer of {endpoint()} about {name} is none of a Hub's: is HF_ENDPOINT right?"
-        )
+        raise InputError(_no_hub(name))
     files = {}
     for file in info.siblings or ():
         _refuse_path(name, file.rfilename)
@@ -122,6 +124,10 @@ def resolve(name: Name) -> Snapshot:
             file.rfilename, int(file.size or 0), sha256, None if file.lfs else file.blob_id
         )
     return Snapshot(name, str(info.sha), files)
+
+
+def _no_hub(name: Name) -> str:
+    return f"the answer of {endpoint()} about {name} is none of a Hub's: is HF_ENDPOINT right?"
 
 
 def _resolve_in_cache(name: Name) -> Snapshot:
