@@ -116,7 +116,8 @@ class Conversion:
             self._left[shard.path] -= 1
             if self._left[shard.path]:
                 return
-        self._require_unchanged(shard, self._readers.pop(shard.path))
+            reader = self._readers.pop(shard.path)
+        self._require_unchanged(shard, reader)
         self._from.close(shard)
 
     def digest_source(self, shard: Shard, start: int, data: U8) -> None:
@@ -174,7 +175,7 @@ class Conversion:
 
     def _abort(self) -> None:
         self._from.abort()
-        for turns in self._digests.values():
+        for turns in list(self._digests.values()):  # the next file may just be opened
             turns.abort()
         self._sink.abort()
 
@@ -226,9 +227,13 @@ class Conversion:
     def _scales(self, job: Job, scale: Scale) -> F32:
         """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
         tensor = scale.tensor
-        reader = self._readers.get(scale.shard.path)
+        with self._lock:
+            reader = self._readers.get(scale.shard.path)
+            if reader is not None:  # other threads may be at its last weight: it stays open
+                self._left[scale.shard.path] += 1
         if reader is not None:
             raw = reader.read(tensor.start, tensor.nbytes)
+            self._part_done(scale.shard)
         else:
             raw = self._from.read_tensor(scale.shard, tensor)
         job.sources[tensor.name] = tensor_digest(raw)

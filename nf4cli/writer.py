@@ -196,6 +196,6 @@ class ShardWriter:
             raise MachineError(f"{self.path}: the header read back differs from the one written")
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: a signal must not have it closed twice
+        if fd >= 0:
+            os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,16 @@ from helpers import (
     write_checkpoint_dir,
 )
 
-from nf4cli import codebook
+from nf4cli import codebook, engines
+from nf4cli.conversion import Conversion
 from nf4cli.engines import Float8
 from nf4cli.errors import NonFiniteError
+from nf4cli.limits import make_resources
+from nf4cli.plan import make_plan
+from nf4cli.quantize import write_checkpoint
+from nf4cli.reader import ByteReader
+from nf4cli.records import QuantConfig
+from nf4cli.source import open_checkpoint
 
 FP8 = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
@@ -110,6 +118,37 @@ def test_the_output_is_that_of_the_decoded_model(name, tmp_path):
         config["quantization_config"]["llm_int8_skip_modules"].sort()
     assert configs[0] == configs[1]
     assert "is good" in nf4_ok("verify", tmp_path / "float8-nf4", "--source", tmp_path / "float8")
+
+
+def test_a_file_stays_open_while_a_later_one_reads_scales_from_it(tmp_path, monkeypatch):
+    """Its last bytes may be done with in that moment, by another thread."""
+    float8_model(tmp_path / "float8", *CASES["deepseek"])
+    plan = make_plan(open_checkpoint(tmp_path / "float8"), QuantConfig())
+    first = plan.checkpoint.shards[0]
+    scales = {
+        t.weight.scale.tensor.start
+        for t in plan.tensors
+        if t.weight.scale and t.weight.scale.shard == first and t.weight.shard != first
+    }
+    read, done, slow = ByteReader.read, Conversion.item_done, []
+
+    def read_slowly(self, offset, count):
+        if self.path == first.path and offset in scales and not slow:
+            slow.append(offset)
+            time.sleep(0.4)
+        return read(self, offset, count)
+
+    def done_slowly(self, item):
+        if item.job.plan.weight.stored == first.tensors[-1]:
+            time.sleep(0.15)
+        done(self, item)
+
+    monkeypatch.setattr(ByteReader, "read", read_slowly)
+    monkeypatch.setattr(Conversion, "item_done", done_slowly)
+    engine = engines.load("cpu")
+    write_checkpoint(plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2))
+    assert slow
+    assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", tmp_path / "float8")
 
 
 def test_whole_blocks_decode_as_transformers_does():
