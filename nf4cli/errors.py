@@ -37,6 +37,19 @@ class MachineError(Nf4Error):
     exit_code = 4
 
 
+class TransferError(Nf4Error):
+    """A Hub refuses something in mid-run, or sends what it did not state.  The input may be good,
+    and access or files may be mended there: what is done is kept.
+
+    Args:
+        cause: as it was met; it gives the message and the exit code.
+    """
+
+    def __init__(self, cause: Nf4Error) -> None:
+        super().__init__(str(cause))
+        self.exit_code = cause.exit_code
+
+
 class InterruptedRunError(Nf4Error):
     """The user pressed Ctrl-C in mid-run (exit code 130)."""
 

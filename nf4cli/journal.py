@@ -138,6 +138,9 @@ def _apply(entry: Json, parts: dict[str, Part]) -> None:
             entry["nested_offset"], TensorError(**error) if error else None, dict(entry["sources"])
         )
         part.weights[entry["weight"]] = result, dict(entry["outputs"])
+    elif "lost" in entry:
+        for name in entry["lost"]:
+            part.uploads.pop(name, None)
     elif "uploaded" in entry:
         sample = bytes.fromhex(entry["sample"])
         part.uploads[entry["uploaded"]] = Upload(
@@ -238,6 +241,14 @@ class Journal:
             self._changed.wait_for(lambda: self._written >= number or self._error)
             if self._error is not None:
                 raise self._error
+
+    def lost(self, part: str, names: Iterable[str]) -> None:
+        """A Hub does not have these output files any more.
+
+        Raises:
+            OSError: see `weight`.
+        """
+        self._add({"part": part, "lost": list(names)}, None)
 
     def close(self) -> None:
         """Write what is left.  What a journal lacks is done again, but see `require_good`."""

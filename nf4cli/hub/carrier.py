@@ -29,9 +29,9 @@ from ..workspace import Workspace
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
-from .explaining import endpoint
+from .explaining import endpoint, in_mid_run
 from .fetching import Fetcher
-from .publish import Publication, Published, Uploaded
+from .publish import LostUploadError, Publication, Published, Uploaded
 from .repository import read_whole
 
 _BESIDE = (CARD, MANIFEST)
@@ -219,7 +219,10 @@ class Carrier:
             need = smallest(self._steps, sizes, base, True, here)
             if need > self._limit:
                 first = self._steps[0].outputs if self._steps else frozenset()
-                standing.forget(plan, here - standing.shards.keys() - first)
+                stale = here - standing.shards.keys() - first
+                if not stale:  # the cache had files that are gone
+                    raise UsageError(self._too_little(plan, workers, need))
+                standing.forget(plan, stale)
                 return self.fit(plan, standing, workers)
         self._here = here
         self._sizes, self._base = sizes, base
@@ -256,7 +259,16 @@ class Carrier:
             if self._publication is not None:
                 transfers.to_upload = sum(self._sizes.values())
                 self._uploads = stack.enter_context(
-                    _Uploads(self._publication, work, part, algorithm, self.leaving, budget, source)
+                    _Uploads(
+                        self._publication,
+                        work,
+                        part,
+                        algorithm,
+                        self.leaving,
+                        self._limit is not None,
+                        budget,
+                        source,
+                    )
                 )
                 for name, upload in self._gone.items():
                     sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
@@ -283,17 +295,22 @@ class Carrier:
             directory: holds what was not uploaded yet.
 
         Raises:
-            InputError, MachineError: see Publication.commit.
+            TransferError, MachineError: see Publication.commit.
         """
         if self._publication is None:
             return
-        for name in (*manifest.output_files, *_BESIDE):
-            path = directory / name
-            if name not in self._sent and path.is_file():
-                self._publication.add(path, name)
-        self.published = self._publication.commit(
-            f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
-        )
+        with in_mid_run():
+            for name in (*manifest.output_files, *_BESIDE):
+                path = directory / name
+                if name not in self._sent and path.is_file():
+                    self._publication.add(path, name)
+            message = f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
+            try:
+                self.published = self._publication.commit(message)
+            except LostUploadError as error:
+                if self._uploads is not None:
+                    self._uploads.forget(error.names)
+                raise
 
 
 class _Paced(LocalShards):
@@ -328,12 +345,13 @@ class _Uploads:
         part: str,
         algorithm: str,
         leaving: bool,
+        bounded: bool,
         budget: Budget,
         source: Fetcher | _Paced,
     ) -> None:
         self._publication, self._journal, self._part = publication, work.journal, part
         self._algorithm = algorithm
-        self._leaving, self._budget = leaving, budget
+        self._leaving, self._bounded, self._budget = leaving, bounded, budget
         self._source = source
         self._queue: queue.Queue[tuple[Path, str] | None] = queue.Queue()
         self._failure: BaseException | None = None
@@ -366,14 +384,25 @@ class _Uploads:
     def _work(self) -> None:
         try:
             while (item := self._queue.get()) is not None:
-                self._upload(*item)
+                with in_mid_run():
+                    self._upload(*item)
         except BaseException as error:
             self._failure = error
             self._source.fail(error)
 
+    def forget(self, names: tuple[str, ...]) -> None:
+        """Have a run that is continued make files again that the Hub has lost."""
+        self._journal.lost(self._part, names)
+
     def _upload(self, path: Path, digest: str) -> None:
         known = digest if self._algorithm == "sha256" else None
         uploaded = self._publication.add(path, path.name, known)
+        if self._leaving and self._bounded and not uploaded.stored:
+            raise UsageError(
+                f"{self._publication.repo} wants {path.name} in git itself, not in LFS, where it "
+                "would have to stay on this disk until the commit: name *.safetensors in its "
+                ".gitattributes, or do without --disk"
+            )
         if self._leaving and uploaded.stored:
             upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
             self._journal.uploaded(self._part, path.name, upload)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,19 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from ..engines import Notify, no_notice
 from ..errors import InputError, MachineError, UsageError
 from ..records import Origin
-from ..untrusted import is_plain
+from ..untrusted import JsonLimits, is_plain, parse_json
 from .explaining import endpoint, explained, is_offline
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 16  # bytes of a body that are handed on at a time: what a break costs
 _MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
+_LARGEST = 1 << 50  # bytes of a file
+_ANSWER = JsonLimits(64_000_000, 2_000_000)  # about a model: some 300 bytes a file
 
 _BUSY_RETRIES = 3  # within each of the attempts, where the server says that it is busy
+_LONGEST_FIRST_WAIT = 600  # seconds
 _ATTEMPTS = 5  # of what fails for a reason that may pass
 
 Chunks = Iterator[bytes]
@@ -105,29 +109,85 @@ def resolve(name: Name) -> Snapshot:
         InputError: no such model or revision, or no access to it.
         MachineError: the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi
-
     if is_offline():
         return _resolve_in_cache(name)
+    answer = _ask(name)
+    try:
+        commit = _string(answer["sha"], _COMMIT)
+        files = {file.name: file for file in _files(answer["siblings"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the answer of {endpoint()} about {name} is none of a Hub's "
+            f"({type(error).__name__}: {error}): is HF_ENDPOINT right?"
+        ) from error
+    for path in files:
+        _refuse_path(name, path)
+    return Snapshot(name, commit, files)
+
+
+def _ask(name: Name) -> dict[str, Any]:
+    """What a Hub says of a model.  HfApi.model_info would take an answer of any length into memory,
+    and of any shape.
+
+    Raises:
+        InputError: see `resolve`; it is too long.
+        MachineError: see `resolve`; it is no JSON object.
+    """
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+
+    revision = "" if name.revision is None else f"/revision/{quote(name.revision, safe='')}"
+    url = f"{endpoint()}/api/models/{quote(name.repo)}{revision}?blobs=true"
     with explained(str(name)):
-        try:
-            info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise MachineError(_no_hub(name)) from error  # a page in place of an answer
-    if not _COMMIT.fullmatch(info.sha or "") or len(info.siblings or ()) > _MAX_FILES:
-        raise InputError(_no_hub(name))
-    files = {}
-    for file in info.siblings or ():
-        _refuse_path(name, file.rfilename)
-        sha256 = file.lfs.sha256 if file.lfs else None
-        files[file.rfilename] = RemoteFile(
-            file.rfilename, int(file.size or 0), sha256, None if file.lfs else file.blob_id
-        )
-    return Snapshot(name, str(info.sha), files)
+        validate_repo_id(name.repo)
+        with _streamed(url, build_hf_headers()) as (response, chunks):
+            hf_raise_for_status(response)
+            data = first_of(chunks, _ANSWER.nbytes + 1)
+    where = f"the answer of {endpoint()} about {name} (is HF_ENDPOINT right?)"
+    if len(data) > _ANSWER.nbytes:
+        raise InputError(f"{where} has more than {_ANSWER.nbytes:,} bytes")
+    try:
+        return parse_json(data, where, _ANSWER)
+    except InputError as error:  # a page of somebody on the way, which may be gone the next time
+        raise MachineError(str(error)) from error
 
 
-def _no_hub(name: Name) -> str:
-    return f"the answer of {endpoint()} about {name} is none of a Hub's: is HF_ENDPOINT right?"
+def _files(listed: Any) -> Iterator[RemoteFile]:
+    """The files that a Hub lists.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such list.
+    """
+    if not isinstance(listed, list) or len(listed) > _MAX_FILES:
+        raise ValueError(f"no list of files, or one of more than {_MAX_FILES:,}")
+    yield from map(_file, listed)
+
+
+def _file(listed: dict[str, Any]) -> RemoteFile:
+    """One of them."""
+    path, size, lfs = listed["rfilename"], listed.get("size") or 0, listed.get("lfs")
+    path.encode()  # JSON can hold what is no text
+    if type(size) is not int or not 0 <= size <= _LARGEST:
+        raise ValueError(f"{path!r} has the size {size!r}")
+    if lfs:
+        return RemoteFile(path, size, _string(lfs["sha256"], _SHA256), None)
+    blob = listed.get("blobId")
+    return RemoteFile(path, size, None, None if blob is None else _string(blob, _COMMIT))
+
+
+def _string(value: Any, pattern: re.Pattern[str]) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{str(value)[:100]!r} is no digest")
+    return value
+
+
+def first_of(chunks: Chunks, most: int) -> bytes:
+    """The first bytes of a body, at most `most`: it may have no end."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) >= most:
+            break
+    return bytes(data[:most])
 
 
 def _resolve_in_cache(name: Name) -> Snapshot:
@@ -160,12 +220,7 @@ def read_range(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> b
         InputError, MachineError: see `resolve`; the answer is shorter.
     """
     with open_at(snapshot, file, start, stop) as (position, chunks):
-        data = b""
-        for chunk in chunks:
-            data += chunk
-            if len(data) >= stop - position:
-                break
-    found = data[start - position : stop - position]
+        found = first_of(chunks, stop - position)[start - position :]
     if len(found) != stop - start:
         raise MachineError(
             f"{file.name} of {snapshot.name}: {endpoint()} sent {len(found):,} of "
@@ -206,7 +261,7 @@ def _position(response: Any, asked: int) -> int:
     """Where in the file a body begins."""
     if response.status_code != 206:
         return 0
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    match = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
     return int(match[1]) if match else asked
 
 
@@ -260,8 +315,12 @@ def waits(count: int) -> list[float]:
     text = os.environ.get("NF4_HUB_WAIT", "1")
     try:
         first = float(text)
-    except ValueError as error:
-        raise UsageError(f"NF4_HUB_WAIT is {text!r}, expected seconds") from error
+    except ValueError:
+        first = -1.0
+    if not 0 <= first <= _LONGEST_FIRST_WAIT:
+        raise UsageError(
+            f"NF4_HUB_WAIT is {text!r}, expected seconds from 0 to {_LONGEST_FIRST_WAIT}"
+        )
     return [first * 2.0**number for number in range(count)]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..engines import Notify
-from ..errors import InputError, MachineError, UsageError
+from ..errors import InputError, MachineError, TransferError, UsageError
 
 
 def is_offline() -> bool:
@@ -74,6 +74,19 @@ def explained(what: str) -> Iterator[None]:
         raise _unreachable(what, error) from error
 
 
+@contextmanager
+def in_mid_run() -> Iterator[None]:
+    """Has what a Hub refuses now not be taken for bad input, which a run leaves nothing of.
+
+    Raises:
+        TransferError: in place of an InputError or UsageError.
+    """
+    try:
+        yield
+    except (InputError, UsageError) as error:
+        raise TransferError(error) from error
+
+
 def _refused(what: str, error: Any) -> InputError | MachineError:
     """An answer of the Hub that is none of those with a name of their own."""
     status = error.response.status_code if error.response is not None else 0
@@ -104,10 +117,11 @@ def _unreachable(what: str, error: BaseException) -> MachineError:
 
 def _is_of_the_network(error: Exception) -> bool:
     """Whether it is raised by the HTTP library that huggingface_hub uses: requests, httpx, httpx2,
-    or the transfer library of its storage."""
+    or the transfer library of its storage; or by Python, of a wait of centuries that a server asks
+    for."""
     names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(names & {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}) or (
-        isinstance(error, ConnectionError)
+        isinstance(error, (ConnectionError, OverflowError))
     )
 
 

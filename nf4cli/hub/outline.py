@@ -9,12 +9,12 @@ code, and reads no weight.
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import sha1, sha256
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from ..diffusion import is_pipeline
 from ..errors import InputError, MachineError
@@ -27,6 +27,7 @@ from ..source import (
 )
 from ..untrusted import MAX_HEADER
 from .client import (
+    Chunks,
     RemoteFile,
     Snapshot,
     cached,
@@ -36,13 +37,13 @@ from .client import (
     read_range,
     remember,
 )
-from .explaining import is_offline
+from .explaining import endpoint, is_offline
+from .fetching import expected_digest, new_digest
 
 _FIRST_READ = 1 << 16  # bytes: most headers are shorter
 _AT_A_TIME = 8  # requests
 _LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files that are no weights: no model has more
 _LEFT = (".gitattributes", ".gitignore")
-T = TypeVar("T")
 
 
 def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
@@ -139,37 +140,30 @@ def _fetch_whole(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
     place = directory / file.name
     place.parent.mkdir(parents=True, exist_ok=True)
     local = cached(snapshot, file)
-    data = local.read_bytes() if local is not None else b""
-    if local is None or (_complaint(file, data) and not is_offline()):
-        data = _download(snapshot, file)
-    if complaint := _complaint(file, data):
+    if local is not None:
+        with local.open("rb") as opened:
+            complaint = _write(file, place, iter(lambda: opened.read(_FIRST_READ), b""))
+    if local is None or (complaint and not is_offline()):
+        with open_at(snapshot, file, 0) as (_, chunks):
+            complaint = _write(file, place, chunks)
+    if complaint:
         raise MachineError(f"{file.name} of {snapshot.name}: {complaint}: try again")
-    place.write_bytes(data)
 
 
-def _download(snapshot: Snapshot, file: RemoteFile) -> bytes:
-    """All of a small file, or a little more than all where too much comes."""
-    data = b""
-    with open_at(snapshot, file, 0) as (_, chunks):
+def _write(file: RemoteFile, place: Path, chunks: Chunks) -> str:
+    """Write the bytes of a small file; returns what is wrong with them, "" for nothing."""
+    digest, size = new_digest(file), 0
+    with place.open("wb") as out:
         for chunk in chunks:
-            data += chunk
-            if len(data) > file.size:
-                break
-    return data
-
-
-def _complaint(file: RemoteFile, data: bytes) -> str:
-    """What is wrong with the bytes of a small file, "" for nothing."""
-    if file.sha256 is not None:
-        found, expected = sha256(data).hexdigest(), file.sha256
-    else:
-        git = b"blob %d\0" % len(data) + data
-        found, expected = sha1(git, usedforsecurity=False).hexdigest(), file.blob or ""
-    if len(data) == file.size and (not expected or found == expected):
+            out.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+            if size > file.size:
+                return f"more than the {file.size:,} bytes came that {endpoint()} states"
+    found, expected = digest.hexdigest(), expected_digest(file)
+    if size == file.size and expected in (None, found):
         return ""
-    return (
-        f"{len(data):,} bytes with the digest {found} came, expected {file.size:,} with {expected}"
-    )
+    return f"{size:,} bytes with the digest {found} came, expected {file.size:,} with {expected}"
 
 
 def _fetch_header(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
@@ -198,11 +192,35 @@ def _read(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
     return read_range(snapshot, file, start, stop)
 
 
-def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], T]) -> None:
-    """Several files at a time; the first failure ends it."""
-    pool = ThreadPoolExecutor(_AT_A_TIME, "nf4-outline")
+def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], object]) -> None:
+    """Several files at a time; the first failure, or Ctrl-C, ends it without waiting for the
+    network."""
+    waiting, failures = deque(files), list[BaseException]()
+    stop, lock = threading.Event(), threading.Lock()
+
+    def work_off() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    file = waiting.popleft() if waiting else None
+                if file is None:
+                    return
+                persist(partial(work, file), stop=stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    threads = [
+        threading.Thread(target=work_off, name=f"nf4-outline-{i}", daemon=True)
+        for i in range(min(_AT_A_TIME, len(waiting)))
+    ]
     try:
-        for future in [pool.submit(persist, lambda file=file: work(file)) for file in files]:
-            future.result()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive() and not failures:
+                thread.join(0.2)  # short, so that Ctrl-C is heard
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stop.set()
+    if failures:
+        raise failures[0]
