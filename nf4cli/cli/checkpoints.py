@@ -47,7 +47,7 @@ def quantize(request: Request, source: Source) -> None:
         return
     planned = time.monotonic()
     if request.verbose:
-        common.err_console().print(views.table_of_groups(plan))
+        views.print_groups(common.err_console(), plan)
         tell_resources(engine.name, limits)
     with ProgressDisplay(
         work_bytes(plan), "quantizing", request.shows,

@@ -76,18 +76,19 @@ class Source:
 
 @contextmanager
 def found(
-    source: Path, output: Path | None, resume: bool, keep: bool, notify: Notify
+    source: Path, output: Path | None, resume: bool, keep: bool, quiet: bool
 ) -> Iterator[Source]:
     """A source that can be planned from, wherever it lies.
 
     Args:
         output, resume: a run that is continued goes on with the commit that it began with.
         keep: what is fetched stays in the user's cache.
+        quiet: nothing is said of it.
 
     Raises:
         InputError, MachineError: see hub.client.resolve and hub.outline.draw.
     """
-    name = named(source)
+    name, notify = named(source), common.notices(quiet)
     if name is None:
         yield Source(source)
         return
@@ -98,14 +99,17 @@ def found(
     report_to(notify)
     if resume and name.revision is None:
         name = _as_begun(name, output or Path(f"{_last(name)}-nf4"), notify)
-    try:
-        snapshot = client.persist(partial(client.resolve, name), notify)
-    except (InputError, MachineError) as error:
-        raise type(error)(f"{source} is no path here, and as a model of a Hub: {error}") from error
     with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
-        draw(snapshot, directory, keep)
+        with ProgressDisplay(0, f"reading what {name} has", not quiet):
+            try:
+                snapshot = client.persist(partial(client.resolve, name), notify)
+            except (InputError, MachineError) as error:
+                raise type(error)(
+                    f"{source} is no path here, and as a model of a Hub: {error}"
+                ) from error
+            draw(snapshot, directory, keep)
         yield Source(directory, snapshot, outline=True)
 
 
@@ -138,7 +142,7 @@ def local(source: Path, quiet: bool) -> Path:
     """
     if named(source) is None:
         return source
-    with found(source, None, False, True, common.notices(quiet)) as place:
+    with found(source, None, False, True, quiet) as place:
         return whole(place, "this command", None, quiet).path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..records import ITEMSIZE
@@ -58,7 +59,8 @@ class Ledger(Watch):
             self._tell(f"file   {plain(whole)}, {format_size(size)}, is complete")
 
     def _tell(self, line: str) -> None:
-        err_console().print(line, soft_wrap=True)
+        with suppress(OSError):  # nobody reads it: no reason to end the work
+            err_console().print(line, soft_wrap=True)
 
 
 def tell_resources(engine: str, limits: Resources) -> None:

@@ -51,6 +51,7 @@ class Reading:
         work: bytes of the source (of verify: of all that is read).
         weights: parameters a second, None where they are not counted.
         left: seconds to the end, None where nobody can say.
+        seconds: since the beginning.
         still: seconds since anything moved.
         current: what is being worked on.
         memory, free: bytes this process has in memory; free on the output's disk, None where the
@@ -62,6 +63,7 @@ class Reading:
     work: Flow
     weights: float | None
     left: float | None
+    seconds: float
     still: float
     current: str
     memory: int | None
@@ -158,6 +160,7 @@ class Meter:
             work=work,
             weights=None if rate is None or work.speed is None else work.speed * rate,
             left=_left(work, download, upload),
+            seconds=now - self._began,
             still=now - self._moved,
             current=current,
             memory=memory(),

@@ -13,6 +13,7 @@ from . import views
 from .common import format_size, plain, plural
 from .machine import peak_memory
 from .progress import count, duration, shorten
+from .rows import Row, print_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,8 +91,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         console.print(plain(line))
     console.print()
     if len(outcome.parts) > 1 or "" not in outcome.parts:
-        _print_rows(console, _components(outcome))
-    _print_rows(console, _kinds(outcome.plans))
+        print_rows(console, _components(outcome))
+    print_rows(console, _kinds(outcome.plans))
     console.print()
     for line in _errors(outcome.errors, width):
         console.print(plain(line))
@@ -123,20 +124,7 @@ def _sizes(outcome: Outcome) -> Iterator[str]:
         f"size    {format_size(before)} -> {format_size(after)} ({after / before:.0%}) in "
         f"{files}{copied}"
     )
-    yield f"bits    {bits(plans)}"
-
-
-def bits(plans: list[Plan]) -> str:
-    """`5.19 a weight, 4.13 in the 75% that are 4-bit`."""
-    packed = [t for plan in plans for t in plan.tensors if t.state is not None]
-    quantized = sum(plan.quantized_parameters for plan in plans)
-    parameters = sum(plan.parameters for plan in plans)
-    whole = 8 * sum(t.nbytes_out for plan in plans for t in plan.tensors) / max(1, parameters)
-    own = 8 * sum(t.nbytes_out for t in packed) / max(1, quantized)
-    return (
-        f"{whole:.2f} a weight, {own:.2f} in the {quantized / max(1, parameters):.0%} that are "
-        "4-bit"
-    )
+    yield f"bits    {views.bits(plans)}"
 
 
 def _speeds(outcome: Outcome) -> Iterator[str]:
@@ -170,10 +158,7 @@ def _speeds(outcome: Outcome) -> Iterator[str]:
             yield f"moved   {', '.join(facts)}"
 
 
-_Row = tuple[str, ...]
-
-
-def _kinds(plans: list[Plan]) -> list[_Row]:
+def _kinds(plans: list[Plan]) -> list[Row]:
     """What became 4-bit, what was kept and why; the largest first."""
     sums: dict[tuple[str, str], list[int]] = {}
     for plan in plans:
@@ -195,8 +180,8 @@ def _numbers(numbers: list[int]) -> tuple[str, str, str]:
     return f"{numbers[0]:,}", count(numbers[1]), format_size(numbers[2])
 
 
-def _components(outcome: Outcome) -> list[_Row]:
-    rows: list[_Row] = [("component", "", "bits", "before", "after", "error")]
+def _components(outcome: Outcome) -> list[Row]:
+    rows: list[Row] = [("component", "", "bits", "before", "after", "error")]
     for name, (plan, manifest) in outcome.parts.items():
         errors = [r.error.rel_rmse for r in manifest.tensors.values() if r.error is not None]
         rows.append((
@@ -211,38 +196,6 @@ def _components(outcome: Outcome) -> list[_Row]:
         hidden = len(rows) - _ROWS
         rows[_ROWS:] = [(f"... and {hidden} more", *[""] * 5)]
     return rows
-
-
-def _print_rows(console: Console, rows: list[_Row]) -> None:
-    """A table: the second column takes what the others leave, and is cut there."""
-    from rich.cells import cell_len, set_cell_size
-
-    columns = len(rows[0])
-    rows = [tuple(plain_text(cell) for cell in row) for row in rows]
-    widths = [max(cell_len(row[i]) for row in rows) for i in range(columns)]
-    others = sum(widths) - widths[1] + 2 * (columns - 1)
-    widths[1] = max(8, min(widths[1], console.width - others))
-    for number, row in enumerate(rows):
-        cells = [
-            set_cell_size(row[0], widths[0]),
-            set_cell_size(_cut(row[1], widths[1]), widths[1]),
-        ]
-        cells += [cell.rjust(widths[i + 2]) for i, cell in enumerate(row[2:])]
-        style = "dim" if not number else "bold" if row[0] == "4-bit" else None
-        console.print("  ".join(cells), style=style, markup=False, no_wrap=True)
-
-
-def plain_text(cell: str) -> str:
-    """A cell without what would move a cursor."""
-    from ..untrusted import printable
-
-    return printable(cell)
-
-
-def _cut(text: str, cells: int) -> str:
-    from rich.cells import cell_len, set_cell_size
-
-    return text if cell_len(text) <= cells else set_cell_size(text, max(0, cells - 3)) + "..."
 
 
 def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:

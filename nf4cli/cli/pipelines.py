@@ -13,6 +13,7 @@ from .common import format_size, plain, plural
 from .ledger import Ledger, tell_resources, tell_times, work_bytes
 from .outcome import Outcome, print_outcome
 from .progress import ProgressDisplay
+from .rows import listed
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
@@ -65,7 +66,8 @@ def quantize(request: Request, source: Source) -> None:
     planned = time.monotonic()
     if request.verbose:
         for name, part in decided.parts.items():
-            common.err_console().print(f"[bold]{plain(name)}[/]", views.table_of_groups(part))
+            common.err_console().print(f"[bold]{plain(name)}[/]")
+            views.print_groups(common.err_console(), part)
         tell_resources(engine.name, limits)
     with ProgressDisplay(
         sum(map(work_bytes, decided.parts.values())), "quantizing", request.shows,
@@ -156,7 +158,7 @@ def _print_plan(plan: PipelinePlan, limits: Resources, output: Path) -> None:
     for name, part in plan.parts.items():
         files = plural(len(part.shards), "file")
         console.print(f"[bold]{plain(name)}[/]: {part.shard_bytes:,} bytes in {files}")
-        console.print(views.table_of_groups(part))
+        views.print_groups(console, part)
     console.print(
         f"output  {plan.shard_bytes:,} bytes in {plural(len(plan.parts), 'component')}, from "
         f"{plan.source_bytes:,}, and {plan.copies.nbytes:,} bytes copied"
@@ -165,9 +167,9 @@ def _print_plan(plan: PipelinePlan, limits: Resources, output: Path) -> None:
         f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
     )
     console.print(f"disk    {format_size(pipeline_disk_bytes(plan, limits.workers))} at the peak")
-    console.print(f"copied  {plain(', '.join(sorted((*plan.copies.files, *plan.copies.texts))))}")
+    listed(console, "copied  ", sorted((*plan.copies.files, *plan.copies.texts)))
     if plan.left_files:
-        console.print(f"left    {plain(', '.join(plan.left_files))}")
+        listed(console, "left    ", plan.left_files)
 
 
 def inspect(

@@ -38,7 +38,7 @@ class ProgressDisplay:
     whether anything moves or not, and one at the end.
 
     Args:
-        total: bytes of work.
+        total: bytes of work; 0 where nobody knows, then only time is shown.
         label: what is being done.
         show: False for nothing at all.
         what: from what, to what.
@@ -88,7 +88,8 @@ class ProgressDisplay:
                 self._live.start(refresh=True)
             elif self._console is not None:
                 what = f" {self._what}" if self._what else ""
-                self._print(f"{self._label}{what}, {format_size(self._total)}")
+                size = f", {format_size(self._total)}" if self._total else ""
+                self._print(f"{self._label}{what}{size}")
                 if self._heartbeat:
                     self._thread = threading.Thread(
                         target=self._beat, name="nf4-heartbeat", daemon=True
@@ -101,7 +102,8 @@ class ProgressDisplay:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._end()
-        if kind is None and self._live is None and self._console is not None:
+        logged = self._live is None and self._console is not None and self._total
+        if kind is None and logged:
             self._print(self._last_line())
 
     def _end(self) -> None:
@@ -125,7 +127,12 @@ class ProgressDisplay:
                 left = self._heartbeat
                 with self._printing:
                     if not self._stop.is_set():
-                        self._print(log_line(self._label, reading))
+                        self._print(log_line(self._label, reading, self._width()))
+
+    def _width(self) -> int:
+        """Of a log's lines; a dumb terminal is a log that has one."""
+        assert self._console is not None
+        return min(_LOG_WIDTH, self._console.width - 1)
 
     def _last_line(self) -> str:
         seconds, done = self._meter.seconds, min(self._meter.done, self._total)
@@ -256,8 +263,10 @@ def _last_cells(text: str, cells: int) -> str:
     return text
 
 
-def log_line(label: str, reading: Reading) -> str:
+def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH) -> str:
     """A run at one moment, in a line of a log."""
+    if not reading.work.total:
+        return f"{label}, {duration(reading.seconds)} so far"[:width]
     facts = [f"{reading.share:.0%}", of(reading.work.done, reading.work.total)]
     facts += [fact for _, fact in _moves(reading)] or [_speed(reading.work)]
     if reading.still >= min(_STILL, 5):
@@ -267,12 +276,13 @@ def log_line(label: str, reading: Reading) -> str:
     if reading.memory is not None:
         facts.append(f"memory {format_size(reading.memory)}")
     line = f"{label} " + ", ".join(fact for fact in facts if fact)
-    if reading.weights and not reading.download and not reading.upload:
-        line += f", {count(reading.weights)} weights/s"
-    room = _LOG_WIDTH - len(line) - 2
+    weights = f", {count(reading.weights)} weights/s" if reading.weights else ""
+    if len(line) + len(weights) <= width and not reading.download and not reading.upload:
+        line += weights
+    room = width - len(line) - 2
     if reading.current and room >= 12:
         line += f", {shorten(reading.current, room)}"
-    return line[:_LOG_WIDTH]
+    return line[:width]
 
 
 def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Iterator[Text]:
@@ -282,6 +292,9 @@ def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Ite
 
     wide = width >= _WIDE
     width = max(1, width - 1)  # a terminal that is written full may wrap
+    if not reading.work.total:
+        yield _cut(Text(f"{label}  {duration(reading.seconds)}", "bold", no_wrap=True), width)
+        return
     still = f"nothing moved for {reading.still:.0f} s" if reading.still >= _STILL else ""
     left = f"{duration(reading.left)} left" if reading.left is not None else ""
     wishes = [of(reading.work.done, reading.work.total), still or left, _speed(reading.work)]
@@ -371,4 +384,4 @@ def _moves(reading: Reading) -> list[tuple[str, str]]:
 
 
 def _speed(flow: Flow) -> str:
-    return "" if flow.speed is None else f"{format_size(flow.speed)}/s"
+    return "" if flow.speed is None or not flow.done else f"{format_size(flow.speed)}/s"

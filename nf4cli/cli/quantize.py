@@ -215,7 +215,7 @@ def quantize(
         trip=trip,
     )
     keep = disk is None and not plan
-    with hub.found(source, output, resume, keep, request.notify) as place:
+    with hub.found(source, output, resume, keep, quiet) as place:
         if is_pipeline(place.path):
             pipelines.quantize(request, place)
         else:

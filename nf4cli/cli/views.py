@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import format_size, plain, plural
+from .rows import Row, listed, print_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,20 +72,13 @@ def plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
-def table_of_groups(plan: Plan) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("what", "why", "tensors", "weights", "bytes"):
-        table.add_column(heading, justify="left" if heading in ("what", "why") else "right")
+def print_groups(console: Console, plan: Plan) -> None:
+    """What becomes of the weights, and why."""
+    rows: list[Row] = [("what", "why", "tensors", "weights", "bytes")]
     words = WORDS | {"cast": f"to {plan.config.dtype}"}
     for action, reason, count, elements, nbytes in plan.groups():
-        table.add_row(
-            words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes),
-            style="bold" if action == "quantize" else None,
-        )  # fmt: skip
-    return table
+        rows.append((words[action], reason, f"{count:,}", f"{elements:,}", format_size(nbytes)))
+    print_rows(console, rows)
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:
@@ -102,19 +96,22 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) ->
         f"{config.quant_type}, blocksize {config.blocksize}, {absmax} absmax"
     )
     print_notes(console, plan.notes)
-    console.print(table_of_groups(plan))
+    console.print()
+    print_groups(console, plan)
+    console.print()
     console.print(
         f"output  {plan.shard_bytes:,} bytes in {plural(len(plan.shards), 'file')}, from "
-        f"{plan.source_bytes:,}: {bits(plan)}"
+        f"{plan.source_bytes:,}"
     )
+    console.print(f"bits    {bits([plan])}")
     console.print(
         f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
     )
     console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
     if plan.checkpoint.extra_files:
-        console.print(f"copied  {plain(', '.join(plan.checkpoint.extra_files))}")
+        listed(console, "copied  ", plan.checkpoint.extra_files)
     if plan.checkpoint.left_files:
-        console.print(f"left    {plain(', '.join(plan.checkpoint.left_files))}")
+        listed(console, "left    ", plan.checkpoint.left_files)
 
 
 def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, Any]:
@@ -161,13 +158,16 @@ def most_outliers(errors: Mapping[str, TensorError]) -> list[str]:
     ]
 
 
-def bits(plan: Plan) -> str:
-    packed = [t for t in plan.tensors if t.state is not None]
-    packed_bits = 8 * sum(t.nbytes_out for t in packed) / plan.quantized_parameters
-    share = plan.quantized_parameters / plan.parameters
+def bits(plans: list[Plan]) -> str:
+    """`5.19 a weight, 4.13 in the 75% that are 4-bit`."""
+    packed = [t for plan in plans for t in plan.tensors if t.state is not None]
+    quantized = sum(plan.quantized_parameters for plan in plans)
+    parameters = sum(plan.parameters for plan in plans)
+    whole = 8 * sum(t.nbytes_out for plan in plans for t in plan.tensors) / max(1, parameters)
+    own = 8 * sum(t.nbytes_out for t in packed) / max(1, quantized)
     return (
-        f"{plan.bits_per_weight:.2f} bits a weight ({packed_bits:.2f} in the {share:.0%} that are "
-        "4-bit)"
+        f"{whole:.2f} a weight, {own:.2f} in the {quantized / max(1, parameters):.0%} that are "
+        "4-bit"
     )
 
 
