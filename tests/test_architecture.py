@@ -44,7 +44,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
         "comparison",
         "watch",
     ),
-    ("card", "listed"),
+    ("card", "listed", "loading"),
     ("worker",),
     ("conversion", "inspection", "workspace", "written", "nonfinite", "hub"),
     ("foreign",),

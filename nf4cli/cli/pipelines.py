@@ -27,7 +27,6 @@ def quantize(request: Request, source: Source) -> None:
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
-    from ..errors import UsageError
     from ..limits import require_place
     from ..push import check, push
     from ..source import name_of_directory
@@ -36,11 +35,7 @@ def quantize(request: Request, source: Source) -> None:
 
     json, quiet, trip = request.json, request.quiet, request.trip
     started = time.monotonic()
-    if trip.disk is not None and not request.plan:
-        raise UsageError(
-            f"--disk does not go with a pipeline, and {source.name} is one: its components are "
-            "converted one after another, with all of it here"
-        )
+    _refuse_bound(request, source)
     if not request.plan or request.config.on_nonfinite == "keep":
         source = hub.whole(source, "a pipeline", trip.disk, not request.shows)
     output = request.output or Path(f"{name_of_directory(source.path)}-nf4")
@@ -125,6 +120,16 @@ def quantize(request: Request, source: Source) -> None:
         published=published,
     )
     print_outcome(common.out_console(), outcome)
+
+
+def _refuse_bound(request: Request, source: Source) -> None:
+    from ..errors import UsageError
+
+    if request.trip.disk is not None and not request.plan:
+        raise UsageError(
+            f"--disk does not go with a pipeline, and {source.name} is one: its components are "
+            "converted one after another, with all of it here"
+        )
 
 
 def _plan_document(plan: PipelinePlan, limits: Resources, output: Path) -> dict[str, Any]:
