@@ -40,8 +40,8 @@ def run(
     stop = threading.Event()
 
     def fail(error: BaseException) -> None:
-        with lock:
-            failures.append(error)
+        # Without the lock: who holds it may wait in `items` for what only `abort` ends.
+        failures.append(error)
         stop.set()
         abort()
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nf4cli.hub.budget import Budget, Step, smallest
+from nf4cli.pipeline import run
 from nf4cli.transfers import Transfers
 
 
@@ -114,3 +115,21 @@ def test_without_a_bound_nobody_waits():
     budget = Budget(None, {"a": 10**15}, 0, leaving=True, transfers=transfers)
     assert budget.admit(Step(10**15, frozenset({"a"})))
     assert transfers.most_disk == 2 * 10**15
+
+
+def test_a_failure_wakes_the_worker_that_waits_for_the_next_item():
+    """As one waits for a file of a Hub, or for room, which another worker would have made."""
+    waits, woken, answers = threading.Event(), threading.Event(), []
+
+    def items():
+        yield 1
+        waits.set()
+        answers.append(woken.wait(5))
+
+    def work(item):
+        waits.wait(5)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        run(items(), lambda: work, 2, woken.set)
+    assert answers == [True]

@@ -307,9 +307,9 @@ class Carrier:
             message = f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
             try:
                 self.published = self._publication.commit(message)
-            except LostUploadError as error:
+            except LostUploadError:  # it names one of perhaps many; what is there is not sent again
                 if self._uploads is not None:
-                    self._uploads.forget(error.names)
+                    self._uploads.forget(tuple(self._gone))
                 raise
 
 

@@ -165,6 +165,8 @@ def _files(listed: Any) -> Iterator[RemoteFile]:
 def _file(listed: dict[str, Any]) -> RemoteFile:
     """One of them."""
     path, size, lfs = listed["rfilename"], listed.get("size") or 0, listed.get("lfs")
+    if not isinstance(path, str):
+        raise TypeError("a file without a name")
     path.encode()  # JSON can hold what is no text
     if type(size) is not int or not 0 <= size <= _LARGEST:
         raise ValueError(f"{path!r} has the size {size!r}")

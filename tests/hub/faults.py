@@ -19,6 +19,7 @@ class Fault:
         cut: close the connection after so many bytes of a body.
         flip: the byte of the file at this offset is another one.
         whole: send all of a file although a part was asked for.
+        endless: the body goes on with zeros until nobody listens.
         rate: bytes a second.
         stall: seconds without a byte, before the body.
         after: matching requests that pass before the first.
@@ -34,6 +35,7 @@ class Fault:
     cut: int | None = None
     flip: int | None = None
     whole: bool = False
+    endless: bool = False
     rate: float | None = None
     stall: float = 0.0
     after: int = 0

@@ -108,11 +108,20 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if not self.fault.endless:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+            self._go_on()
         self._note(status, len(data) if self.command != "HEAD" else 0)
+
+    def _go_on(self) -> None:
+        """A body without an end, where that is the fault."""
+        self.close_connection |= self.fault.endless
+        with suppress(OSError):
+            while self.fault.endless:
+                self.wfile.write(bytes(_PIECE))
 
     def send_file(self, file: File, headers: dict[str, str]) -> None:
         """A file or the part of it that was asked for, with whatever is to go wrong."""
@@ -133,12 +142,14 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(stop - start))
+        if not self.fault.endless:
+            self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         sent = 0
         try:
             if self.command != "HEAD":
                 sent = self._send_range(file.place, start, stop)
+                self._go_on()
         finally:
             self._note(status, sent)
 
