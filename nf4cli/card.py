@@ -10,7 +10,6 @@ used where they are plain.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 import statistics
@@ -198,39 +197,13 @@ def _loading(subject: Subject) -> list[str]:
     if subject.library == "sentence-transformers":
         lines += _fenced("sh", "pip install sentence-transformers accelerate bitsandbytes")
         return [*lines, *_fenced("python", _SENTENCES)]
-    kind = _auto_class(subject.config)
+    kind = auto_class(subject.config)
     lines += _fenced("sh", "pip install transformers accelerate bitsandbytes")
     lines += _fenced("python", _transformers_code(subject, kind))
     if kind == "AutoModelForCausalLM":
         lines += ["To train it with LoRA (QLoRA; `pip install peft`):", ""]
         lines += _fenced("python", _PEFT)
     return lines
-
-
-def loading_call(
-    place: str, parts: Mapping[str, Manifest], config: Mapping[str, Any]
-) -> str | None:
-    """What loads an output at `place`, in one line; None where no loader takes it.
-
-    Args:
-        parts, config: see `Subject`.
-    """
-    subject = Subject("", {}, parts, config)
-    target = subject.first.config.target
-    if not subject.library:
-        return None
-    if target == "vllm":
-        return f"vllm serve {shlex.quote(place)}"
-    quoted = json.dumps(place, ensure_ascii=False)
-    if target == "unsloth":
-        return f"FastLanguageModel.from_pretrained({quoted}, load_in_4bit=True)"
-    if subject.library == "diffusers":
-        name, dtype = _diffusers_class(subject)
-        return f"{name}.from_pretrained({quoted}, torch_dtype=torch.{dtype})"
-    if subject.library == "sentence-transformers":
-        return f"SentenceTransformer({quoted})"
-    remote = ", trust_remote_code=True" if "auto_map" in config else ""
-    return f"{_auto_class(config)}.from_pretrained({quoted}{remote})"
 
 
 _UNSLOTH = f"""from unsloth import FastLanguageModel
@@ -246,7 +219,7 @@ model = prepare_model_for_kbit_training(model)
 model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))"""
 
 
-def _auto_class(config: Mapping[str, Any]) -> str:
+def auto_class(config: Mapping[str, Any]) -> str:
     """The class of transformers that loads it: an Auto class where one is sure to know it."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -284,7 +257,7 @@ def _transformers_code(subject: Subject, kind: str) -> str:
     return "\n".join(lines)
 
 
-def _diffusers_class(subject: Subject) -> tuple[str, str]:
+def diffusers_class(subject: Subject) -> tuple[str, str]:
     """The class of diffusers that loads it, and the dtype to load it in."""
     dtype = subject.first.config.compute_dtype
     dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "bfloat16"
@@ -295,7 +268,7 @@ def _diffusers_class(subject: Subject) -> tuple[str, str]:
 
 
 def _diffusers_code(subject: Subject) -> str:
-    name, dtype = _diffusers_class(subject)
+    name, dtype = diffusers_class(subject)
     own = "pipeline" if subject.is_pipeline else "model"
     lines = [
         "import torch",

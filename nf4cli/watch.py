@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from .plan import TensorPlan
-from .records import Result
+if TYPE_CHECKING:
+    from .plan import TensorPlan
+    from .records import Result
 
 
 class Watch:

@@ -62,6 +62,7 @@ def main() -> None:
         exit_code_of,
     )
 
+    _open_closed_streams()
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     _allow_open_files()
@@ -92,6 +93,14 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message()} (see nf4 --help)", 2, json)
+
+
+def _open_closed_streams() -> None:
+    """Whoever closed one (`2>&-`) wants nothing from it; but then the first file that we open would
+    get its number, and what a library prints would go into that file."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _flush_or_fail(json: bool) -> None:

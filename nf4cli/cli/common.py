@@ -160,10 +160,16 @@ def err_console() -> Console:
 def _console(stderr: bool) -> Console:
     from rich.console import Console
 
+    class Messages(Console):
+        def on_broken_pipe(self) -> None:
+            """Nobody reads them any more: no reason to end the work, as rich would."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
     # A terminal's lines are broken at words; a pipe or a log has no columns to break them at.
     stream = sys.stderr if stderr else sys.stdout
     logged = stream is None or not stream.isatty()  # None: the caller closed it
-    return Console(
+    return (Messages if stderr else Console)(
         stderr=stderr, highlight=False, emoji=False,
         soft_wrap=logged, width=200 if logged else None,
     )  # fmt: skip

@@ -221,7 +221,7 @@ def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
 
 
 def _loading(outcome: Outcome) -> str | None:
-    from ..card import loading_call
+    from ..loading import loading_call
 
     manifests = {part: manifest for part, (_, manifest) in outcome.parts.items()}
     return loading_call(outcome.place, manifests, outcome.config)

@@ -127,7 +127,8 @@ class ProgressDisplay:
                 left = self._heartbeat
                 with self._printing:
                     if not self._stop.is_set():
-                        self._print(log_line(self._label, reading, self._width()))
+                        patience = min(5.0, self._heartbeat)
+                        self._print(log_line(self._label, reading, self._width(), patience))
 
     def _width(self) -> int:
         """Of a log's lines; a dumb terminal is a log that has one."""
@@ -223,34 +224,32 @@ def count(number: float) -> str:
 def shorten(name: str, cells: int) -> str:
     """A tensor's name in so many columns: the layer's number and the module's end stay.
 
-    model.layers.17.mlp.down_proj.weight -> layers.17.mlp.down_proj -> layers.17...down_proj.
+    model.layers.17.mlp.down_proj.weight -> layers.17.mlp.down_proj -> 17.mlp.down_proj
+    -> 17...down_proj.
     """
     from rich.cells import cell_len
 
     name = printable(name)
     if cell_len(name) <= cells:
         return name
-    name = name.removesuffix(".weight")
-    parts = name.split(".")
+    parts = name.removesuffix(".weight").split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    for _ in range(number - 1):  # what stands before `layers`
+    for _ in range(number):  # what stands before the layer's number
         if cell_len(".".join(parts)) <= cells:
             break
         del parts[0]
     name = ".".join(parts)
     if cell_len(name) <= cells:
         return name
-    if cells < 12:
-        return _last_cells(name, cells)
-    head = ".".join(parts[:2]) if number and cell_len(".".join(parts[:2])) <= cells // 2 else ""
-    head = head or _first_cells(name, (cells - 3) // 3)
-    return f"{head}...{_last_cells(name, cells - 3 - cell_len(head))}"
+    head = parts[0] if number else _first_cells(name, (cells - 3) // 3)
+    room = cells - 3 - cell_len(head)
+    return f"{head}...{_last_cells(name, room)}" if room >= 4 else _last_cells(name, cells)
 
 
 def _first_cells(text: str, cells: int) -> str:
     from rich.cells import cell_len
 
-    while cell_len(text) > cells:
+    while text and cell_len(text) > cells:
         text = text[:-1]
     return text
 
@@ -258,27 +257,36 @@ def _first_cells(text: str, cells: int) -> str:
 def _last_cells(text: str, cells: int) -> str:
     from rich.cells import cell_len
 
-    while cell_len(text) > cells:
+    while text and cell_len(text) > cells:
         text = text[1:]
     return text
 
 
-def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH) -> str:
-    """A run at one moment, in a line of a log."""
+def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: float = 5.0) -> str:
+    """A run at one moment, in a line of a log.
+
+    Args:
+        width: characters.
+        patience: seconds without a move that are worth a word.
+    """
     if not reading.work.total:
         return f"{label}, {duration(reading.seconds)} so far"[:width]
+    still = reading.still >= patience
     facts = [f"{reading.share:.0%}", of(reading.work.done, reading.work.total)]
-    facts += [fact for _, fact in _moves(reading)] or [_speed(reading.work)]
-    if reading.still >= min(_STILL, 5):
+    if still:
         facts.append(f"nothing moved for {reading.still:.0f} s")
-    elif reading.left is not None:
+    moves = _moves(reading)
+    facts += [fact for _, fact in moves] or [_speed(reading.work)]
+    if reading.left is not None and not still:
         facts.append(f"{duration(reading.left)} left")
     if reading.memory is not None:
         facts.append(f"memory {format_size(reading.memory)}")
-    line = f"{label} " + ", ".join(fact for fact in facts if fact)
-    weights = f", {count(reading.weights)} weights/s" if reading.weights else ""
-    if len(line) + len(weights) <= width and not reading.download and not reading.upload:
-        line += weights
+    if reading.weights and not moves:
+        facts.append(f"{count(reading.weights)} weights/s")
+    line = f"{label} {facts[0]}"
+    for fact in filter(None, facts[1:]):
+        if len(line) + 2 + len(fact) <= width:
+            line += f", {fact}"
     room = width - len(line) - 2
     if reading.current and room >= 12:
         line += f", {shorten(reading.current, room)}"
@@ -307,7 +315,7 @@ def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Ite
             room -= len(wish) + 2
     line = Text(no_wrap=True, overflow="crop", end="\n")
     line.append(label[:width], "bold")
-    drawn = min(40, room + 10)
+    drawn = min(40, max(10, room - 32) if wide else room + 10)  # a name takes about 40
     if drawn >= 4:
         _draw(line, reading.share, drawn, ascii_only)
     line.append(f" {reading.share:4.0%}")
