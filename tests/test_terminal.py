@@ -49,7 +49,9 @@ class Terminal:
         self._own, theirs = pty.openpty()
         ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._before = termios.tcgetattr(theirs)
-        base = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+        base = {
+            k: v for k, v in os.environ.items() if not k.startswith(("HF_", "NO_COLOR", "FORCE_"))
+        }
         base |= {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
         self.process = subprocess.Popen(
             [NF4, *map(str, words)], stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd,
@@ -109,7 +111,7 @@ def test_a_bar_is_narrower_than_its_terminal(reading):
     for name in NAMES:
         for still in (0, 12_345):
             seen = replace(reading, current=name, still=still)
-            for width in range(1, 260):
+            for width in (*range(1, 40), *range(40, 260, 7)):
                 lines = list(bar_lines("looking for NaN", seen, width, ascii_only=False))
                 assert len(lines) <= 3
                 for line in lines:
@@ -119,7 +121,7 @@ def test_a_bar_is_narrower_than_its_terminal(reading):
 
 def test_80_columns_show_what_matters_and_200_all():
     narrow = "\n".join(line.plain for line in bar_lines("quantizing", LOCAL, 80, False))
-    for fact in ("48%", "1.2 of 2.5 GB", "12 s left", "1.3 GB/s", "━", "layers.17", "down_proj",
+    for fact in ("48%", "1.2 of 2.5 GB", "12 s left", "1.3 GB/s", "━", "17.", "down_proj",
                  "655M weights/s"):  # fmt: skip
         assert fact in narrow
     (wide,) = (line.plain for line in bar_lines("quantizing", LOCAL, 200, False))
@@ -153,7 +155,7 @@ def test_a_logs_lines_have_less_than_150_characters():
         (50, "language_model.layers.17.mlp.experts.down_proj"),
         (32, "layers.17.mlp.experts.down_proj"),
         (25, "17.mlp.experts.down_proj"),
-        (17, "17....down_proj"),
+        (17, "17...ts.down_proj"),
         (14, "17...down_proj"),
         (5, "_proj"),
     ],
@@ -161,10 +163,7 @@ def test_a_logs_lines_have_less_than_150_characters():
 def test_names_keep_the_layers_number_and_the_module(cells, short):
     found = shorten(NAME, cells)
     assert len(found) <= cells
-    assert found.startswith(short[:2])
-    assert found.endswith("_proj" if cells < 60 else "weight")
-    if cells != 17:
-        assert found == short
+    assert found == short
     assert cell_len(shorten("一" * 40, cells)) <= cells
 
 
@@ -302,11 +301,11 @@ def test_a_log_has_lines_and_no_bar(nf4_hub, hub, colour):
     if not colour:
         assert "\x1b" not in done.stderr + done.stdout
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["reading what org/model has", "quantizing org/model -> out, 53.0 MB"]
-    assert re.fullmatch(r"quantizing done: 53.0 MB in [\d.]+ s(, [\d.]+ MB/s)?", lines[-1])
+    assert lines[:2] == ["reading what org/model has", "quantizing org/model -> out, 48.3 MB"]
+    assert re.fullmatch(r"quantizing done: 48.3 MB in [\d.]+ s(, [\d.]+ MB/s)?", lines[-1])
     beats = [line for line in lines if re.match(r"quantizing \d+%, ", line)]
     assert len(beats) >= 3
-    assert any(re.search(r"down [\d.]+( MB)? of 53.0 MB [\d.]+ MB/s", line) for line in beats)
+    assert any(re.search(r"down [\d.]+( MB)? of 48.3 MB [\d.]+ MB/s", line) for line in beats)
     assert all(len(line) < 150 for line in lines)
 
 
@@ -327,10 +326,8 @@ def test_a_heartbeat_when_nothing_moves(nf4_hub, hub):
     assert '"error"' in out
 
 
-@pytest.mark.parametrize("stage", ["model info", "headers"])
-def test_a_heartbeat_before_there_is_a_plan(nf4_hub, hub, stage):
-    path = r"GET /api/models" if stage == "model info" else r"GET /files/"
-    hub.faults.add(Fault(path, stall=1.2))
+def test_a_heartbeat_before_there_is_a_plan(nf4_hub, hub):
+    hub.faults.add(Fault(r"GET /files/", stall=1.2))
     done = nf4_hub("quantize", "org/model", "--plan", NF4_HEARTBEAT="0.5")
     assert done.returncode == 0
     assert re.search(r"^reading what org/model has, [\d.]+ s so far$", done.stderr, re.M)
@@ -350,7 +347,7 @@ def test_quiet_and_verbose(work):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = nf4("quantize", "model", "both", "-q", "-v", cwd=work)
     assert done.returncode == 2
-    done = nf4("quantize", "model", "out", "-v", "--max-shard-size", "100KB", cwd=work)
+    done = nf4("quantize", "model", "out", "-v", cwd=work)
     assert done.returncode == 0
     told = re.findall(r"^(?:4-bit|kept ) .* error (0\.\d+|-) .*B  (\S+)$", done.stderr, re.M)
     assert sorted(name for _, name in told) == sorted(llama_tensors())

@@ -249,7 +249,7 @@ def shorten(name: str, cells: int) -> str:
 def _first_cells(text: str, cells: int) -> str:
     from rich.cells import cell_len
 
-    while cell_len(text) > cells:
+    while text and cell_len(text) > cells:
         text = text[:-1]
     return text
 
@@ -257,7 +257,7 @@ def _first_cells(text: str, cells: int) -> str:
 def _last_cells(text: str, cells: int) -> str:
     from rich.cells import cell_len
 
-    while cell_len(text) > cells:
+    while text and cell_len(text) > cells:
         text = text[1:]
     return text
 
@@ -271,18 +271,22 @@ def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: fl
     """
     if not reading.work.total:
         return f"{label}, {duration(reading.seconds)} so far"[:width]
+    still = reading.still >= patience
     facts = [f"{reading.share:.0%}", of(reading.work.done, reading.work.total)]
-    facts += [fact for _, fact in _moves(reading)] or [_speed(reading.work)]
-    if reading.still >= patience:
+    if still:
         facts.append(f"nothing moved for {reading.still:.0f} s")
-    elif reading.left is not None:
+    moves = _moves(reading)
+    facts += [fact for _, fact in moves] or [_speed(reading.work)]
+    if reading.left is not None and not still:
         facts.append(f"{duration(reading.left)} left")
     if reading.memory is not None:
         facts.append(f"memory {format_size(reading.memory)}")
-    line = f"{label} " + ", ".join(fact for fact in facts if fact)
-    weights = f", {count(reading.weights)} weights/s" if reading.weights else ""
-    if len(line) + len(weights) <= width and not reading.download and not reading.upload:
-        line += weights
+    if reading.weights and not moves:
+        facts.append(f"{count(reading.weights)} weights/s")
+    line = f"{label} {facts[0]}"
+    for fact in filter(None, facts[1:]):
+        if len(line) + 2 + len(fact) <= width:
+            line += f", {fact}"
     room = width - len(line) - 2
     if reading.current and room >= 12:
         line += f", {shorten(reading.current, room)}"
