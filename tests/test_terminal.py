@@ -242,8 +242,10 @@ def test_a_run_on_a_terminal(nf4_hub, hub, columns):
         columns, 24, "quantize", "org/model", "--disk", "60MB", "--push-to", "me/it",
         "--max-shard-size", "1MB", cwd=nf4_hub.work, **hub.environment(nf4_hub.home),
     )  # fmt: skip
-    terminal.until(r"quantizing ━.* \d+%  [\d.]+ MB of")
-    terminal.until(r"down [\d.]+( MB)? of [\d.]+ MB [\d.]+ MB/s  up .* of .*  disk .* of 60.0 MB")
+    terminal.until(r"quantizing ━.* \d+%  [\d.]+( MB)? of 48.3 MB")
+    terminal.until(r"down [\d.]+( MB)? of 48.3 MB [\d.]+ MB/s  up .* of ")
+    if columns == 200:
+        terminal.until(r"disk [\d.]+( MB)? of 60.0 MB")
     assert terminal.end() == 0
     assert "━" not in terminal.text, "the bar is gone"
     lines = terminal.text.splitlines()
@@ -301,7 +303,8 @@ def test_a_log_has_lines_and_no_bar(nf4_hub, hub, colour):
     if not colour:
         assert "\x1b" not in done.stderr + done.stdout
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["reading what org/model has", "quantizing org/model -> out, 48.3 MB"]
+    assert lines[0] == "reading what org/model has"
+    assert "quantizing org/model -> out, 48.3 MB" in lines
     assert re.fullmatch(r"quantizing done: 48.3 MB in [\d.]+ s(, [\d.]+ MB/s)?", lines[-1])
     beats = [line for line in lines if re.match(r"quantizing \d+%, ", line)]
     assert len(beats) >= 3
@@ -315,7 +318,7 @@ def test_a_heartbeat_when_nothing_moves(nf4_hub, hub):
     seen = ""
     for line in process.stderr:
         seen += line
-        if re.search(r"quantizing 0%.*, nothing moved for \d+ s, memory", line):
+        if re.search(r"quantizing 0%.*, nothing moved for \d+ s, .*memory", line):
             break
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
