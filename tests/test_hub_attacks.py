@@ -221,3 +221,15 @@ def test_a_disk_that_is_smaller_than_its_bound(nf4_hub, hub, converted, tmp_path
         assert same_files(disk / "out", converted, but=BUT)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("bound", [("--disk", "40MB"), ()], ids=["bounded", "cache"])
+def test_signed_addresses_and_tokens_are_not_shown(nf4_hub, hub, bound):
+    hub.faults.add(Fault(FILE, after=1, cut=1000, times=2))
+    done = nf4_hub("quantize", "org/model", "out", *bound)
+    assert done.returncode == 0, done.stderr
+    assert "model-00007-of-00024.safetensors" in done.stderr
+    written = [path.read_bytes() for path in (nf4_hub.work / "out").iterdir()]
+    for secret in ("signature=", "hf_write"):
+        assert secret not in done.stderr + done.stdout
+        assert not any(secret.encode() in data for data in written)

@@ -140,6 +140,7 @@ def report_to(notify: Notify) -> None:
     """
     try:
         from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.logging import get_logger
     except ValueError as error:  # it reads them all when it is imported
         raise UsageError(
             f"huggingface_hub does not understand a variable of the environment ({error}): look at "
@@ -147,7 +148,9 @@ def report_to(notify: Notify) -> None:
         ) from error
 
     disable_progress_bars()
-    logger = logging.getLogger("huggingface_hub")
+    logger = get_logger(
+        "huggingface_hub"
+    )  # by its own function: that adds a handler, the first time
     logger.handlers = [_Told(notify)]
     logger.propagate = False
 
