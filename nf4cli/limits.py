@@ -108,15 +108,25 @@ def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
 def require_disk(output: Path, need: int) -> None:
     """Raises MachineError when the disk for `output` has fewer than `need` bytes free, those that
     an unfinished run has taken counted as free."""
+    free = room_for(output)
+    if free < need:
+        raise MachineError(
+            f"the output needs {need:,} bytes and {_parent_of(output)} has {free:,} free: "
+            "free some space or choose another disk"
+        )
+
+
+def room_for(output: Path) -> int:
+    """Bytes that a run may take on the disk for `output`, with those that an unfinished one has
+    taken."""
+    return shutil.disk_usage(_parent_of(output)).free + _bytes_in(workspace_of(output))
+
+
+def _parent_of(output: Path) -> Path:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free + _bytes_in(workspace_of(output))
-    if free < need:
-        raise MachineError(
-            f"the output needs {need:,} bytes and {parent} has {free:,} free: "
-            "free some space or choose another disk"
-        )
+    return parent
 
 
 def _bytes_in(directory: Path) -> int:

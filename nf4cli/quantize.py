@@ -17,7 +17,7 @@ from .engines import Engine, Notify, no_notice
 from .errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
 from .hub.carrier import Carrier
 from .journal import Journal, Part
-from .limits import Resources, check_output
+from .limits import Resources, check_output, room_for
 from .manifest import FileRecord, Manifest
 from .output import clear, write_side_files
 from .pipeline import Progress, no_progress
@@ -261,6 +261,7 @@ def fill(
         notify(_what_stands(plan, standing))
     watch.resumed(part, (t for t in plan.tensors if t.name in standing.results))
     if carrier is not None:
+        carrier.stay_below(room_for(work.output))
         carrier.fit(plan, standing, resources.workers)
     begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
     clear(directory, {directory / name for name in begun - standing.uploads.keys()})

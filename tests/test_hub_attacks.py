@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 
 import pytest
 from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 from hub import Fault
 from hub.fixtures import bytes_in
+from test_bad_places import full_tmpfs
 from test_float8 import CASES, float8_model
 
 API = r"GET /api/models/org/model"
@@ -191,3 +193,43 @@ def test_scales_that_lie_in_another_file(nf4_hub, hub, tmp_path):
 @pytest.mark.parametrize("wait", ["soon", "nan", "-1", "inf"])
 def test_waits_that_are_none(nf4_hub, wait):
     nf4_hub.fails(2, "quantize", "org/model", says=("NF4_HUB_WAIT",), NF4_HUB_WAIT=wait)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_ENDPOINT"])
+def test_a_variable_that_huggingface_hub_does_not_understand(nf4_hub, name):
+    nf4_hub.fails(
+        2, "quantize", "org/model", says=("variable of the environment",), **{name: "http://[x"}
+    )
+
+
+def test_a_disk_that_is_smaller_than_its_bound(nf4_hub, hub, converted, tmp_path):
+    """Fetching ahead would fill it."""
+    mount, size = full_tmpfs("20m")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=False
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        nf4_hub.work = disk
+        arguments = ("quantize", "org/model", "out", "--max-shard-size", "1MB")
+        done = nf4_hub(*arguments, "--disk", "60MB")
+        assert done.returncode == 0, done.stderr
+        assert "the disk has 20,9" in done.stderr
+        assert same_files(disk / "out", converted, but=BUT)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("bound", [("--disk", "40MB"), ()], ids=["bounded", "cache"])
+def test_signed_addresses_and_tokens_are_not_shown(nf4_hub, hub, bound):
+    hub.faults.add(Fault(FILE, after=1, cut=1000, times=2))
+    done = nf4_hub("quantize", "org/model", "out", *bound)
+    assert done.returncode == 0, done.stderr
+    assert "model-00007-of-00024.safetensors" in done.stderr
+    written = [path.read_bytes() for path in (nf4_hub.work / "out").iterdir()]
+    for secret in ("signature=", "hf_write"):
+        assert secret not in done.stderr + done.stdout
+        assert not any(secret.encode() in data for data in written)

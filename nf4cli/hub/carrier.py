@@ -197,6 +197,15 @@ class Carrier:
         names = (shard.path.name for shard in plan.checkpoint.shards)
         return {n for n in names if client.cached(self._snapshot, files[n]) is None}
 
+    def stay_below(self, room: int) -> None:
+        """Lower the bound to what the disk has: what is fetched ahead would fill it."""
+        if self._limit is not None and room < self._limit:
+            self._notify(
+                f"--disk allows {self._limit:,} bytes and the disk has {room:,} free: no more than "
+                "those are used"
+            )
+            self._limit = room
+
     def fit(self, plan: Plan, standing: Standing, workers: int) -> None:
         """Decide how the rest of a run goes on, before any file of it is opened.
 

@@ -133,11 +133,24 @@ def _first_line(error: BaseException) -> str:
 
 def report_to(notify: Notify) -> None:
     """Have what huggingface_hub logs (attempts that failed, waits) told like our own notes, and
-    its progress bars left out: they would tear ours."""
-    from huggingface_hub.utils import disable_progress_bars
+    its progress bars left out: they would tear ours.
+
+    Raises:
+        UsageError: a variable of the environment is not what huggingface_hub takes.
+    """
+    try:
+        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.logging import get_logger
+    except ValueError as error:  # it reads them all when it is imported
+        raise UsageError(
+            f"huggingface_hub does not understand a variable of the environment ({error}): look at "
+            "those that begin with HF_"
+        ) from error
 
     disable_progress_bars()
-    logger = logging.getLogger("huggingface_hub")
+    logger = get_logger(
+        "huggingface_hub"
+    )  # by its own function: that adds a handler, the first time
     logger.handlers = [_Told(notify)]
     logger.propagate = False
 
