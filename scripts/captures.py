@@ -216,7 +216,7 @@ def main() -> None:
             for name, screen in screens.items():
                 print(f"--- {name}\n{screen}")
         else:
-            into_page(screens)
+            into_page({n: s.replace(str(work), "/models") for n, s in screens.items()})
 
 
 if __name__ == "__main__":
