@@ -86,6 +86,7 @@ class Outcome:
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """On stdout.  Names and reasons are shortened to the terminal; commands to copy are not."""
     width = console.width
+    views.print_notes(console, outcome.notes)  # first: what staying experts cost stands there
     console.print(f"[bold]{plain(outcome.source)}[/] -> [bold]{plain(outcome.place)}[/]")
     for line in (*_sizes(outcome), *_speeds(outcome)):
         console.print(plain(line))
@@ -96,7 +97,6 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     console.print()
     for line in _errors(outcome.errors, width):
         console.print(plain(line))
-    views.print_notes(console, outcome.notes)
     if outcome.published is not None:
         seen = "private" if outcome.published.private else "public"
         commit = outcome.published.commit[:12]

@@ -64,7 +64,6 @@ class Carrier:
             have been read.  None for no bound: they come to the user's cache and stay there.
         publication: where the output goes to; None for nowhere.
         leaving: output files are removed when they are uploaded, and no output stays here.
-
         transfers: told of everything that is moved and held.
 
     Attributes:
