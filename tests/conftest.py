@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-verify-page", action="store_true", help="write the table of docs/verify.md anew"
     )
+
+
+@pytest.fixture(autouse=True)
+def broken_pipes_stay_errors():
+    """The command lets a closed pipe end it once it shows a result. A test that calls a part of it
+    in this process would leave that behind, and a server of a later test, whose client went away,
+    would end pytest without a word."""
+    before = signal.getsignal(signal.SIGPIPE)
+    yield
+    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(params=ENGINES)
