@@ -42,6 +42,18 @@ struct nf4_codebook {
   uint8_t codes[16];
 };
 
+// The scales that a block may take: steps[i] times the unit of its run.
+//   steps      ascending, of both signs, steps[zero] == 0
+//   size       of them
+//   run        blocks that share a unit, which is the largest magnitude of their elements
+//   low, high  in units of the block's own absmax: how small and how large a scale may be, where
+//              there is a step between them; otherwise it is the first step above
+struct nf4_ladder {
+  float steps[256];
+  int32_t size, zero, run;
+  float low, high;
+};
+
 #if defined(__CUDACC_RTC__)
 NF4_FN float nf4_float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 NF4_FN uint32_t nf4_bits_of_float(float value) { return __float_as_uint(value); }
@@ -125,6 +137,30 @@ NF4_FN int nf4_rank(float scaled, const float* midpoints) {
 }
 
 NF4_FN float nf4_decode(float table_value, float absmax) { return table_value * absmax; }
+
+// -- chosen scales ------------------------------------------------------------------------------
+
+// Every loader multiplies a code's value by the block's scale, so any number may stand there, a
+// negative one as well: the table is not symmetric.  `--scale search` takes, of the scales that the
+// format can store (ladder[i] * unit), the one with the smallest loss.
+
+// 1/scale with the floor of nf4_reciprocal.
+NF4_FN float nf4_signed_reciprocal(float scale) {
+  return scale < 0.0f ? -nf4_reciprocal(-scale) : nf4_reciprocal(scale);
+}
+
+// The largest scale that is tried: a finite one.
+NF4_FN float nf4_most(float scale) { return scale < 0x1.fffffep127f ? scale : 0x1.fffffep127f; }
+
+// What the loss of an element is multiplied by, its value in units of the scale.
+NF4_FN float nf4_plain_weight(float scaled) { return scaled < 0.0f ? -scaled : scaled; }
+
+// The sum over a block of weight * (scaled - value)^2, in units of its run instead of the scale at
+// hand: nf4_plain_weight is itself one of them.
+NF4_FN float nf4_loss(float sum, float step, bool plain) {
+  const float square = sum * (step * step);
+  return plain ? square * (step < 0.0f ? -step : step) : square;
+}
 
 // -- outlier blocks -----------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@
 
 #include <cfenv>
 #include <cstdint>
+#include <type_traits>
 
-#include "nf4_search.h"
+#include "nf4_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
 #define NF4_JOIN(a, b) NF4_JOIN2(a, b)
@@ -80,7 +81,8 @@ NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksi
   const uint32_t largest = load_block<kDtype>(src, blocksize, x);
   *absmax = nf4_float_of_bits(largest);
   if (largest >= kInfBits) return false;
-  search_block(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, packed, sums, worst);
+  search_block(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, 1.0f, packed, sums,
+               worst);
   if (nf4_outlier(sums.block, blocksize, *absmax) && between(x, blocksize, *absmax))
     sums.outliers++;
   return true;
@@ -101,7 +103,7 @@ bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search
   for (int i = 0; i < n; i++) x[i] = x[i] / *absmax;
   const int padded = (n + kRow - 1) / kRow * kRow;
   for (int i = n; i < padded; i++) x[i] = 0.0f;
-  search_block(search, x, padded, 1.0f, *absmax, bytes, sums, worst);
+  search_block(search, x, padded, 1.0f, *absmax, 1.0f, bytes, sums, worst);
   if (lost && nf4_outlier(sums.block, n, *absmax)) sums.outliers++;
   memcpy(packed, bytes, (size_t)(n + 1) / 2);
   return true;
@@ -146,6 +148,73 @@ i64 quantize(const void* src, i64 n, i64 blocksize, const nf4_codebook* book, ui
   if (blocksize == 64)
     return quantize_blocks<kDtype, 64>(raw, n, 64, *book, packed, absmax, stats);
   return quantize_blocks<kDtype, 0>(raw, n, (int)blocksize, *book, packed, absmax, stats);
+}
+
+// -- 4-bit quantization under chosen scales -------------------------------------------------------
+
+// One block under its best scale; x is its values, padded with zeros.  Returns the step.
+template <bool kPlain>
+NF4_FN int scale_block(const Search& search, const Ladder& ladder, const float* x, const float* w,
+                       int count, int padded, float absmax, float unit, uint8_t* packed,
+                       Sums& sums, Worst& worst) {
+  const int best = best_step<kPlain>(search, ladder, x, w, padded, absmax, unit);
+  const float scale = nf4_nested_decode(ladder.steps[best], unit, 0.0f);
+  const float size = scale < 0.0f ? -scale : scale;
+  const float ratio = size * nf4_reciprocal(absmax);
+  search_block(search, x, padded, nf4_signed_reciprocal(scale), size, ratio * ratio, packed, sums,
+               worst);
+  if (nf4_outlier(sums.block, count, absmax) && between(x, count, absmax)) sums.outliers++;
+  return best;
+}
+
+template <int kDtype, bool kPlain>
+i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize,
+                  const nf4_codebook& book, const Ladder& ladder, Importance importance,
+                  uint8_t* packed, uint8_t* index, float* unit, double* stats) {
+  const Search search(book);
+  alignas(64) float x[kMaxBlock + kRow], w[kMaxBlock + kRow];
+  alignas(64) uint8_t bytes[kMaxBlock / 2 + kRow];
+  float absmax[kMaxRun];
+  Sums sums;
+  Worst worst;
+  const i64 run = (i64)ladder.run * blocksize;
+  for (i64 start = 0; start < n; start += run) {
+    const i64 stop = n - start < run ? n : start + run;
+    float largest = 0.0f;
+    for (i64 i = start, b = 0; i < stop; i += blocksize, b++) {
+      const uint32_t bits = load_block<kDtype>(src + i, (int)(stop - i < blocksize ? stop - i : blocksize), x);
+      if (bits >= kInfBits) return first_nonfinite<kDtype>(src, i);
+      absmax[b] = nf4_float_of_bits(bits);
+      largest = absmax[b] > largest ? absmax[b] : largest;
+    }
+    *unit = largest;
+    for (i64 i = start, b = 0; i < stop; i += blocksize, b++) {
+      const int count = (int)(stop - i < blocksize ? stop - i : blocksize);
+      const int padded = (count + kRow - 1) / kRow * kRow;
+      load_block<kDtype>(src + i, count, x);
+      for (int j = count; j < padded; j++) x[j] = 0.0f;
+      if (!kPlain) Importance::fill(importance, i, count, padded, w);
+      // 64 is the default blocksize; a constant lets the compiler keep the block in registers.
+      const int best =
+          count == 64 ? scale_block<kPlain>(search, ladder, x, w, 64, 64, absmax[b], *unit, bytes,
+                                            sums, worst)
+                      : scale_block<kPlain>(search, ladder, x, w, count, padded, absmax[b], *unit,
+                                            bytes, sums, worst);
+      memcpy(packed + i / 2, bytes, (size_t)(count + 1) / 2);
+      *index++ = (uint8_t)best;
+      if ((i + blocksize) % kGranule == 0 || i + blocksize >= n) {
+        stats[0] = sums.error2;
+        stats[1] = sums.value2;
+        stats[2] = Worst::of(worst);
+        stats[3] = (double)sums.outliers;
+        stats += 4;
+        sums = Sums();
+        worst = Worst();
+      }
+    }
+    unit++;
+  }
+  return -1;
 }
 
 // -- 4-bit dequantization -----------------------------------------------------------------------
@@ -256,6 +325,31 @@ NF4_EXPORT(int64_t nf4_quantize)
     case NF4_F32: return quantize<NF4_F32>(src, n, blocksize, book, packed, absmax, stats);
     case NF4_F16: return quantize<NF4_F16>(src, n, blocksize, book, packed, absmax, stats);
     default: return quantize<NF4_BF16>(src, n, blocksize, book, packed, absmax, stats);
+  }
+}
+
+// The same under chosen scales: index[i] is the step of the ladder that block i takes, so that its
+// scale is ladder->steps[index[i]] * unit[i / ladder->run], and unit the largest magnitude of a run.
+// src: starts at a multiple of a granule and of a run.  importance: `columns` floats, the weight of
+// each column of the matrix that src is rows of, from element `first` of it on; null for none.
+// index: ceil(n/blocksize) bytes.  unit: ceil of that / ladder->run floats.  stats as above, but
+// under the scales as they are decoded.
+NF4_EXPORT(int64_t nf4_search)
+(const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book,
+ const nf4_ladder* ladder, const float* importance, i64 columns, i64 first, uint8_t* packed,
+ uint8_t* index, float* unit, double* stats) {
+  const DefaultFloatEnvironment environment;
+  const auto run = [&](auto kind) {
+    constexpr int kDtype = decltype(kind)::value;
+    const auto* raw = static_cast<const typename Element<kDtype>::Raw*>(src);
+    const auto search = importance ? search_scales<kDtype, false> : search_scales<kDtype, true>;
+    return search(raw, n, (int)blocksize, *book, Ladder(*ladder), {importance, columns, first},
+                  packed, index, unit, stats);
+  };
+  switch (dtype) {
+    case NF4_F32: return run(std::integral_constant<int, NF4_F32>());
+    case NF4_F16: return run(std::integral_constant<int, NF4_F16>());
+    default: return run(std::integral_constant<int, NF4_BF16>());
   }
 }
 

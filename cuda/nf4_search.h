@@ -33,11 +33,12 @@ struct Sums {
   double error2 = 0.0, value2 = 0.0;
   int32_t block = 0, outliers = 0;
 
-  NF4_FN void add(Sums& sums, float absmax, float error2, float value2) {
-    const double unit = absmax;
+  // scale: what x was divided by.  unit2: its square in units of absmax squared.
+  NF4_FN void add(Sums& sums, float scale, float unit2, float error2, float value2) {
+    const double unit = scale;
     sums.error2 += unit * unit * error2;
     sums.value2 += unit * unit * value2;
-    sums.block += nf4_units(value2);
+    sums.block += nf4_units(value2 * unit2);
   }
 };
 
@@ -111,9 +112,9 @@ struct Search {
     memcpy(&codes, wide, 64);
   }
 
-  // x[n] (n a multiple of 16, up to kSegment) times scale -> n/2 packed bytes and their error sums;
-  // worst: the largest error so far, lane by lane.
-  NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
+  // x[n] (n a multiple of 16, up to kSegment) times inverse -> n/2 packed bytes and their error sums;
+  // scale: positive, what a unit is; unit2: see Sums; worst: the largest error so far, lane by lane.
+  NF4_FN void run(const Search& s, const float* x, int n, float inverse, float scale, float unit2,
                   uint8_t* packed, Sums& sums, Worst& worst) {
     VF error2[kVectors] = {}, value2[kVectors] = {};
     VU largest[kVectors] = {};
@@ -125,7 +126,7 @@ struct Search {
       for (int p = 0; p < kVectors; p++) {
         VF y;
         memcpy(&y, x + i + p * NF4_LANES, sizeof y);
-        y *= scale;
+        y *= inverse;
         VI node = 2 - (y > root);
         node = node * 2 - (y > Table<VF>::low(s.tree, node));
         node = node * 2 - (y > Table<VF>::low(s.tree, node));
@@ -147,10 +148,34 @@ struct Search {
     pack(codes, n, packed);
 #endif
     for (int p = 0; p < kVectors; p++) {
-      const VF scaled = (VF)largest[p] * absmax;
+      const VF scaled = (VF)largest[p] * scale;
       worst.lanes[p] = scaled > worst.lanes[p] ? scaled : worst.lanes[p];
     }
-    Sums::add(sums, absmax, fold(error2), fold(value2));
+    Sums::add(sums, scale, unit2, fold(error2), fold(value2));
+  }
+
+  // The loss of x[n] times inverse, see nf4_codec.h; w: a weight an element, null for the plain one.
+  template <bool kPlain>
+  NF4_FN float loss(const Search& s, const float* x, const float* w, int n, float inverse) {
+    VF sum[kVectors] = {};
+    const VF root = VF{} + s.tree.part[0][1];
+    for (int i = 0; i < n; i += kRow)
+      for (int p = 0; p < kVectors; p++) {
+        VF y, weight;
+        memcpy(&y, x + i + p * NF4_LANES, sizeof y);
+        y *= inverse;
+        VI node = 2 - (y > root);
+        node = node * 2 - (y > Table<VF>::low(s.tree, node));
+        node = node * 2 - (y > Table<VF>::low(s.tree, node));
+        node = node * 2 - (y > Table<VF>::high(s.tree, node));
+        const VF error = y - Table<VF>::any(s.values, node);
+        if (kPlain)
+          weight = (VF)((VU)y & 0x7fffffffu);
+        else
+          memcpy(&weight, w + i + p * NF4_LANES, sizeof weight);
+        sum[p] += error * error * weight;
+      }
+    return fold(sum);
   }
 
 #if NF4_LANES == 16
@@ -210,19 +235,19 @@ struct Search {
   const nf4_codebook& book;
   explicit Search(const nf4_codebook& b) : book(b) {}
 
-  NF4_FN void run(const Search& s, const float* x, int n, float scale, float absmax,
+  NF4_FN void run(const Search& s, const float* x, int n, float inverse, float scale, float unit2,
                   uint8_t* packed, Sums& sums, Worst& worst) {
     const nf4_codebook& book = s.book;
     float y[kSegment];
     int32_t codes[kSegment];
-    for (int i = 0; i < n; i++) y[i] = x[i] * scale;
+    for (int i = 0; i < n; i++) y[i] = x[i] * inverse;
     for (int i = 0; i < n; i++) codes[i] = nf4_rank(y[i], book.midpoints);
     float error2[kRow] = {0}, value2[kRow] = {0};
     for (int i = 0; i < n; i += kRow) {
       for (int j = 0; j < kRow; j++) {
         const float value = y[i + j];
         const float error = value - book.values[codes[i + j]];
-        const float scaled = (error < 0.0f ? -error : error) * absmax;
+        const float scaled = (error < 0.0f ? -error : error) * scale;
         error2[j] += error * error;
         value2[j] += value * value;
         worst.lanes[j] = scaled > worst.lanes[j] ? scaled : worst.lanes[j];
@@ -230,7 +255,22 @@ struct Search {
     }
     for (int i = 0; i < n; i++) codes[i] = book.codes[codes[i]];
     pack(codes, n, packed);
-    Sums::add(sums, absmax, fold_sum(error2), fold_sum(value2));
+    Sums::add(sums, scale, unit2, fold_sum(error2), fold_sum(value2));
+  }
+
+  template <bool kPlain>
+  NF4_FN float loss(const Search& s, const float* x, const float* w, int n, float inverse) {
+    const nf4_codebook& book = s.book;
+    float y[kSegment], sum[kRow] = {0};
+    int32_t ranks[kSegment];
+    for (int i = 0; i < n; i++) y[i] = x[i] * inverse;
+    for (int i = 0; i < n; i++) ranks[i] = nf4_rank(y[i], book.midpoints);
+    for (int i = 0; i < n; i += kRow)
+      for (int j = 0; j < kRow; j++) {
+        const float error = y[i + j] - book.values[ranks[i + j]];
+        sum[j] += error * error * (kPlain ? nf4_plain_weight(y[i + j]) : w[i + j]);
+      }
+    return fold_sum(sum);
   }
 };
 
@@ -245,12 +285,23 @@ struct Lookup {
 #endif
 
 // A whole block, n a multiple of 16, segment by segment.
-NF4_FN void search_block(const Search& search, const float* x, int n, float scale, float absmax,
-                         uint8_t* packed, Sums& sums, Worst& worst) {
+NF4_FN void search_block(const Search& search, const float* x, int n, float inverse, float scale,
+                         float unit2, uint8_t* packed, Sums& sums, Worst& worst) {
   sums.block = 0;
   for (int i = 0; i < n; i += kSegment)
-    Search::run(search, x + i, n - i < kSegment ? n - i : kSegment, scale, absmax, packed + i / 2,
-                sums, worst);
+    Search::run(search, x + i, n - i < kSegment ? n - i : kSegment, inverse, scale, unit2,
+                packed + i / 2, sums, worst);
+}
+
+// Its loss, segments added in turn.
+template <bool kPlain>
+NF4_FN float block_loss(const Search& search, const float* x, const float* w, int n,
+                        float inverse) {
+  float sum = 0.0f;
+  for (int i = 0; i < n; i += kSegment)
+    sum += Search::loss<kPlain>(search, x + i, kPlain ? nullptr : w + i,
+                                n - i < kSegment ? n - i : kSegment, inverse);
+  return sum;
 }
 
 }  // namespace

@@ -124,6 +124,49 @@ def nested_midpoints() -> F32:
     return (values[:-1] + values[1:]) / np.float32(2)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Ladder:
+    """The scales that a block may take: a step times the unit of its run (cuda/nf4_codec.h).
+
+    Attributes:
+        steps: float32 [size <= 256], ascending, of both signs, 0 among them.
+        run: blocks that share a unit, the largest magnitude of their elements.
+        low, high: in units of the block's own absmax, how small and how large a scale is tried.
+    """
+
+    steps: F32
+    run: int
+    low: float
+    high: float
+
+    @property
+    def zero(self) -> int:
+        """The place of the step 0."""
+        return int(np.searchsorted(self.steps, 0.0))
+
+
+_PLAIN_LADDER = 63  # of 48ths: up to 1.3125
+_WITHOUT_DATA, _WITH_IMPORTANCE = (0.9, 1.02), (0.3, 1.3)
+
+
+@cache
+def ladder(double_quant: bool, importance: bool) -> Ladder:
+    """The ladder of `--scale search`.
+
+    With double quantization its steps are `nested_map()` itself: offset 0, nested_absmax the
+    largest magnitude of 256 blocks, so that what is compared is what will be decoded. Without it
+    they are 48ths of the block's own absmax.
+
+    The ranges are those of the least KL divergence on SmolLM2-135M (docs/quality.md): without data
+    a wider one lowers the squared error and raises the divergence.
+    """
+    low, high = _WITH_IMPORTANCE if importance else _WITHOUT_DATA
+    if double_quant:
+        return Ladder(nested_map(), NESTED_BLOCKSIZE, low, high)
+    steps = np.arange(-_PLAIN_LADDER, _PLAIN_LADDER + 1, dtype=np.float32) / np.float32(48)
+    return Ladder(steps, 1, low, high)
+
+
 @cache
 def float8_e4m3() -> F32:
     """float32 [256]: the value of every byte in float8 e4m3fn, as torch casts it.

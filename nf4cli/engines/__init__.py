@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..codebook import Ladder
+
     U8 = NDArray[np.uint8]
     F32 = NDArray[np.float32]
     F64 = NDArray[np.float64]
@@ -81,6 +83,19 @@ class NestedAbsmax:
     offset: float
 
 
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How much an error in each input column of a weight's matrix costs.
+
+    Attributes:
+        columns: float32 [columns of the matrix].
+        first: elements of the row-major matrix before those at hand.
+    """
+
+    columns: F32
+    first: int
+
+
 class Engine(Protocol):
     """What every engine does.  Each method is thread-safe.
 
@@ -132,6 +147,38 @@ class Engine(Protocol):
 
         Raises:
             NonFiniteError: src holds a NaN or an infinity, or decodes to one.
+        """
+        ...
+
+    def search(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        ladder: Ladder,
+        importance: Importance | None,
+        packed: U8,
+        index: U8,
+        unit: F32,
+    ) -> F64:
+        """Encode n elements in blocks, each under the scale of least loss that the ladder has.
+
+        The loss of an element is its squared error times the importance of its column, or, without
+        importance, times its magnitude. cuda/nf4_scales.h defines it to the bit.
+
+        Args:
+            src: as for `quantize`; a part starts at a multiple of a run of blocks as well.
+            packed: out, (n+1)//2 bytes.
+            index: out, ceil(n/blocksize) bytes: the step that each block takes.
+            unit: out, ceil(ceil(n/blocksize) / ladder.run) elements: block i is decoded with the
+                scale steps[index[i]] * unit[i // run].
+
+        Returns:
+            As `quantize`, but against the values as they will be decoded.
+
+        Raises:
+            NonFiniteError: src holds a NaN or an infinity.
         """
         ...
 

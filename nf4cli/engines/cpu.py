@@ -17,7 +17,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, STATS, Float8, NestedAbsmax
+from . import GRANULE, STATS, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,6 +53,24 @@ def _c_codebook(quant_type: str) -> _Codebook:
         (ctypes.c_float * 16)(*book.decode.tolist()),
         (ctypes.c_uint8 * 16)(*book.codes.tolist()),
     )
+
+
+class _Ladder(ctypes.Structure):
+    """struct nf4_ladder."""
+
+    _fields_ = (
+        ("steps", ctypes.c_float * 256),
+        ("size", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("run", ctypes.c_int32),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+    )
+
+
+def _c_ladder(ladder: codebook.Ladder) -> _Ladder:
+    steps = (ctypes.c_float * 256)(*ladder.steps.tolist())
+    return _Ladder(steps, ladder.steps.size, ladder.zero, ladder.run, ladder.low, ladder.high)
 
 
 @cache
@@ -142,6 +160,10 @@ class CpuEngine:
         self._quantize = function(
             "quantize", i64, pointer, c_int, i64, i64, book, pointer, pointer, pointer
         )
+        self._search = function(
+            "search", i64, pointer, c_int, i64, i64, book, ctypes.POINTER(_Ladder), pointer, i64,
+            i64, pointer, pointer, pointer, pointer,
+        )  # fmt: skip
         self._dequantize = function(
             "dequantize", None, pointer, i64, i64, book, pointer, c_int, pointer
         )
@@ -211,6 +233,36 @@ class CpuEngine:
             part_of = out, dtype, blocksize, quant_type, packed[codes], absmax[blocks]
             stats.append(CpuEngine.quantize(self, *part_of))  # here, in an engine that extends it
         return np.concatenate(stats)
+
+    def search(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        ladder: codebook.Ladder,
+        importance: Importance | None,
+        packed: U8,
+        index: U8,
+        unit: F32,
+    ) -> F64:
+        n = src.nbytes // ITEMSIZE[dtype]
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
+        _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
+        _expect(index.size, -(-n // blocksize), "indices")
+        _expect(unit.size, -(-index.size // ladder.run), "units")
+        columns = importance.columns if importance else None
+        stats = np.empty((-(-n // GRANULE), STATS), np.float64)
+        bad = self._search(
+            _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type), _c_ladder(ladder),
+            None if columns is None else _address(columns), 0 if columns is None else columns.size,
+            importance.first if importance else 0,
+            _address(packed), _address(index), _address(unit), _address(stats),
+        )  # fmt: skip
+        if bad >= 0:
+            raise NonFiniteError(bad)
+        return stats
 
     def dequantize(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
-from . import GRANULE, Float8, NestedAbsmax
+from . import GRANULE, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,6 +91,99 @@ class TorchEngine:
         _store(absmax, scale)
         sums = self._sums(y - self._to(book.values)[rank], y, scale, blocksize)
         return np.column_stack([sums, self._outliers(x, y, scale, blocksize)])
+
+    def search(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        ladder: codebook.Ladder,
+        importance: Importance | None,
+        packed: U8,
+        index: U8,
+        unit: F32,
+    ) -> F64:
+        torch, book = self._torch, codebook.codebook(quant_type)
+        x = self._load(src, dtype)
+        bad = (~torch.isfinite(x)).nonzero()
+        if len(bad):
+            raise NonFiniteError(int(bad[0]))
+        n = x.numel()
+        weight = None if importance is None else self._weights(importance, n, blocksize)
+        flat = torch.nn.functional.pad(x, (0, -n % blocksize))
+        blocks = flat.reshape(-1, blocksize)
+        absmax = blocks.abs().amax(dim=1)
+        runs = torch.nn.functional.pad(absmax, (0, -absmax.numel() % ladder.run))
+        units = runs.reshape(-1, ladder.run).amax(dim=1)
+        _store(unit, units)
+        units = units.repeat_interleave(ladder.run)[: absmax.numel()]
+        best = self._best_steps(blocks, weight, absmax, units, ladder, quant_type)
+        _store(index, best.to(torch.uint8))
+        scale = self._to(ladder.steps)[best] * units + 0.0
+        y = (blocks * _inverse(torch, scale).unsqueeze(1)).reshape(-1)
+        rank = torch.bucketize(y, self._to(book.midpoints))
+        codes = self._to(book.codes)[rank]
+        _store(packed, ((codes[::2] << 4) | codes[1::2])[: (n + 1) // 2])
+        size = scale.abs()
+        sums = self._sums(y - self._to(book.values)[rank], y, size, blocksize)
+        ratio = size * (1.0 / absmax.clamp(min=1e-38))
+        return np.column_stack(
+            [sums, self._outliers(x, y, absmax, blocksize, (ratio * ratio).double())]
+        )
+
+    def _best_steps(
+        self,
+        blocks: Any,
+        weight: Any,
+        absmax: Any,
+        unit: Any,
+        ladder: codebook.Ladder,
+        quant_type: str,
+    ) -> Any:
+        """The step of each block, tried in the order of cuda/nf4_scales.h."""
+        torch, book = self._torch, codebook.codebook(quant_type)
+        steps, zero = self._to(ladder.steps), ladder.zero
+        low, high = (
+            torch.tensor(bound, dtype=torch.float32, device=self._device) * absmax
+            for bound in (ladder.low, ladder.high)
+        )
+        high = high.clamp(max=torch.finfo(torch.float32).max)
+        smallest = torch.full_like(absmax, float("inf"))
+        best = torch.full_like(absmax, zero + 1, dtype=torch.int64)
+        for sign in (1, -1):
+            half = steps[zero + 1 :] if sign > 0 else -steps[:zero].flip(0)
+            below = (half.unsqueeze(0) * unit.unsqueeze(1) < low.unsqueeze(1)).sum(dim=1)
+            first = below.clamp(max=half.numel() - 1)
+            for further in range(half.numel()):
+                place = (first + further).clamp(max=half.numel() - 1)
+                tried = (first + further < half.numel()) & (half[place] * unit <= high)
+                if further and not tried.any():
+                    break
+                step = sign * half[place]
+                y = blocks * _inverse(torch, step * unit + 0.0).unsqueeze(1)
+                rank = torch.bucketize(y, self._to(book.midpoints))
+                error = y - self._to(book.values)[rank]
+                terms = error * error * (y.abs() if weight is None else weight)
+                sums = self._segments(terms.reshape(-1), min(blocks.shape[1], _SEGMENT))
+                total = torch.zeros_like(absmax)
+                for part in sums.float().reshape(absmax.numel(), -1).unbind(1):
+                    total = total + part
+                loss = total * (step * step)
+                if weight is None:
+                    loss = loss * step.abs()
+                better = (loss < smallest) & (tried | (further == 0))
+                smallest = torch.where(better, loss, smallest)
+                best = torch.where(better, zero + sign * (place + 1), best)
+        return best
+
+    def _weights(self, importance: Importance, n: int, blocksize: int) -> Any:
+        """The importance of each element, in blocks, 0 behind the last."""
+        torch = self._torch
+        columns = self._to(importance.columns)
+        place = (importance.first + torch.arange(n, device=self._device)) % columns.numel()
+        flat = torch.nn.functional.pad(columns[place], (0, -n % blocksize))
+        return flat.reshape(-1, blocksize)
 
     def dequantize(
         self,
@@ -203,10 +296,16 @@ class TorchEngine:
             lanes = lanes[:, :half] + lanes[:, half:]
         return lanes[:, 0].double()
 
-    def _outliers(self, x: Any, y: Any, scale: Any, blocksize: int) -> NDArray[np.int64]:
-        """Outlier blocks a granule, as cuda/nf4_codec.h defines them."""
+    def _outliers(
+        self, x: Any, y: Any, scale: Any, blocksize: int, unit2: Any = None
+    ) -> NDArray[np.int64]:
+        """Outlier blocks a granule, as cuda/nf4_codec.h defines them; scale: their absmax."""
         torch = self._torch
-        units = (self._segments(y * y, min(blocksize, _SEGMENT)) * 65536).floor()
+        segment = min(blocksize, _SEGMENT)
+        squares = self._segments(y * y, segment)
+        if unit2 is not None:
+            squares = squares.float() * unit2.float().repeat_interleave(blocksize // segment)
+        units = (squares.double().clamp(max=128.0) * 65536).floor()
         units = units.reshape(scale.numel(), -1).sum(dim=1)
         size = torch.full_like(units, blocksize)
         size[-1] -= -x.numel() % blocksize
@@ -222,6 +321,12 @@ class TorchEngine:
 
     def _to(self, array: NDArray[Any]) -> Any:
         return _tensor(self._torch, array).to(self._device)
+
+
+def _inverse(torch: Any, scale: Any) -> Any:
+    """1/scale as nf4_signed_reciprocal has it."""
+    inverse = 1.0 / scale.abs().clamp(min=1e-38)
+    return torch.where(scale < 0, -inverse, inverse)
 
 
 def _tensor(torch: Any, array: NDArray[Any]) -> Any:
