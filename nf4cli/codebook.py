@@ -144,6 +144,11 @@ class Ladder:
         """The place of the step 0."""
         return int(np.searchsorted(self.steps, 0.0))
 
+    @property
+    def table(self) -> F32:
+        """float32 [256]: the steps, then zeros."""
+        return np.pad(self.steps, (0, 256 - self.steps.size))
+
 
 _PLAIN_LADDER = 63  # of 48ths: up to 1.3125
 _WITHOUT_DATA, _WITH_IMPORTANCE = (0.9, 1.02), (0.3, 1.3)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import bnb_format
-from .codebook import NESTED_BLOCKSIZE, codebook, nested_map
+from .codebook import NESTED_BLOCKSIZE, codebook, ladder, nested_map
 from .digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
-from .engines import GRANULE, Engine
+from .engines import Engine
 from .errors import InputError, NonFiniteError
 from .fileio import Identity
 from .items import AbsmaxFile, Item, Job, Reading, nonfinite, widest
-from .limits import Resources
+from .limits import Resources, require_chunk, unit_of
 from .manifest import Manifest
 from .pipeline import Progress, no_progress, run
 from .plan import Plan, TensorPlan
@@ -60,6 +60,7 @@ class Conversion:
         standing: Standing | None = None,
         source: ShardSource | None = None,
     ) -> None:
+        require_chunk(plan.config, resources)
         self.plan = plan
         self._engine = engine
         self._resources = resources
@@ -210,10 +211,14 @@ class Conversion:
             yield Reading(plan.weight.shard, start, stop)
 
     def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
-        step = max(GRANULE, self._resources.chunk // widest(plan) // GRANULE * GRANULE)
+        unit = unit_of(self.plan.config)
+        step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
         starts = range(0, plan.numel, step)
         job = Job(plan, len(starts))
-        if plan.state is not None and plan.state.nested:
+        if plan.state is not None and self.plan.config.scale == "search":
+            job.importance = self.plan.importance_of(plan)
+            job.ladder = ladder(plan.state.nested, job.importance is not None)
+        elif plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
         if plan.weight.scale is not None:
             job.scale = self._scales(job, plan.weight.scale)
@@ -292,6 +297,9 @@ class Conversion:
             state = replace(state, nested_offset=self._nest(name, job.plan, job.absmax))
             job.absmax.close()
             job.absmax = None
+        if job.ladder is not None and state.nested:
+            state = replace(state, nested_offset=0.0)
+            self._write_nested_map(name)
         table = codebook(state.quant_type).decode
         self._sink.write(name + bnb_format.QUANT_MAP, 0, table.view(np.uint8))
         blob = np.frombuffer(bnb_format.encode_state(state), np.uint8)
@@ -318,8 +326,11 @@ class Conversion:
             nested = np.empty(-(-values.size // NESTED_BLOCKSIZE), np.float32)
             self._engine.nested_quantize(values, offset, codes, nested)
             self.write_nested(name, start, values, offset, codes, nested)
-        self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
+        self._write_nested_map(name)
         return offset
+
+    def _write_nested_map(self, name: str) -> None:
+        self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
 
     def choose_offset(self, name: str, mean: float) -> float:
         """nested_offset of a weight whose absmax vector has this mean, rounded to float32."""

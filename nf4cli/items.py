@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bnb_format import QuantState
+from .codebook import Ladder
 from .fileio import read_at, write_at
 from .plan import TensorPlan
 from .records import ITEMSIZE, Scale, Shard, TensorError
@@ -58,6 +59,8 @@ class Job:
         scale: float32 factors of a float8 weight, flat.
         stats: the engine's error sums by first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
+        ladder: the scales to choose from, None where it is absmax.
+        importance: float32 [columns] that weights the choice, None for no data.
         sources: XXH3-128 of what it was made from, by stored tensor, as far as known.
     """
 
@@ -66,6 +69,8 @@ class Job:
     scale: F32 | None = None
     stats: dict[int, F64] = field(default_factory=dict)
     absmax: AbsmaxFile | None = None
+    ladder: Ladder | None = None
+    importance: F32 | None = None
     error: TensorError | None = None
     state: QuantState | None = None
     sources: dict[str, str] = field(default_factory=dict)

@@ -10,16 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from .codebook import NESTED_BLOCKSIZE
 from .engines import GRANULE, Engine
 from .errors import MachineError, UsageError
 from .plan import Plan
+from .records import QuantConfig
 from .source import MANIFEST, PIPELINE_RECORD
 from .untrusted import is_regular
 
 DEFAULT_CHUNK = 8 << 20
 """Bytes of source a worker holds at a time when --memory does not say otherwise."""
 _LONGEST_NAME = 255  # bytes
-_MIN_CHUNK = 8 * GRANULE  # bytes: one granule of the widest dtype
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
 
@@ -149,6 +150,8 @@ def disk_bytes(plan: Plan, workers: int) -> int:
 def base_bytes(plan: Plan, workers: int) -> int:
     """The same without the output's shards."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
+    if plan.importance is not None:
+        copies += plan.importance.path.stat().st_size
     manifest = 2 * (1000 * len(plan.tensors) + 10_000)  # and the journal
     return copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
 
@@ -157,8 +160,31 @@ def _cheaper(engine: Engine) -> str:
     return ", or less with --engine cpu" if engine.extra_memory else ""
 
 
+def unit_of(config: QuantConfig) -> int:
+    """Elements that are encoded together: a granule, and the blocks that share a nested_absmax
+    where their scales are chosen for it."""
+    together = config.scale == "search" and config.double_quant
+    return max(GRANULE, NESTED_BLOCKSIZE * config.blocksize if together else 0)
+
+
+def require_chunk(config: QuantConfig, resources: Resources) -> None:
+    """Raises UsageError where a worker's buffers do not hold what is encoded together."""
+    need = 8 * unit_of(config)
+    if resources.chunk < need:
+        raise UsageError(
+            f"--memory leaves buffers of {resources.chunk:,} bytes, and --blocksize "
+            f"{config.blocksize} under chosen scales needs {need:,}: give more memory, or leave "
+            "--memory out"
+        )
+
+
 def make_resources(
-    engine: Engine, workers: int | None, memory: int | None, cpus: int, tensors: int = 0
+    engine: Engine,
+    workers: int | None,
+    memory: int | None,
+    cpus: int,
+    tensors: int = 0,
+    unit: int = GRANULE,
 ) -> Resources:
     """Threads and buffer sizes that keep the process below `memory` bytes.
 
@@ -167,6 +193,7 @@ def make_resources(
         workers: as asked, None for one a processor (at most 16) and the engine's spare ones.
         memory: as asked, None for no bound but the default buffers.
         tensors: of the source, whose headers and plans are held in memory.
+        unit: see `unit_of`.
 
     Raises:
         UsageError: not even one worker with the smallest buffers fits, or workers < 1.
@@ -179,7 +206,8 @@ def make_resources(
         chunk = DEFAULT_CHUNK
     else:
         room = memory - base
-        smallest = 2 * _MIN_CHUNK + engine.worker_memory
+        least = 8 * unit  # bytes: one unit of the widest dtype
+        smallest = 2 * least + engine.worker_memory
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
@@ -187,5 +215,5 @@ def make_resources(
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)
-        chunk -= chunk % _MIN_CHUNK
+        chunk -= chunk % least
     return Resources(threads, chunk, base + threads * (2 * chunk + engine.worker_memory))

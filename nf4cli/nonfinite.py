@@ -68,7 +68,8 @@ def nonfinite_weights(
         for t in plan.tensors
         if t.state is not None
     )
-    scan = _Scan(replace(plan, tensors=weights), engine, resources, progress)
+    quickest = replace(plan.config, scale="absmax")
+    scan = _Scan(replace(plan, tensors=weights, config=quickest), engine, resources, progress)
     scan.run()
     return frozenset(scan.found)
 

@@ -182,6 +182,12 @@ def read_state(readers: ShardReaders, placed: Placed) -> bytes:
     return readers[shard].read(tensor.start, tensor.nbytes).tobytes()
 
 
+def has_chosen_scales(weight: PackedWeight) -> bool:
+    """Whether its scales are no largest magnitudes: with double quantization their mean, which is
+    positive, would be taken from them first."""
+    return weight.state.nested and weight.state.nested_offset == 0.0
+
+
 class PackedReader:
     """Reads parts of packed weights; every method is thread-safe."""
 

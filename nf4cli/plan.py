@@ -10,17 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import bnb_format, keeping, model_config, selection
 from .bnb_format import QuantState
 from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
 from .families import consult, names_of
+from .importance import ImportanceFile
 from .records import (
     ITEMSIZE,
+    METHODS,
     ON_NONFINITE,
     SAFETENSORS_NAME,
+    SCALES,
     STORAGE_NAME,
     TARGETS,
     TORCH_NAME,
@@ -35,6 +38,9 @@ from .records import (
 from .source import links_note, shard_count, shard_name
 from .weights import Contents, contents
 from .writer import ShardLayout, fill_shards, lay_out
+
+if TYPE_CHECKING:
+    from .engines import F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,7 @@ class Plan:
         index: content of the index, None for a single output file.
         output_config: content of the new config.json, None where the source has none.
         notes: what the user should know, one sentence each.
+        importance: what the loss is weighted by, None for no data.
     """
 
     checkpoint: Checkpoint
@@ -98,6 +105,12 @@ class Plan:
     index: dict[str, Any] | None
     output_config: dict[str, Any] | None
     notes: tuple[str, ...]
+    importance: ImportanceFile | None = None
+
+    def importance_of(self, tensor: TensorPlan) -> F32 | None:
+        """float32 [columns] of a weight's matrix, None where nothing is known of it."""
+        found = self.importance.columns.get(tensor.name) if self.importance else None
+        return found if found is not None and found.any() else None
 
     @property
     def source_bytes(self) -> int:
@@ -173,17 +186,23 @@ def no_scan(plan: Plan) -> Collection[str]:
 
 
 def make_plan(
-    checkpoint: Checkpoint, config: QuantConfig, oracle: Oracle = consult, scan: Scan = no_scan
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    oracle: Oracle = consult,
+    scan: Scan = no_scan,
+    importance: ImportanceFile | None = None,
 ) -> Plan:
     """Decide the whole conversion.
 
     Args:
         oracle: see `families.consult`.
         scan: asked where config.on_nonfinite is "keep"; it reads all that would be quantized.
+        importance: weights the loss of `--scale search`.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
-        InputError: the source is already quantized, or is of a kind that nf4 cannot convert.
+        InputError: the source is already quantized, or is of a kind that nf4 cannot convert; or
+            the importance is that of another model.
     """
     _check_options(config)
     if checkpoint.is_diffusers and config.quant_storage != "uint8":
@@ -204,13 +223,14 @@ def make_plan(
         dtype=torch_dtype,
         compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
         asked=f"transformers {answer.version}" if answer else "",
+        importance=importance.digest if importance else "",
     )
 
     def decide(nonfinite: Collection[str]) -> Plan:
         choices = selection.select(model, config.keep, config.target, answer, nonfinite)
         skip = keeping.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
         selection.refuse_nothing(checkpoint, choices)  # more may be kept now than was selected
-        return _plan(checkpoint, config, model_dtype, found, choices, skip)
+        return _plan(checkpoint, config, model_dtype, found, choices, skip, importance)
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -224,6 +244,7 @@ def _plan(
     found: Contents,
     choices: dict[str, selection.Choice],
     skip: list[str],
+    importance: ImportanceFile | None,
 ) -> Plan:
     tensors = [
         _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
@@ -237,7 +258,11 @@ def _plan(
         shards=tuple(shards),
         index=index_of(shards),
         output_config=_output_config(checkpoint, config, skip),
-        notes=tuple(_notes(checkpoint, config, tensors)),
+        notes=(
+            *_notes(checkpoint, config, tensors),
+            *(_importance_notes(importance, tensors) if importance else ()),
+        ),
+        importance=importance,
     )
 
 
@@ -250,6 +275,8 @@ def _check_options(config: QuantConfig) -> None:
         ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
         ("--target", config.target, TARGETS),
         ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
+        ("--scale", config.scale, SCALES),
+        ("--method", config.method, METHODS),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
@@ -396,6 +423,38 @@ def _some(names: list[str]) -> str:
     """The first five of a list, in words."""
     more = len(names) - 5
     return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> list[str]:
+    """What the importance says nothing of.
+
+    Raises:
+        InputError: it says something of weights that these are not.
+    """
+    missing = []
+    for tensor in tensors:
+        if tensor.state is None:
+            continue
+        found = importance.columns.get(tensor.name)
+        if found is None:
+            missing.append(tensor.name)
+        elif found.size != tensor.state.shape[-1]:
+            raise InputError(
+                f"{importance.path} has {found.size:,} columns of {tensor.name}, the model has "
+                f"{tensor.state.shape[-1]:,}: it was measured on another model"
+            )
+    quantized = sum(tensor.state is not None for tensor in tensors)
+    if quantized and len(missing) == quantized:
+        raise InputError(
+            f"{importance.path} knows none of the {quantized:,} weights to quantize, such as "
+            f"{missing[0]}: it was measured on another model"
+        )
+    if not missing:
+        return []
+    return [
+        f"nothing is known of the inputs of {_some(missing)}: {'their' if missing[1:] else 'its'} "
+        "scales were chosen without data"
+    ]
 
 
 def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:

@@ -11,13 +11,14 @@ from .comparison import Comparison
 from .conversion import Conversion
 from .digest import digest_file
 from .engines import Engine
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .families import names_of
 from .foreign import ForeignConversion
+from .importance import ImportanceFile, load
 from .limits import Resources
 from .manifest import Manifest
 from .nonfinite import scanner
-from .packed import PackedWeight
+from .packed import PackedWeight, has_chosen_scales
 from .pipeline import Progress
 from .plan import Plan, make_plan
 from .reader import ByteReader, ShardReaders
@@ -29,7 +30,7 @@ from .records import (
     QuantConfig,
 )
 from .report import Report
-from .source import MANIFEST, index_name, open_checkpoint
+from .source import IMPORTANCE, MANIFEST, index_name, open_checkpoint
 from .untrusted import RECORD, read_json
 
 _WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
@@ -103,15 +104,41 @@ def plan_of(
         return None
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
+    importance = _importance_of(checkpoint, config, report)
+    if config.importance and importance is None:
+        return None
     try:
         return make_plan(
-            original, config, lambda _: _recorded_answer(manifest), scanner(engine, resources)
-        )
+            original, config, lambda _: _recorded_answer(manifest), scanner(engine, resources),
+            importance,
+        )  # fmt: skip
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
         )
         return None
+
+
+def _importance_of(
+    checkpoint: Checkpoint, config: QuantConfig, report: Report
+) -> ImportanceFile | None:
+    """What the scales were weighted by, from the output itself; None, and why in the report."""
+    if not config.importance:
+        return None
+    try:
+        found = load(checkpoint.root / IMPORTANCE)
+    except InputError as error:
+        report.add("source", IMPORTANCE, f"the bytes cannot be derived from the source: {error}")
+        return None
+    if found.digest != config.importance:
+        report.add(
+            "source",
+            IMPORTANCE,
+            f"{found.path} is not the file that the scales were chosen by: its BLAKE3 is "
+            f"{found.digest}, {MANIFEST} has {config.importance}",
+        )
+        return None
+    return found
 
 
 def compare(
@@ -300,6 +327,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
             compute if isinstance(compute, str) and compute in SAFETENSORS_NAME else "auto"
         ),
         dtype=kept,
+        scale="search" if has_chosen_scales(weight) else "absmax",
         keep=tuple(keep),
         target="vllm" if any("experts" in name.split(".") for name in weights) else "transformers",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from .plan import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
-from .source import MANIFEST
+from .source import IMPORTANCE, MANIFEST
 from .watch import NOBODY, Watch
 from .workspace import Workspace, earlier_header
 from .writer import ShardLayout, ShardWriter
@@ -268,6 +269,8 @@ def fill(
     if plan.checkpoint.origin is None:
         work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+    if plan.importance is not None:  # with it every byte can be derived again
+        shutil.copyfile(plan.importance.path, directory / IMPORTANCE)
     files = _Files(plan, directory, digest, work.journal, part, standing, carrier, watch)
     with carrier.carrying(work, part, digest) if carrier else nullcontext() as source:
         try:

@@ -35,6 +35,8 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
+SCALES = ("absmax", "search")
+METHODS = ("rtn", "gptq")
 ON_NONFINITE = ("error", "keep")
 TARGETS = ("transformers", "vllm", "unsloth")
 """Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
@@ -242,6 +244,9 @@ class QuantConfig:
             the rules alone decided.
         max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
             a shard of its own.
+        scale: "absmax", or "search" for the scale of least loss, of either sign.
+        method: how a code is chosen: "rtn", the nearest, or "gptq", with error feedback.
+        importance: BLAKE3 of the importance file that the loss is weighted by, "" for none.
     """
 
     quant_type: str = "nf4"
@@ -255,10 +260,18 @@ class QuantConfig:
     on_nonfinite: str = "error"
     asked: str = ""
     max_shard_size: int = 5_000_000_000
+    scale: str = "absmax"
+    method: str = "rtn"
+    importance: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is recorded: patterns in order, since theirs has no meaning."""
-        return {**asdict(self), "keep": sorted(self.keep)}
+        """As it is recorded: patterns in order, since theirs has no meaning; how scales and codes
+        were chosen only where it is not bitsandbytes' way, as before there was a choice."""
+        fields = {**asdict(self), "keep": sorted(self.keep)}
+        for name in ("scale", "method", "importance"):
+            if fields[name] == getattr(type(self)(), name):
+                del fields[name]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,10 @@ CARD = "README.md"
 """The model card: a user's to edit, so no record answers for it."""
 REPOSITORYS = (CARD, ".gitattributes", ".gitignore")
 """Files of a repository rather than of the model in it: an output gets its own."""
-_OURS = (MANIFEST, PIPELINE_RECORD)
+IMPORTANCE = "nf4_importance.dat"
+"""Of an output whose scales were chosen by it. No loader takes it for weights, as some would a
+.safetensors file."""
+_OURS = (MANIFEST, PIPELINE_RECORD, IMPORTANCE)
 
 # Formats that hold the same weights again (or a pickle, which we never read): not copied.
 _WEIGHT_FORMATS = (

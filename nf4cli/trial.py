@@ -30,7 +30,10 @@ def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) 
     with tempfile.TemporaryDirectory(prefix="nf4-") as place:
         source = Path(place) / "trial.safetensors"
         _write(source)
-        recipe = replace(config, keep=(), target="transformers", on_nonfinite="error")
+        recipe = replace(
+            config, keep=(), target="transformers", on_nonfinite="error", method="rtn",
+            importance="",
+        )  # fmt: skip
         plan = make_plan(open_checkpoint(source), recipe, lambda model: None)
         started = time.perf_counter()
         write_checkpoint(plan, Path(place) / "output", engine, resources, fsync=False)

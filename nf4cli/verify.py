@@ -22,7 +22,14 @@ from .engines import Engine
 from .errors import InputError
 from .families import names_of
 from .limits import Resources
-from .packed import PackedReader, PackedWeight, by_shard, find_weights, standard_nested_map
+from .packed import (
+    PackedReader,
+    PackedWeight,
+    by_shard,
+    find_weights,
+    has_chosen_scales,
+    standard_nested_map,
+)
 from .pipeline import Progress, no_progress, run
 from .proof import check_source
 from .reader import ShardReaders
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from .engines import F32
 
 _BLOCKS_AT_A_TIME = 1 << 18
+_SIGNED_SHARE = 0.1  # of negative scales; about half of those that are chosen are
 _NESTED_ROUNDING = 0.01  # of nested_absmax: what 8-bit codes round by, half their widest step
 
 
@@ -229,17 +237,27 @@ def _state_problems(
     all_zero = True
     for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
         absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        good = np.isfinite(absmax) & (absmax >= least)
+        signed = has_chosen_scales(weight) or _are_signed(absmax)
+        good = np.isfinite(absmax) & (signed | (absmax >= least))
         if not good.all():
             bad = int(np.argmin(good))
             yield (
-                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected the "
-                "largest magnitude of a block, which is finite and not negative"
+                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected "
+                + (
+                    "a finite scale"
+                    if signed
+                    else "the largest magnitude of a block, which is finite and not negative"
+                )
             )
             return
         all_zero = all_zero and not absmax.any()
     if all_zero and zeros_are_wrong:
         yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
+
+
+def _are_signed(absmax: F32) -> bool:
+    """Whether these are chosen scales, of either sign, and not one that was overwritten."""
+    return bool((absmax < 0).mean() > _SIGNED_SHARE)
 
 
 def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:

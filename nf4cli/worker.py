@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from . import bnb_format
-from .engines import Engine, Float8
+from .codebook import Ladder
+from .engines import Engine, Float8, Importance, NestedAbsmax
 from .errors import InputError, NonFiniteError
 from .items import Item, Reading, damaged, element
 from .plan import TensorPlan
@@ -81,7 +82,9 @@ class Worker:
             return
         plan = item.job.plan
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
-        if plan.action == "quantize":
+        if plan.action == "quantize" and item.job.ladder is not None:
+            self._search(item, data, item.job.ladder)
+        elif plan.action == "quantize":
             self._quantize(item, data)
         else:
             self._keep(item, data)
@@ -150,6 +153,38 @@ class Worker:
             item.job.absmax.write(first_block, absmax)
         else:
             self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
+
+    def _search(self, item: Item, data: U8, ladder: Ladder) -> None:
+        """Codes under chosen scales, which are final at once: their offset is 0."""
+        plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
+        assert state is not None
+        if weight.scale is not None:
+            data = self._decode(item, data, weight.scale)
+        columns = item.job.importance
+        packed = self._output[: (item.count + 1) // 2]
+        index = np.empty(-(-item.count // state.blocksize), np.uint8)
+        unit = np.empty(-(-index.size // ladder.run), np.float32)
+        try:
+            sums = self._engine.search(
+                data, weight.dtype, state.blocksize, state.quant_type, ladder,
+                None if columns is None else Importance(columns, item.start % columns.size),
+                packed, index, unit,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            self._run.not_finite(item, error, data)
+            return
+        item.job.stats[item.start] = sums
+        name, first_block = plan.name, item.start // state.blocksize
+        self._sink.write(name, item.start // 2, packed)
+        if state.nested:
+            self._sink.write(name + bnb_format.ABSMAX, first_block, index)
+            first_run = 4 * (first_block // ladder.run)
+            self._sink.write(name + bnb_format.NESTED_ABSMAX, first_run, unit.view(np.uint8))
+        else:
+            scales = self._engine.nested_dequantize(
+                NestedAbsmax(index, 0, ladder.run, ladder.table, unit, 0.0)
+            )
+            self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, scales.view(np.uint8))
 
     def _keep(self, item: Item, data: U8) -> None:
         plan = item.job.plan

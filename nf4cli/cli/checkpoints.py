@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def quantize(request: Request, source: Source) -> None:
     """Plan, run, summarise."""
-    from ..limits import check_output, require_place
+    from ..limits import check_output, require_place, unit_of
     from ..plan import make_plan
     from ..quantize import write_checkpoint
     from ..summary import conversion_section
@@ -34,9 +34,11 @@ def quantize(request: Request, source: Source) -> None:
     output = request.output or Path(f"{checkpoint.name}-nf4")
     if request.config.on_nonfinite == "keep":  # before all is read
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
-    plan = make_plan(checkpoint, request.config, request.oracle, request.scan)
+    plan = make_plan(checkpoint, request.config, request.oracle, request.scan, request.importance)
     engine = request.engine
-    limits = common.resources(engine, request.workers, request.memory, len(plan.tensors))
+    limits = common.resources(
+        engine, request.workers, request.memory, len(plan.tensors), unit_of(plan.config)
+    )
     carrier = trip.carrier(source)
     need = carrier.disk_needed(plan, limits.workers) if carrier else None
     if request.plan:
@@ -110,7 +112,7 @@ def _show_plan(
     def pushed() -> Plan:
         size = common.parse_size(request.shard_size or hub.LEAVING_SHARDS, "--max-shard-size")
         config = replace(request.config, max_shard_size=size)
-        return make_plan(plan.checkpoint, config, request.oracle)
+        return make_plan(plan.checkpoint, config, request.oracle, importance=request.importance)
 
     outlook = hub.outlook(source, carrier, plan, pushed, request.engine, limits)
     if request.json:

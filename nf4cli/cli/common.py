@@ -89,12 +89,17 @@ def format_size(count: float) -> str:
 
 
 def resources(
-    engine: Engine, workers: int | None, memory: str | None, tensors: int = 0
+    engine: Engine,
+    workers: int | None,
+    memory: str | None,
+    tensors: int = 0,
+    unit: int = 0,
 ) -> Resources:
+    from ..engines import GRANULE
     from ..limits import make_resources
 
     bound = None if memory is None else parse_size(memory, "--memory")
-    return make_resources(engine, workers, bound, processors(), tensors)
+    return make_resources(engine, workers, bound, processors(), tensors, max(unit, GRANULE))
 
 
 def processors() -> int:

@@ -51,6 +51,18 @@ def on_nonfinite() -> list[str]:
     return list(ON_NONFINITE)
 
 
+def scales() -> list[str]:
+    from ..records import SCALES
+
+    return list(SCALES)
+
+
+def methods() -> list[str]:
+    from ..records import METHODS
+
+    return list(METHODS)
+
+
 def digests() -> list[str]:
     from ..digest import ALGORITHMS
 

@@ -27,7 +27,7 @@ def quantize(request: Request, source: Source) -> None:
     """nf4 quantize, of a directory with model_index.json."""
     from ..assembly import check_pipeline_output, write_pipeline
     from ..diffusion import make_pipeline_plan
-    from ..limits import require_place
+    from ..limits import require_place, unit_of
     from ..push import check, push
     from ..source import name_of_directory
     from ..summary import conversion_section
@@ -46,7 +46,9 @@ def quantize(request: Request, source: Source) -> None:
     )
     tensors = sum(len(part.tensors) for part in decided.parts.values())
     engine = request.engine
-    limits = common.resources(engine, request.workers, request.memory, tensors)
+    limits = common.resources(
+        engine, request.workers, request.memory, tensors, unit_of(request.config)
+    )
     check_pipeline_output(decided, output, limits.workers, request.resume)
     if request.plan:
         if json:
@@ -123,8 +125,14 @@ def quantize(request: Request, source: Source) -> None:
 
 
 def _refuse_bound(request: Request, source: Source) -> None:
+    """Raises UsageError for what goes with a single model only."""
     from ..errors import UsageError
 
+    if request.importance_file is not None:
+        raise UsageError(
+            "a pipeline's components are not calibrated: leave --importance out; --scale search "
+            "needs no data"
+        )
     if request.trip.disk is not None and not request.plan:
         raise UsageError(
             f"--disk does not go with a pipeline, and {source.name} is one: its components are "

@@ -46,6 +46,26 @@ def quantize(
             "--double-quant/--no-double-quant", help="Store the scales in 8 bits as well."
         ),
     ] = True,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            "--scale",
+            show_default=False,
+            help="absmax, bitsandbytes' own bytes (the default); search, the scale of least loss, "
+            "of either sign: same size, closer to the source.",
+            autocompletion=completing.scales,
+        ),
+    ] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            "--importance",
+            metavar="FILE",
+            show_default=False,
+            help="Weight that loss by the importance of each input, as measured by an earlier "
+            "--calibration. Needs neither torch nor text.",
+        ),
+    ] = None,
     skip_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -194,11 +214,13 @@ def quantize(
         target=target,
         on_nonfinite=on_nonfinite,
         max_shard_size=common.parse_size(max_shard_size or largest, "--max-shard-size"),
+        scale=_scale(scale, importance),
     )
     request = Request(
         output=output,
         config=config,
         shard_size=max_shard_size,
+        importance_file=importance,
         exact=exact,
         trust_remote_code=trust_remote_code,
         digest=digest,
@@ -220,3 +242,14 @@ def quantize(
             pipelines.quantize(request, place)
         else:
             checkpoints.quantize(request, place)
+
+
+def _scale(asked: str | None, importance: Path | None) -> str:
+    """The --scale that is meant: data has a say only where scales are searched for."""
+    from ..errors import UsageError
+
+    if importance is None:
+        return asked or "absmax"
+    if asked not in (None, "search"):
+        raise UsageError(f"--scale {asked} looks at no data: leave out --importance, or --scale")
+    return "search"

@@ -12,6 +12,7 @@ from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
+    from ..importance import ImportanceFile
     from ..plan import Plan
     from ..records import Answer, Checkpoint, QuantConfig
     from .hub import Source, Trip
@@ -22,6 +23,7 @@ class Request:
     """Attributes:
     output: None for the default.
     shard_size: as asked, None for the default.
+    importance_file: what the loss of the scales is weighted by, None for no data.
     memory: as asked.
     plan: only say what would be done.
     trip: what is asked of a Hub.
@@ -30,6 +32,7 @@ class Request:
     output: Path | None
     config: QuantConfig
     shard_size: str | None
+    importance_file: Path | None
     exact: bool
     trust_remote_code: bool
     digest: str
@@ -65,6 +68,13 @@ class Request:
     def engine(self) -> Engine:
         """The one that was asked for, loaded when it is needed."""
         return common.load_engine(self.engine_name, self.device, self.quiet, self.memory)
+
+    @cached_property
+    def importance(self) -> ImportanceFile | None:
+        """The file that was asked for, read when it is needed."""
+        from ..importance import load
+
+        return None if self.importance_file is None else load(self.importance_file)
 
     def oracle(self, model: Checkpoint) -> Answer | None:
         """For `make_plan`: what transformers says of a model, where it has to be asked."""
