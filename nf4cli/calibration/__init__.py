@@ -1,0 +1,1 @@
+"""Running text through a model, one transformer block in memory at a time (extra `calibrate`)."""

@@ -1,0 +1,259 @@
+"""Calibration text through a model, block by block: what comes of it is kept after every block.
+
+Each block is run once to see what its linear layers are given, its weights are rounded, and it is
+run again with the rounded ones, so that the next block sees what it will be given in the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..codebook import codebook
+from ..engines import Engine, Notify, no_notice
+from ..fileio import sync
+from ..importance import save
+from ..records import QuantConfig
+from .gptq import Feedback, feed_back, relative_loss
+from .moments import Moments, Watcher
+from .rounding import pack, round_matrix
+from .walk import Walk
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..engines import F32, U8
+
+UPSTREAM = ("quantized", "full")
+
+Progress = Callable[[str, int], None]
+"""Told of sequences that a block is done with: its name, and how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides about the result.
+
+    Attributes:
+        method: "rtn" or "gptq".
+        upstream: whether a block is given what the "quantized" or the "full" ones before it make.
+        feedback: for gptq.
+    """
+
+    method: str = "rtn"
+    upstream: str = "quantized"
+    feedback: Feedback = field(default_factory=Feedback)
+
+
+Fixed = Callable[[str], "F32 | None"]
+"""The decoded matrix of a weight that is there already, to be measured instead of made."""
+
+
+class Calibration:
+    """One pass over a model.
+
+    Args:
+        directory: the checkpoint.
+        tokens: int64 [sequences, length].
+        scratch: a directory for what is kept between blocks.
+        names: weights that will be quantized.
+        config: how.
+        about: what the importance file shall say of itself.
+        fixed: see `Fixed`; None to choose codes.
+
+    Attributes:
+        losses: by weight, the mean square of what its layer puts out wrongly, in units of what it
+            puts out.
+        importance: by weight.
+
+    Raises:
+        MachineError, UsageError, InputError: see `Walk`.
+    """
+
+    def __init__(
+        self, directory: Path, tokens: NDArray[np.int64], scratch: Path, names: Collection[str],
+        config: QuantConfig, engine: Engine, settings: Settings, about: Mapping[str, Any],
+        device: str = "cpu", progress: Progress = lambda name, count: None,
+        notify: Notify = no_notice, fixed: Fixed | None = None,
+    ) -> None:  # fmt: skip
+        self._tokens, self._scratch, self._names = tokens, scratch, frozenset(names)
+        self._config, self._engine, self._settings = config, engine, settings
+        self._about, self._device = dict(about), device
+        self._progress, self._notify, self._fixed = progress, notify, fixed
+        self.losses: dict[str, float] = {}
+        self.importance: dict[str, F32] = {}
+        self._key = self._key_of(directory)
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._walk = Walk(directory, scratch / "offload", device)
+
+    @property
+    def steps(self) -> int:
+        """Sequences times blocks."""
+        return len(self._walk.blocks) * len(self._tokens)
+
+    def run(self) -> None:
+        """All blocks, from where an earlier call with the same arguments got to."""
+        done = self._resume()
+        self._walk.record(self._tokens[0])
+        if not done:
+            self._begin()
+        for number in range(done):
+            self._progress(self._walk.blocks[number], len(self._tokens))
+        for number in range(done, len(self._walk.blocks)):
+            self._block(number)
+
+    def save(self, path: Path) -> None:
+        """Write the importance file."""
+        about = {**self._about, "losses": {k: float(f"{v:.6g}") for k, v in self.losses.items()}}
+        save(path, self.importance, about)
+
+    def codes_files(self) -> list[Path]:
+        """Where the packed codes are that gptq chose: safetensors files, by weight."""
+        return [self._file(number) for number in range(len(self._walk.blocks))]
+
+    def _key_of(self, directory: Path) -> str:
+        """Of everything that decides about the result."""
+        files = [
+            [p.name, p.stat().st_size, p.stat().st_mtime_ns]
+            for p in sorted(directory.glob("*.safetensors"))
+        ]
+        said = [
+            files, self._config.as_dict(), asdict(self._settings), sorted(self._names),
+            self._about, hashlib.sha256(self._tokens.tobytes()).hexdigest(), self._fixed is None,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    # -- what is kept between blocks ----------------------------------------------------------
+
+    def _file(self, number: int) -> Path:
+        return self._scratch / f"block-{number:05}.safetensors"
+
+    def _hidden(self, number: int, create: tuple[int, ...] | None = None) -> Any:
+        """What enters a block: float32 [sequences, length, hidden], on the disk."""
+        path = self._scratch / f"hidden-{number % 2}.npy"
+        if create is None:
+            return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, "w+", np.float32, create)
+
+    def _begin(self) -> None:
+        hidden = None
+        for start, states in self._walk.first_inputs(self._tokens):
+            if hidden is None:
+                hidden = self._hidden(0, (len(self._tokens), *states.shape[1:]))
+            hidden[start : start + len(states)] = states
+
+    def _resume(self) -> int:
+        """Blocks that are done."""
+        from safetensors import safe_open
+
+        state = self._scratch / "state.json"
+        try:
+            found = json.loads(state.read_text())
+        except (OSError, ValueError):
+            found = {}
+        if found.get("key") != self._key:
+            return 0
+        for number in range(found["done"]):
+            with safe_open(self._file(number), "numpy") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    kind, _, name = key.partition(":")
+                    if kind == "importance":
+                        self.importance[name] = file.get_tensor(key)
+                self.losses |= json.loads((file.metadata() or {})["losses"])
+        self._notify(f"continuing an earlier calibration: {found['done']:,} blocks are done")
+        return int(found["done"])
+
+    def _keep(
+        self,
+        number: int,
+        importance: dict[str, F32],
+        packed: dict[str, U8],
+        losses: dict[str, float],
+    ) -> None:
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, Any] = {f"importance:{name}": v for name, v in importance.items()}
+        tensors |= {f"packed:{name}": codes for name, codes in packed.items()}
+        save_file(tensors, self._file(number), {"losses": json.dumps(losses)})
+        sync(self._file(number))
+        state = self._scratch / "state.json"
+        fresh = state.with_suffix(".new")
+        fresh.write_text(json.dumps({"key": self._key, "done": number + 1}))
+        os.replace(fresh, state)
+        self.importance |= importance
+        self.losses |= losses
+
+    # -- one block ----------------------------------------------------------------------------
+
+    def _block(self, number: int) -> None:
+        hidden = self._hidden(number)
+        after = self._hidden(number + 1, hidden.shape)
+        importance: dict[str, F32] = {}
+        packed: dict[str, U8] = {}
+        losses: dict[str, float] = {}
+        with self._walk.block(number):
+            linears = {
+                name: module
+                for name, module in self._walk.linears(number).items()
+                if name in self._names
+            }
+            watcher = Watcher(linears, full=True)
+            with watcher.watching():
+                for i, states in enumerate(hidden):
+                    after[i] = self._walk.run(number, states)
+            for moments in watcher.moments:
+                for name in moments.names:
+                    importance[name] = moments.importance
+                    losses[name] = self._round(name, linears[name], moments, packed)
+            if self._settings.upstream == "quantized":
+                for i, states in enumerate(hidden):
+                    after[i] = self._walk.run(number, states)
+        after.flush()
+        self._progress(self._walk.blocks[number], len(self._tokens))
+        self._keep(number, importance, packed, losses)
+
+    def _round(self, name: str, module: Any, moments: Moments, packed: dict[str, U8]) -> float:
+        """Give a layer the weights that it will have; returns what that costs."""
+        import torch
+
+        conv = not isinstance(module, torch.nn.Linear)
+        weight = module.weight.T.contiguous() if conv else module.weight
+        there = self._fixed(name) if self._fixed else None
+        if there is not None:
+            decoded = torch.from_numpy(there).to(weight.device)
+        else:
+            decoded = self._choose(name, weight, moments, packed)
+        loss = relative_loss(weight, decoded, moments.hessian)
+        module.weight.copy_(decoded.T if conv else decoded)
+        return loss
+
+    def _choose(self, name: str, weight: Any, moments: Moments, packed: dict[str, U8]) -> Any:
+        import torch
+
+        book = codebook(self._config.quant_type)
+        values, midpoints = (
+            torch.from_numpy(t).to(weight.device) for t in (book.values, book.midpoints)
+        )
+        rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, self._config)
+        scale = torch.from_numpy(rounded.scale).to(weight.device)
+        ranks = torch.from_numpy(rounded.ranks).to(weight.device)
+        if self._settings.method == "gptq":
+            ranks = feed_back(
+                weight, moments.hessian, scale, values, midpoints, self._settings.feedback,
+                lambda said: self._notify(f"{name}: {said}"),
+            )  # fmt: skip
+            packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)
+        return values[ranks.long()] * scale
+
+
+def discard(scratch: Path) -> None:
+    """Remove what a pass kept."""
+    shutil.rmtree(scratch, ignore_errors=True)
