@@ -218,6 +218,7 @@ class Conversion:
         if plan.state is not None and self.plan.config.scale == "search":
             job.importance = self.plan.importance_of(plan)
             job.ladder = ladder(plan.state.nested, job.importance is not None)
+            job.codes = self.plan.codes
         elif plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
         if plan.weight.scale is not None:
@@ -311,6 +312,7 @@ class Conversion:
             max_abs=float(sums[:, 2].max()),
             blocks=-(-job.plan.numel // state.blocksize),
             outlier_blocks=int(sums[:, 3].sum()),
+            worst_block=None if job.worst_block is None else float(f"{job.worst_block:.5g}"),
         )
         job.state = state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from .bnb_format import QuantState
 from .codebook import Ladder
+from .codes import CodeSource
 from .fileio import read_at, write_at
 from .plan import TensorPlan
 from .records import ITEMSIZE, Scale, Shard, TensorError
@@ -61,6 +63,8 @@ class Job:
         absmax: temporary file of the float32 absmax vector, for double quantization.
         ladder: the scales to choose from, None where it is absmax.
         importance: float32 [columns] that weights the choice, None for no data.
+        codes: where its codes come from, None for the nearest.
+        worst_block: of such codes, the largest error of a block, see `codes.errors_of`.
         sources: XXH3-128 of what it was made from, by stored tensor, as far as known.
     """
 
@@ -71,9 +75,12 @@ class Job:
     absmax: AbsmaxFile | None = None
     ladder: Ladder | None = None
     importance: F32 | None = None
+    codes: CodeSource | None = None
+    worst_block: float | None = None
     error: TensorError | None = None
     state: QuantState | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class AbsmaxFile:

@@ -273,4 +273,10 @@ def _error(fields: dict[str, Any]) -> TensorError:
     for count in counts.values():
         if count is not None and (type(count) is not int or not 0 <= count < 1 << 63):
             raise ValueError(f"error has {counts}")
-    return TensorError(_number(fields["rel_rmse"]), _number(fields["max_abs"]), **counts)
+    worst = fields.get("worst_block")
+    return TensorError(
+        _number(fields["rel_rmse"]),
+        _number(fields["max_abs"]),
+        **counts,
+        worst_block=None if worst is None else _number(worst),
+    )

@@ -40,6 +40,7 @@ from .weights import Contents, contents
 from .writer import ShardLayout, fill_shards, lay_out
 
 if TYPE_CHECKING:
+    from .codes import CodeSource
     from .engines import F32
 
 
@@ -96,6 +97,7 @@ class Plan:
         output_config: content of the new config.json, None where the source has none.
         notes: what the user should know, one sentence each.
         importance: what the loss is weighted by, None for no data.
+        codes: those that are not the nearest, None where all are.
     """
 
     checkpoint: Checkpoint
@@ -106,6 +108,7 @@ class Plan:
     output_config: dict[str, Any] | None
     notes: tuple[str, ...]
     importance: ImportanceFile | None = None
+    codes: CodeSource | None = None
 
     def importance_of(self, tensor: TensorPlan) -> F32 | None:
         """float32 [columns] of a weight's matrix, None where nothing is known of it."""

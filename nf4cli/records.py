@@ -287,12 +287,15 @@ class TensorError:
         blocks: how many share an absmax each; None where a manifest does not say.
         outlier_blocks: those whose absmax is above 10 times the root mean square of their other
             elements, which then have few codes left.
+        worst_block: of codes that are not the nearest, the largest root mean square error of a
+            block, in units of its scale; None for the nearest.
     """
 
     rel_rmse: float
     max_abs: float
     blocks: int | None = None
     outlier_blocks: int | None = None
+    worst_block: float | None = None
 
     @property
     def outlier_share(self) -> float:

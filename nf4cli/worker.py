@@ -10,6 +10,7 @@ import numpy as np
 
 from . import bnb_format
 from .codebook import Ladder
+from .codes import errors_of
 from .engines import Engine, Float8, Importance, NestedAbsmax
 from .errors import InputError, NonFiniteError
 from .items import Item, Reading, damaged, element
@@ -20,7 +21,7 @@ from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, View
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .engines import U8
+    from .engines import F32, F64, U8
 
 
 class Sink(Protocol):
@@ -173,6 +174,10 @@ class Worker:
         except NonFiniteError as error:
             self._run.not_finite(item, error, data)
             return
+        scales = self._engine.nested_dequantize(
+            NestedAbsmax(index, 0, ladder.run, ladder.table, unit, 0.0)
+        )
+        self._take_codes(item, data, packed, scales, sums)
         item.job.stats[item.start] = sums
         name, first_block = plan.name, item.start // state.blocksize
         self._sink.write(name, item.start // 2, packed)
@@ -181,10 +186,23 @@ class Worker:
             first_run = 4 * (first_block // ladder.run)
             self._sink.write(name + bnb_format.NESTED_ABSMAX, first_run, unit.view(np.uint8))
         else:
-            scales = self._engine.nested_dequantize(
-                NestedAbsmax(index, 0, ladder.run, ladder.table, unit, 0.0)
-            )
             self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, scales.view(np.uint8))
+
+    def _take_codes(self, item: Item, data: U8, packed: U8, scales: F32, sums: F64) -> None:
+        """Replace the nearest codes and what is known of their errors where others were chosen."""
+        job, plan, state = item.job, item.job.plan, item.job.plan.state
+        if job.codes is None or state is None:
+            return
+        there = job.codes.read(plan.name, item.start // 2, packed.nbytes)
+        if there is None:
+            return
+        packed[:] = there
+        errors, worst = errors_of(
+            packed, data, plan.weight.dtype, state.blocksize, state.quant_type, scales, self._engine
+        )
+        sums[:, 0], sums[:, 2] = errors[:, 0], errors[:, 1]
+        with job.lock:
+            job.worst_block = max(worst, job.worst_block or 0.0)
 
     def _keep(self, item: Item, data: U8) -> None:
         plan = item.job.plan

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..codebook import codebook
+from ..codes import PACKED
 from ..engines import Engine, Notify, no_notice
 from ..fileio import sync
 from ..importance import save
+from ..pipeline import Progress, no_progress
 from ..records import QuantConfig
 from .gptq import Feedback, feed_back, relative_loss
 from .moments import Moments, Watcher
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from ..engines import F32, U8
 
 UPSTREAM = ("quantized", "full")
-
-Progress = Callable[[str, int], None]
-"""Told of sequences that a block is done with: its name, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +62,17 @@ class Calibration:
         tokens: int64 [sequences, length].
         scratch: a directory for what is kept between blocks.
         names: weights that will be quantized.
-        config: how.
+        config: of the conversion.
+        settings: of the pass.
         about: what the importance file shall say of itself.
+        device: a torch device.
         fixed: see `Fixed`; None to choose codes.
 
     Attributes:
         losses: by weight, the mean square of what its layer puts out wrongly, in units of what it
             puts out.
         importance: by weight.
+        progress: told of bytes, see `nbytes`.
 
     Raises:
         MachineError, UsageError, InputError: see `Walk`.
@@ -81,13 +81,13 @@ class Calibration:
     def __init__(
         self, directory: Path, tokens: NDArray[np.int64], scratch: Path, names: Collection[str],
         config: QuantConfig, engine: Engine, settings: Settings, about: Mapping[str, Any],
-        device: str = "cpu", progress: Progress = lambda name, count: None,
-        notify: Notify = no_notice, fixed: Fixed | None = None,
+        device: str = "cpu", notify: Notify = no_notice, fixed: Fixed | None = None,
     ) -> None:  # fmt: skip
         self._tokens, self._scratch, self._names = tokens, scratch, frozenset(names)
         self._config, self._engine, self._settings = config, engine, settings
-        self._about, self._device = dict(about), device
-        self._progress, self._notify, self._fixed = progress, notify, fixed
+        self._about = dict(about)
+        self._notify, self._fixed = notify, fixed
+        self.progress: Progress = no_progress
         self.losses: dict[str, float] = {}
         self.importance: dict[str, F32] = {}
         self._key = self._key_of(directory)
@@ -95,9 +95,9 @@ class Calibration:
         self._walk = Walk(directory, scratch / "offload", device)
 
     @property
-    def steps(self) -> int:
-        """Sequences times blocks."""
-        return len(self._walk.blocks) * len(self._tokens)
+    def nbytes(self) -> int:
+        """Of all blocks' weights in float32: what the progress counts."""
+        return sum(map(self._walk.nbytes, range(len(self._walk.blocks))))
 
     def run(self) -> None:
         """All blocks, from where an earlier call with the same arguments got to."""
@@ -106,7 +106,7 @@ class Calibration:
         if not done:
             self._begin()
         for number in range(done):
-            self._progress(self._walk.blocks[number], len(self._tokens))
+            self.progress(self._walk.blocks[number], self._walk.nbytes(number))
         for number in range(done, len(self._walk.blocks)):
             self._block(number)
 
@@ -181,13 +181,13 @@ class Calibration:
         from safetensors.numpy import save_file
 
         tensors: dict[str, Any] = {f"importance:{name}": v for name, v in importance.items()}
-        tensors |= {f"packed:{name}": codes for name, codes in packed.items()}
+        tensors |= {f"{PACKED}{name}": codes for name, codes in packed.items()}
         save_file(tensors, self._file(number), {"losses": json.dumps(losses)})
         sync(self._file(number))
         state = self._scratch / "state.json"
         fresh = state.with_suffix(".new")
         fresh.write_text(json.dumps({"key": self._key, "done": number + 1}))
-        os.replace(fresh, state)
+        fresh.replace(state)
         self.importance |= importance
         self.losses |= losses
 
@@ -205,20 +205,27 @@ class Calibration:
                 for name, module in self._walk.linears(number).items()
                 if name in self._names
             }
+            twice = self._settings.upstream == "quantized"
             watcher = Watcher(linears, full=True)
             with watcher.watching():
-                for i, states in enumerate(hidden):
-                    after[i] = self._walk.run(number, states)
+                self._run(number, hidden, after, 0.5 if twice else 1.0)
             for moments in watcher.moments:
                 for name in moments.names:
                     importance[name] = moments.importance
                     losses[name] = self._round(name, linears[name], moments, packed)
-            if self._settings.upstream == "quantized":
-                for i, states in enumerate(hidden):
-                    after[i] = self._walk.run(number, states)
+            if twice:
+                self._run(number, hidden, after, 0.5)
         after.flush()
-        self._progress(self._walk.blocks[number], len(self._tokens))
         self._keep(number, importance, packed, losses)
+
+    def _run(self, number: int, hidden: Any, after: Any, share: float) -> None:
+        """All sequences through a block, which is `share` of the work on it."""
+        nbytes, done = int(share * self._walk.nbytes(number)), 0
+        for i, states in enumerate(hidden):
+            after[i] = self._walk.run(number, states)
+            upto = nbytes * (i + 1) // len(hidden)
+            self.progress(self._walk.blocks[number], upto - done)
+            done = upto
 
     def _round(self, name: str, module: Any, moments: Moments, packed: dict[str, U8]) -> float:
         """Give a layer the weights that it will have; returns what that costs."""
@@ -252,8 +259,3 @@ class Calibration:
             )  # fmt: skip
             packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)
         return values[ranks.long()] * scale
-
-
-def discard(scratch: Path) -> None:
-    """Remove what a pass kept."""
-    shutil.rmtree(scratch, ignore_errors=True)

@@ -52,8 +52,7 @@ def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConf
 
 def rank_of_code(quant_type: str) -> U8:
     """uint8 [16]: the place of each code's value among the ascending ones."""
-    found: U8 = np.argsort(codebook(quant_type).codes).astype(np.uint8)
-    return found
+    return np.argsort(codebook(quant_type).codes).astype(np.uint8)
 
 
 def pack(ranks: U8, quant_type: str) -> U8:
@@ -62,8 +61,7 @@ def pack(ranks: U8, quant_type: str) -> U8:
     if codes.size % 2:
         zero = codebook(quant_type).codes[np.searchsorted(codebook(quant_type).values, 0.0)]
         codes = np.append(codes, zero)
-    packed: U8 = (codes[::2] << 4) | codes[1::2]
-    return packed
+    return (codes[::2] << np.uint8(4)) | codes[1::2]
 
 
 def decode(rounded_scale: Any, ranks: Any, values: Any) -> Any:

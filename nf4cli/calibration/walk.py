@@ -62,6 +62,8 @@ class Walk:
 
     def _open(self, directory: Path, scratch: Path) -> Any:
         transformers = self._transformers
+        transformers.utils.logging.set_verbosity_error()  # all weights are on the meta device: yes
+        transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(directory)
             names = config.architectures or ["AutoModel"]
@@ -232,7 +234,7 @@ class Walk:
             InputError: what comes out is not finite.
         """
         torch, call = self._torch, self._calls[number]
-        given = torch.from_numpy(np.ascontiguousarray(hidden[None])).to(self._device)
+        given = torch.from_numpy(np.array(hidden[None])).to(self._device)
         with torch.no_grad():
             out = _hidden(self._blocks[number](given, *call.args, **call.kwargs))
         if not torch.isfinite(out).all():
@@ -242,6 +244,10 @@ class Walk:
             )
         states: NDArray[np.float32] = out[0].float().cpu().numpy()
         return states
+
+    def nbytes(self, number: int) -> int:
+        """Of a block's weights in float32."""
+        return 4 * int(sum(p.numel() for p in self._blocks[number].parameters()))
 
     def linears(self, number: int) -> dict[str, Any]:
         """The linear modules of a block by the name of their weight in the checkpoint."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common, hub, step_summary, views
+from .calibrating import calibrated
 from .ledger import Ledger, tell_resources, tell_times, work_bytes
 from .outcome import Outcome, print_outcome
 from .progress import ProgressDisplay
@@ -22,20 +23,36 @@ if TYPE_CHECKING:
 
 def quantize(request: Request, source: Source) -> None:
     """Plan, run, summarise."""
-    from ..limits import check_output, require_place, unit_of
+    from ..limits import require_place
     from ..plan import make_plan
-    from ..quantize import write_checkpoint
-    from ..summary import conversion_section
 
-    trip, started = request.trip, time.monotonic()
+    trip = request.trip
     if request.config.on_nonfinite == "keep":
         source = hub.whole(source, "--on-nonfinite keep", trip.disk, not request.shows)
+    if request.calibrating and not request.plan:
+        source = hub.whole(source, "--calibration", trip.disk, not request.shows)
     checkpoint = source.open()
     output = request.output or Path(f"{checkpoint.name}-nf4")
     if request.config.on_nonfinite == "keep":  # before all is read
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
     plan = make_plan(checkpoint, request.config, request.oracle, request.scan, request.importance)
-    engine = request.engine
+    if request.calibrating is None or request.plan:
+        _convert(request, source, plan, output)
+        return
+    require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
+    with calibrated(request.calibrating, plan, output, request) as data:
+        recipe, asked = request.config, request.oracle
+        final = make_plan(checkpoint, recipe, asked, request.scan, data.importance)
+        _convert(request, source, replace(final, codes=data.codes), output)
+
+
+def _convert(request: Request, source: Source, plan: Plan, output: Path) -> None:
+    """Run, summarise; or show the plan."""
+    from ..limits import check_output, unit_of
+    from ..quantize import write_checkpoint
+    from ..summary import conversion_section
+
+    trip, started, engine = request.trip, time.monotonic(), request.engine
     limits = common.resources(
         engine, request.workers, request.memory, len(plan.tensors), unit_of(plan.config)
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import checkpoints, common, completing, hub, pipelines
+from .calibrating import DAMPING, LENGTH, TOKENS, Calibrating
 from .common import (
     DeviceOption,
     EngineOption,
@@ -64,6 +65,45 @@ def quantize(
             show_default=False,
             help="Weight that loss by the importance of each input, as measured by an earlier "
             "--calibration. Needs neither torch nor text.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE|DIR",
+            show_default=False,
+            help="Text (.txt, .md, .jsonl) to run through the model first, one block in memory at "
+            "a time: measures that importance. May be repeated. Extra: calibrate.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            show_default=False,
+            help="With --calibration: rtn rounds to the nearest code (the default), gptq feeds "
+            "each rounding's error to the columns that are still to come.",
+            autocompletion=completing.methods,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", help="How much of that text.")
+    ] = TOKENS,
+    calibration_length: Annotated[
+        int, typer.Option("--calibration-length", help="Tokens of a window.")
+    ] = LENGTH,
+    damping: Annotated[
+        float,
+        typer.Option("--damping", help="Of gptq: added to the diagonal, in units of its mean."),
+    ] = DAMPING,
+    save_importance: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-importance",
+            metavar="FILE",
+            show_default=False,
+            help="Where to write the measured importance as well, for --importance.",
         ),
     ] = None,
     skip_modules: Annotated[
@@ -214,13 +254,17 @@ def quantize(
         target=target,
         on_nonfinite=on_nonfinite,
         max_shard_size=common.parse_size(max_shard_size or largest, "--max-shard-size"),
-        scale=_scale(scale, importance),
+        scale=_scale(scale, importance, calibration),
+        method=_method(method, calibration, save_importance),
     )
     request = Request(
         output=output,
         config=config,
         shard_size=max_shard_size,
         importance_file=importance,
+        calibrating=Calibrating.of(
+            calibration, calibration_tokens, calibration_length, damping, save_importance
+        ),
         exact=exact,
         trust_remote_code=trust_remote_code,
         digest=digest,
@@ -244,12 +288,28 @@ def quantize(
             checkpoints.quantize(request, place)
 
 
-def _scale(asked: str | None, importance: Path | None) -> str:
+def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:
     """The --scale that is meant: data has a say only where scales are searched for."""
     from ..errors import UsageError
 
-    if importance is None:
+    if importance and calibration:
+        raise UsageError(
+            "--importance is what --calibration measures: leave one of them out, or keep what is "
+            "measured with --save-importance"
+        )
+    if not importance and not calibration:
         return asked or "absmax"
     if asked not in (None, "search"):
-        raise UsageError(f"--scale {asked} looks at no data: leave out --importance, or --scale")
+        option = "--importance" if importance else "--calibration"
+        raise UsageError(f"--scale {asked} looks at no data: leave out {option}, or --scale")
     return "search"
+
+
+def _method(asked: str | None, calibration: list[Path] | None, save: Path | None) -> str:
+    """The --method that is meant."""
+    from ..errors import UsageError
+
+    for option, given in (("--method", asked), ("--save-importance", save)):
+        if given is not None and not calibration:
+            raise UsageError(f"{option} needs --calibration, the text to measure with")
+    return asked or "rtn"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..importance import ImportanceFile
     from ..plan import Plan
     from ..records import Answer, Checkpoint, QuantConfig
+    from .calibrating import Calibrating
     from .hub import Source, Trip
 
 
@@ -24,6 +25,7 @@ class Request:
     output: None for the default.
     shard_size: as asked, None for the default.
     importance_file: what the loss of the scales is weighted by, None for no data.
+    calibrating: what shall be run through the model first, None for nothing.
     memory: as asked.
     plan: only say what would be done.
     trip: what is asked of a Hub.
@@ -33,6 +35,7 @@ class Request:
     config: QuantConfig
     shard_size: str | None
     importance_file: Path | None
+    calibrating: Calibrating | None
     exact: bool
     trust_remote_code: bool
     digest: str
