@@ -140,7 +140,7 @@ class Calibration:
         """What enters a block: float32 [sequences, length, hidden], on the disk."""
         path = self._scratch / f"hidden-{number % 2}.npy"
         if create is None:
-            return np.load(path, mmap_mode="r")
+            return np.lib.format.open_memmap(path, "r")
         return np.lib.format.open_memmap(path, "w+", np.float32, create)
 
     def _begin(self) -> None:

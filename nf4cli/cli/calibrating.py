@@ -68,40 +68,16 @@ class Calibrating:
 
     def windows(self, model: Path) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """(int64 [sequences, length], what the importance file shall say of them)."""
-        from ..errors import MachineError
+        from ..calibration.text import open_tokenizer
         from ..texts import digest_of, read_documents, sequences
 
         documents = read_documents(self.texts)
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise MachineError(
-                "calibration needs transformers: pip install 'nf4cli[calibrate]'. --scale search "
-                "and --importance FILE need neither torch nor text"
-            ) from error
-        tokenizer = open_tokenizer(AutoTokenizer, model)
+        tokenizer = open_tokenizer(model)
         count = max(1, self.tokens // self.length)
         found = sequences(documents, tokenizer, self.length, count)
         return found, {
             "text": digest_of(documents), "tokens": int(found.size), "length": self.length,
         }  # fmt: skip
-
-
-def open_tokenizer(kind: Any, model: Path) -> Any:
-    """The tokenizer beside a model.
-
-    Raises:
-        InputError: there is none that transformers can read.
-    """
-    from ..errors import InputError
-
-    try:
-        return kind.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{model} has no tokenizer that transformers can read ({str(error).splitlines()[0]}): "
-            "text cannot be turned into tokens. Put the model's tokenizer files beside it"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -176,6 +152,7 @@ def _pass(
 ) -> Calibration:  # fmt: skip
     from ..calibration.gptq import Feedback
     from ..calibration.passes import Calibration, Settings
+    from ..calibration.text import torch_device
 
     model, method = plan.checkpoint.root, plan.config.method
     tokens, about = asked.windows(model)
@@ -193,13 +170,6 @@ def _pass(
 def recipe_of(config: QuantConfig) -> QuantConfig:
     """What of a recipe decides about scales and codes."""
     return replace(config, keep=(), importance="")
-
-
-def torch_device(asked: str | None) -> str:
-    """Where torch computes: on a GPU where there is one, unless the CPU was asked for."""
-    import torch
-
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def again(
