@@ -10,7 +10,7 @@ import numpy as np
 from . import bnb_format
 from .errors import InputError
 from .packed import Placed, read_state
-from .plan import TensorPlan
+from .planned import TensorPlan
 from .reader import ShardReaders
 from .records import Checkpoint, FileDigests, Result, Shard
 

@@ -11,7 +11,7 @@ from .errors import InputError, UsageError
 from .limits import Resources
 from .manifest import Manifest
 from .pipeline import Progress
-from .plan import Plan
+from .planned import Plan
 from .proof import compare_beside
 from .report import Report
 from .source import MANIFEST, open_checkpoint

@@ -27,7 +27,7 @@ from .items import AbsmaxFile, Item, Job, Reading, nonfinite, widest
 from .limits import Resources, require_chunk, unit_of
 from .manifest import Manifest
 from .pipeline import Progress, no_progress, run
-from .plan import Plan, TensorPlan
+from .planned import Plan, TensorPlan
 from .reader import ByteReader, LocalShards, ShardSource
 from .recording import manifest_of
 from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, TensorError

@@ -21,7 +21,8 @@ from .errors import InputError, NothingToQuantizeError, UsageError
 from .families import consult
 from .manifest import FileRecord
 from .output import Copies
-from .plan import Oracle, Plan, Scan, make_plan, no_scan
+from .plan import Oracle, Scan, make_plan, no_scan
+from .planned import Plan
 from .records import Checkpoint, Origin, QuantConfig
 from .selection import matches, module_path
 from .source import (

@@ -16,7 +16,7 @@ from .bnb_format import QuantState
 from .codebook import Ladder
 from .codes import CodeSource
 from .fileio import read_at, write_at
-from .plan import TensorPlan
+from .planned import TensorPlan
 from .records import ITEMSIZE, Scale, Shard, TensorError
 from .selection import module_path
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .codebook import NESTED_BLOCKSIZE
 from .engines import GRANULE, Engine
 from .errors import MachineError, UsageError
-from .plan import Plan
+from .planned import Plan
 from .records import QuantConfig
 from .source import MANIFEST, PIPELINE_RECORD
 from .untrusted import is_regular
@@ -169,8 +169,9 @@ def unit_of(config: QuantConfig) -> int:
 
 def require_chunk(config: QuantConfig, resources: Resources) -> None:
     """Raises UsageError where a worker's buffers do not hold what is encoded together."""
-    need = 8 * unit_of(config)
-    if resources.chunk < need:
+    unit = unit_of(config)
+    need = 8 * unit  # bytes of the widest dtype
+    if unit > GRANULE and resources.chunk < need:
         raise UsageError(
             f"--memory leaves buffers of {resources.chunk:,} bytes, and --blocksize "
             f"{config.blocksize} under chosen scales needs {need:,}: give more memory, or leave "

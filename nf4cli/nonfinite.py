@@ -16,7 +16,8 @@ from .errors import NonFiniteError
 from .items import Item, Job
 from .limits import Resources
 from .pipeline import Progress, no_progress
-from .plan import Plan, Scan, TensorPlan
+from .plan import Scan
+from .planned import Plan, TensorPlan
 from .records import ITEMSIZE, FileDigests, Result, Shard
 
 if TYPE_CHECKING:

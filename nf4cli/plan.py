@@ -6,9 +6,8 @@ the exact sizes, config.json.  Everything that can be refused is refused here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from .codebook import BLOCKSIZES, QUANT_TYPES
 from .errors import InputError, UsageError
 from .families import consult, names_of
 from .importance import ImportanceFile
+from .notes import importance_notes, notes_of
+from .planned import Plan, TensorPlan
 from .records import (
     ITEMSIZE,
     METHODS,
@@ -35,144 +36,12 @@ from .records import (
     View,
     Weight,
 )
-from .source import links_note, shard_count, shard_name
+from .source import shard_count, shard_name
 from .weights import Contents, contents
 from .writer import ShardLayout, fill_shards, lay_out
 
 if TYPE_CHECKING:
-    from .codes import CodeSource
-    from .engines import F32
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """What happens to one weight, or to a stored tensor that becomes none.
-
-    Attributes:
-        weight: what it is and where it lies.
-        action: "quantize", "cast", "copy", or "drop" for a tensor that nothing is written for.
-        rule: the name of the selection rule that decided.
-        reason: the same in words.
-        view: the stored matrix whose transpose is written (Conv1D, fused experts), None for
-            the tensor as it lies.
-        state: for "quantize": the quantization state, its offset not known yet.
-        outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
-        file: index of the output shard it goes to.
-    """
-
-    weight: Weight
-    action: str
-    rule: str
-    reason: str
-    view: View | None
-    state: QuantState | None
-    outputs: Mapping[str, tuple[str, tuple[int, ...]]]
-    file: int = 0
-
-    @property
-    def name(self) -> str:
-        """Its key in the output."""
-        return self.weight.name
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return prod(self.weight.shape)
-
-    @property
-    def nbytes_out(self) -> int:
-        return sum(_nbytes(dtype, shape) for dtype, shape in self.outputs.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The whole conversion, decided.
-
-    Attributes:
-        checkpoint: the source.
-        config: as asked, with every "auto" resolved.
-        tensors: in the order they will be read.
-        shards: output files.
-        index: content of the index, None for a single output file.
-        output_config: content of the new config.json, None where the source has none.
-        notes: what the user should know, one sentence each.
-        importance: what the loss is weighted by, None for no data.
-        codes: those that are not the nearest, None where all are.
-    """
-
-    checkpoint: Checkpoint
-    config: QuantConfig
-    tensors: tuple[TensorPlan, ...]
-    shards: tuple[ShardLayout, ...]
-    index: dict[str, Any] | None
-    output_config: dict[str, Any] | None
-    notes: tuple[str, ...]
-    importance: ImportanceFile | None = None
-    codes: CodeSource | None = None
-
-    def importance_of(self, tensor: TensorPlan) -> F32 | None:
-        """float32 [columns] of a weight's matrix, None where nothing is known of it."""
-        found = self.importance.columns.get(tensor.name) if self.importance else None
-        return found if found is not None and found.any() else None
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of all source shards."""
-        return sum(shard.size for shard in self.checkpoint.shards)
-
-    @property
-    def shard_bytes(self) -> int:
-        """Bytes of all output shards, exactly."""
-        return sum(layout.size for layout in self.shards)
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all floating-point weights."""
-        return sum(
-            t.numel for t in self.tensors if t.weight.dtype in TORCH_NAME and t.action != "drop"
-        )
-
-    @property
-    def written(self) -> int:
-        """Weights of the output."""
-        return sum(bool(t.outputs) for t in self.tensors)
-
-    @property
-    def quantized_parameters(self) -> int:
-        return sum(t.numel for t in self.tensors if t.action == "quantize")
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits in the output's tensors for each source parameter."""
-        return 8 * sum(t.nbytes_out for t in self.tensors) / max(1, self.parameters)
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Largest temporary file: the float32 absmax of the biggest weight."""
-        return max(
-            (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
-            default=0,
-        )
-
-    def groups(self) -> list[tuple[str, str, int, int, int]]:
-        """(action, reason, tensors, elements, bytes out), the largest first."""
-        count: Counter[tuple[str, str]] = Counter()
-        elements: Counter[tuple[str, str]] = Counter()
-        nbytes: Counter[tuple[str, str]] = Counter()
-        for t in self.tensors:
-            key = (t.action, t.reason)
-            count[key] += 1
-            elements[key] += t.numel
-            nbytes[key] += t.nbytes_out
-        order = sorted(count, key=lambda key: (key[0] != "quantize", -nbytes[key], key))
-        return [(*key, count[key], elements[key], nbytes[key]) for key in order]
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    n = ITEMSIZE[dtype]
-    for dimension in shape:
-        n *= dimension
-    return n
+    pass
 
 
 Oracle = Callable[[Checkpoint], Answer | None]
@@ -262,8 +131,8 @@ def _plan(
         index=index_of(shards),
         output_config=_output_config(checkpoint, config, skip),
         notes=(
-            *_notes(checkpoint, config, tensors),
-            *(_importance_notes(importance, tensors) if importance else ()),
+            *notes_of(checkpoint, config, tensors),
+            *(importance_notes(importance, tensors) if importance else ()),
         ),
         importance=importance,
     )
@@ -420,88 +289,3 @@ def _output_config(
         config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
     )
     return output
-
-
-def _some(names: list[str]) -> str:
-    """The first five of a list, in words."""
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> list[str]:
-    """What the importance says nothing of.
-
-    Raises:
-        InputError: it says something of weights that these are not.
-    """
-    missing = []
-    for tensor in tensors:
-        if tensor.state is None:
-            continue
-        found = importance.columns.get(tensor.name)
-        if found is None:
-            missing.append(tensor.name)
-        elif found.size != tensor.state.shape[-1]:
-            raise InputError(
-                f"{importance.path} has {found.size:,} columns of {tensor.name}, the model has "
-                f"{tensor.state.shape[-1]:,}: it was measured on another model"
-            )
-    quantized = sum(tensor.state is not None for tensor in tensors)
-    if quantized and len(missing) == quantized:
-        raise InputError(
-            f"{importance.path} knows none of the {quantized:,} weights to quantize, such as "
-            f"{missing[0]}: it was measured on another model"
-        )
-    if not missing:
-        return []
-    return [
-        f"nothing is known of the inputs of {_some(missing)}: {'their' if missing[1:] else 'its'} "
-        "scales were chosen without data"
-    ]
-
-
-def _notes(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
-    notes = []
-    nonfinite = [t.name for t in tensors if t.rule == selection.NONFINITE.name]
-    if nonfinite:
-        along = [t.name for t in tensors if t.rule in keeping.FOLLOWING]
-        notes.append(
-            f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
-            f"{'stay' if nonfinite[1:] else 'stays'} in {config.dtype}"
-            + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
-            + ". Whatever the model computes with it is not finite either: repair the source"
-        )
-    experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
-    if experts:
-        weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]
-        total = sum(t.numel for t in weights)
-        bits = 8 * sum(t.nbytes_out for t in tensors) / total
-        fused = all(t.rule == "fused-experts" for t in experts)
-        notes.append(
-            f"the experts stay in {config.dtype}: {sum(t.numel for t in experts) / total:.0%} of "
-            f"all weights, so the output has {bits:.2f} bits a weight. "
-            + (
-                "They lie in 3-D parameters, which no loader holds in 4 bit"
-                if fused
-                else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
-                "--target vllm, --target unsloth"
-            )
-        )
-    if not checkpoint.config:
-        notes.append(
-            "there is no config.json: the output holds tensors only, and heads or embeddings with "
-            "unusual names were not recognised by their vocabulary size"
-        )
-    if config.asked:
-        notes.append(
-            f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
-            "the manifest)"
-        )
-    notes += links_note(checkpoint.root, checkpoint.left_files)
-    needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
-    if needed:
-        notes.append(
-            f"{needed[0]} is a pickle that sentence-transformers needs and nf4 does not copy: save "
-            "the model again with safetensors first"
-        )
-    return notes

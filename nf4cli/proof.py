@@ -21,7 +21,8 @@ from .manifest import Manifest
 from .nonfinite import scanner
 from .packed import PackedWeight, has_chosen_scales
 from .pipeline import Progress
-from .plan import Plan, make_plan
+from .plan import make_plan
+from .planned import Plan
 from .reader import ByteReader, ShardReaders
 from .records import (
     SAFETENSORS_NAME,

@@ -22,7 +22,7 @@ from .limits import Resources, check_output, room_for
 from .manifest import FileRecord, Manifest
 from .output import clear, write_side_files
 from .pipeline import Progress, no_progress
-from .plan import Plan, TensorPlan
+from .planned import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header

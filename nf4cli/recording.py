@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .bnb_format import QuantState
 from .manifest import FileRecord, Manifest, TensorRecord
-from .plan import Plan, TensorPlan
+from .planned import Plan, TensorPlan
 from .records import FileDigests, Result
 
 _NOTHING = Result(None, None, {})

@@ -16,7 +16,7 @@ from .errors import InputError, InterruptedRunError, UsageError
 from .fileio import identity_of, sync
 from .journal import Part, Upload
 from .pipeline import Progress, run
-from .plan import Plan, TensorPlan
+from .planned import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .writer import ShardLayout

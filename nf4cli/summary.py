@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .errors import MachineError
 from .manifest import Manifest
-from .plan import Plan
+from .planned import Plan
 from .report import Report
 
 LIMIT = 1 << 20

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .plan import TensorPlan
+    from .planned import TensorPlan
     from .records import Result
 
 

@@ -14,7 +14,7 @@ from .codes import errors_of
 from .engines import Engine, Float8, Importance, NestedAbsmax
 from .errors import InputError, NonFiniteError
 from .items import Item, Reading, damaged, element
-from .plan import TensorPlan
+from .planned import TensorPlan
 from .reader import ByteReader
 from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, View
 

@@ -34,7 +34,8 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ),
     ("exact",),
     ("families",),
-    ("plan", "manifest", "packed", "report", "journal", "codes"),
+    ("packed", "report", "codes", "planned"),
+    ("plan", "notes", "manifest", "journal"),
     (
         "limits",
         "items",

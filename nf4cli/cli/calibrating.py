@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..codes import CodeSource
     from ..engines import Engine, Notify
     from ..importance import ImportanceFile
-    from ..plan import Plan
+    from ..planned import Plan
     from ..records import QuantConfig
     from .request import Request
 

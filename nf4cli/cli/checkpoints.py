@@ -16,7 +16,7 @@ from .progress import ProgressDisplay
 if TYPE_CHECKING:
     from ..hub.carrier import Carrier
     from ..limits import Resources
-    from ..plan import Plan
+    from ..planned import Plan
     from .hub import Source
     from .request import Request
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..hub.client import Name, Snapshot
     from ..hub.publish import Publication, Published
     from ..limits import Resources
-    from ..plan import Plan
+    from ..planned import Plan
     from ..records import Checkpoint, Origin
     from ..transfers import Transfers
 

@@ -14,7 +14,7 @@ from .views import WORDS
 
 if TYPE_CHECKING:
     from ..limits import Resources
-    from ..plan import Plan, TensorPlan
+    from ..planned import Plan, TensorPlan
     from ..records import Result
     from .progress import ProgressDisplay
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..hub.publish import Published
     from ..manifest import Manifest
-    from ..plan import Plan
+    from ..planned import Plan
     from ..records import TensorError
     from ..transfers import Transfers
     from .ledger import Ledger

@@ -13,7 +13,7 @@ from .progress import ProgressDisplay
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
     from ..importance import ImportanceFile
-    from ..plan import Plan
+    from ..planned import Plan
     from ..records import Answer, Checkpoint, QuantConfig
     from .calibrating import Calibrating
     from .hub import Source, Trip

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..inspection import Overview
     from ..limits import Resources
     from ..manifest import Manifest
-    from ..plan import Plan
+    from ..planned import Plan
     from ..records import TensorError
     from ..report import Finding, Report, Sample
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..plan import Plan
+from ..planned import Plan
 from ..records import Shard
 from ..transfers import Transfers
 

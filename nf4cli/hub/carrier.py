@@ -19,7 +19,7 @@ from ..errors import InputError, InterruptedRunError, UsageError
 from ..journal import Upload
 from ..limits import base_bytes
 from ..manifest import Manifest
-from ..plan import Plan
+from ..planned import Plan
 from ..reader import ByteReader, LocalShards, ShardSource
 from ..records import Shard
 from ..resume import Standing
