@@ -55,7 +55,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("complete",),
     ("quantize", "verify", "dequantize"),
     ("sample",),
-    ("assembly", "attest", "push", "trial", "calibration"),
+    ("assembly", "attest", "push", "trial", "calibration", "evaluation"),
     ("cli", "__main__"),
 )
 HEAVY = {"torch", "transformers", "diffusers", "cupy"}

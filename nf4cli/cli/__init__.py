@@ -16,6 +16,7 @@ from .. import __version__
 from .attest import attest
 from .common import print_json, results
 from .dequantize import dequantize
+from .eval import eval_
 from .inspect import inspect
 from .push import push
 from .quantize import quantize
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 for command in (quantize, verify, dequantize, inspect, attest, push):
     app.command()(command)
+app.command("eval")(eval_)
 
 
 def _version(value: bool) -> None:

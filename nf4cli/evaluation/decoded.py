@@ -1,0 +1,40 @@
+"""A 4-bit checkpoint as an ordinary one, for as long as it is evaluated.
+
+What bitsandbytes' kernels make of the codes is what ours do, bit for bit; so the decoded weights
+are the model that users run, without bitsandbytes, at the speed of an ordinary model, and nothing
+but the weights differs from the source.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..bnb_format import find_quantized
+from ..dequantize import write_dequantized
+from ..engines import Engine
+from ..limits import Resources
+from ..source import open_checkpoint
+
+
+@contextmanager
+def decoded(path: Path, place: Path, engine: Engine, resources: Resources) -> Iterator[Path]:
+    """A directory with ordinary weights: `path` itself where they are.
+
+    Args:
+        place: where there is room for the decoded weights.
+
+    Raises:
+        InputError, MachineError: see `write_dequantized`.
+    """
+    checkpoint = open_checkpoint(path)
+    if not find_quantized(checkpoint):
+        yield path
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".decoded-", dir=place) as directory:
+        output = Path(directory) / path.name
+        write_dequantized(checkpoint, output, engine, resources, fsync=False)
+        yield output
