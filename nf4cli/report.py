@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LEVELS = ("structure", "config", "state", "manifest", "source")
+LEVELS = ("structure", "config", "state", "manifest", "source", "calibration")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ model's size. Everything is computed in float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Walk:
         transformers = self._transformers
         transformers.utils.logging.set_verbosity_error()  # all weights are on the meta device: yes
         transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
         try:
             config = transformers.AutoConfig.from_pretrained(directory)
             names = config.architectures or ["AutoModel"]

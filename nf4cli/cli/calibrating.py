@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from . import common
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
     from ..engines import Engine, Notify
     from ..importance import ImportanceFile
     from ..planned import Plan
-    from ..records import QuantConfig
+    from ..records import Checkpoint, QuantConfig
+    from ..report import Report
     from .request import Request
 
 TOKENS, LENGTH, DAMPING = 32_768, 512, 0.05
 """By default; docs/quality.md has what they were measured to give."""
-_SHORTEST, _MOST_DAMPING = 8, 100
+_SHORTEST, _MOST_DAMPING, _MOST = 8, 100, 2**40
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,11 @@ def calibrated(
     scratch = output.absolute().parent / f".{output.name}.calibration"
     if scratch.exists() and not request.resume:
         shutil.rmtree(scratch)
-    calibration = _pass(asked, plan, scratch, request.engine, request.device, request.notify, None)
-    _run(calibration, plan, request.shows)
+    calibration = _pass(
+        asked, plan.checkpoint, plan.config, (t.name for t in plan.tensors if t.state is not None),
+        scratch, request.engine, request.device, request.notify, None,
+    )  # fmt: skip
+    _run(calibration, plan.checkpoint.name, request.shows)
     file = scratch / "importance.dat"
     calibration.save(file)
     if asked.save is not None:
@@ -139,51 +145,88 @@ def _require_model(plan: Plan) -> None:
         )
 
 
-def _run(calibration: Calibration, plan: Plan, shows: bool) -> None:
-    what = plan.checkpoint.name
+def _run(calibration: Calibration, what: str, shows: bool) -> None:
     with ProgressDisplay(calibration.nbytes, "calibrating", shows, what=what) as display:
         calibration.progress = display
         calibration.run()
 
 
 def _pass(
-    asked: Calibrating, plan: Plan, scratch: Path, engine: Engine, device: str | None,
-    notify: Notify, fixed: Fixed | None,
+    asked: Calibrating, model: Checkpoint, config: QuantConfig, names: Iterable[str],
+    scratch: Path, engine: Engine, device: str | None, notify: Notify, fixed: Fixed | None,
 ) -> Calibration:  # fmt: skip
     from ..calibration.gptq import Feedback
     from ..calibration.passes import Calibration, Settings
     from ..calibration.text import torch_device
 
-    model, method = plan.checkpoint.root, plan.config.method
-    tokens, about = asked.windows(model)
-    settings = Settings(method, feedback=Feedback(asked.damping))
-    said = {**about, "model": plan.checkpoint.name, "method": method}
-    if method == "gptq":
+    tokens, about = asked.windows(model.root)
+    said = {**about, "model": model.name, "method": config.method}
+    if config.method == "gptq":
         said["damping"] = asked.damping
-    names = [t.name for t in plan.tensors if t.state is not None]
+    settings = Settings(config.method, feedback=Feedback(asked.damping))
+    recipe = replace(config, keep=(), importance="")  # what decides about scales and codes
     return Calibration(
-        model, tokens, scratch, names, recipe_of(plan.config), engine, settings, said,
+        model.root, tokens, scratch, list(names), recipe, engine, settings, said,
         device=torch_device(device), notify=notify, fixed=fixed,
     )  # fmt: skip
 
 
-def recipe_of(config: QuantConfig) -> QuantConfig:
-    """What of a recipe decides about scales and codes."""
-    return replace(config, keep=(), importance="")
+def prove(
+    texts: list[Path], path: Path, source: Path, engine: Engine, quiet: bool, report: Report
+) -> None:
+    """Measure again, with this text, what an output records of its calibration.
 
-
-def again(
-    asked: Calibrating, plan: Plan, about: Mapping[str, Any], scratch: Path, engine: Engine,
-    notify: Notify, shows: bool, fixed: Fixed,
-) -> Calibration:  # fmt: skip
-    """Measure an output that is there: the same text through the source's model, its blocks rounded
-    to what the output holds.
-
-    Args:
-        about: what the output's importance file says of its own calibration.
-        fixed: the output's decoded matrices.
+    Raises:
+        UsageError: it was not calibrated.
+        InputError: the text or the source cannot be read.
     """
-    same = replace(asked, tokens=int(about["tokens"]), length=int(about["length"]))
-    found = _pass(same, plan, scratch, engine, None, notify, fixed)
-    _run(found, plan, shows)
-    return found
+    from ..calibration.reproduce import compare, matrices
+    from ..errors import UsageError
+    from ..importance import load
+    from ..manifest import Manifest
+    from ..packed import load_weights
+    from ..reader import ShardReaders
+    from ..source import IMPORTANCE, MANIFEST, open_checkpoint
+    from ..texts import digest_of, read_documents
+
+    manifest = Manifest.from_file(path / MANIFEST)
+    if not manifest.config.importance:
+        raise UsageError(f"{path} was not calibrated: leave --calibration out")
+    recorded = load(path / IMPORTANCE)
+    said = recorded.about
+    found = digest_of(read_documents(texts))
+    if said.get("text") != found:
+        report.add(
+            "calibration",
+            IMPORTANCE,
+            f"{IMPORTANCE} was measured on another text: SHA-256 {said.get('text')}, and this has "
+            f"{found}",
+        )
+        return
+    asked = Calibrating(
+        tuple(texts), _number(said, "tokens"), _number(said, "length"),
+        float(_number(said, "damping")) if "damping" in said else DAMPING,
+    )  # fmt: skip
+    output, model = open_checkpoint(path), open_checkpoint(source)
+    names = [name for name, record in manifest.tensors.items() if record.state is not None]
+    with ShardReaders(output.shards) as readers, TemporaryDirectory(prefix="nf4-") as scratch:
+        fixed = matrices(load_weights(output, readers), readers, engine)
+        again = _pass(
+            asked, model, manifest.config, names, Path(scratch), engine, None,
+            common.notices(quiet), fixed,
+        )  # fmt: skip
+        _run(again, model.name, not quiet)
+        compare(recorded, again, report)
+
+
+def _number(said: Mapping[str, Any], name: str) -> Any:
+    """A number that an importance file gives of its calibration."""
+    from ..errors import InputError
+    from ..source import IMPORTANCE
+
+    value = said.get(name)
+    if type(value) not in (int, float) or not 0 < float(str(value)) < _MOST:
+        raise InputError(
+            f"{IMPORTANCE} says {name!r} is {value!r}, expected a number: it is damaged"
+        )
+    return value

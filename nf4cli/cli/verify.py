@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InputError, UsageError
 from . import common, hub, step_summary, views
+from .calibrating import prove
 from .common import (
     DeviceOption,
     EngineOption,
@@ -33,6 +34,16 @@ def verify(
     source: Annotated[
         Path | None,
         typer.Option("--source", help="What it was made from: quantize again and compare."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE|DIR",
+            show_default=False,
+            help="With --source, of a calibrated output: run the text through the source again and "
+            "compare what was measured. Extra: calibrate.",
+        ),
     ] = None,
     sample: Annotated[
         str | None,
@@ -65,6 +76,8 @@ def verify(
 
     if seed is not None and sample is None:
         raise UsageError("--seed needs --sample")
+    if calibration and (source is None or sample is not None):
+        raise UsageError("--calibration needs --source, and does not go with --sample")
     path = hub.local(path, quiet)
     source = source and hub.local(source, quiet)
     with JUnitFile(junit, path, source) as report_file:
@@ -82,6 +95,8 @@ def verify(
                 own, parts = pipeline.own, pipeline.parts
             else:
                 own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
+        if calibration and source:
+            prove(calibration, path, source, chosen, quiet, own)
         name = common.name_of(path)
         named = {name: own, **{f"{name}/{part}": report for part, report in parts.items()}}
         report_file.write(named)
