@@ -97,7 +97,7 @@ def problem(rows=24, columns=160, seed=0, samples=400):
 
 
 def choose(weight, hessian, scale, notes=None, **how):
-    note = (lambda said: notes.append(said)) if notes is not None else (lambda said: None)
+    note = notes.append if notes is not None else (lambda said: None)
     return feed_back(weight, hessian, scale, VALUES, MIDPOINTS, Feedback(**how), note).long()
 
 
@@ -137,7 +137,7 @@ def test_it_loses_less_than_rounding():
 
 
 def test_columns_without_input_are_rounded_to_the_nearest():
-    weight, hessian, scale, nearest = problem()
+    weight, hessian, scale, _ = problem()
     dead = torch.tensor([0, 7, 159])
     hessian[dead, :] = hessian[:, dead] = 0
     ranks = choose(weight, hessian, scale)
