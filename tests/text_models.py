@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog while seven wizards quietly mix five dozen "
-    "jugs of liquor. A calibration text has words, numbers such as 12 and 345, and punctuation; it runs "
-    "on and on, and says little. "
+    "jugs of liquor. A calibration text has words, numbers such as 12 and 345, and "
+    "punctuation; it runs on and on, and says little. "
 )
 
 
