@@ -78,7 +78,12 @@ class Source:
             InputError: it says something that is no number.
         """
         torch, _ = libraries()
-        columns: dict[str, list[Any]] = {"source": [], "output": [], "kl": [], "same": []}
+        count, length = len(self.tokens), self.tokens.shape[1] - 1
+        # Filled in place: a small tensor that stays would keep the heap around it from shrinking.
+        columns = {
+            name: np.empty((count, length), np.float64)
+            for name in ("source", "output", "kl", "same")
+        }
         with opened(directory, "causal", self._dtype, self._device) as model:
             if _vocabulary(model) != self.said.shape[2]:
                 raise UsageError(
@@ -88,19 +93,22 @@ class Source:
             for number, window in enumerate(self.tokens):
                 mine = _log_probabilities(model, window, directory)
                 following = torch.from_numpy(window[1:]).to(mine.device)
-                for start in range(0, len(window) - 1, _ROWS):
-                    stop = min(start + _ROWS, len(window) - 1)
+                for start in range(0, length, _ROWS):
+                    stop = min(start + _ROWS, length)
                     there = torch.from_numpy(np.array(self.said[number, start:stop]))
                     there = there.to(mine.device).float().log_softmax(-1)
                     here, after = mine[start:stop], following[start:stop, None]
                     kl = (there.exp() * (there - here)).sum(-1).clamp(min=0)
-                    columns["kl"].append(kl)
-                    columns["same"].append((there.argmax(-1) == here.argmax(-1)).float())
-                    columns["source"].append(-there.gather(1, after)[:, 0])
-                    columns["output"].append(-here.gather(1, after)[:, 0])
+                    for name, values in (
+                        ("kl", kl),
+                        ("same", there.argmax(-1) == here.argmax(-1)),
+                        ("source", -there.gather(1, after)[:, 0]),
+                        ("output", -here.gather(1, after)[:, 0]),
+                    ):
+                        columns[name][number, start:stop] = values.cpu().numpy()
                 progress("output", 1)
-        arrays = {name: torch.cat(c).double().cpu().numpy() for name, c in columns.items()}
-        return figures(arrays, blocks_of(len(self.tokens), self.tokens.shape[1] - 1), _WANTED)
+        arrays = {name: column.reshape(-1) for name, column in columns.items()}
+        return figures(arrays, blocks_of(count, length), _WANTED)
 
 
 def vocabulary_of(directory: Path) -> int:
