@@ -12,10 +12,9 @@ from .comparison import Comparison
 from .conversion import Conversion
 from .digest import digest_file
 from .engines import Engine
-from .errors import InputError, UsageError
+from .errors import UsageError
 from .families import names_of
 from .foreign import ForeignConversion
-from .importance import ImportanceFile, load
 from .limits import Resources
 from .manifest import Manifest
 from .nonfinite import scanner
@@ -24,15 +23,15 @@ from .pipeline import Progress
 from .plan import make_plan
 from .planned import Plan
 from .reader import ByteReader, ShardReaders
+from .recorded import fed_back, recorded_answer, recorded_importance
 from .records import (
     SAFETENSORS_NAME,
     TORCH_NAME,
-    Answer,
     Checkpoint,
     QuantConfig,
 )
 from .report import Report
-from .source import IMPORTANCE, MANIFEST, index_name, open_checkpoint
+from .source import MANIFEST, index_name, open_checkpoint
 from .untrusted import RECORD, read_json
 
 _WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
@@ -75,7 +74,7 @@ def check_source(
         else "is the one the source gives"
     )
     made = f"({sink.compared:,} bytes, quantized again with {engine.name})"
-    if plan.codes is None:
+    if manifest is None or manifest.config.method != "gptq":
         report.check("source", f"every byte {same} {made}")
         return
     bound = max(
@@ -115,44 +114,22 @@ def plan_of(
         return None
     config = manifest.config if manifest else recipe_of(checkpoint, weights)
     original = open_checkpoint(source)
-    importance = _importance_of(checkpoint, config, report)
+    importance = recorded_importance(checkpoint, config, report)
     if config.importance and importance is None:
         return None
     try:
         plan = make_plan(
-            original, config, lambda _: _recorded_answer(manifest), scanner(engine, resources),
+            original, config, lambda _: recorded_answer(manifest), scanner(engine, resources),
             importance,
         )  # fmt: skip
         # GPTQ's codes follow from the calibration text, which is not here: they are taken from the
         # output, and have to lose what the manifest says.
-        return replace(plan, codes=written(weights)) if config.method == "gptq" else plan
+        return replace(plan, codes=written(fed_back(weights, manifest))) if manifest else plan
     except UsageError as error:
         report.add(
             "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
         )
         return None
-
-
-def _importance_of(
-    checkpoint: Checkpoint, config: QuantConfig, report: Report
-) -> ImportanceFile | None:
-    """What the scales were weighted by, from the output itself; None, and why in the report."""
-    if not config.importance:
-        return None
-    try:
-        found = load(checkpoint.root / IMPORTANCE)
-    except InputError as error:
-        report.add("source", IMPORTANCE, f"the bytes cannot be derived from the source: {error}")
-        return None
-    if found.digest != config.importance:
-        report.add(
-            "source",
-            IMPORTANCE,
-            f"{found.path} is not the file that the scales were chosen by: its BLAKE3 is "
-            f"{found.digest}, {MANIFEST} has {config.importance}",
-        )
-        return None
-    return found
 
 
 def compare(
@@ -286,24 +263,6 @@ def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
     path = checkpoint.root / name
     if not path.is_file() or read_json(path) != plan.index:
         report.add("source", name, f"{name} is not the index that the source gives")
-
-
-def _recorded_answer(manifest: Manifest | None) -> Answer | None:
-    """What transformers answered in the run that is checked, as its manifest has it."""
-    if manifest is None or not manifest.config.asked:
-        return None
-    rearranged = selection.REARRANGED.name
-    kept = (selection.USER, selection.ENTANGLED, selection.FUSED_WITH, selection.NONFINITE)
-    packable = {rule.name for rule in kept}
-    return Answer(
-        version=manifest.config.asked.removeprefix("transformers "),
-        quantized=frozenset(
-            name
-            for name, t in manifest.tensors.items()
-            if t.action == "quantize" or t.rule in packable
-        ),
-        rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
-    )
 
 
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:

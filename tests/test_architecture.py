@@ -45,6 +45,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
         "summary",
         "recording",
         "comparison",
+        "recorded",
         "watch",
     ),
     ("card", "listed", "loading"),

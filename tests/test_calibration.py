@@ -25,7 +25,7 @@ from nf4cli.engines.cpu import CpuEngine
 from nf4cli.importance import load
 from nf4cli.manifest import Manifest
 from nf4cli.records import QuantConfig
-from nf4cli.source import IMPORTANCE, MANIFEST
+from nf4cli.source import IMPORTANCE, MANIFEST, open_checkpoint
 
 RECIPE = QuantConfig(scale="search")
 VALUES, MIDPOINTS = (
@@ -83,6 +83,64 @@ def test_importance_is_what_the_whole_model_gives(name, tmp_path):
     assert len(found) >= 8
     for key, values in found.items():
         np.testing.assert_allclose(values, expected[key], rtol=2e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_measured_each_by_its_own_tokens(name, tmp_path, monkeypatch):
+    """Under the names that the checkpoint has, from the tokens that the router sends."""
+    from nf4cli.calibration import experts
+
+    root, seen = made(name, tmp_path / "model"), tokens(12, 16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+    inputs: dict[int, list[torch.Tensor]] = {}
+    block = model.model.layers[1].mlp
+
+    def look(module, args):
+        for expert in range(4):
+            chosen = (args[1] == expert).any(-1)
+            inputs.setdefault(expert, []).append(args[0][chosen].double())
+
+    block.experts.register_forward_pre_hook(look)
+    with torch.no_grad():
+        for window in seen:
+            model(torch.from_numpy(window[None]))
+    stored = [t.name for s in open_checkpoint(root).shards for t in s.tensors if "proj" in t.name
+              or ".w" in t.name]  # fmt: skip
+    found = measured(root, tmp_path / "a", stored, seen, upstream="full").importance
+    up = "w3" if name == "mixtral" else "up_proj"
+    counts = []
+    for expert in range(4):
+        rows = torch.cat(inputs[expert])
+        (key,) = (n for n in found if ".layers.1." in n and f".experts.{expert}.{up}." in n)
+        counts.append(len(rows))
+        pooled = torch.cat([torch.cat(p) for p in inputs.values()]).square().mean(0)
+        expected = rows.square().mean(0) if len(rows) >= experts.FEWEST else pooled
+        np.testing.assert_allclose(found[key], expected.numpy(), rtol=2e-3)
+    assert sum(counts) == 2 * seen.size
+    down = [n for n in found if ".experts." in n and (".down_proj." in n or ".w2." in n)]
+    assert len(down) == 8
+    assert all(found[n].size == (128 if name == "mixtral" else 64) for n in down)
+    monkeypatch.setattr(experts, "FEWEST", 10**6)
+    notes: list[str] = []
+    pooled_only = Calibration(
+        root, seen, tmp_path / "b", stored, RECIPE, CpuEngine(), Settings(), {}, notify=notes.append
+    )
+    pooled_only.run()
+    assert len(notes) == 2
+    assert "4 of model.layers.0" in notes[0]
+    one = [v for n, v in pooled_only.importance.items() if f".{up}." in n and "layers.0" in n]
+    assert all(np.array_equal(one[0], other) for other in one)
+
+
+def test_experts_of_four_bits_are_calibrated_by_the_command(tmp_path):
+    made("mixtral", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    for method in ("rtn", "gptq"):
+        done = nf4("quantize", "model", method, *TEXT, "--method", method, "--target", "vllm",
+                   cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "nothing is known" not in done.stdout
+        nf4_ok("verify", method, "--source", "model", "--calibration", "text.txt", cwd=tmp_path)
 
 
 def problem(rows=24, columns=160, seed=0, samples=400):

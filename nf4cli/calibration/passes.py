@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ..fileio import sync
 from ..importance import save
 from ..pipeline import Progress, no_progress
 from ..records import QuantConfig
+from .experts import ExpertWatcher
 from .gptq import Feedback, feed_back, relative_loss
 from .moments import Moments, Watcher
 from .rounding import pack, round_matrix
@@ -48,6 +49,17 @@ class Settings:
     method: str = "rtn"
     upstream: str = "quantized"
     feedback: Feedback = field(default_factory=Feedback)
+
+
+def stored_blocks(blocks: Sequence[str], names: Collection[str]) -> list[str]:
+    """What the blocks are called in the checkpoint, whose names may lack or have a prefix."""
+    found = []
+    for block in blocks:
+        parts = block.split(".")
+        shorter = [".".join(parts[i:]) for i in range(len(parts) - 1)]
+        known = (s for s in shorter if any(n.startswith(f"{s}.") for n in names))
+        found.append(next(known, block))
+    return found
 
 
 Fixed = Callable[[str], "F32 | None"]
@@ -93,6 +105,7 @@ class Calibration:
         self._key = self._key_of(directory)
         scratch.mkdir(parents=True, exist_ok=True)
         self._walk = Walk(directory, scratch / "offload", device)
+        self._stored = stored_blocks(self._walk.blocks, self._names)
 
     @property
     def nbytes(self) -> int:
@@ -199,7 +212,9 @@ class Calibration:
         importance: dict[str, F32] = {}
         packed: dict[str, U8] = {}
         losses: dict[str, float] = {}
-        with self._walk.block(number):
+        with self._walk.block(number) as block:
+            inside = [n for n in self._names if n.startswith(f"{self._stored[number]}.")]
+            experts = ExpertWatcher(block, inside)
             linears = {
                 name: module
                 for name, module in self._walk.linears(number).items()
@@ -207,12 +222,13 @@ class Calibration:
             }
             twice = self._settings.upstream == "quantized"
             watcher = Watcher(linears, full=True)
-            with watcher.watching():
+            with watcher.watching(), experts.watching():
                 self._run(number, hidden, after, 0.5 if twice else 1.0)
             for moments in watcher.moments:
                 for name in moments.names:
                     importance[name] = moments.importance
                     losses[name] = self._round(name, linears[name], moments, packed)
+            importance |= experts.importance(self._notify)
             if twice:
                 self._run(number, hidden, after, 0.5)
         after.flush()
