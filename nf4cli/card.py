@@ -15,7 +15,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 from .components import converts
 from .front_matter import Metadata, read_metadata, written
 from .manifest import Manifest, TensorRecord
-from .records import QuantConfig, TensorError
-from .source import CARD, MANIFEST
+from .recipe import how, options_of
+from .records import TensorError
+from .source import CARD, IMPORTANCE, MANIFEST
 from .summary import ACTIONS, escape, table
 from .untrusted import printable
 
@@ -83,6 +84,13 @@ class Subject:
         """The source with its commit, where it came from a Hub."""
         repo, commit = self.first.source_repo, self.first.source_commit
         return f"{repo}@{commit}" if repo and commit and _NAME.fullmatch(repo) else None
+
+
+_REPEATED = "The same version of nf4 gives the same bytes, on any machine:"
+_CALIBRATED = (
+    f"With the same text (its SHA-256 is in `{IMPORTANCE}`); torch's sums differ in their last "
+    "digits between machines, and some codes with them:"
+)
 
 
 def write_card(
@@ -162,7 +170,7 @@ def _introduction(subject: Subject) -> list[str]:
     return [
         f"{source} in bitsandbytes' 4-bit format ({first.config.quant_type.upper()}, blocks of "
         f"{first.config.blocksize}"
-        f"{', scales in 8 bits' if first.config.double_quant else ''}), "
+        f"{', scales in 8 bits' if first.config.double_quant else ''}{how(first.config)}), "
         f"converted by nf4 {escape(first.tool_version)}. {what} take {_size(after)}, from "
         f"{_size(before)}: {bits:.2f} bits a weight. {packed / parameters:.1%} of "
         f"{parameters:,} weights are 4-bit; the others are kept as listed below.",
@@ -384,32 +392,17 @@ def _making(subject: Subject) -> list[str]:
     source = subject.base or subject.name
     if not subject.base and not _NAME.fullmatch(source):
         source = "DIRECTORY"
-    words = ["nf4", "quantize", source, *_options(subject.first.config), *_kept(subject)]
+    words = ["nf4", "quantize", source, *options_of(subject.first.config), *_kept(subject)]
     if subject.first.digest != ("sha256" if subject.base else "blake3"):
         words += ["--digest", subject.first.digest]
     command = " ".join(shlex.quote(printable(word)) for word in words)
     return [
         "## Making it again",
         "",
-        "The same version of nf4 gives the same bytes, on any machine:",
+        _REPEATED if subject.first.config.method == "rtn" else _CALIBRATED,
         "",
         *_fenced("sh", f"pip install nf4cli=={printable(subject.first.tool_version)}\n{command}"),
     ]
-
-
-def _options(config: QuantConfig) -> Iterable[str]:
-    """What quantize was asked, where it is not what it does anyway."""
-    usual = QuantConfig()
-    for field in fields(QuantConfig):
-        value, default = getattr(config, field.name), getattr(usual, field.name)
-        if value == default or field.name == "keep":
-            continue
-        if field.name == "double_quant":
-            yield "--no-double-quant"
-        elif field.name == "asked":
-            yield "--exact"
-        else:
-            yield from (f"--{field.name.replace('_', '-')}", str(value))
 
 
 def _kept(subject: Subject) -> Iterable[str]:

@@ -30,6 +30,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
         "keeping",
         "front_matter",
         "importance",
+        "recipe",
         "texts",
     ),
     ("exact",),

@@ -91,9 +91,10 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) ->
 
     config = plan.config
     absmax = "nested" if config.double_quant else "float32"
+    scales = "absmax" if config.scale == "absmax" else "chosen scales"
     console.print(
         f"[bold]{plain(plan.checkpoint.name)}[/] -> [bold]{plain(output)}[/]: "
-        f"{config.quant_type}, blocksize {config.blocksize}, {absmax} absmax"
+        f"{config.quant_type}, blocksize {config.blocksize}, {absmax} {scales}"
     )
     print_notes(console, plan.notes)
     console.print()
