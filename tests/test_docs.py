@@ -40,7 +40,9 @@ def test_every_command_of_the_readme_runs(tmp_path, gpu_nf4):
 def test_every_command_is_in_the_readme():
     text = CliRunner().invoke(app, ["--help"]).output
     commands = {
-        c for c in ("quantize", "verify", "dequantize", "inspect", "attest", "push") if c in text
+        c
+        for c in ("quantize", "verify", "dequantize", "inspect", "attest", "push", "eval")
+        if c in text
     }
     assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
 
