@@ -21,7 +21,7 @@ from nf4cli.engines.cpu import CpuEngine
 from nf4cli.errors import NonFiniteError
 from nf4cli.importance import load, save
 from nf4cli.manifest import Manifest
-from nf4cli.source import IMPORTANCE, MANIFEST
+from nf4cli.source import IMPORTANCE, MANIFEST, open_checkpoint
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -297,3 +297,18 @@ def test_transposed_weights_go_by_their_input_columns(tmp_path):
                for d, k in (("conv", name), ("linear", UP))]  # fmt: skip
     assert outputs[0].transposed
     assert outputs[0].outputs[name] == outputs[1].outputs[UP]
+
+
+def test_from_a_hub_to_a_hub_with_importance(nf4_hub, model, tmp_path):
+    """The file goes with the output, and proves it from there."""
+    columns = {
+        t.name: np.random.default_rng(0).exponential(size=t.shape[-1]).astype(np.float32)
+        for shard in open_checkpoint(model).shards
+        for t in shard.tensors
+        if "proj" in t.name
+    }
+    save(tmp_path / "importance.dat", columns, {"tokens": 1})
+    nf4_hub.ok("quantize", "org/model", "--importance", tmp_path / "importance.dat", "--push-to",
+               "me/it", "--disk", "60MB", "--max-shard-size", "1MB")  # fmt: skip
+    told = nf4_hub.ok("verify", "me/it", "--source", "org/model")
+    assert "every byte is the one the source gives" in told
