@@ -328,6 +328,10 @@ def test_stopped_and_resumed_it_is_the_same(work):
     assert "continuing an earlier calibration: 1 blocks are done" in told.stderr
     assert same_files(work / "whole", work / "out")
     assert not list(work.glob(".out*"))
+    again = nf4(*command, "--resume", cwd=work)
+    assert again.returncode == 0, again.stderr
+    assert "calibrating" not in again.stderr
+    assert "out is complete already" in again.stderr
 
 
 def test_interrupted_it_says_so(work):

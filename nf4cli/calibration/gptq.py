@@ -107,9 +107,16 @@ def _inverse(hessian: Any, how: Feedback, notify: Notify) -> tuple[Any, Any]:
     return torch.eye(len(diagonal), device=hessian.device), order
 
 
-def relative_loss(weight: Any, decoded: Any, hessian: Any) -> float:
-    """The mean square of what a matrix puts out wrongly, in units of what it puts out."""
-    error = weight - decoded
-    lost = float(((error @ hessian) * error).sum())
-    whole = float(((weight @ hessian) * weight).sum())
+def relative_loss(weight: Any, decoded: Any, second: Any) -> float:
+    """The mean square of what a matrix puts out wrongly, in units of what it puts out.
+
+    Args:
+        second: float32 tensor [columns, columns], the inputs' second moments; or their diagonal.
+    """
+
+    def power(matrix: Any) -> float:
+        seen = matrix @ second if second.ndim == 2 else matrix * second
+        return float((seen * matrix).sum())
+
+    lost, whole = power(weight - decoded), power(weight)
     return max(0.0, lost) / whole if whole > 0 else 0.0

@@ -45,8 +45,11 @@ class Moments:
         return np.ascontiguousarray(mean)
 
     @property
-    def hessian(self) -> Any:
-        """float32 tensor [columns, columns], the mean of x^T x."""
+    def second(self) -> Any:
+        """float32 tensor [columns, columns], the mean of x^T x; where that was not added up,
+        [columns], its diagonal."""
+        if self.products is None:
+            return (self.squares / max(1, self.tokens)).float()
         return self.products / max(1, self.tokens)
 
 

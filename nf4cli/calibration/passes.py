@@ -82,7 +82,7 @@ class Calibration:
 
     Attributes:
         losses: by weight, the mean square of what its layer puts out wrongly, in units of what it
-            puts out.
+            puts out; for rtn as if its inputs were independent.
         importance: by weight.
         progress: told of bytes, see `nbytes`.
 
@@ -221,7 +221,7 @@ class Calibration:
                 if name in self._names
             }
             twice = self._settings.upstream == "quantized"
-            watcher = Watcher(linears, full=True)
+            watcher = Watcher(linears, full=self._settings.method == "gptq")
             with watcher.watching(), experts.watching():
                 self._run(number, hidden, after, 0.5 if twice else 1.0)
             for moments in watcher.moments:
@@ -254,7 +254,7 @@ class Calibration:
             decoded = torch.from_numpy(there).to(weight.device)
         else:
             decoded = self._choose(name, weight, moments, packed)
-        loss = relative_loss(weight, decoded, moments.hessian)
+        loss = relative_loss(weight, decoded, moments.second)
         module.weight.copy_(decoded.T if conv else decoded)
         return loss
 
@@ -270,7 +270,7 @@ class Calibration:
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method == "gptq":
             ranks = feed_back(
-                weight, moments.hessian, scale, values, midpoints, self._settings.feedback,
+                weight, moments.second, scale, values, midpoints, self._settings.feedback,
                 lambda said: self._notify(f"{name}: {said}"),
             )  # fmt: skip
             packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)

@@ -111,6 +111,9 @@ def calibrated(
     from ..codes import calibrated as codes_of
     from ..importance import load
 
+    if request.resume and (there := _finished(asked, plan, output)) is not None:
+        yield Calibrated(there, None)
+        return
     scratch = output.absolute().parent / f".{output.name}.calibration"
     if scratch.exists() and not request.resume:
         shutil.rmtree(scratch)
@@ -127,6 +130,30 @@ def calibrated(
     codes = codes_of(calibration.codes_files()) if plan.config.method == "gptq" else None
     yield Calibrated(load(file), codes)
     shutil.rmtree(scratch)
+
+
+def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | None:
+    """The importance of an output that is there already and was calibrated in the same way."""
+    from ..errors import InputError
+    from ..importance import load
+    from ..limits import holds_output
+    from ..source import IMPORTANCE
+    from ..texts import digest_of, read_documents
+
+    if not holds_output(output):
+        return None
+    try:
+        there = load(output / IMPORTANCE)
+    except InputError:
+        return None
+    wanted = {"method": plan.config.method, "length": asked.length}
+    if plan.config.method == "gptq":
+        wanted["damping"] = asked.damping
+    same = all(there.about.get(name) == value for name, value in wanted.items())
+    tokens = there.about.get("tokens")
+    enough = isinstance(tokens, int) and asked.length <= tokens <= asked.tokens
+    text = there.about.get("text") == digest_of(read_documents(asked.texts))
+    return there if same and enough and text else None
 
 
 def _require_model(plan: Plan) -> None:
