@@ -90,6 +90,13 @@ def test_a_model_is_nowhere_from_itself(place, tmp_path):
     assert found["perplexity_ratio"] == pytest.approx([1, 1, 1], abs=1e-3)
 
 
+def test_a_source_of_four_bits_is_decoded_as_well(place, tmp_path):
+    done = nf4("eval", "out", "--source", "out", "--text", "text.txt", *LIMITS, "--json", "-q",
+               "--cache-dir", tmp_path / "c", cwd=place)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert document(done.stdout, "eval")["texts"]["text"]["kl_max"][0] < 1e-4
+
+
 def test_the_source_is_run_once(place, tmp_path):
     first = evaluated(place, tmp_path, "out")
     (entry,) = (tmp_path / "cache").iterdir()
@@ -191,6 +198,8 @@ def test_an_encoders_embeddings(tmp_path):
         (("--text", "text.txt", "--context", "4"), 2, "is below 8"),
         (("--text", "text.txt", "--context", "32768", "--tokens", "40000"), 2, "fewer than one"),
         (("--text", "text.txt", "--dtype", "int8"), 2, "--dtype int8 is not one of"),
+        (("--text", "text.txt", "--device", "cuda"), 2, "torch cannot use --device cuda"),
+        (("--source", "model/model.safetensors"), 3, "no directory with a config.json"),
     ],
 )
 def test_what_is_refused(place, tmp_path, options, code, says):

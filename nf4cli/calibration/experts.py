@@ -95,10 +95,13 @@ class ExpertWatcher:
 
 def _is_fused(module: Any) -> bool:
     """Experts as most families have them: [experts, out, in], gate and up one after the other."""
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    import torch
+
+    up: Any = getattr(module, "gate_up_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     return bool(
-        up is not None
-        and down is not None
+        torch.is_tensor(up)  # elsewhere these names are linear layers
+        and torch.is_tensor(down)
         and up.ndim == down.ndim == 3
         and hasattr(module, "act_fn")
         and up.shape[1] == 2 * down.shape[2]

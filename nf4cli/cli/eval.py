@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,7 @@ def eval_(
     from ..calibration.text import torch_device
     from ..evaluation.cache import default_directory
     from ..evaluation.decoded import decoded
-    from ..evaluation.models import kind_of, libraries
+    from ..evaluation.models import kind_of, libraries, require_device
 
     if not 8 <= context <= tokens:
         raise UsageError(f"--context {context:,} is below 8, or above --tokens {tokens:,}")
@@ -97,11 +98,16 @@ def eval_(
         device=device or torch_device(None), place=cache_dir or default_directory(),
         cache_size=common.parse_size(cache_size, "--cache-size"), shows=not quiet,
     )  # fmt: skip
+    require_device(asked.device)
     kind = kind_of(source)
     chosen = common.load_engine(engine, None, quiet, memory)
     limits = common.resources(chosen, workers, memory)
-    with decoded(output, asked.place, chosen, limits) as ordinary:
-        results = (asked.causal if kind == "causal" else asked.encoder)(source, ordinary, output)
+    with (
+        decoded(source, asked.place, chosen, limits) as original,
+        decoded(output, asked.place, chosen, limits) as ordinary,
+    ):
+        measure = asked.causal if kind == "causal" else asked.encoder
+        results = measure(Named(source, original), Named(output, ordinary))
     failures = list(_failures(results, max_kl, min_top1))
     if json:
         document = {
@@ -122,6 +128,17 @@ Results = dict[str, "tuple[int, dict[str, Figure]]"]
 """By text: positions or pieces measured, and the figures."""
 
 
+@dataclass(frozen=True)
+class Named:
+    """Attributes:
+    path: as it was given.
+    ordinary: with its weights decoded.
+    """
+
+    path: Path
+    ordinary: Path
+
+
 class Evaluating:
     """What is asked of an evaluation.
 
@@ -137,16 +154,16 @@ class Evaluating:
         self.dtype, self.device, self.place = dtype, device, place
         self.cache_size, self.shows = cache_size, shows
 
-    def causal(self, source: Path, ordinary: Path, output: Path) -> Results:
+    def causal(self, source: Named, output: Named) -> Results:
         """A language model; the source is run over all texts before the output is."""
         from ..calibration.text import open_tokenizer
         from ..evaluation.cache import Cache
         from ..evaluation.causal import Source, vocabulary_of
         from ..texts import read_documents, sequences
 
-        tokenizer = open_tokenizer(source)
+        tokenizer = open_tokenizer(source.path)
         cache = Cache(self.place, self.cache_size)
-        room = cache.windows(self.context, vocabulary_of(source)) // len(self.texts)
+        room = cache.windows(self.context, vocabulary_of(source.path)) // len(self.texts)
         count = self.tokens // self.context
         if room < 1:
             raise UsageError(
@@ -165,27 +182,32 @@ class Evaluating:
         results: Results = {}
         with self._display(total, source, output) as progress:
             said = {
-                name: Source(source, found, cache, self.dtype, self.device, progress)
+                name: Source(
+                    source.ordinary, source.path, found, cache, self.dtype, self.device, progress
+                )
                 for name, found in windows.items()
             }
             for name, one in said.items():
-                results[name] = one.tokens.size - len(one.tokens), one.compare(ordinary, progress)
+                results[name] = (
+                    one.tokens.size - len(one.tokens),
+                    one.compare(output.ordinary, progress),
+                )
         return results
 
-    def encoder(self, source: Path, ordinary: Path, output: Path) -> Results:
+    def encoder(self, source: Named, output: Named) -> Results:
         """A model of embeddings."""
         from ..calibration.text import open_tokenizer
         from ..evaluation.embeddings import compare, embed, pieces
         from ..texts import read_documents
 
-        tokenizer = open_tokenizer(source)
+        tokenizer = open_tokenizer(source.path)
         count = max(1, self.tokens // 64)
         texts = {n: pieces(read_documents([p]), count) for n, p in self.texts.items()}
         everything = [piece for found in texts.values() for piece in found]
         with self._display(2 * len(everything), source, output) as progress:
             a, b = (
                 embed(model, everything, tokenizer, self.context, self.dtype, self.device, progress)
-                for model in (source, ordinary)
+                for model in (source.ordinary, output.ordinary)
             )
         results: Results = {}
         start = 0
@@ -196,12 +218,12 @@ class Evaluating:
         return results
 
     @contextmanager
-    def _display(self, steps: int, source: Path, output: Path) -> Iterator[Any]:
+    def _display(self, steps: int, source: Named, output: Named) -> Iterator[Any]:
         """Steps as bytes of weights, which is what a display counts."""
         from ..source import open_checkpoint
 
-        nbytes = sum(shard.size for shard in open_checkpoint(source).shards)
-        what = f"{output} against {source}"
+        nbytes = sum(shard.size for shard in open_checkpoint(source.path).shards)
+        what = f"{output.path} against {source.path}"
         with ProgressDisplay(nbytes * steps, "evaluating", self.shows, what=what) as display:
             yield lambda name, count: display(name, nbytes * count)
 

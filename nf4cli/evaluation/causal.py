@@ -40,13 +40,15 @@ class Source:
     """What a source says of some windows, from the cache, or by running it once.
 
     Args:
+        directory: its ordinary weights.
+        original: what it is known by in the cache.
         tokens: int64 [windows, length].
         settings: dtype and device.
     """
 
     def __init__(
-        self, directory: Path, tokens: NDArray[np.int64], cache: Cache, dtype: str, device: str,
-        progress: Progress,
+        self, directory: Path, original: Path, tokens: NDArray[np.int64], cache: Cache,
+        dtype: str, device: str, progress: Progress,
     ) -> None:  # fmt: skip
         torch, transformers = libraries()
         self._dtype, self._device = dtype, device
@@ -54,7 +56,7 @@ class Source:
             "dtype": dtype, "device": device, "torch": torch.__version__,
             "transformers": transformers.__version__,
         }  # fmt: skip
-        key = key_of(directory, tokens, settings)
+        key = key_of(original, tokens, settings)
         found = cache.find(key)
         self.cached = found is not None
         if found is None:

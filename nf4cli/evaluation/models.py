@@ -37,6 +37,10 @@ def kind_of(directory: Path) -> str:
         UsageError: it is of another kind.
     """
     _, transformers = libraries()
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            f"{directory} is no directory with a config.json: there is no model to run"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -52,6 +56,18 @@ def kind_of(directory: Path) -> str:
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     can = getattr(kind, "can_generate", None)
     return "causal" if can is not None and can() else "encoder"
+
+
+def require_device(device: str) -> None:
+    """Raises UsageError for a device that torch does not have here."""
+    torch, _ = libraries()
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"torch cannot use --device {device} ({str(error).splitlines()[0]}): leave it out, or "
+            "say cpu"
+        ) from error
 
 
 @contextmanager
