@@ -352,6 +352,7 @@ def test_interrupted_it_says_so(work):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert not list(work.glob(".out*")), "nothing was done yet, so nothing is kept"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ class Settings:
     feedback: Feedback = field(default_factory=Feedback)
 
 
+def blocks_done(scratch: Path) -> int:
+    """How many blocks a pass has kept there."""
+    return int(_state(scratch).get("done", 0))
+
+
+def _state(scratch: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((scratch / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def stored_blocks(blocks: Sequence[str], names: Collection[str]) -> list[str]:
     """What the blocks are called in the checkpoint, whose names may lack or have a prefix."""
     found = []
@@ -167,11 +180,7 @@ class Calibration:
         """Blocks that are done."""
         from safetensors import safe_open
 
-        state = self._scratch / "state.json"
-        try:
-            found = json.loads(state.read_text())
-        except (OSError, ValueError):
-            found = {}
+        found = _state(self._scratch)
         if found.get("key") != self._key:
             return 0
         for number in range(found["done"]):

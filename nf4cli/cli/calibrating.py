@@ -117,11 +117,13 @@ def calibrated(
     scratch = output.absolute().parent / f".{output.name}.calibration"
     if scratch.exists() and not request.resume:
         shutil.rmtree(scratch)
-    calibration = _pass(
-        asked, plan.checkpoint, plan.config, (t.name for t in plan.tensors if t.state is not None),
-        scratch, request.engine, request.device, request.notify, None,
-    )  # fmt: skip
-    _run(calibration, plan.checkpoint.name, request.shows)
+    names = [t.name for t in plan.tensors if t.state is not None]
+    with _kept(scratch, request.notify):
+        calibration = _pass(
+            asked, plan.checkpoint, plan.config, names, scratch, request.engine, request.device,
+            request.notify, None,
+        )  # fmt: skip
+        _run(calibration, plan.checkpoint.name, request.shows)
     file = scratch / "importance.dat"
     calibration.save(file)
     if asked.save is not None:
@@ -130,6 +132,22 @@ def calibrated(
     codes = codes_of(calibration.codes_files()) if plan.config.method == "gptq" else None
     yield Calibrated(load(file), codes)
     shutil.rmtree(scratch)
+
+
+@contextmanager
+def _kept(scratch: Path, notify: Notify) -> Iterator[None]:
+    """Says what a calibration leaves that did not come to its end, and removes an empty one."""
+    from ..calibration.passes import blocks_done
+
+    try:
+        yield
+    except BaseException:
+        done = blocks_done(scratch)
+        if done:
+            notify(f"{done:,} blocks are calibrated and kept in {scratch}: --resume goes on there")
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | None:
