@@ -35,6 +35,7 @@ HERE = "your-name/this-model"
 _WORST = 5
 _FILES = 20
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_IN_CODE = re.compile(r"[\w./@:+-]{1,200}", re.ASCII)
 _CLASS = re.compile(r"[A-Za-z]\w{0,100}", re.ASCII)
 _HEADS = (
     "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
@@ -422,7 +423,8 @@ def _kept(subject: Subject) -> Iterable[str]:
 
 
 def _code(text: object) -> str:
-    return f"<code>{escape(text)}</code>"
+    plain = _IN_CODE.fullmatch(str(text))
+    return f"`{text}`" if plain else f"<code>{escape(text)}</code>"
 
 
 def _fenced(language: str, text: str) -> list[str]:

@@ -210,7 +210,8 @@ def write_checkpoint(
         if carrier.leaving and resume and not earlier_header(output):
             there = carrier.manifest_there()
             if there and is_of_commit(plan, there) and not differs(plan, there, digest):
-                notify(f"{carrier.destination} has this already, as this would write it")
+                stays = "; its README.md stays as well" * carrier.replaces_card
+                notify(f"{carrier.destination} has this already, as this would write it{stays}")
                 return there
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)

@@ -23,11 +23,13 @@ LIMIT = 1 << 20
 
 _ROWS = 20
 _LONGEST = 400  # characters of a name or message
-_SPECIAL = re.compile(r"[^\w\s./,;=()'\"+?%-]|_")
+# What Markdown could take for more than text: an underscore within a word and a colon before a
+# space are none of it, and cards full of &#95; are nothing to edit.
+_SPECIAL = re.compile(r"[^\w\s./,;=()'\"+?%:-]|(?<![^\W_])_|_(?![^\W_])|:(?! )")
 ACTIONS = {"quantize": "4-bit", "cast": "kept, cast", "copy": "kept", "drop": "left out"}
 
 
-def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]]) -> str:
+def conversion_section(output: str, parts: Mapping[str, tuple[Plan, Manifest]]) -> str:
     """Sizes, bits, what was kept and why, and the errors, of each component.
 
     Args:
@@ -66,7 +68,7 @@ def conversion_section(output: Path, parts: Mapping[str, tuple[Plan, Manifest]])
     return "\n".join(lines)
 
 
-def verification_section(path: Path, reports: Mapping[str, Report]) -> str:
+def verification_section(path: str, reports: Mapping[str, Report]) -> str:
     """Checks, the first findings, and what was not checked.
 
     Args:

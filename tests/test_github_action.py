@@ -15,6 +15,8 @@ from ci.context import alone
 from ci.expressions import evaluate
 from ci.github import Caches, Job
 from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
+from hub import Fault
+from hub.fixtures import SHARDS
 
 from nf4cli import __version__
 
@@ -171,6 +173,39 @@ def test_downloads_are_kept_once(work, tmp_path):
         assert one.ok, one.log
         assert (keep in one.ran) is kept
     assert [key for key in caches.entries if key.startswith("nf4-hub-")] != []
+
+
+def test_from_hub_to_hub_in_two_jobs(work, tmp_path, hub, converted):
+    """Within a bound; the Hub is away in the middle, and the second job's runner is a fresh one."""
+    caches = Caches(tmp_path / "caches", work)
+    asked = {"model": "org/model@main", "push_to": "me/it", "disk": "10MB", "verify": "none",
+             "args": "--max-shard-size 1MB"}  # fmt: skip
+
+    def job(number: int) -> Job:
+        env = hub.environment(tmp_path / f"home-{number}", "hf_write")
+        env |= {"NF4_HUB_WAIT": "0.01", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        return Job(ROOT, work, tmp_path / f"runner-{number}", caches, INSTALLED, env, number)
+
+    hub.faults.add(Fault(r"GET /files/.*0001\d-of", after=10, status=503, times=10**6))
+    first = job(1)
+    assert first.use(**asked)["exit-code"] == "4", first.log
+    assert "Keep an unfinished run" in first.ran
+    assert hub.store.repos["me/it"].head == {}
+    shutil.rmtree(work / ".models--me--it.partial")
+    hub.faults.clear()
+    hub.log.clear()
+    second = job(2)
+    outputs = second.use(**asked)
+    assert second.ok, second.log
+    assert "continuing an earlier run" in second.log
+    pushed = hub.store.repos["me/it"]
+    assert outputs["commit"] == pushed.branches["main"]
+    for path in converted.glob("*.safetensors"):
+        assert pushed.head[path.name].place.read_bytes() == path.read_bytes()
+    again = {r.path for r in hub.requests(r"GET /files/.*safetensors") if r.range is None}
+    assert 0 < len(again) < SHARDS
+    assert "### nf4 quantize: me/it" in second.summary
+    assert not list(work.glob(".*"))
 
 
 @pytest.mark.parametrize(("output", "published"), [("out", "nf4 push"), ("", "nf4 quantize")])

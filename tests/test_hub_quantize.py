@@ -15,6 +15,7 @@ import pytest
 from helpers import nf4_ok, same_files
 from hub import Fault
 from hub.fixtures import SHARDS, Watch, bytes_in
+from schemas import document
 from test_pipelines import pipe  # noqa: F401 - a fixture
 
 WEIGHTS = r"GET /files/.*safetensors"
@@ -141,10 +142,15 @@ def test_a_damaged_cache_is_noticed_and_mended(nf4_hub):
     assert same_files(nf4_hub.work / "first", nf4_hub.work / "second")
 
 
-def test_other_commands_take_names_of_a_hub(nf4_hub):
+def test_other_commands_take_names_of_a_hub_and_call_models_by_them(nf4_hub, hub):
     nf4_hub.ok("quantize", "org/model", "--push-to", "me/model-nf4")
-    nf4_hub.ok("verify", "me/model-nf4", "--source", "org/model")
-    assert "me/model-nf4" not in nf4_hub.ok("inspect", "me/model-nf4")
+    here = f"me/model-nf4@{hub.store.repos['me/model-nf4'].branches['main']}"
+    found = nf4_hub("verify", "me/model-nf4", "--source", "org/model", "--junit", "junit.xml")
+    assert found.stdout.endswith(f"{here} is good\n")
+    source = f"org/model@{hub.store.repos['org/model'].branches['main']}"
+    assert f"verifying {here} against {source}" in found.stderr
+    assert f'name="{here}"' in (nf4_hub.work / "junit.xml").read_text()
+    assert nf4_hub.ok("inspect", "me/model-nf4").startswith(here)
     nf4_hub.ok("dequantize", "me/model-nf4", "back")
     assert (nf4_hub.work / "back" / "config.json").exists()
 
@@ -221,7 +227,11 @@ def test_names_that_are_no_models(nf4_hub, hub, tmp_path):
     assert not hub.requests("/files/")
     shutil.rmtree(nf4_hub.work / "org")
     hub.add("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"x" * 100})
-    nf4_hub.fails(3, "quantize", "org/pickled", says=("no .safetensors file",))
+    hub.add("org/empty", {})
+    for name in ("org/pickled", "org/empty"):
+        for command in ("quantize", "verify", "inspect"):
+            says = f"error: {name} is not a safetensors checkpoint: it has no .safetensors file"
+            nf4_hub.fails(3, command, name, says=(says,))
     hub.add("org/evil", {"config.json": b"{}", "../../evil.json": b"{}"})
     nf4_hub.fails(3, "quantize", "org/evil", says=("leads out of its directory",))
     assert not list(tmp_path.rglob("evil.json"))
@@ -273,6 +283,47 @@ def test_what_is_published_already_is_not_made_again(nf4_hub, hub):
     assert len(repo.commits) == 3
     nf4_hub.ok(*arguments)
     assert len(repo.commits) == 4
+
+
+def test_what_lies_here_is_in_nobodys_way(nf4_hub, hub):
+    """A run whose output leaves has no use for the place that another one's output has."""
+    other = nf4_hub.work / "model-nf4"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    hub.rate = 20e6
+    process = nf4_hub.start("quantize", "org/model", "--disk", "10MB", *PUSH)
+    while hub.sent(WEIGHTS) < 2 * 10**7:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130
+    assert {p.name for p in nf4_hub.work.iterdir()} == {
+        "model-nf4", ".models--me--model-nf4.partial"
+    }  # fmt: skip
+    hub.rate = None
+    done = nf4_hub("quantize", "org/model", "--disk", "10MB", *PUSH, "--resume", "--json")
+    assert "weights are there" in done.stderr
+    assert document(done.stdout, "quantize")["output"] is None
+    assert [p.name for p in nf4_hub.work.rglob("*")] == ["model-nf4", "thesis.tex"]
+
+
+def test_a_card_that_is_there_stays_unless_it_is_to_be_replaced(nf4_hub, hub):
+    nf4_hub.ok("quantize", "org/model", *PUSH)
+    repo = hub.store.repos["me/model-nf4"]
+    ours = repo.head["README.md"]
+    repo.commit({**repo.head, "README.md": hub.store.file("README.md", b"theirs")}, "edited")
+    done = nf4_hub("quantize", "org/model", *PUSH, "--blocksize", "128")
+    assert "me/model-nf4 keeps its README.md; --replace-card" in done.stderr
+    assert repo.head["README.md"].place.read_bytes() == b"theirs"
+    again = ("quantize", "org/model", *PUSH, "--blocksize", "128", "--replace-card")
+    done = nf4_hub(*again, "--resume")
+    assert "its README.md stays as well" in done.stderr, "nothing else would be sent"
+    assert repo.head["README.md"].place.read_bytes() == b"theirs"
+    nf4_hub.ok(*again)
+    card = repo.head["README.md"].place.read_text()
+    assert card.splitlines()[:3] == ours.place.read_text().splitlines()[:3]
+    assert "blocks of 128" in card
+    nf4_hub.fails(2, "quantize", "org/model", "o", "--replace-card", says=("needs --push-to",))
 
 
 def test_pipelines(nf4_hub, hub, pipe):  # noqa: F811

@@ -109,7 +109,7 @@ def attest(
             "findings": views.finding_documents(made.findings),
         })  # fmt: skip
     elif not ok:
-        views.print_verdict(common.out_console(), made.findings, output)
+        views.print_verdict(common.out_console(), made.findings, str(output))
     elif to_stdout:
         sys.stdout.write(made.to_bytes().decode())
     elif not quiet and made.statement is not None:

@@ -32,7 +32,7 @@ def quantize(request: Request, source: Source) -> None:
     if request.calibrating and not request.plan:
         source = hub.whole(source, "--calibration", trip.disk, not request.shows)
     checkpoint = source.open()
-    output = request.output or Path(f"{checkpoint.name}-nf4")
+    output = trip.place(checkpoint.name)
     if request.config.on_nonfinite == "keep":  # before all is read
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
     plan = make_plan(checkpoint, request.config, request.oracle, request.scan, request.importance)
@@ -91,11 +91,11 @@ def _convert(request: Request, source: Source, plan: Plan, output: Path) -> None
     if request.verbose:
         tell_times(planned - started, seconds)
     parts = {"": (plan, manifest)}
-    step_summary.append(lambda: conversion_section(output, parts))
+    step_summary.append(lambda: conversion_section(trip.destination(output), parts))
     published = carrier.published if carrier else None
     if request.json:
         run = {"engine": engine.name, "seconds": round(seconds, 3)}
-        result = views.result_document(plan, manifest, output)
+        result = views.result_document(plan, manifest, trip.stays(output))
         common.print_json("quantize", {**result, **run, **hub.document_of(published)})
     elif not request.quiet:
         outcome = Outcome(
@@ -133,9 +133,10 @@ def _show_plan(
 
     outlook = hub.outlook(source, carrier, plan, pushed, request.engine, limits)
     if request.json:
-        document = {**views.plan_document(plan, limits, output), "source": source.name}
+        there = request.trip.stays(output)
+        document = {**views.plan_document(plan, limits, there), "source": source.name}
         common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
         return
-    views.print_plan(common.out_console(), plan, limits, output)
+    views.print_plan(common.out_console(), plan, limits, request.trip.destination(output))
     if outlook:
         hub.show_outlook(outlook)

@@ -55,11 +55,10 @@ def dequantize(
     from ..source import open_checkpoint
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
-    source = hub.local(source, quiet)
+    asked, source = source, hub.local(source, quiet)
     total = sum(file.stat().st_size for file in part_shards(source)) * 3
-    display = ProgressDisplay(
-        total, "dequantizing", not quiet, what=f"{source} -> {output}", place=output
-    )
+    what = f"{hub.shown(asked, source)} -> {output}"
+    display = ProgressDisplay(total, "dequantizing", not quiet, what=what, place=output)
     chosen = common.load_engine(engine, device, quiet, memory)
     started = time.monotonic()
     if is_pipeline(source):

@@ -92,6 +92,7 @@ def eval_(
     if not 8 <= context <= tokens:
         raise UsageError(f"--context {context:,} is below 8, or above --tokens {tokens:,}")
     libraries()
+    names = output, source
     output, source = hub.local(output, quiet), hub.local(source, quiet)
     asked = Evaluating(
         texts=_texts(text), tokens=tokens, context=context, dtype=dtype,
@@ -120,7 +121,8 @@ def eval_(
         }  # fmt: skip
         common.print_json("eval", document)
     elif not quiet or failures:
-        _print(common.out_console(), output, source, kind, results, failures)
+        against = " against ".join(map(hub.shown, names, (output, source)))
+        _print(common.out_console(), against, kind, results, failures)
     raise typer.Exit(1 if failures else 0)
 
 
@@ -279,13 +281,12 @@ _ROWS = {
 
 
 def _print(
-    console: Console, output: Path, source: Path, kind: str, results: Results, failures: list[str]
+    console: Console, against: str, kind: str, results: Results, failures: list[str]
 ) -> None:
     from rich.table import Table
 
     console.print(
-        f"[bold]{common.plain(output)}[/] against {common.plain(source)}, a {_KINDS[kind]}; in "
-        "brackets: 95% confidence"
+        f"[bold]{common.plain(against)}[/], a {_KINDS[kind]}; in brackets: 95% confidence"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")

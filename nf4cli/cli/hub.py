@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, MachineError, UsageError
+from ..errors import InputError, MachineError, Nf4Error, UsageError
 from . import common
 from .progress import ProgressDisplay
 
@@ -76,12 +76,13 @@ class Source:
 
 @contextmanager
 def found(
-    source: Path, output: Path | None, resume: bool, keep: bool, quiet: bool
+    source: Path, keep: bool, quiet: bool, continued: Callable[[str], Path] | None = None
 ) -> Iterator[Source]:
     """A source that can be planned from, wherever it lies.
 
     Args:
-        output, resume: a run that is continued goes on with the commit that it began with.
+        continued: where the output of a model of some name would be; a run of that which is
+            continued goes on with the commit that it began with.
         keep: what is fetched stays in the user's cache.
         quiet: nothing is said of it.
 
@@ -97,20 +98,33 @@ def found(
     from ..hub.outline import draw
 
     report_to(notify)
-    if resume and name.revision is None:
-        name = _as_begun(name, output or Path(f"{_last(name)}-nf4"), notify)
+    if continued is not None and name.revision is None:
+        name = _as_begun(name, continued(_last(name)), notify)
     with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
-        with ProgressDisplay(0, f"reading what {name} has", not quiet):
-            try:
-                snapshot = client.persist(partial(client.resolve, name), notify)
-            except (InputError, MachineError) as error:
-                raise type(error)(
-                    f"{source} is no path here, and as a model of a Hub: {error}"
-                ) from error
-            draw(snapshot, directory, keep)
-        yield Source(directory, snapshot, outline=True)
+        with _called(name, directory):
+            with ProgressDisplay(0, f"reading what {name} has", not quiet):
+                try:
+                    snapshot = client.persist(partial(client.resolve, name), notify)
+                except (InputError, MachineError) as error:
+                    raise type(error)(
+                        f"{source} is no path here, and as a model of a Hub: {error}"
+                    ) from error
+                draw(snapshot, directory, keep)
+            yield Source(directory, snapshot, outline=True)
+
+
+@contextmanager
+def _called(name: Name, directory: Path) -> Iterator[None]:
+    """Has errors name a model as its user does, not the directory that its outline lies in."""
+    try:
+        yield
+    except Nf4Error as error:
+        for told in (error, getattr(error, "cause", None)):
+            if isinstance(told, Nf4Error):
+                told.args = (str(told).replace(str(directory), str(name)),)
+        raise
 
 
 def whole(source: Source, why: str, disk: str | None, quiet: bool) -> Source:
@@ -142,8 +156,15 @@ def local(source: Path, quiet: bool) -> Path:
     """
     if named(source) is None:
         return source
-    with found(source, None, False, True, quiet) as place:
+    with found(source, True, quiet) as place:
         return whole(place, "this command", None, quiet).path
+
+
+def shown(asked: Path, path: Path) -> str:
+    """What a user reads of a path that `local` gave: a model of a Hub with its commit, which names
+    its directory in the cache."""
+    name = named(asked)
+    return str(path) if name is None else f"{name.repo}@{path.name}"
 
 
 def _fetch(snapshot: Snapshot, outline: Path, quiet: bool) -> Path:
@@ -184,26 +205,48 @@ class Trip:
     """What the options of quantize ask of a Hub and of the disk.
 
     Attributes:
-        disk, push_to, public: as asked.
-        leaving: where an output is pushed to, none stays here.
+        output, disk, push_to, public, replace_card: as asked.
+
+    Raises:
+        UsageError: options that do not go together.
     """
 
+    output: Path | None
     disk: str | None
     push_to: str | None
     public: bool
-    without_output: bool
+    replace_card: bool
     notify: Notify
+
+    def __post_init__(self) -> None:
+        for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
+            if given and self.push_to is None:
+                raise UsageError(f"{option} needs --push-to")
 
     @property
     def leaving(self) -> bool:
         """Whether no output stays here."""
-        return self.push_to is not None and self.without_output
+        return self.push_to is not None and self.output is None
+
+    def place(self, name: str) -> Path:
+        """Where the output of a model is, or would be: beside it the run has its workspace.
+
+        One that leaves is named after where it goes to, as the Hub's own cache would name it, so
+        that nothing else that lies here is in its way.
+        """
+        if self.push_to is not None and self.leaving:
+            return Path(f"models--{self.push_to.replace('/', '--')}")
+        return self.output or Path(f"{name}-nf4")
+
+    def stays(self, output: Path) -> Path | None:
+        """The same for a document: None where nothing stays here."""
+        return None if self.leaving else output
 
     def carrier(self, source: Source) -> Carrier | None:
         """What moves the files of a run; None for one that neither fetches nor pushes.
 
         Raises:
-            UsageError: options that do not go together.
+            UsageError: --disk is no size.
         """
         from ..hub.carrier import Carrier
         from ..transfers import Transfers
@@ -211,8 +254,6 @@ class Trip:
         limit = None if self.disk is None else common.parse_size(self.disk, "--disk")
         snapshot = source.snapshot if source.outline else None
         if snapshot is None and limit is None and self.push_to is None:
-            if self.public:
-                raise UsageError("--public needs --push-to")
             return None
         transfers = Transfers()
         publication = self.publication(transfers)
@@ -227,7 +268,7 @@ class Trip:
             return None
         report_to(self.notify)
         return Publication(
-            self.push_to, self.public, notify=self.notify, sent=transfers.add_uploaded
+            self.push_to, self.public, self.replace_card, self.notify, transfers.add_uploaded
         )
 
     def destination(self, output: Path) -> str:

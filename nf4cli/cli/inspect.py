@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,19 +30,22 @@ def inspect(
     from ..diffusion import is_pipeline
     from ..source import open_checkpoint
 
-    path = hub.local(path, json)
+    asked, path = path, hub.local(path, json)
+    called = hub.shown(asked, path)
     if is_pipeline(path):
-        pipelines.inspect(path, tensor, json, show_tensor)
+        pipelines.inspect(path, called, tensor, json, show_tensor)
         return
     checkpoint = open_checkpoint(path)
     if tensor is not None:
         show_tensor(checkpoint, tensor, json)
         return
     seen = inspection.overview(checkpoint)
+    if path != asked:  # a directory of the cache is named after the commit alone
+        seen = replace(seen, name=called)
     if json:
         common.print_json("inspect", asdict(seen))
     else:
-        views.print_overview(common.out_console(), seen, path)
+        views.print_overview(common.out_console(), seen, called)
 
 
 def show_tensor(checkpoint: Checkpoint, tensor: str, json: bool) -> None:

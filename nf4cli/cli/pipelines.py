@@ -38,7 +38,7 @@ def quantize(request: Request, source: Source) -> None:
     _refuse_bound(request, source)
     if not request.plan or request.config.on_nonfinite == "keep":
         source = hub.whole(source, "a pipeline", trip.disk, not request.shows)
-    output = request.output or Path(f"{name_of_directory(source.path)}-nf4")
+    output = trip.output or Path(f"{name_of_directory(source.path)}-nf4")
     if request.config.on_nonfinite == "keep":
         require_place(source.path, output, False, request.resume)  # before all is read
     decided = make_pipeline_plan(
@@ -89,7 +89,7 @@ def quantize(request: Request, source: Source) -> None:
     if request.verbose:
         tell_times(planned - started, seconds)
     parts = {name: (decided.parts[name], manifest) for name, manifest in manifests.items()}
-    step_summary.append(lambda: conversion_section(output, parts))
+    step_summary.append(lambda: conversion_section(str(output), parts))
     if json:
         common.print_json("quantize", {
             "output": str(output),
@@ -186,9 +186,16 @@ def _print_plan(plan: PipelinePlan, limits: Resources, output: Path) -> None:
 
 
 def inspect(
-    path: Path, tensor: str | None, json: bool, show_tensor: Callable[[Checkpoint, str, bool], None]
+    path: Path,
+    called: str,
+    tensor: str | None,
+    json: bool,
+    show_tensor: Callable[[Checkpoint, str, bool], None],
 ) -> None:
     """nf4 inspect: every component with weights that can be read, or one tensor of one of them.
+
+    Args:
+        called: what a user reads of `path`.
 
     Raises:
         UsageError: the tensor's name does not begin with a component's.
@@ -223,4 +230,4 @@ def inspect(
         return
     console = common.out_console()
     for name, part in seen.items():
-        views.print_overview(console, part, path / name)
+        views.print_overview(console, part, f"{called}/{name}")

@@ -78,8 +78,6 @@ def push(
         shown = _Shown(display)
         publication = Publication(repo, public, replace_card, notify, shown.sent)
         publication.prepare()
-        if publication.keeps_card:
-            notify(f"{publication.repo} keeps its README.md; --replace-card puts ours there")
         published = send(checked, publication, message, shown.begun)
     if json:
         common.print_json("push", {**_document(checked), "pushed": asdict(published)})
@@ -111,7 +109,7 @@ def _refuse(checked: Checked, json: bool) -> None:
     if json:
         common.print_json("push", {**_document(checked), "pushed": None})
     else:
-        views.print_verdict(common.out_console(), checked.findings, checked.path)
+        views.print_verdict(common.out_console(), checked.findings, str(checked.path))
         common.note(
             "nothing was pushed; nf4 verify says more of what differs, nf4 quantize makes it anew"
         )

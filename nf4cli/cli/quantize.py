@@ -217,6 +217,12 @@ def quantize(
     public: Annotated[
         bool, typer.Option("--public", help="Let everybody see the repository, if it is new.")
     ] = False,
+    replace_card: Annotated[
+        bool,
+        typer.Option(
+            "--replace-card", help="Replace a README.md that is there. It is kept otherwise."
+        ),
+    ] = False,
     fsync: FsyncOption = True,
     resume: Annotated[
         bool,
@@ -241,7 +247,7 @@ def quantize(
         raise UsageError("--quiet and --verbose do not go together: leave one of them out")
     if digest not in ("auto", *ALGORITHMS):
         raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
-    trip = hub.Trip(disk, push_to, public, output is None, common.notices(quiet))
+    trip = hub.Trip(output, disk, push_to, public, replace_card, common.notices(quiet))
     largest = hub.LEAVING_SHARDS if disk is not None and trip.leaving else hub.SHARDS
     config = QuantConfig(
         quant_type=quant_type,
@@ -258,7 +264,6 @@ def quantize(
         method=_method(method, calibration, save_importance),
     )
     request = Request(
-        output=output,
         config=config,
         shard_size=max_shard_size,
         importance_file=importance,
@@ -281,7 +286,7 @@ def quantize(
         trip=trip,
     )
     keep = disk is None and not plan
-    with hub.found(source, output, resume, keep, quiet) as place:
+    with hub.found(source, keep, quiet, trip.place if resume else None) as place:
         if is_pipeline(place.path):
             pipelines.quantize(request, place)
         else:

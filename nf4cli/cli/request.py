@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Request:
     """Attributes:
-    output: None for the default.
     shard_size: as asked, None for the default.
     importance_file: what the loss of the scales is weighted by, None for no data.
     calibrating: what shall be run through the model first, None for nothing.
@@ -31,7 +30,6 @@ class Request:
     trip: what is asked of a Hub.
     """
 
-    output: Path | None
     config: QuantConfig
     shard_size: str | None
     importance_file: Path | None

@@ -78,14 +78,16 @@ def verify(
         raise UsageError("--seed needs --sample")
     if calibration and (source is None or sample is not None):
         raise UsageError("--calibration needs --source, and does not go with --sample")
-    path = hub.local(path, quiet)
-    source = source and hub.local(source, quiet)
+    asked, path = path, hub.local(path, quiet)
+    called = hub.shown(asked, path)
+    name = common.name_of(path) if path == asked else called
+    asked, source = source or Path(), source and hub.local(source, quiet)
+    against = f"{called} against {hub.shown(asked, source)}" if source else called
     with JUnitFile(junit, path, source) as report_file:
         chosen = common.load_engine(engine, device, quiet, memory)
         limits = common.resources(chosen, workers, memory, _weights(path, source) if memory else 0)
         places = [place for place in (path, source) if place]
         total = sum(f.stat().st_size for place in places for f in part_shards(place))
-        against = f"{path} against {source}" if source else str(path)
         display = ProgressDisplay(total, "verifying", not quiet, what=against)
         with display:
             if sample is not None:
@@ -97,10 +99,9 @@ def verify(
                 own, parts = verify_checkpoint(path, source, chosen, limits, display), {}
         if calibration and source:
             prove(calibration, path, source, chosen, quiet, own)
-        name = common.name_of(path)
         named = {name: own, **{f"{name}/{part}": report for part, report in parts.items()}}
         report_file.write(named)
-    step_summary.append(lambda: verification_section(path, named))
+    step_summary.append(lambda: verification_section(called, named))
     reports = [own, *parts.values()]
     ok = all(report.ok for report in reports)
     if json:
@@ -121,7 +122,7 @@ def verify(
             if not quiet:
                 views.print_checks(console, report)
         findings = [f for r in reports for f in r.findings]
-        views.print_verdict(console, findings, path, own.sample)
+        views.print_verdict(console, findings, called, own.sample)
     raise typer.Exit(0 if ok else 1)
 
 

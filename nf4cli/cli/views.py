@@ -39,12 +39,12 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def plan_document(plan: Plan, limits: Resources, output: Path) -> dict[str, Any]:
+def plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[str, Any]:
     from ..limits import disk_bytes
 
     return {
         "source": str(plan.checkpoint.root),
-        "output": str(output),
+        "output": None if output is None else str(output),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.shard_bytes,
         "files": [{"name": s.filename, "bytes": s.size} for s in plan.shards],
@@ -86,7 +86,7 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(f"[yellow]note:[/] {plain(note)}")
 
 
-def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) -> None:
+def print_plan(console: Console, plan: Plan, limits: Resources, output: str) -> None:
     from ..limits import disk_bytes
 
     config = plan.config
@@ -115,9 +115,9 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: Path) ->
         listed(console, "left    ", plan.checkpoint.left_files)
 
 
-def result_document(plan: Plan, manifest: Manifest, output: Path) -> dict[str, Any]:
+def result_document(plan: Plan, manifest: Manifest, output: Path | None) -> dict[str, Any]:
     return {
-        "output": str(output),
+        "output": None if output is None else str(output),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.shard_bytes,
         "files": [
@@ -198,7 +198,7 @@ def print_checks(console: Console, report: Report) -> None:
 
 
 def print_verdict(
-    console: Console, findings: list[Finding], path: Path, sample: Sample | None = None
+    console: Console, findings: list[Finding], path: str, sample: Sample | None = None
 ) -> None:
     for finding in findings[:_SHOWN]:
         console.print(f"[bold red]{finding.level}[/]  {plain(finding.message)}")
@@ -217,7 +217,7 @@ def print_verdict(
         console.print(f"[bold green]{plain(path)} is good[/]")
 
 
-def print_overview(console: Console, seen: Overview, path: Path) -> None:
+def print_overview(console: Console, seen: Overview, path: str) -> None:
     from rich import box
     from rich.table import Table
 

@@ -90,6 +90,11 @@ class Carrier:
         self._sent: set[str] = set()  # names of files that need no other way
 
     @property
+    def replaces_card(self) -> bool:
+        """Whether a model card that is published should make room for ours."""
+        return self._publication is not None and self._publication.replaces_card
+
+    @property
     def destination(self) -> str | None:
         """The repository that output files leave the disk for."""
         return self._publication.repo if self._publication and self.leaving else None

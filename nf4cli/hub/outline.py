@@ -118,10 +118,12 @@ def _is_index(name: str) -> bool:
 
 def _needed(directory: Path, stand_ins: Iterable[RemoteFile]) -> list[RemoteFile]:
     """The weight files that a loader would take: the model's, or those of a pipeline's parts."""
-    by_directory: dict[Path, list[RemoteFile]] = {}
+    pipeline = is_pipeline(directory)
+    # A model has weights beside its configuration: where there are none, find_shards says so.
+    by_directory: dict[Path, list[RemoteFile]] = {} if pipeline else {directory: []}
     for file in stand_ins:
         place = (directory / file.name).parent
-        if place == directory or is_pipeline(directory):
+        if place == directory or pipeline:
             by_directory.setdefault(place, []).append(file)
     needed = []
     for place, files in by_directory.items():

@@ -126,6 +126,7 @@ class Publication:
     Attributes:
         repo: with its owner, after `prepare`.
         private: after `prepare`.
+        replaces_card: as given.
         keeps_card: the repository has a README.md, which stays: `add` leaves ours out.
     """
 
@@ -141,7 +142,7 @@ class Publication:
         self.private = not public
         self.keeps_card = False
         self._public = public
-        self._replace_card = replace_card
+        self.replaces_card = replace_card
         self._notify = notify
         self._sent = sent
         self._lock = threading.Lock()
@@ -170,8 +171,10 @@ class Publication:
             head, lambda name: self._asked(f"{name} of {self.repo}", lambda: read_whole(head, name))
         )
         refuse_another_model(self.repo, head, self._recorded, why)
-        self.keeps_card = CARD in head.files and not self._replace_card
+        self.keeps_card = CARD in head.files and not self.replaces_card
         self._head = head
+        if self.keeps_card:
+            self._notify(f"{self.repo} keeps its {CARD}; --replace-card puts ours there")
         self._say_who_sees_it()
 
     def _create(self) -> str:

@@ -25,7 +25,7 @@ if [ -z "$result" ] && [ -z "$NF4_PUSH_TO" ]; then
   result="${name%.safetensors}-nf4"
 fi
 workspace=$result
-[ -n "$workspace" ] || workspace="$name-nf4"
+[ -n "$workspace" ] || workspace="models--${NF4_PUSH_TO//\//--}"
 
 # One directory for each use of the action in a job.
 mkdir -p "$RUNNER_TEMP"
