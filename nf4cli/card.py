@@ -23,7 +23,7 @@ from typing import Any
 from .components import converts
 from .front_matter import Metadata, read_metadata, written
 from .manifest import Manifest, TensorRecord
-from .recipe import how, options_of
+from .recipe import how, options_of, why_not_by_digests
 from .records import TensorError
 from .source import CARD, IMPORTANCE, MANIFEST
 from .summary import ACTIONS, escape, table
@@ -88,6 +88,10 @@ class Subject:
 
 
 _REPEATED = "The same version of nf4 gives the same bytes, on any machine:"
+_BOUNDED = (
+    "With `--disk SIZE` it takes no more of the disk than that, and of this model it fetches only "
+    "what is small."
+)
 _CALIBRATED = (
     f"With the same text (its SHA-256 is in `{IMPORTANCE}`); torch's sums differ in their last "
     "digits between machines, and some codes with them:"
@@ -375,6 +379,9 @@ def _checking(subject: Subject) -> list[str]:
     what = "" if subject.base else f", a directory with {escape(subject.name)}"
     lines += [f"And that those are the bytes which the source gives{what}, by converting it again:"]
     lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}")]
+    unbounded = why_not_by_digests(subject.first.config, subject.first.digest, True)
+    if subject.base and not subject.is_pipeline and not unbounded:
+        lines += [_BOUNDED, ""]
     rows = []
     for name, manifest in subject.parts.items():
         prefix = f"{name}/" if name else ""

@@ -177,6 +177,7 @@ class Journal:
         self._unsynced: set[Path] = set()
         self._added = self._written = 0  # lines
         self._closing = False
+        self._awaited = False  # somebody waits for a line
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="nf4-journal", daemon=True)
         os.ftruncate(fd, _whole_lines(fd))  # a torn line would spoil the next one
@@ -238,6 +239,8 @@ class Journal:
         fields = {**asdict(upload), "sample": upload.sample.hex()}
         number = self._add({"part": part, "uploaded": name, **fields}, None)
         with self._changed:
+            self._awaited = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._written >= number or self._error)
             if self._error is not None:
                 raise self._error
@@ -282,7 +285,8 @@ class Journal:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._lines or self._closing)
-                    self._changed.wait_for(lambda: self._closing, SYNC_EVERY)
+                    self._changed.wait_for(lambda: self._closing or self._awaited, SYNC_EVERY)
+                    self._awaited = False
                     lines, self._lines = self._lines, []
                     unsynced, self._unsynced = self._unsynced, set()
                     closing = self._closing

@@ -65,7 +65,8 @@ def check_source(
         foreign=manifest is None, algorithm=manifest.digest if manifest else None,
     )  # fmt: skip
     if manifest is not None:
-        _compare_manifest(checkpoint, manifest, conversion, source, report)
+        digests = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
+        compare_manifest(checkpoint, manifest, conversion.manifest(digests), source, report)
     add_differences(checkpoint, weights, sink, report)
     compare_beside(checkpoint, plan, manifest, report)
     same = (
@@ -175,17 +176,16 @@ def add_differences(
         report.add("source", key, message)
 
 
-def _compare_manifest(
+def compare_manifest(
     checkpoint: Checkpoint,
     manifest: Manifest,
-    conversion: Conversion,
+    made: Manifest,
     source: Path,
     report: Report,
 ) -> None:
-    """The manifest's statements, against those of the run just made."""
-    digests = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
+    """The manifest's statements, against those of the run just made; but for its list of files."""
     expected = replace(
-        conversion.manifest(digests),
+        made,
         source_name=manifest.source_name,  # a directory may be renamed
         output_files=manifest.output_files,  # compared with the files themselves
         tool_version=manifest.tool_version,

@@ -43,3 +43,19 @@ def how(config: QuantConfig) -> str:
     if config.importance:
         return ", scales chosen by the importance of inputs"
     return ", scales chosen by loss" if config.scale == "search" else ""
+
+
+def why_not_by_digests(config: QuantConfig, digest: str, on_a_hub: bool) -> str | None:
+    """Why an output cannot be proved by the digests of what its source gives; None where it can.
+
+    Args:
+        digest: algorithm of the manifest's digests of files.
+        on_a_hub: the output lies there, which states SHA-256.
+    """
+    if config.method == "gptq":
+        return "its codes were chosen by gptq, so that a proof reads them from the output"
+    if config.on_nonfinite == "keep":
+        return "--on-nonfinite keep looks at all of the source before the first weight"
+    if on_a_hub and digest != "sha256":
+        return f"its manifest has {digest} digests, and a Hub states SHA-256"
+    return None

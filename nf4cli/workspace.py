@@ -44,6 +44,7 @@ class Workspace:
             a run that finishes no weight before its end, and so never can be.
         total: weights of the whole output, for messages.
         resume: continue what an earlier run left; without it such a thing is an error.
+        going_on: how a user continues one that ended early.
         fsync: see Journal; at the end, wait for everything.
 
     Attributes:
@@ -69,7 +70,9 @@ class Workspace:
         *,
         fsync: bool,
         resume: bool = False,
+        going_on: str = "continue with the same command and --resume",
     ) -> None:
+        self._going_on = going_on
         self.output = output.absolute()
         self._source = source
         self._header = header or {}
@@ -252,7 +255,7 @@ class Workspace:
         if isinstance(error, (InputError, UsageError)):
             advice = "if they are of no use now, remove them"
         else:
-            advice = "continue with the same command and --resume, or remove it"
+            advice = f"{self._going_on}, or remove it"
         raise UnfinishedRunError(f"{kept}: {advice}: {self._removal}", error) from error
 
     def _has_fetched(self) -> bool:

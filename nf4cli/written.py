@@ -109,7 +109,7 @@ def _check_additions(checkpoint: Checkpoint, manifest: Manifest, report: Report)
     wrong = {name for name in added if is_weight_file(name) or name.endswith(_CODE)}
     for name in sorted(wrong):
         report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
-    if others := sorted(added - wrong - {*REPOSITORYS}):
+    if others := sorted(added - wrong - {*REPOSITORYS, MANIFEST}):
         report.unchecked.append(f"files that the manifest does not list: {', '.join(others[:10])}")
 
 

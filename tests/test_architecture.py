@@ -56,7 +56,7 @@ FLOORS = (  # a module imports from floors below its own, or from its own floor
     ("proof",),
     ("complete",),
     ("quantize", "verify", "dequantize"),
-    ("sample",),
+    ("sample", "remade"),
     ("assembly", "attest", "push", "trial", "calibration", "evaluation"),
     ("cli", "__main__"),
 )

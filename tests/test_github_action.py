@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from ci.commands import stand_in
@@ -98,7 +99,6 @@ def test_a_name_is_no_order_to_the_runner(job, work):
     ("inputs", "says"),
     [
         ({"model": "model", "verify": "twice"}, "verify is 'twice'"),
-        ({"model": "org/name", "verify": "source", "disk": "1GB"}, "without a bound"),
         ({"model": "model", "minutes": "1h"}, "minutes is '1h'"),
         ({"model": ""}, "model is empty"),
         ({"model": "model", "output": "a\nb=c"}, "would hold a line break"),
@@ -178,7 +178,7 @@ def test_downloads_are_kept_once(work, tmp_path):
 def test_from_hub_to_hub_in_two_jobs(work, tmp_path, hub, converted):
     """Within a bound; the Hub is away in the middle, and the second job's runner is a fresh one."""
     caches = Caches(tmp_path / "caches", work)
-    asked = {"model": "org/model@main", "push_to": "me/it", "disk": "10MB", "verify": "none",
+    asked = {"model": "org/model@main", "push_to": "me/it", "disk": "10MB", "verify": "source",
              "args": "--max-shard-size 1MB"}  # fmt: skip
 
     def job(number: int) -> Job:
@@ -202,9 +202,12 @@ def test_from_hub_to_hub_in_two_jobs(work, tmp_path, hub, converted):
     assert outputs["commit"] == pushed.branches["main"]
     for path in converted.glob("*.safetensors"):
         assert pushed.head[path.name].place.read_bytes() == path.read_bytes()
-    again = {r.path for r in hub.requests(r"GET /files/.*safetensors") if r.range is None}
-    assert 0 < len(again) < SHARDS
+    source = rf"GET /files/{quote('org/model', '')}/.*safetensors"
+    whole = [r for r in hub.requests(source) if r.range is None]
+    assert SHARDS < len(whole) < 2 * SHARDS, "all for the proof, the rest to convert"
     assert "### nf4 quantize: me/it" in second.summary
+    assert f"### nf4 verify: me/it&#64;{pushed.branches['main']}: good" in second.summary
+    assert json.loads(Path(outputs["verify-report"]).read_text())["source"] == "org/model"
     assert not list(work.glob(".*"))
 
 

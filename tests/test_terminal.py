@@ -254,7 +254,7 @@ def test_a_run_on_a_terminal(nf4_hub, hub, columns):
     assert re.search(r"^moved   .* fetched, .* uploaded, disk at most .* of 60.0 MB$",
                      terminal.text, re.M)  # fmt: skip
     assert lines[-2:] == [
-        "next    nf4 verify me/it --source org/model",
+        "next    nf4 verify me/it --source org/model --disk 60MB",
         'load    AutoModelForCausalLM.from_pretrained("me/it")',
     ]
     assert str(nf4_hub.work) not in terminal.text

@@ -16,8 +16,9 @@ from .progress import ProgressDisplay
 if TYPE_CHECKING:
     from ..hub.carrier import Carrier
     from ..limits import Resources
+    from ..manifest import Manifest
     from ..planned import Plan
-    from .hub import Source
+    from .hub import Source, Trip
     from .request import Request
 
 
@@ -112,8 +113,19 @@ def _convert(request: Request, source: Source, plan: Plan, output: Path) -> None
             transfers=carrier.transfers if carrier else None,
             published=published,
             leaving=trip.leaving,
+            disk=_bound_of_a_proof(trip, source, manifest),
         )
         print_outcome(common.out_console(), outcome)
+
+
+def _bound_of_a_proof(trip: Trip, source: Source, manifest: Manifest) -> str | None:
+    """The bound under which a proof of what was just made is possible; None for no bound."""
+    from ..recipe import why_not_by_digests
+
+    if source.snapshot is None and not trip.leaving:
+        return None  # all of it lies here
+    why_not = why_not_by_digests(manifest.config, manifest.digest, trip.leaving)
+    return trip.disk if why_not is None else None
 
 
 def _show_plan(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..hub.client import Name, Snapshot
     from ..hub.publish import Publication, Published
     from ..limits import Resources
+    from ..manifest import Manifest
     from ..planned import Plan
     from ..records import Checkpoint, Origin
     from ..transfers import Transfers
@@ -72,6 +73,13 @@ class Source:
     def name(self) -> str:
         """As a user would name it."""
         return str(self.snapshot.name) if self.snapshot else str(self.path)
+
+    @property
+    def called(self) -> str:
+        """What exactly it is: with the commit."""
+        if self.snapshot is None:
+            return str(self.path)
+        return f"{self.snapshot.repo}@{self.snapshot.commit}"
 
 
 @contextmanager
@@ -158,6 +166,18 @@ def local(source: Path, quiet: bool) -> Path:
         return source
     with found(source, True, quiet) as place:
         return whole(place, "this command", None, quiet).path
+
+
+def as_recorded(source: Path, manifest: Manifest | None, notify: Notify) -> Path:
+    """A source, at the commit that an output's manifest says it was made from, where its user names
+    the same model of a Hub and no revision."""
+    name = named(source)
+    if name is None or name.revision is not None or manifest is None:
+        return source
+    if name.repo != manifest.source_repo or not manifest.source_commit:
+        return source
+    notify(f"{name.repo} at commit {manifest.source_commit}, which the manifest names")
+    return Path(f"{name.repo}@{manifest.source_commit}")
 
 
 def shown(asked: Path, path: Path) -> str:

@@ -45,6 +45,7 @@ class Outcome:
         transfers: what was moved and held, None for a run that moved nothing.
         published: where it went to.
         leaving: no output stayed here.
+        disk: the bound that was asked for.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Outcome:
     transfers: Transfers | None = None
     published: Published | None = None
     leaving: bool = False
+    disk: str | None = None
 
     @property
     def plans(self) -> list[Plan]:
@@ -104,6 +106,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
             f"pushed  {plain(outcome.published.url)} ({seen}, commit {commit})", soft_wrap=True
         )
     command = f"nf4 verify {_word(outcome.place)} --source {_word(outcome.source)}"
+    if outcome.disk is not None:
+        command += f" --disk {_word(outcome.disk)}"
     console.print(f"next    {plain(command)}", soft_wrap=True)
     if call := _loading(outcome):
         console.print(f"load    {plain(call)}", soft_wrap=True)

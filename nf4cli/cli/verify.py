@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ..errors import InputError, UsageError
 from . import common, hub, step_summary, views
+from .bounded import Bounded
 from .calibrating import prove
 from .common import (
     DeviceOption,
@@ -26,6 +28,7 @@ from .progress import ProgressDisplay
 if TYPE_CHECKING:
     from ..engines import Engine
     from ..limits import Resources
+    from ..manifest import Manifest
     from ..report import Report
 
 
@@ -57,6 +60,16 @@ def verify(
         int | None,
         typer.Option("--seed", help="Of --sample. Default: another one every time.", min=0),
     ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            metavar="SIZE",
+            show_default=False,
+            help="With --source, where that or the output lies on a Hub: a bound on what lies on "
+            "the disk at once. The output is made again file by file and compared by its digests.",
+        ),
+    ] = None,
     engine: EngineOption = "auto",
     device: DeviceOption = None,
     workers: WorkersOption = None,
@@ -71,16 +84,28 @@ def verify(
     """Check a 4-bit checkpoint; exit code 1 when something is wrong with it."""
     from ..assembly import part_shards, verify_pipeline
     from ..diffusion import is_pipeline
-    from ..summary import verification_section
     from ..verify import verify as verify_checkpoint
 
     if seed is not None and sample is None:
         raise UsageError("--seed needs --sample")
     if calibration and (source is None or sample is not None):
         raise UsageError("--calibration needs --source, and does not go with --sample")
+    if disk is not None:
+        if source is None or calibration or sample is not None:
+            raise UsageError(
+                "--disk needs --source, and goes with neither --calibration nor --sample"
+            )
+        limit = common.parse_size(disk, "--disk")
+        with JUnitFile(junit, path, source) as report_file:
+            chosen = common.load_engine(engine, device, quiet, memory)
+            own, called = Bounded(limit, chosen, workers, memory, quiet).prove(path, source)
+            report_file.write({called: own})
+        _conclude(path, source, called, {called: own}, own, {}, json, quiet)
     asked, path = path, hub.local(path, quiet)
     called = hub.shown(asked, path)
     name = common.name_of(path) if path == asked else called
+    if source is not None:
+        source = hub.as_recorded(source, _manifest_of(path), common.notices(quiet))
     asked, source = source or Path(), source and hub.local(source, quiet)
     against = f"{called} against {hub.shown(asked, source)}" if source else called
     with JUnitFile(junit, path, source) as report_file:
@@ -101,6 +126,40 @@ def verify(
             prove(calibration, path, source, chosen, quiet, own)
         named = {name: own, **{f"{name}/{part}": report for part, report in parts.items()}}
         report_file.write(named)
+    _conclude(path, source, called, named, own, parts, json, quiet)
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    """The manifest of an output; None where there is none, or a damaged one, which is reported
+    later."""
+    from ..manifest import Manifest
+    from ..source import MANIFEST
+
+    place = path / MANIFEST
+    with suppress(InputError):
+        return Manifest.from_file(place) if place.is_file() else None
+    return None
+
+
+def _conclude(
+    path: Path,
+    source: Path | None,
+    called: str,
+    named: Mapping[str, Report],
+    own: Report,
+    parts: Mapping[str, Report],
+    json: bool,
+    quiet: bool,
+) -> NoReturn:
+    """Say what was found, and end the command.
+
+    Args:
+        called: what a user reads of `path`.
+        named: every report, by what it is of.
+        own, parts: the same, by component of a pipeline.
+    """
+    from ..summary import verification_section
+
     step_summary.append(lambda: verification_section(called, named))
     reports = [own, *parts.values()]
     ok = all(report.ok for report in reports)

@@ -63,7 +63,8 @@ class Carrier:
         limit: bytes that the run may hold on the disk; source files are then removed when they
             have been read.  None for no bound: they come to the user's cache and stay there.
         publication: where the output goes to; None for nowhere.
-        leaving: output files are removed when they are uploaded, and no output stays here.
+        leaving: output files are removed when they are uploaded, and no output stays here; without
+            a publication when they are complete, of an output that is made for its digests.
         transfers: told of everything that is moved and held.
 
     Attributes:
@@ -186,6 +187,8 @@ class Carrier:
             f"--disk {self._limit:,} bytes is too little for {plan.checkpoint.name}: the smallest "
             f"that works is {-(-need // 1_000_000)}MB (its largest file has {largest:,} bytes)"
         )
+        if self._publication is None and self.leaving:
+            return message
         if self.leaving:
             return f"{message}; a smaller --max-shard-size may help"
         return (
@@ -271,6 +274,7 @@ class Carrier:
                 )
             if self._publication is not None:
                 transfers.to_upload = sum(self._sizes.values())
+            if self._publication is not None or self.leaving:
                 self._uploads = stack.enter_context(
                     _Uploads(
                         self._publication,
@@ -284,8 +288,9 @@ class Carrier:
                     )
                 )
                 for name, upload in self._gone.items():
-                    sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
-                    self._publication.restore(sent)
+                    if self._publication is not None:
+                        sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
+                        self._publication.restore(sent)
                     self._sent.add(name)
             yield source
             if self._uploads is not None:
@@ -353,7 +358,7 @@ class _Uploads:
 
     def __init__(
         self,
-        publication: Publication,
+        publication: Publication | None,
         work: Workspace,
         part: str,
         algorithm: str,
@@ -408,6 +413,9 @@ class _Uploads:
         self._journal.lost(self._part, names)
 
     def _upload(self, path: Path, digest: str) -> None:
+        if self._publication is None:
+            self._leave(path, Upload(digest, path.stat().st_size, digest, b""))
+            return
         known = digest if self._algorithm == "sha256" else None
         uploaded = self._publication.add(path, path.name, known)
         if self._leaving and self._bounded and not uploaded.stored:
@@ -417,7 +425,9 @@ class _Uploads:
                 ".gitattributes, or do without --disk"
             )
         if self._leaving and uploaded.stored:
-            upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
-            self._journal.uploaded(self._part, path.name, upload)
-            path.unlink()
-            self._budget.output_gone(path.name)
+            self._leave(path, Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample))
+
+    def _leave(self, path: Path, upload: Upload) -> None:
+        self._journal.uploaded(self._part, path.name, upload)
+        path.unlink()
+        self._budget.output_gone(path.name)

@@ -3,8 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case $NF4_VERIFY in
-  alone | none) ;;
-  source) [ -e "$NF4_MODEL" ] || [ -z "$NF4_DISK" ] || fail "verify: source fetches the model once more, without a bound: leave out disk, or write alone" ;;
+  alone | source | none) ;;
   *) fail "verify is '$NF4_VERIFY': write alone, source or none" ;;
 esac
 case $NF4_MINUTES in

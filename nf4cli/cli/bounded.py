@@ -1,0 +1,179 @@
+"""nf4 verify --disk: a proof of what does not fit on this disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import common, hub
+from .ledger import work_bytes
+from .progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from ..engines import Engine
+    from ..hub.carrier import Carrier
+    from ..limits import Resources
+    from ..manifest import Manifest
+    from ..planned import Plan
+    from ..records import Checkpoint
+    from ..report import Report
+    from .hub import Source
+
+    Carried = tuple[Carrier, Resources]
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """What is asked.
+
+    Attributes:
+        limit: bytes that may lie on the disk at once.
+        workers, memory: as asked.
+    """
+
+    limit: int
+    engine: Engine
+    workers: int | None
+    memory: str | None
+    quiet: bool
+
+    def prove(self, path: Path, source: Path) -> tuple[Report, str]:
+        """(what was found, what the output is called).
+
+        Args:
+            path, source: as given; one of them at least is a model of a Hub.
+
+        Raises:
+            UsageError: neither is; a pipeline; an output that digests do not prove.
+            InputError: the output has no manifest that can be read.
+            InputError, MachineError: see `found` and `make_again`.
+        """
+        from ..errors import UsageError
+        from ..recipe import why_not_by_digests
+
+        with hub.found(path, False, self.quiet) as output:
+            manifest, called = _manifest_of(output), output.called
+            why = why_not_by_digests(manifest.config, manifest.digest, output.snapshot is not None)
+            if why is not None:
+                raise UsageError(f"--disk does not go with {called}: {why}. Leave it out")
+            source = hub.as_recorded(source, manifest, common.notices(self.quiet))
+            with hub.found(source, False, self.quiet) as original:
+                _refuse(output, original)
+                return self._prove(output, manifest, original), called
+
+    def _prove(self, output: Source, manifest: Manifest, original: Source) -> Report:
+        from ..hub.explaining import endpoint
+        from ..remade import check_stated, plan_again
+        from ..report import Report
+
+        report, checkpoint = Report(), output.open()
+        plan = plan_again(checkpoint, manifest, original.open(), report)
+        carried = plan and self._carried(plan, original)
+        if output.snapshot is not None:
+            check_stated(checkpoint, manifest, output.snapshot.files, endpoint(), report)
+        else:
+            report = self._verify_alone(checkpoint, output, report)
+        if plan and carried:
+            self._make(checkpoint, manifest, plan, carried, original, output, report)
+        return report
+
+    def _carried(self, plan: Plan, original: Source) -> Carried:
+        """How the source comes here; refuses a bound that is too small before the long work."""
+        from ..hub.carrier import Carrier
+        from ..limits import unit_of
+        from ..transfers import Transfers
+
+        limits = common.resources(
+            self.engine, self.workers, self.memory, len(plan.tensors), unit_of(plan.config)
+        )
+        snapshot = original.snapshot if original.outline else None
+        notify = common.notices(self.quiet)
+        carrier = Carrier(snapshot, self.limit, None, True, Transfers(), notify)
+        carrier.disk_needed(plan, limits.workers)
+        return carrier, limits
+
+    def _verify_alone(self, checkpoint: Checkpoint, output: Source, found: Report) -> Report:
+        """An output that lies here: its own bytes are looked at as well."""
+        from ..verify import verify
+
+        limits = common.resources(
+            self.engine, self.workers, self.memory, len(checkpoint.tensors) // 8
+        )
+        total = sum(shard.size for shard in checkpoint.shards)
+        what = f"{output.called} against its manifest"
+        with ProgressDisplay(total, "verifying", not self.quiet, what=what) as display:
+            report = verify(output.path, None, self.engine, limits, display, prove=lambda _: None)
+        report.findings += found.findings
+        return report
+
+    def _make(
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,
+        plan: Plan,
+        carried: Carried,
+        original: Source,
+        output: Source,
+        report: Report,
+    ) -> None:
+        from ..remade import check_made, make_again
+
+        carrier, limits = carried
+        place = _place(output)
+        with ProgressDisplay(
+            work_bytes(plan), "verifying", not self.quiet, place=place,
+            what=f"{output.called} against {original.called}", weights=plan.parameters,
+            transfers=carrier.transfers,
+        ) as display:  # fmt: skip
+            made = make_again(
+                plan, place, output.called, self.engine, limits, manifest.digest, carrier, display,
+                common.notices(self.quiet),
+            )  # fmt: skip
+        source = Path(original.called)
+        check_made(checkpoint, manifest, plan, made, source, self.engine, report)
+
+
+def _manifest_of(output: Source) -> Manifest:
+    from ..errors import InputError
+    from ..manifest import Manifest
+    from ..source import MANIFEST
+
+    _refuse_pipeline(output)
+    if not (output.path / MANIFEST).is_file():
+        raise InputError(
+            f"{output.called} has no {MANIFEST}, by whose digests it could be proved within a "
+            "bound on the disk: verify it without --disk"
+        )
+    return Manifest.from_file(output.path / MANIFEST)
+
+
+def _refuse_pipeline(source: Source) -> None:
+    """Raises UsageError for what is converted one component after another."""
+    from ..diffusion import is_pipeline
+    from ..errors import UsageError
+
+    if is_pipeline(source.path):
+        raise UsageError(
+            f"--disk does not go with a pipeline, and {source.called} is one: leave it out, and "
+            "the files are fetched to the cache"
+        )
+
+
+def _refuse(output: Source, original: Source) -> None:
+    """Raises UsageError where a bound makes no sense."""
+    from ..errors import UsageError
+
+    if output.snapshot is None and original.snapshot is None:
+        raise UsageError(
+            "--disk bounds what is fetched from a Hub, and both lie here: leave it out"
+        )
+    _refuse_pipeline(original)
+
+
+def _place(output: Source) -> Path:
+    """Where what is made would lie: beside an output that is here, here for one on a Hub."""
+    if output.snapshot is not None:
+        return Path(f"models--{output.snapshot.repo.replace('/', '--')}.proof")
+    path = output.path.absolute()
+    return path.parent / f"{path.name}.proof"

@@ -1,0 +1,166 @@
+"""The proof within a bound on the disk: an output made again, file by file, for its digests.
+
+Neither the source nor the output has to be here.  The source's files pass through as in a
+conversion; what is made of them is compared by the digests of the manifest and removed.  Of an
+output on a Hub nothing is fetched but the manifest, the small files and the headers: the Hub states
+the SHA-256 of every weight file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .engines import Engine, Notify
+from .errors import InputError, UsageError
+from .hub.carrier import Carrier
+from .hub.client import RemoteFile
+from .limits import Resources, check_output
+from .manifest import Manifest
+from .pipeline import Progress
+from .plan import make_plan
+from .planned import Plan
+from .proof import compare_beside, compare_manifest
+from .quantize import fill
+from .recorded import recorded_answer, recorded_importance
+from .records import Checkpoint
+from .report import LEVELS, Report
+from .resume import header
+from .source import CARD, MANIFEST
+from .workspace import Workspace
+from .written import check_lists
+
+
+def plan_again(
+    output: Checkpoint, manifest: Manifest, original: Checkpoint, report: Report
+) -> Plan | None:
+    """The plan that would make `output`, as its manifest has the recipe, from `original`; None, and
+    why in the report.
+
+    Raises:
+        InputError: `original` cannot be quantized.
+    """
+    importance = recorded_importance(output, manifest.config, report)
+    if manifest.config.importance and importance is None:
+        return None
+    try:
+        return make_plan(
+            original, manifest.config, lambda _: recorded_answer(manifest), importance=importance
+        )
+    except UsageError as error:
+        report.add("source", original.name, f"{original.name} does not fit the recipe: {error}")
+        return None
+
+
+def check_stated(
+    output: Checkpoint,
+    manifest: Manifest,
+    stated: Mapping[str, RemoteFile],
+    hub: str,
+    report: Report,
+) -> None:
+    """Every file of an output on a Hub, without the bytes of its weights.
+
+    Args:
+        output: its outline: small files whole, of weight files the headers.
+        stated: what the Hub says of its files, by name.
+        hub: its address.
+    """
+    listed = check_lists(output, {}, manifest, report)
+    for shard in listed:
+        name, file = shard.path.name, stated[shard.path.name]
+        record = manifest.output_files[name]
+        if file.sha256 is None:
+            raise InputError(
+                f"{hub} states no SHA-256 of {name}, which lies in git and not in LFS: verify "
+                "without --disk"
+            )
+        if (file.size, file.sha256) != (record.size, record.digest):
+            report.add(
+                "manifest",
+                name,
+                f"{name} has {file.size:,} bytes and the SHA-256 {file.sha256} on {hub}, the "
+                f"manifest has {record.size:,} and {record.digest}",
+            )
+    report.check(
+        "manifest",
+        f"every file is the one written: {hub} states the SHA-256 of the manifest, and the small "
+        "files have theirs",
+    )
+    report.unchecked.append(
+        f"the bytes of the weight files, which were not fetched: that they have the SHA-256 which "
+        f"{hub} states is its word"
+    )
+
+
+def make_again(
+    plan: Plan,
+    place: Path,
+    called: str,
+    engine: Engine,
+    resources: Resources,
+    algorithm: str,
+    carrier: Carrier,
+    progress: Progress,
+    notify: Notify,
+) -> Manifest:
+    """Convert a plan's source, keep nothing, and return the manifest of what it made.
+
+    A run that is stopped leaves its workspace, and the next one goes on from there.
+
+    Args:
+        place: where an output would be; the workspace lies beside it.
+        called: the output that is proved.
+        carrier: with a bound, and an output that leaves for nowhere.
+
+    Raises:
+        UsageError: the bound is too small, or `place` has an unfinished proof of something else.
+        InputError, MachineError: see `write_checkpoint`.
+    """
+    check_output(plan, place, resources.workers, True, carrier.disk_needed(plan, resources.workers))
+    recipe = header({"": plan}, algorithm, f"a proof of {called}")
+    root = plan.checkpoint.root, plan.checkpoint.is_file
+    with Workspace(
+        place, root, recipe, plan.written, fsync=False, resume=True,
+        going_on="the same command goes on from there",
+    ) as work:  # fmt: skip
+        made = fill(work, "", plan, engine, resources, algorithm, progress, notify, carrier)
+        work.discard = True
+    return made
+
+
+def check_made(
+    output: Checkpoint,
+    manifest: Manifest,
+    plan: Plan,
+    made: Manifest,
+    source: Path,
+    engine: Engine,
+    report: Report,
+) -> None:
+    """Compare an output with what was made again.
+
+    Args:
+        manifest: of the output; `made`, of what was made.
+        source: that it was made from, for messages.
+        engine: that made it.
+    """
+    compare_manifest(output, manifest, made, source, report)
+    for name, record in sorted(made.output_files.items()):
+        found = manifest.output_files.get(name)
+        if found != record and name != CARD:
+            there = "no such file" if found is None else f"{found.size:,} bytes, {found.digest}"
+            report.add(
+                "source",
+                name,
+                f"{name}: the source gives {record.size:,} bytes with the {made.digest} "
+                f"{record.digest}, {MANIFEST} has {there}",
+            )
+    compare_beside(output, plan, manifest, report)
+    total = sum(record.size for record in made.output_files.values())
+    report.check(
+        "source",
+        f"every file is the one the source gives, by its {made.digest} ({total:,} bytes, made "
+        f"again with {engine.name})",
+    )
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
