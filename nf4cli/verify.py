@@ -9,7 +9,7 @@ code that writes, and comparing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +52,14 @@ def verify(
     engine: Engine,
     resources: Resources,
     progress: Progress = no_progress,
-    prove: Callable[[Report], None] | None = None,
+    elsewhere: bool = False,
 ) -> Report:
     """Check a 4-bit checkpoint, written by nf4 or not.
 
     Args:
         path: the checkpoint.
         source: the full-precision checkpoint that it was made from, for the proof.
-        prove: another way to prove it, without a `source` that is here.
+        elsewhere: the bytes are compared with the source in another way.
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
@@ -77,18 +77,16 @@ def verify(
             by_shard(weights),
             resources.workers,
             report,
-            zeros_are_wrong=source is None and prove is None and not recorded,
+            zeros_are_wrong=source is None and not (recorded or elsewhere),
         )
     manifest = check_manifest(checkpoint, weights, resources, report, progress)
     if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
-    if prove is not None:
-        prove(report)
-    elif source is None:
+    if source is None and not elsewhere:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
-    else:
+    if source is not None:
         check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report

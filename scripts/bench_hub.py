@@ -7,7 +7,8 @@
    files, of which a plan reads the headers only.
 2. A Llama-1B-shaped checkpoint (3 GB in 9 files) from the Hub to the Hub under --disk: the most
    bytes that lay on the disk, seen from outside, and the peak memory.
-3. How much of fetching, converting and uploading overlaps: the same over links of several speeds,
+3. The proof of what was pushed, under the same bound.
+4. How much of fetching, converting and uploading overlaps: the same over links of several speeds,
    beside the time that the link alone needs.
 
 The server runs in a process of its own on the same machine and takes part of its processors.
@@ -205,12 +206,14 @@ def journeys(work: Path, quick: bool) -> None:
     print(f"| none | local to local | {local:.1f} | | | {memory / 1e6:.0f} MB |")
     for rate in (None, 100e6) if quick else (None, 200e6, 50e6):
         with serving(models, rate) as environment:
-            for what, options in {
-                "to the cache, then to OUTPUT": ["out"],
-                "--disk 3GB to OUTPUT": ["out", "--disk", "3GB"],
-                "--disk 1200MB, pushed": ["--disk", "1200MB", *push],
-            }.items():
-                arguments = ["quantize", "org/model", *options]
+            for what, arguments in {
+                "to the cache, then to OUTPUT": ["quantize", "org/model", "out"],
+                "--disk 3GB to OUTPUT": ["quantize", "org/model", "out", "--disk", "3GB"],
+                "--disk 1200MB, pushed": ["quantize", "org/model", "--disk", "1200MB", *push],
+                "that one verified, --disk 1200MB": [
+                    "verify", "me/out", "--source", "org/model", "--disk", "1200MB"
+                ],
+            }.items():  # fmt: skip
                 seconds, memory, most = run(arguments, environment, work / "place")
                 alone = f"{total / (2 * rate):.1f}" if rate else ""
                 name = f"2 x {rate / 1e6:.0f} MB/s" if rate else "loopback"
