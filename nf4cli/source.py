@@ -84,8 +84,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         what = "is no regular file" if os.path.lexists(path) else "does not exist"
         raise InputError(
-            f"{path} {what}: give a model directory, a .safetensors file, or org/name of a model on "
-            "the Hub"
+            f"{path} {what}: give a model directory, a .safetensors file, or org/name of a model "
+            "on the Hub"
         )
     shards = tuple(read_shard(file) for file in files)
     tensors = _merge(shards)
