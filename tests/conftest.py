@@ -19,6 +19,11 @@ from nf4cli.engines.cpu import CpuEngine, available
 from nf4cli.engines.cuda import CudaEngine
 from nf4cli.engines.torch import TorchEngine
 
+# A Python that has loaded readline hands these on, as pytest-xdist's parent does to its workers:
+# a terminal of 200 columns would be taken for one of 80.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 REAL_ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in available()},
            "torch": TorchEngine}  # fmt: skip
 ENGINES = (*REAL_ENGINES, "cuda")

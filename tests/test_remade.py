@@ -127,6 +127,18 @@ def test_a_lie_with_a_manifest_to_it(nf4_hub, hub, pushed):
     assert f"{MANIFEST} has {len(data):,} bytes, {file.sha256}" in text
 
 
+def test_an_index_that_lies(nf4_hub, hub, pushed):
+    name = "model.safetensors.index.json"
+    index = json.loads(pushed.head[name].place.read_text())
+    index["weight_map"]["lm_head.weight"] = SHARD
+    swap(hub, pushed, name, json.dumps(index).encode())
+    found = nf4_hub("verify", OUTPUT, "--source", SOURCE, "--disk", "10MB")
+    assert found.returncode == 1
+    text = " ".join(found.stdout.split())
+    assert f"structure {OUTPUT}/{name} says that {SHARD} holds 'lm_head.weight', but" in text
+    assert not weights_fetched(hub, SOURCE)
+
+
 def test_small_files_are_read(nf4_hub, hub, pushed):
     config = json.loads(pushed.head["config.json"].place.read_text())
     swap(hub, pushed, "config.json", json.dumps({**config, "vocab_size": 511}).encode())

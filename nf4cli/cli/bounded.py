@@ -63,11 +63,20 @@ class Bounded:
                 return self._prove(output, manifest, original), called
 
     def _prove(self, output: Source, manifest: Manifest, original: Source) -> Report:
+        from ..errors import InputError
         from ..hub.explaining import endpoint
         from ..remade import check_stated, plan_again
         from ..report import Report
 
-        report, checkpoint = Report(), output.open()
+        report = Report()
+        try:
+            checkpoint = output.open()
+        except InputError as error:
+            report.add(
+                "structure", output.called, str(error).replace(str(output.path), output.name)
+            )
+            report.check("structure", "every file opens")
+            return report
         plan = plan_again(checkpoint, manifest, original.open(), report)
         carried = plan and self._carried(plan, original)
         if output.snapshot is not None:

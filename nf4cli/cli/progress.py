@@ -331,13 +331,23 @@ def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Ite
         yield _cut(_second(reading, more, width), width)
     moves = _moves(reading)
     if moves:
-        row, room = "", width
-        for short, fact in moves:
-            text = next((t for t in (fact, short) if len(t) + 2 <= room), None)
-            if text is not None:
-                row += f"  {text}"
-                room -= len(text) + 2
-        yield _cut(Text(row, no_wrap=True, overflow="crop"), width)
+        yield _cut(Text(_row(moves, width), no_wrap=True, overflow="crop"), width)
+
+
+def _row(moves: list[tuple[str, str]], width: int) -> str:
+    """What is moved and held, as much of it as fits: the amounts before the speeds."""
+    shown: list[tuple[str, str]] = []
+    room = width
+    for short, whole in moves:
+        if len(short) + 2 <= room:
+            shown.append((short, whole))
+            room -= len(short) + 2
+    row = ""
+    for short, whole in shown:
+        more = len(whole) - len(short)
+        row += f"  {whole if more <= room else short}"
+        room -= more if more <= room else 0
+    return row
 
 
 def _second(reading: Reading, more: list[str], width: int) -> Text:
