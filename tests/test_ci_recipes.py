@@ -75,22 +75,25 @@ def test_the_page_names_every_input_and_output_of_the_action():
     assert rows == set(document["inputs"]) | set(document["outputs"])
 
 
-def test_github(work, tmp_path):
-    """The step of the workflow, as the job of one model runs it, but for the Hub."""
+def test_github(work, tmp_path, hub):
+    """The step of the workflow, as the job of one model runs it: from Hub to Hub."""
     (job,) = yaml.safe_load((RECIPES / "github.yml").read_text())["jobs"].values()
     inputs = {k.replace("-", "_"): str(v) for k, v in job["steps"][0]["with"].items()}
     assert int(inputs["minutes"]) < int(job["timeout-minutes"]) - 10
     for name in ("model", "push_to", "hf_token"):
         assert inputs[name].startswith("${{")
-    said = tmp_path / "said"
-    path = stand_in(tmp_path / "bin", "nf4", f'echo "$*" >{said}; echo \'{{"nf4": "quantize"}}\'')
-    stand_in(tmp_path / "bin", "timeout", 'exec "${@:5}"')
-    runner = Job(ROOT, work, tmp_path / "runner", instead={"Install nf4": None}, env={"PATH": path})
-    runner.use(**inputs | {"model": "org/name@main", "push_to": "me/it", "hf_token": "x"})
-    assert runner.ok, runner.log
-    assert said.read_text().split() == (
-        "quantize --resume --json --disk 10GB --memory 4GB --push-to me/it -- org/name@main".split()
+    env = {**hub.environment(tmp_path / "home"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    runner = Job(ROOT, work, tmp_path / "runner", instead={"Install nf4": None}, env=env)
+    outputs = runner.use(
+        **inputs | {"model": "org/model@main", "push_to": "me/it", "hf_token": "hf_write"}
     )
+    assert runner.ok, runner.log
+    assert outputs["commit"] == hub.store.repos["me/it"].branches["main"]
+    assert hub.store.repos["me/it"].private
+    assert "nf4 verify: me/it&#64;" in runner.summary
+    reports = [outputs[name] for name in ("quantize-report", "verify-report", "junit")]
+    assert all(Path(report).stat().st_size for report in reports)
+    assert not [*work.glob(".*"), *work.glob("*nf4*")], "all of it has left"
 
 
 def gitlab_script(place: Path, path: str = "") -> int:
