@@ -114,16 +114,13 @@ def make_again(
         carrier: with a bound, and an output that leaves for nowhere.
 
     Raises:
-        UsageError: the bound is too small, or `place` has an unfinished proof of something else.
+        UsageError: the bound is too small, or another run is at work on the same.
         InputError, MachineError: see `write_checkpoint`.
     """
     check_output(plan, place, resources.workers, True, carrier.disk_needed(plan, resources.workers))
     recipe = header({"": plan}, algorithm, f"a proof of {called}")
     root = plan.checkpoint.root, plan.checkpoint.is_file
-    with Workspace(
-        place, root, recipe, plan.written, fsync=False, resume=True,
-        going_on="the same command goes on from there",
-    ) as work:  # fmt: skip
+    with Workspace(place, root, recipe, plan.written, fsync=False, scratch=True) as work:
         made = fill(work, "", plan, engine, resources, algorithm, progress, notify, carrier)
         work.discard = True
     return made

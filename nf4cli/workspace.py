@@ -44,7 +44,8 @@ class Workspace:
             a run that finishes no weight before its end, and so never can be.
         total: weights of the whole output, for messages.
         resume: continue what an earlier run left; without it such a thing is an error.
-        going_on: how a user continues one that ended early.
+        scratch: nothing in it is of worth but to the next run of the same, which goes on without
+            being asked to, and which removes what another one left.
         fsync: see Journal; at the end, wait for everything.
 
     Attributes:
@@ -70,14 +71,14 @@ class Workspace:
         *,
         fsync: bool,
         resume: bool = False,
-        going_on: str = "continue with the same command and --resume",
+        scratch: bool = False,
     ) -> None:
-        self._going_on = going_on
+        self._scratch = scratch
         self.output = output.absolute()
         self._source = source
         self._header = header or {}
         self._total = total
-        self._resume = resume
+        self._resume = resume or scratch
         self._fsync = fsync
         self._committed = False
         self.root = workspace_of(output)
@@ -93,7 +94,8 @@ class Workspace:
             self.complete = self._resume and holds_output(self.output)
             if not self.complete:
                 refuse_place(self._source[0], self.output, self._source[1])
-                if self.earlier.finished and self.directory.is_dir():
+                begun = bool(self.earlier.finished) and self.directory.is_dir()
+                if begun and not (self._scratch and self.earlier.header != self._header):
                     self._require_the_same()
                 else:
                     self._begin()
@@ -255,7 +257,10 @@ class Workspace:
         if isinstance(error, (InputError, UsageError)):
             advice = "if they are of no use now, remove them"
         else:
-            advice = f"{self._going_on}, or remove it"
+            going_on = "continue with the same command and --resume"
+            if self._scratch:
+                going_on = "the same command goes on from there"
+            advice = f"{going_on}, or remove it"
         raise UnfinishedRunError(f"{kept}: {advice}: {self._removal}", error) from error
 
     def _has_fetched(self) -> bool:

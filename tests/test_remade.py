@@ -199,6 +199,24 @@ def test_an_interruption_says_how_to_go_on(nf4_hub, hub, pushed):
     assert nf4_hub(*words).returncode == 0, "the bound may be another"
 
 
+def test_what_another_proof_left_is_no_obstacle(nf4_hub, hub, pushed):
+    hub.rate = 4e6
+    process = nf4_hub.start("verify", OUTPUT, "--source", SOURCE, "--disk", "10MB")
+    while hub.sent(WEIGHTS) < 10**7:
+        time.sleep(0.01)
+    words = ("verify", OUTPUT, "--source", SOURCE, "--disk", "10MB")
+    nf4_hub.fails(2, *words, says=("another run is writing",))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(list(nf4_hub.work.iterdir())) == 1
+    hub.rate = None
+    swap(hub, pushed, "notes.md", b"another commit")
+    done = nf4_hub(*words)
+    assert done.returncode == 0, done.stderr
+    assert "continuing" not in done.stderr
+    assert not list(nf4_hub.work.iterdir())
+
+
 def edited(hub, pushed, change) -> None:
     manifest = json.loads(pushed.head[MANIFEST].place.read_text())
     change(manifest)
