@@ -136,6 +136,9 @@ def test_a_damaged_cache_is_noticed_and_mended(nf4_hub):
     data = bytearray(blob.read_bytes())
     data[500_000] ^= 1
     blob.write_bytes(data)
+    says = ("in the cache, has another digest", "HF_HUB_OFFLINE forbids")
+    nf4_hub.fails(4, "quantize", "org/model", "offline", says=says, HF_HUB_OFFLINE="1")
+    nf4_hub.fails(4, "verify", "org/model", says=says, HF_HUB_OFFLINE="1")
     done = nf4_hub("quantize", "org/model", "second")
     assert done.returncode == 0
     assert "has another digest" in done.stderr

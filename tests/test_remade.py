@@ -238,6 +238,18 @@ def test_outputs_that_digests_do_not_prove(nf4_hub, hub, pushed, change, says):
     assert not weights_fetched(hub, OUTPUT)
 
 
+def test_offline_the_files_of_the_cache_are_looked_at(nf4_hub, hub, pushed):
+    nf4_hub.ok("verify", OUTPUT, "--source", SOURCE)  # both are there then
+    hub.log.clear()
+    words = ("verify", OUTPUT, "--source", SOURCE, "--disk", "10MB")
+    found = nf4_hub(*words, HF_HUB_OFFLINE="1")
+    assert found.returncode == 0, found.stderr
+    assert f"{OUTPUT}@{pushed.branches['main']} is good" in found.stdout
+    assert "is its word" not in found.stdout
+    assert not hub.log
+    assert not list(nf4_hub.work.iterdir())
+
+
 def test_what_makes_no_sense(nf4_hub, hub, model, converted, pushed):
     ask = ("--disk", "10MB")
     nf4_hub.fails(2, "verify", OUTPUT, *ask, says=("--disk needs --source",))

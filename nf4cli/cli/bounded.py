@@ -50,19 +50,24 @@ class Bounded:
             InputError, MachineError: see `found` and `make_again`.
         """
         from ..errors import UsageError
+        from ..hub.explaining import is_offline
         from ..recipe import why_not_by_digests
 
+        place, asked = _place(path), path
+        if is_offline():  # nobody states anything: the cache's own files are looked at
+            path = hub.local(path, self.quiet)
         with hub.found(path, False, self.quiet) as output:
-            manifest, called = _manifest_of(output), output.called
+            called = output.called if output.snapshot else hub.shown(asked, path)
+            manifest = _manifest_of(output)
             why = why_not_by_digests(manifest.config, manifest.digest, output.snapshot is not None)
             if why is not None:
                 raise UsageError(f"--disk does not go with {called}: {why}. Leave it out")
             source = hub.as_recorded(source, manifest, common.notices(self.quiet))
             with hub.found(source, False, self.quiet) as original:
                 _refuse(output, original)
-                return self._prove(output, manifest, original), called
+                return self._prove(output, manifest, original, place), called
 
-    def _prove(self, output: Source, manifest: Manifest, original: Source) -> Report:
+    def _prove(self, output: Source, manifest: Manifest, original: Source, place: Path) -> Report:
         from ..errors import InputError
         from ..hub.explaining import endpoint
         from ..remade import check_stated, plan_again
@@ -84,7 +89,7 @@ class Bounded:
         else:
             report = self._verify_alone(checkpoint, output, report)
         if plan and carried:
-            self._make(checkpoint, manifest, plan, carried, original, output, report)
+            self._make(checkpoint, manifest, plan, carried, original, output, place, report)
         return report
 
     def _carried(self, plan: Plan, original: Source) -> Carried:
@@ -124,12 +129,12 @@ class Bounded:
         carried: Carried,
         original: Source,
         output: Source,
+        place: Path,
         report: Report,
     ) -> None:
         from ..remade import check_made, make_again
 
         carrier, limits = carried
-        place = _place(output)
         with ProgressDisplay(
             work_bytes(plan), "verifying", not self.quiet, place=place,
             what=f"{output.called} against {original.called}", weights=plan.parameters,
@@ -180,9 +185,10 @@ def _refuse(output: Source, original: Source) -> None:
     _refuse_pipeline(original)
 
 
-def _place(output: Source) -> Path:
+def _place(path: Path) -> Path:
     """Where what is made would lie: beside an output that is here, here for one on a Hub."""
-    if output.snapshot is not None:
-        return Path(f"models--{output.snapshot.repo.replace('/', '--')}.proof")
-    path = output.path.absolute()
+    name = hub.named(path)
+    if name is not None:
+        return Path(f"models--{name.repo.replace('/', '--')}.proof")
+    path = path.absolute()
     return path.parent / f"{path.name}.proof"

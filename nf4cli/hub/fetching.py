@@ -22,7 +22,7 @@ from ..transfers import Transfers
 from . import client
 from .budget import Budget, Step
 from .client import RemoteFile, Snapshot
-from .explaining import endpoint, in_mid_run
+from .explaining import endpoint, in_mid_run, is_offline
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -242,6 +242,11 @@ def to_cache(
         if is_right(place, file, stop):
             transfers.add_downloaded(file.size)
             return place
+        if is_offline():
+            raise MachineError(
+                f"{place}, in the cache, has another digest than it was fetched with, and "
+                "HF_HUB_OFFLINE forbids to fetch it again: unset that"
+            )
         notify(f"{place} has another digest than {endpoint()} states: fetching it again")
         place, again = None, True
     raise InputError(_wrong(snapshot, file))
