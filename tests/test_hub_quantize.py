@@ -223,6 +223,20 @@ def test_who_may_read(nf4_hub, hub, setting, token, code, says):
         nf4_hub.ok("quantize", "org/model", "out", token=token)
 
 
+def test_what_is_wrong_here_is_said_before_anybody_is_asked(nf4_hub, hub):
+    word = ("quantize", "org/model", "out")
+    nf4_hub.fails(2, *word, says=("HF_ENDPOINT is 'hub'",), HF_ENDPOINT="hub")
+    nf4_hub.fails(2, *word, says=("HF_ENDPOINT is 'http://'",), HF_ENDPOINT="http://")
+    nf4_hub.fails(2, *word, "--disk", "10XB", says=("--disk '10XB' is not a size",))
+    for name in ("a/b/c", "me/x@y", "me/..", "", "me/x y"):
+        says = (f"{name!r} is no name of a repository",)
+        nf4_hub.fails(2, *word, "--push-to", name, says=says)
+        nf4_hub.fails(2, "push", "out", name, says=says)
+    assert not hub.log
+    nf4_hub.fails(2, *word, says=("no token has ('ü')", "HF_TOKEN"), token="hf_ü")
+    assert not list(nf4_hub.work.iterdir())
+
+
 def test_names_that_are_no_models(nf4_hub, hub, tmp_path):
     nf4_hub.fails(3, "quantize", "org/nothing", says=("is no path here", "HF_TOKEN"))
     (nf4_hub.work / "org" / "model").mkdir(parents=True)

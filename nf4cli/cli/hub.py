@@ -38,6 +38,16 @@ def named(source: Path) -> Name | None:
     return None if os.path.lexists(source) else parse(str(source))
 
 
+def require_repository(name: str) -> None:
+    """Raises UsageError for what is no name of a repository to push to."""
+    from ..hub.client import parse
+
+    if parse(name if "/" in name else f"me/{name}") is None or "@" in name:
+        raise UsageError(
+            f"{name!r} is no name of a repository: write org/name, or name for your own"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a model is read from.
@@ -239,9 +249,18 @@ class Trip:
     notify: Notify
 
     def __post_init__(self) -> None:
+        if self.disk is not None:
+            common.parse_size(self.disk, "--disk")
+        if self.push_to is not None:
+            require_repository(self.push_to)
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that may lie on the disk at once."""
+        return None if self.disk is None else common.parse_size(self.disk, "--disk")
 
     @property
     def leaving(self) -> bool:
@@ -263,21 +282,16 @@ class Trip:
         return None if self.leaving else output
 
     def carrier(self, source: Source) -> Carrier | None:
-        """What moves the files of a run; None for one that neither fetches nor pushes.
-
-        Raises:
-            UsageError: --disk is no size.
-        """
+        """What moves the files of a run; None for one that neither fetches nor pushes."""
         from ..hub.carrier import Carrier
         from ..transfers import Transfers
 
-        limit = None if self.disk is None else common.parse_size(self.disk, "--disk")
         snapshot = source.snapshot if source.outline else None
-        if snapshot is None and limit is None and self.push_to is None:
+        if snapshot is None and self.limit is None and self.push_to is None:
             return None
         transfers = Transfers()
         publication = self.publication(transfers)
-        return Carrier(snapshot, limit, publication, self.leaving, transfers, self.notify)
+        return Carrier(snapshot, self.limit, publication, self.leaving, transfers, self.notify)
 
     def publication(self, transfers: Transfers) -> Publication | None:
         """What the output is pushed by, None for one that is not."""

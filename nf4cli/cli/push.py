@@ -10,6 +10,7 @@ import typer
 
 from . import common, views
 from .common import JsonOption, QuietOption, WorkersOption
+from .hub import require_repository
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def push(
     not.
     """
     from ..errors import UsageError
-    from ..hub import client
     from ..hub.explaining import report_to
     from ..hub.publish import Publication
     from ..hub.repository import require_access
@@ -59,10 +59,7 @@ def push(
 
     if message is not None and not message.strip():
         raise UsageError("--message is empty: leave it out, or say what the commit is")
-    if client.parse(repo if "/" in repo else f"me/{repo}") is None or "@" in repo:
-        raise UsageError(
-            f"{repo!r} is no name of a repository: write org/name, or name for your own"
-        )
+    require_repository(repo)
     notify, show = common.notices(quiet), not (quiet or json)
     report_to(notify)
     require_access(repo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,12 @@ def explained(what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {_first_line(error)}") from error
     except errors.OfflineModeIsEnabled as error:
         raise _offline(what) from error
+    except UnicodeEncodeError as error:  # of a header of the request
+        raise UsageError(
+            f"{what}: the token has a character that no token has "
+            f"({error.object[error.start : error.start + 1]!r}): look at HF_TOKEN, or log in again "
+            "with `hf auth login`"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise _refused(what, error) from error
     except Exception as error:
@@ -138,6 +145,7 @@ def report_to(notify: Notify) -> None:
     Raises:
         UsageError: a variable of the environment is not what huggingface_hub takes.
     """
+    _require_address(os.environ.get("HF_ENDPOINT"))
     try:
         from huggingface_hub.utils import disable_progress_bars
         from huggingface_hub.utils.logging import get_logger
@@ -153,6 +161,14 @@ def report_to(notify: Notify) -> None:
     )  # by its own function: that adds a handler, the first time
     logger.handlers = [_Told(notify)]
     logger.propagate = False
+
+
+def _require_address(endpoint: str | None) -> None:
+    """What no request could be sent to is no trouble of the network, which may pass."""
+    if endpoint and not re.match(r"https?://[^/\s]+", endpoint):
+        raise UsageError(
+            f"HF_ENDPOINT is {endpoint!r}, expected an address that begins with http:// or https://"
+        )
 
 
 class _Told(logging.Handler):
