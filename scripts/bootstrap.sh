@@ -1,5 +1,6 @@
 # Sourced by demo, test and nf4: makes .venv beside this folder and installs the checkout into it.
-# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; bootstrap_transformers4 (for the tests)
+# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; for the tests bootstrap_transformers4 and
+# bootstrap_mirror
 # Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -51,20 +52,32 @@ bootstrap() {
   [ -z "$extra" ] || fingerprint "" >"$venv/.installed"
 }
 
-# What nf4 writes must load in transformers 4 too, which cannot be installed beside 5.
-bootstrap_transformers4() {
-  local stamp now
-  local -a packages=(torch==2.13.0 transformers==4.57.6 bitsandbytes==0.50.2 safetensors==0.8.0 accelerate)
-  second="$root/.venv-transformers4"
-  stamp="$second/.installed"
-  now="${packages[*]}"
+# An environment of its own beside this folder, for what cannot be installed into the first.
+bootstrap_apart() {
+  local place="$root/$1" what=$2 stamp now
+  shift 2
+  stamp="$place/.installed"
+  now="$*"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
     return
   fi
-  printf 'setting up %s ...\n' "${second#"$root"/}" >&2
-  [ -x "$second/bin/python" ] || "${NF4_PYTHON:-python3}" -m venv "$second"
+  printf 'setting up %s ...\n' "${place#"$root"/}" >&2
+  [ -x "$place/bin/python" ] || "${NF4_PYTHON:-python3}" -m venv "$place"
   rm -f "$stamp"
-  "$second/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}" ||
-    die "installing transformers 4 for the tests failed; the lines above say why"
+  "$place/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
+    die "installing $what for the tests failed; the lines above say why"
   printf '%s\n' "$now" >"$stamp"
+}
+
+# What nf4 writes must load in transformers 4 too, which cannot be installed beside 5.
+bootstrap_transformers4() {
+  second="$root/.venv-transformers4"
+  bootstrap_apart .venv-transformers4 "transformers 4" \
+    torch==2.13.0 transformers==4.57.6 bitsandbytes==0.50.2 safetensors==0.8.0 accelerate
+}
+
+# A mirror of the Hub that others wrote: a server for nf4 to speak to, and a client of the tests' own.
+bootstrap_mirror() {
+  mirror="$root/.venv-mirror"
+  bootstrap_apart .venv-mirror "a mirror of the Hub" olah==0.5.4
 }
