@@ -186,6 +186,15 @@ def test_exit_code_2_usage(place, command):
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.parametrize("words", [("inspect", ""), ("verify", "out", "--source=")], ids=repr)
+def test_exit_code_2_a_variable_of_the_shell_that_is_not_set(place, words):
+    """As a path, nothing is the directory we are in: a model, here."""
+    fails(2, place, *words)
+    done = nf4(*words, cwd=place / "out")
+    assert done.returncode == 2
+    assert "is its shell variable set?" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from itertools import pairwise
 
 import typer
 
@@ -73,6 +74,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
     json = "--json" in sys.argv[1:]
+    _refuse_empty_words(json)
     try:
         # Under --json a mistake in the command line comes to us, to be put into a document.
         code = app(standalone_mode=not json)
@@ -96,6 +98,15 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message()} (see nf4 --help)", 2, json)
+
+
+def _refuse_empty_words(json: bool) -> None:
+    """`nf4 quantize "$MODEL"` with MODEL not set: as a path, nothing is the current directory."""
+    for before, word in pairwise(["nf4", *sys.argv[1:]]):
+        if not word:
+            _fail(f"an empty argument after {before!r}: is its shell variable set?", 2, json)
+        if word.startswith("--") and word.endswith("="):
+            _fail(f"{word[:-1]} has an empty value: is its shell variable set?", 2, json)
 
 
 def _open_closed_streams() -> None:
