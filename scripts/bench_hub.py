@@ -199,7 +199,8 @@ def journeys(work: Path, quick: bool) -> None:
     print(f"\n{total:,} bytes in 9 files, two connections at a time\n")
     print("| link | what | seconds | the link alone | most on the disk | peak memory |")
     print("|---|---|---|---|---|---|")
-    push = ["--push-to", "me/out", "--max-shard-size", "100MB"]
+    bounded = ["quantize", "org/model", "--disk", "1200MB", "--push-to"]
+    files = ["--max-shard-size", "100MB"]
     local, memory, _ = run(
         ["quantize", str(models / "org" / "model"), "out"], dict(os.environ), work / "place"
     )
@@ -209,12 +210,16 @@ def journeys(work: Path, quick: bool) -> None:
             for what, arguments in {
                 "to the cache, then to OUTPUT": ["quantize", "org/model", "out"],
                 "--disk 3GB to OUTPUT": ["quantize", "org/model", "out", "--disk", "3GB"],
-                "--disk 1200MB, pushed": ["quantize", "org/model", "--disk", "1200MB", *push],
+                "--disk 1200MB, pushed by LFS": [*bounded, "me/out", *files],
+                "--disk 1200MB, pushed by Xet": [*bounded, "me/other", *files],
                 "that one verified, --disk 1200MB": [
                     "verify", "me/out", "--source", "org/model", "--disk", "1200MB"
                 ],
             }.items():  # fmt: skip
-                seconds, memory, most = run(arguments, environment, work / "place")
+                settings = dict(environment)
+                if what.endswith("by Xet"):
+                    del settings["HF_HUB_DISABLE_XET"]
+                seconds, memory, most = run(arguments, settings, work / "place")
                 alone = f"{total / (2 * rate):.1f}" if rate else ""
                 name = f"2 x {rate / 1e6:.0f} MB/s" if rate else "loopback"
                 print(

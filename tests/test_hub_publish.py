@@ -37,10 +37,12 @@ def python(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
 def worker(python, tmp_path):
     """Runs a step of the worker against a Hub; returns (its document, its process)."""
 
-    def run(hub: Hub, step: str, directory: Path, stdin: str = "", code: int = 0):
+    def run(
+        hub: Hub, step: str, directory: Path, stdin: str = "", code: int = 0, xet: bool = False
+    ):
         done = subprocess.run(
             [python[0], WORKER, step, directory, "me/made"], input=stdin, text=True,
-            env={**hub.environment(tmp_path / "home"), "PYTHONPATH": python[1]},
+            env={**hub.environment(tmp_path / "home", xet=xet), "PYTHONPATH": python[1]},
             capture_output=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
@@ -60,9 +62,11 @@ def files(tmp_path):
     return place
 
 
-def test_a_second_process_commits_what_the_first_one_sent(worker, python, files, tmp_path):
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_a_second_process_commits_what_the_first_one_sent(worker, python, files, tmp_path, xet):
     with Hub(tmp_path / "hub") as hub:
-        first, _ = worker(hub, "send", files)
+        first, _ = worker(hub, "send", files, xet=xet)
+        assert bool(hub.requests("POST /v1/xorbs")) is xet
         assert first["client"].startswith("0." if python[0] == OLD else "2.")
         assert {u["name"] for u in first["sent"] if u["stored"]} == {
             "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
@@ -72,10 +76,10 @@ def test_a_second_process_commits_what_the_first_one_sent(worker, python, files,
         for path in files.glob("*.safetensors"):
             path.unlink()
         hub.log.clear()
-        second, _ = worker(hub, "commit", files, json.dumps(first))
+        second, _ = worker(hub, "commit", files, json.dumps(first), xet=xet)
         assert second["changed"]
         assert second["commit"] == repo.branches["main"]
-        assert not hub.requests("PUT /upload"), "sent again"
+        assert not hub.requests("PUT /upload|POST /v1/xorbs"), "sent again"
         assert len(repo.commits) == 2
         assert repo.head["model-00002-of-00002.safetensors"].place.read_bytes() == b"b" * 200_000
         assert repo.head["README.md"].place.read_text().endswith("me/made\n")

@@ -12,6 +12,10 @@ from typing import Any
 from ..engines import Notify
 from ..errors import InputError, MachineError, TransferError, UsageError
 
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"
+_FORBIDDEN = re.compile(r"HTTP status client error \(40[13] ")
+"""As the storage library says it, whose errors have no status but in their words."""
+
 
 def is_offline() -> bool:
     """Whether the user forbade huggingface_hub the network (HF_HUB_OFFLINE)."""
@@ -101,8 +105,7 @@ def _refused(what: str, error: Any) -> InputError | MachineError:
     if status == 403 and not str(error.response.url).startswith(endpoint()):
         return MachineError(f"{message}, the address of the file may have expired: try again")
     if status in (401, 403):
-        return InputError(f"{message}: log in with `hf auth login`, or set HF_TOKEN to a token "
-                          "that may do this")  # fmt: skip
+        return InputError(f"{message}: {_LOG_IN}")
     if 400 <= status < 500 and status not in (408, 412, 416, 429):
         return InputError(message)
     return MachineError(f"{message}: try again later")
@@ -115,7 +118,11 @@ def _offline(what: str) -> MachineError:
     )
 
 
-def _unreachable(what: str, error: BaseException) -> MachineError:
+def _unreachable(what: str, error: BaseException) -> InputError | MachineError:
+    if _FORBIDDEN.search(str(error)):
+        return InputError(
+            f"{what}: the storage of {endpoint()} refused it ({_first_line(error)}): {_LOG_IN}"
+        )
     return MachineError(
         f"{what}: the connection to {endpoint()} failed ({_first_line(error)}): try again, or "
         "look at HF_ENDPOINT and the network"

@@ -32,6 +32,7 @@ from .repository import (
     refuse_another_model,
     require_access,
 )
+from .storage import reporting
 from .upload import (
     MAX_IN_GIT,
     Sent,
@@ -240,7 +241,7 @@ class Publication:
         operation = addition(name, path, size, sample, sha256, self._sent)
         try:
             self._asked(f"{name} for {self.repo}", lambda: self._send(operation))
-        except InputError as error:
+        except (InputError, MachineError) as error:
             if read_start(path, 0)[2] != identity:
                 raise _changed(path) from error
             raise
@@ -303,7 +304,8 @@ class Publication:
     def _send(self, operation: CommitOperationAdd) -> None:
         from huggingface_hub import HfApi
 
-        HfApi().preupload_lfs_files(self.repo, [operation], num_threads=1, free_memory=False)
+        with reporting(getattr(operation, "count", _tell_nobody)):
+            HfApi().preupload_lfs_files(self.repo, [operation], num_threads=1, free_memory=False)
         if is_ignored(operation):
             raise UsageError(
                 f"the .gitignore of {self.repo} leaves {operation.path_in_repo} out, so that the "

@@ -92,7 +92,9 @@ def addition(
 
 def rest(operation: CommitOperationAdd) -> int:
     """Bytes of a file that are on the Hub and that nobody was told of: it had them before."""
-    return max(0, operation.upload_info.size - int(getattr(operation, "read", 0)))
+    told, size = int(getattr(operation, "read", 0)), operation.upload_info.size
+    operation.read = size  # type: ignore[attr-defined]
+    return max(0, size - told)
 
 
 def is_ignored(operation: CommitOperationAdd) -> bool:

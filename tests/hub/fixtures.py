@@ -74,13 +74,17 @@ def hub(tmp_path: Path, model: Path) -> Iterator[Hub]:
 class Runner:
     """Runs the real command against a Hub, in a directory of its own.
 
+    Args:
+        xet: with the Hub's newer store.
+
     Attributes:
         work: where it runs.
         home: HF_HOME.
     """
 
-    def __init__(self, hub: Hub, work: Path) -> None:
+    def __init__(self, hub: Hub, work: Path, xet: bool = False) -> None:
         self.hub, self.work, self.home = hub, work / "work", work / "home"
+        self._xet = xet
         self.work.mkdir()
 
     def start(
@@ -89,7 +93,7 @@ class Runner:
         """Begin to run it; `more` are environment variables."""
         return subprocess.Popen(
             [Path(sys.executable).with_name("nf4"), *map(str, arguments)],
-            cwd=self.work, env={**self.hub.environment(self.home, token), **more},
+            cwd=self.work, env={**self.hub.environment(self.home, token, self._xet), **more},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

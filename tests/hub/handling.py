@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self.hub = self.server.hub
         self.address = urlsplit(self.path)
-        self.body_bytes = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body_bytes = self._body()
         self.fault = self.hub.faults.take(f"{self.command} {self.path}") or Fault("", times=0)
         if self.fault.drop:
             self._close()
@@ -73,6 +73,17 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(self.fault.status, self.fault.body, self.fault.headers)
         else:
             self.answer()
+
+    def _body(self) -> bytes:
+        """What the client sends, no faster than the link is."""
+        size, rate = int(self.headers.get("Content-Length") or 0), self.hub.rate
+        if rate is None:
+            return self.rfile.read(size)
+        data, begun = bytearray(), time.monotonic()
+        while len(data) < size:
+            data += self.rfile.read(min(_PIECE, size - len(data)))
+            time.sleep(max(0.0, len(data) / rate - (time.monotonic() - begun)))
+        return bytes(data)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815 - their names
 

@@ -1,4 +1,5 @@
-"""The server: the Hub itself on one port, and on another what large files are redirected to."""
+"""The server: the Hub itself on one port, on another what large files are redirected to, and on a
+third the Xet store."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from .api import Api
 from .faults import Faults
 from .handling import Handler, Request, Server
 from .store import Repo, Store, environment_of
+from .xet import Xet, XetStore
 
 
 class Hub:
@@ -26,18 +28,21 @@ class Hub:
         faults: what goes wrong.
         log: every request that was answered.
         rate: bytes a second of every body, None for no limit.
+        xet: files that came by the newer way of uploads, for clients that take it.
+        url, cdn, cas: of the Hub, of large files, of the Xet store.
         part_size: bytes of the parts that an upload comes in, None for one whole.
     """
 
     def __init__(self, root: Path, port: int = 0) -> None:
         self.store = Store(root)
+        self.xet = XetStore(root / "xorbs")
         self.faults = Faults()
         self.log: list[Request] = []
         self.rate: float | None = None
         self.part_size: int | None = None
         self.lock = threading.RLock()
-        self._servers = [_serve(self, kind, port) for kind, port in ((Api, port), (Cdn, 0))]
-        self.url, self.cdn = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+        self._servers = [_serve(self, kind, n) for kind, n in ((Api, port), (Cdn, 0), (Xet, 0))]
+        self.url, self.cdn, self.cas = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
 
     def __enter__(self) -> Hub:
         return self
@@ -50,9 +55,18 @@ class Hub:
     def add(self, name: str, source: Path | dict[str, bytes | Path], **options: bool) -> Repo:
         return self.store.add(name, source, **options)
 
-    def environment(self, home: Path, token: str | None = "hf_write") -> dict[str, str]:
-        """For a process that speaks to this Hub and to nothing else."""
-        return environment_of(self.url, home, token)
+    def environment(
+        self, home: Path, token: str | None = "hf_write", xet: bool = False
+    ) -> dict[str, str]:
+        """For a process that speaks to this Hub and to nothing else.
+
+        Args:
+            xet: with the store that huggingface_hub 2.x sends every upload to, where it may.
+        """
+        found = environment_of(self.url, home, token)
+        if xet:
+            del found["HF_HUB_DISABLE_XET"]
+        return found
 
     def requests(self, pattern: str) -> list[Request]:
         """Those whose "METHOD /path" the pattern is found in."""

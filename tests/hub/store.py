@@ -141,7 +141,7 @@ def environment_of(url: str, home: Path, token: str | None) -> dict[str, str]:
         **left,
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",  # huggingface_hub 2.x would send every upload there
+        "HF_HUB_DISABLE_XET": "1",  # LFS: the other way there is
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NF4_HUB_WAIT": "0.1",
         "NO_PROXY": "*",
