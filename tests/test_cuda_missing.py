@@ -102,7 +102,7 @@ def test_auto_goes_on_with_the_cpu_and_says_why(llama, tmp_path, with_driver, ca
     ("device", "words"),
     [("cuda:7", ("cuda:7", "cuda:0 to cuda:1")), ("cuda:0,2", ("cuda:2",)),
      ("gpu", ("'gpu'", "cuda:0,1")), ("cuda:", ("'cuda:'",)), ("cuda:-1", ("'cuda:-1'",)),
-     ("cuda:99999", ("'cuda:99999'",)), ("", ("''",))],
+     ("cuda:99999", ("'cuda:99999'",)), ("", ("an empty argument after '--device'",))],
 )  # fmt: skip
 def test_devices_that_do_not_exist(llama, tmp_path, with_driver, device, words):
     arguments = ("quantize", llama, tmp_path / "out", "--device", device)

@@ -228,7 +228,7 @@ def test_what_is_wrong_here_is_said_before_anybody_is_asked(nf4_hub, hub):
     nf4_hub.fails(2, *word, says=("HF_ENDPOINT is 'hub'",), HF_ENDPOINT="hub")
     nf4_hub.fails(2, *word, says=("HF_ENDPOINT is 'http://'",), HF_ENDPOINT="http://")
     nf4_hub.fails(2, *word, "--disk", "10XB", says=("--disk '10XB' is not a size",))
-    for name in ("a/b/c", "me/x@y", "me/..", "", "me/x y"):
+    for name in ("a/b/c", "me/x@y", "me/..", " ", "me/x y"):
         says = (f"{name!r} is no name of a repository",)
         nf4_hub.fails(2, *word, "--push-to", name, says=says)
         nf4_hub.fails(2, "push", "out", name, says=says)
