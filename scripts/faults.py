@@ -163,7 +163,7 @@ def change_source_between(bench: Bench) -> None:
     shutil.copytree(original, kept / original.name)
     bench.source = kept / original.name
     try:
-        while not bench.done():
+        while not bench.done() or bench.output.exists():  # killed behind the last rename, too late
             bench.clean()
             process = bench.start()
             time.sleep(bench.random.uniform(0.4, 1.0) * bench.seconds)
