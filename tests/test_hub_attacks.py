@@ -163,8 +163,7 @@ def test_a_repository_without_lfs_does_not_hold_a_bounded_run_for_ever(nf4_hub, 
 def test_ctrl_c_while_the_network_is_waited_for(nf4_hub, hub, fault, bound):
     hub.faults.add(Fault(**vars(fault)))
     process = nf4_hub.start("quantize", "org/model", "out", *bound, NF4_HUB_WAIT="20")
-    while not hub.faults.seen:
-        time.sleep(0.01)
+    nf4_hub.wait_for_fault(process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()

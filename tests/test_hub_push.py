@@ -266,19 +266,17 @@ def test_uploads_in_parts(push, hub):
     require_published(hub, push.work / "out")
 
 
-def begin_and_wait(push, hub) -> subprocess.Popen[str]:
+def begin_and_wait(push) -> subprocess.Popen[str]:
     """A push that waits for a busy Hub, that has met the fault."""
     process = push.start("push", "out", REPO)
-    while not hub.faults.seen:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    push.wait_for_fault(process)
     return process
 
 
 def test_somebody_else_commits_meanwhile(push, hub):
     repo = hub.add(REPO, {})
     hub.faults.add(Fault(COMMIT, status=503, headers={"Retry-After": "2"}))
-    process = begin_and_wait(push, hub)
+    process = begin_and_wait(push)
     theirs = repo.commit({"theirs.txt": hub.store.file("theirs.txt", b"t")}, "theirs")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 4
@@ -292,7 +290,7 @@ def test_somebody_else_commits_meanwhile(push, hub):
 
 def test_a_file_that_changes_meanwhile_is_not_published(push, hub):
     hub.faults.add(Fault(r"POST /api/repos/create", status=503, headers={"Retry-After": "1"}))
-    process = begin_and_wait(push, hub)
+    process = begin_and_wait(push)
     shard = sorted((push.work / "out").glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     _, stderr = process.communicate(timeout=60)
@@ -303,7 +301,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(push, hub):
 
 def test_killed_and_begun_again(push, hub):
     hub.faults.add(Fault(PUT, after=2, status=503, times=10**6))
-    process = begin_and_wait(push, hub)
+    process = begin_and_wait(push)
     while len(sent := _taken(hub)) < 2:  # the refused third may be answered before these
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -325,7 +323,7 @@ def _taken(hub) -> set[str]:
 
 def test_ctrl_c_does_not_wait_for_the_network(push, hub):
     hub.faults.add(Fault(PUT, status=503, headers={"Retry-After": "60"}, times=10**6))
-    process = begin_and_wait(push, hub)
+    process = begin_and_wait(push)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

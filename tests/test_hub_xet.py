@@ -10,10 +10,10 @@ import time
 import pytest
 from hub import Fault
 from hub.fixtures import Runner, Watch, bytes_in, converted, hub, model  # noqa: F401 - fixtures
+from test_hub_push import REPO, require_published
 
 from nf4cli.hub.storage import reporting
 
-REPO = "me/model-nf4"
 XORB, SHARD = "POST /v1/xorbs", "POST /v1/shards"
 TOKEN = "xet-write-token"
 
@@ -27,15 +27,6 @@ def nf4(hub, tmp_path) -> Runner:  # noqa: F811
 def push(nf4, converted):  # noqa: F811
     """Arguments that publish the output."""
     return ("push", converted, REPO)
-
-
-def require_published(hub, output) -> None:  # noqa: F811
-    head = hub.store.repos[REPO].head
-    assert {n for n in head if n != "README.md"} == {
-        p.name for p in output.iterdir() if p.name != "README.md"
-    }
-    for path in output.glob("*.safetensors"):
-        assert head[path.name].place.read_bytes() == path.read_bytes()
 
 
 def test_there_and_back(nf4, push, hub, converted, model):  # noqa: F811
@@ -105,9 +96,7 @@ def test_a_server_without_such_a_storage(nf4, push, hub):  # noqa: F811
 def test_stopped_and_begun_again(nf4, push, hub, converted, number):  # noqa: F811
     hub.faults.add(Fault(XORB, after=3, status=503, times=10**6))
     process = nf4.start(*push)
-    while not hub.faults.seen:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    nf4.wait_for_fault(process)
     begun = time.monotonic()
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -125,9 +114,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(nf4, hub, model):  # noq
     nf4.ok("quantize", model, "out")
     hub.faults.add(Fault(TOKEN, status=503))
     process = nf4.start("push", "out", REPO)
-    while not hub.faults.seen:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+    nf4.wait_for_fault(process)
     shard = nf4.work / "out" / "model.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

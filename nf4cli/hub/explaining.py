@@ -82,7 +82,7 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         if not _is_of_the_network(error):
             raise
-        raise _unreachable(what, error) from error
+        raise _failed(what, error) from error
 
 
 @contextmanager
@@ -118,11 +118,16 @@ def _offline(what: str) -> MachineError:
     )
 
 
-def _unreachable(what: str, error: BaseException) -> InputError | MachineError:
-    if _FORBIDDEN.search(str(error)):
-        return InputError(
-            f"{what}: the storage of {endpoint()} refused it ({_first_line(error)}): {_LOG_IN}"
-        )
+def _failed(what: str, error: BaseException) -> InputError | MachineError:
+    """What the HTTP library says, or that of the storage, which also says so what was refused."""
+    if not _FORBIDDEN.search(str(error)):
+        return _unreachable(what, error)
+    return InputError(
+        f"{what}: the storage of {endpoint()} refused it ({_first_line(error)}): {_LOG_IN}"
+    )
+
+
+def _unreachable(what: str, error: BaseException) -> MachineError:
     return MachineError(
         f"{what}: the connection to {endpoint()} failed ({_first_line(error)}): try again, or "
         "look at HF_ENDPOINT and the network"

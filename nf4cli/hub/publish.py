@@ -38,11 +38,11 @@ from .upload import (
     Sent,
     addition,
     blob_of,
+    counter_of,
     hold,
     is_ignored,
     is_stored,
     response_of,
-    rest,
     retry_after,
     sha256_of,
     translated,
@@ -250,7 +250,7 @@ class Publication:
         if read_start(path, 0)[2] != identity:
             raise _changed(path)
         self._expect(name, Expected(size, sha256, blob), operation)
-        self._sent(rest(operation))
+        counter_of(operation)(size)  # the Hub may have had it, and read nothing
         return Uploaded(name, size, sha256, sample, stored)
 
     def _add_card(self, path: Path) -> Uploaded:
@@ -304,7 +304,7 @@ class Publication:
     def _send(self, operation: CommitOperationAdd) -> None:
         from huggingface_hub import HfApi
 
-        with reporting(getattr(operation, "count", _tell_nobody)):
+        with reporting(counter_of(operation)):
             HfApi().preupload_lfs_files(self.repo, [operation], num_threads=1, free_memory=False)
         if is_ignored(operation):
             raise UsageError(

@@ -51,7 +51,7 @@ def _report_sessions() -> None:
     """Put ours in the place of huggingface_hub's function, once."""
     try:
         from huggingface_hub.utils import _xet
-    except ImportError:  # before 0.30
+    except ImportError:  # it is private, and may move
         return
     theirs = getattr(_xet, "get_xet_session", None)
     if theirs is None or hasattr(theirs, "of_nf4"):

@@ -16,6 +16,7 @@ from ..digest import digests_of_file
 from ..errors import InputError, MachineError
 from ..untrusted import read_start
 from .explaining import endpoint, explained
+from .storage import Position
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -90,11 +91,10 @@ def addition(
     return operation
 
 
-def rest(operation: CommitOperationAdd) -> int:
-    """Bytes of a file that are on the Hub and that nobody was told of: it had them before."""
-    told, size = int(getattr(operation, "read", 0)), operation.upload_info.size
-    operation.read = size  # type: ignore[attr-defined]
-    return max(0, size - told)
+def counter_of(operation: CommitOperationAdd) -> Position:
+    """Where it is told how far a file is, if it is one of `addition`'s; a model card's is not."""
+    found: Position = getattr(operation, "count", lambda _: None)
+    return found
 
 
 def is_ignored(operation: CommitOperationAdd) -> bool:

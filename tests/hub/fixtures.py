@@ -97,6 +97,12 @@ class Runner:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
+    def wait_for_fault(self, process: subprocess.Popen[str]) -> None:
+        """Until the command has met the Hub's fault, which it must not be stopped by."""
+        while not self.hub.faults.seen:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+
     def __call__(self, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **more)
         out, err = process.communicate(timeout=300)
