@@ -14,13 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from . import __version__, bnb_format
+from . import bnb_format
 from .components import converts
-from .digest import ALGORITHMS
 from .errors import InputError, NothingToQuantizeError, UsageError
 from .families import consult
-from .manifest import FileRecord
-from .output import Copies
+from .model_plan import Copies, ModelPlan
 from .plan import Oracle, Scan, make_plan, no_scan
 from .planned import Plan
 from .records import Checkpoint, Origin, QuantConfig
@@ -33,6 +31,7 @@ from .source import (
     is_left,
     is_weight_file,
     links_note,
+    name_of_directory,
     open_checkpoint,
     other_files,
     plain_index,
@@ -41,7 +40,6 @@ from .source import (
 from .untrusted import INDEX, home_of, is_plain, is_regular, leads_out, read_json
 
 INDEX_FILE = "model_index.json"
-RECORD_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,105 +59,6 @@ class Component:
     def converts(self) -> bool:
         """Whether nf4 makes it 4-bit."""
         return converts(self.name, self.library, self.class_name)
-
-
-@dataclass(frozen=True, slots=True)
-class PipelinePlan:
-    """The whole conversion of a pipeline, decided.
-
-    Attributes:
-        root: the source.
-        parts: component -> its plan.
-        copies: everything else.
-        notes: what the user should know, one sentence each.
-    """
-
-    root: Path
-    parts: Mapping[str, Plan]
-    copies: Copies
-    notes: tuple[str, ...]
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of the source shards of all parts."""
-        return sum(plan.source_bytes for plan in self.parts.values())
-
-    @property
-    def shard_bytes(self) -> int:
-        """Bytes of the output shards of all parts, exactly."""
-        return sum(plan.shard_bytes for plan in self.parts.values())
-
-    @property
-    def left_files(self) -> list[str]:
-        """Files that are not copied."""
-        own = [f"{n}/{f}" for n, plan in self.parts.items() for f in plan.checkpoint.left_files]
-        return sorted([*own, *self.copies.left])
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """nf4_pipeline.json: what an output holds beside its converted components.
-
-    Attributes:
-        digest: algorithm.
-        components: those that were converted; their own manifests have the rest.
-        files: every other file, and the manifests of the components.
-    """
-
-    digest: str
-    components: tuple[str, ...]
-    files: Mapping[str, FileRecord]
-
-    def to_json(self) -> str:
-        document = {
-            "nf4_pipeline": RECORD_VERSION,
-            "tool": {"name": "nf4cli", "version": __version__},
-            "digest": self.digest,
-            "components": sorted(self.components),
-            "files": [
-                {"name": name, "size": record.size, "digest": record.digest}
-                for name, record in sorted(self.files.items())
-            ],
-        }
-        return json.dumps(document, indent=1) + "\n"
-
-    @staticmethod
-    def from_file(path: Path) -> Record:
-        """Raises InputError: not such a record, damaged, or of a newer format."""
-        document = read_json(path)
-        version = document.get("nf4_pipeline")
-        if version != RECORD_VERSION:
-            raise InputError(
-                f"{path} has format {version!r}; this version of nf4 reads {RECORD_VERSION}: "
-                "install the nf4cli that wrote it, or quantize again"
-            )
-        files, components = document.get("files"), document.get("components")
-        if (
-            document.get("digest") not in ALGORITHMS
-            or not isinstance(components, list)
-            or not all(isinstance(name, str) and is_plain(name) for name in components)
-            or not isinstance(files, list)
-            or not all(_is_file_entry(file) for file in files)
-        ):
-            raise InputError(
-                f"{path} is damaged: it was edited by hand, or is incomplete. Quantize again, or "
-                "remove it to check the files without it"
-            )
-        return Record(
-            digest=str(document["digest"]),
-            components=tuple(components),
-            files={file["name"]: FileRecord(file["size"], file["digest"]) for file in files},
-        )
-
-
-def _is_file_entry(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and "\0" not in value["name"]
-        and type(value.get("size")) is int
-        and isinstance(value.get("digest"), str)
-    )
 
 
 def is_pipeline(path: Path) -> bool:
@@ -239,7 +138,7 @@ def make_pipeline_plan(
     oracle: Oracle = consult,
     scan: Scan = no_scan,
     origin_of: Callable[[str], Origin | None] = _no_origin,
-) -> PipelinePlan:
+) -> ModelPlan:
     """Decide the whole conversion of a pipeline.
 
     Args:
@@ -296,7 +195,7 @@ def make_pipeline_plan(
     )
     if whole:
         notes.append(f"in full precision stays {whole}")
-    return PipelinePlan(root, parts, copies, tuple(notes))
+    return ModelPlan(root, False, name_of_directory(root), parts, copies, tuple(notes))
 
 
 def _weight_bytes(copies: Copies, component: str) -> int:

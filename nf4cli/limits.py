@@ -13,6 +13,7 @@ from pathlib import Path
 from .codebook import NESTED_BLOCKSIZE
 from .engines import GRANULE, Engine
 from .errors import MachineError, UsageError
+from .model_plan import ModelPlan
 from .planned import Plan
 from .records import QuantConfig
 from .source import MANIFEST, PIPELINE_RECORD
@@ -23,6 +24,7 @@ DEFAULT_CHUNK = 8 << 20
 _LONGEST_NAME = 255  # bytes
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
+_RECORD_ROOM = 300  # bytes a file in nf4_pipeline.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Resources:
 
 
 def check_output(
-    plan: Plan, output: Path, workers: int, resume: bool = False, need: int | None = None
+    model: ModelPlan, output: Path, workers: int, resume: bool = False, need: int | None = None
 ) -> None:
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
 
@@ -53,9 +55,9 @@ def check_output(
         UsageError: it exists, or it is the source or inside it.
         MachineError: not enough free space.
     """
-    require_place(plan.checkpoint.root, output, plan.checkpoint.is_file, resume)
+    require_place(model.root, output, model.is_file, resume)
     if not (resume and holds_output(output)):
-        require_disk(output, disk_bytes(plan, workers) if need is None else need)
+        require_disk(output, disk_bytes(model, workers) if need is None else need)
 
 
 def holds_output(output: Path) -> bool:
@@ -142,13 +144,21 @@ def _bytes_in(directory: Path) -> int:
     return total
 
 
-def disk_bytes(plan: Plan, workers: int) -> int:
-    """Bytes that the run needs on the output's disk, temporary files and manifest included."""
-    return plan.shard_bytes + base_bytes(plan, workers)
+def disk_bytes(model: ModelPlan, workers: int) -> int:
+    """Return the bytes that a run needs on the output's disk, everything included."""
+    return sum(model.file_sizes.values()) + base_bytes(model, workers)
 
 
-def base_bytes(plan: Plan, workers: int) -> int:
-    """The same without the output's shards."""
+def base_bytes(model: ModelPlan, workers: int) -> int:
+    """Return the same without the output's weight files: what lies there all the time."""
+    parts = sum(_beside_shards(plan, workers) for plan in model.parts.values())
+    if not model.is_pipeline:
+        return parts
+    small = model.copies.nbytes - sum(model.copies.weight_files.values())
+    return parts + small + _RECORD_ROOM * (len(model.copies.files) + 10)
+
+
+def _beside_shards(plan: Plan, workers: int) -> int:
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
     if plan.importance is not None:
         copies += plan.importance.path.stat().st_size

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .diffusion import Record
 from .digest import digests_of_file
 from .errors import InputError
 from .manifest import FileRecord, Manifest
 from .pipeline import Progress, run
+from .pipeline_record import Record
 from .report import Finding
 from .source import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +45,6 @@ def write_side_files(
     if index is not None:
         name = index_name(checkpoint.stem)
         (directory / name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Files that go into an output as they are.
-
-    Attributes:
-        root: where they come from.
-        files: path in the output -> path under root.
-        texts: path in the output -> its content, which the source has in another form.
-        left: paths under root that are not copied.
-    """
-
-    root: Path
-    files: dict[str, str]
-    texts: dict[str, str]
-    left: list[str]
-
-    @property
-    def nbytes(self) -> int:
-        copied = sum((self.root / name).stat().st_size for name in self.files.values())
-        return copied + sum(len(text.encode()) for text in self.texts.values())
-
-    def write(self, directory: Path) -> None:
-        for name, source in self.files.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.root / source, directory / name)
-        for name, text in self.texts.items():
-            (directory / name).write_text(text, "utf-8")
 
 
 def _config_text(config: Mapping[str, Any]) -> str:

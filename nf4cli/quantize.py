@@ -1,35 +1,38 @@
-"""Writing a 4-bit checkpoint: the files, their digests, the manifest, all or nothing."""
+"""Writing a 4-bit model: the files, their digests, the manifests, all or nothing."""
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .card import write_card
 from .complete import confirm, differs, is_of_commit
 from .conversion import Conversion
+from .diffusion import INDEX_FILE
 from .digest import OrderedDigest, ShardDigest, digest_file, digest_shard, digest_tensor
-from .engines import Engine, Notify, no_notice
+from .engines import Engine
 from .errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
-from .hub.carrier import Carrier
 from .journal import Journal, Part
-from .limits import Resources, check_output, room_for
+from .limits import Resources, check_output
 from .manifest import FileRecord, Manifest
+from .model_plan import ModelPlan, path_in_model, place_for
 from .output import clear, write_side_files
-from .pipeline import Progress, no_progress
+from .pipeline_record import Record, confirm_pipeline
 from .planned import Plan, TensorPlan
 from .reader import ByteReader, read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
-from .source import IMPORTANCE, MANIFEST
-from .watch import NOBODY, Watch
+from .source import IMPORTANCE, MANIFEST, PIPELINE_RECORD
+from .transport import LOCAL, Carriage, Transport
+from .untrusted import read_json
+from .watch import NOBODY, Listener
 from .workspace import Workspace, earlier_header
-from .writer import ShardLayout, ShardWriter
+from .writer import ShardWriter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,13 +50,13 @@ class _Files:
         directory: where the files are, or will be.
         journal: told of every weight that is written; `part` is this checkpoint's name in it.
         standing: what is there already.
-        carrier: takes the files that are complete; they are then begun as late as they can be.
-        watch: told of what is finished.
+        carriage: takes the files that are complete.
+        listener: told of what is finished.
     """
 
     def __init__(
         self, plan: Plan, directory: Path, algorithm: str, journal: Journal, part: str,
-        standing: Standing, carrier: Carrier | None, watch: Watch,
+        standing: Standing, carriage: Carriage, listener: Listener,
     ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._opening = threading.RLock()
@@ -69,8 +72,8 @@ class _Files:
         self._algorithm = algorithm
         self._journal = journal
         self._part = part
-        self._carrier = carrier
-        self._watch = watch
+        self._carriage = carriage
+        self._listener = listener
         self._gone = standing.uploads.keys()
         self._writers: dict[int, ShardWriter] = {}
         self._turns: dict[int, OrderedDigest] = {}
@@ -79,12 +82,16 @@ class _Files:
         self.tensor_digests = dict(standing.outputs)
 
     def open(self) -> None:
-        """Create or open every file; `close` undoes it even when this fails half way."""
+        """Open what an earlier run began, and finish files that nothing is left to be done for.
+
+        `close` undoes it even when this fails half way. Other files are begun with their first
+        weight, so that no more of them lie on the disk than have to.
+        """
         for number, pending in enumerate(self._pending):
             name = self._layouts[number].filename
             if name in self._gone:
                 continue
-            if self._carrier is None or self._begun[number] or not pending:
+            if self._begun[number] or not pending:
                 self._writer(number)
             if not pending and name not in self.shard_digests:
                 self._finish_shard(number)
@@ -117,7 +124,7 @@ class _Files:
     def finish(self, plan: TensorPlan, result: Result) -> None:
         writer = self._writer(plan.file)
         digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
-        self._watch.tensor(self._part, plan, result)
+        self._listener.tensor(self._part, plan, result)
         with self._lock:
             self.tensor_digests |= digests
             self._pending[plan.file] -= 1
@@ -160,75 +167,88 @@ class _Files:
         self._shard_done(number)
 
     def _shard_done(self, number: int) -> None:
-        layout = self._layouts[number]
-        self._watch.file(self._part, layout.filename, layout.size)
-        if self._carrier is not None:
-            writer = self._writers[number]
-            writer.close()
-            self._carrier.shard_done(writer.path, self.shard_digests[writer.path.name])
+        layout, writer = self._layouts[number], self._writers[number]
+        self._listener.file(self._part, layout.filename, layout.size)
+        writer.close()
+        name = path_in_model(self._part, layout.filename)
+        self._carriage.file_done(name, writer.path, self.shard_digests[layout.filename])
 
     def _stop_when_aborted(self, count: int) -> None:
         if self._aborted.is_set():
             raise InterruptedRunError("interrupted")
 
 
-def write_checkpoint(
-    plan: Plan,
-    output: Path,
-    engine: Engine,
-    resources: Resources,
-    digest: str = "blake3",
-    fsync: bool = True,
-    resume: bool = False,
-    progress: Progress = no_progress,
-    notify: Notify = no_notice,
-    carrier: Carrier | None = None,
-    watch: Watch = NOBODY,
-) -> Manifest:
-    """Quantize into `output`, which appears complete, with its manifest, or not at all.
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a plan is carried out: nothing of it changes a byte of the weights that are written.
 
-    Everything is written in a workspace beside it, whose files become the output in one rename.
-
-    Args:
+    Attributes:
+        digest: algorithm of the files' digests.
         fsync: wait for the disk, so that a power failure costs no more than a killed process.
         resume: continue a run of the same that was stopped, if there is one; be content with an
             output that is there already, if it is what this would write.
-        carrier: brings the source from a Hub, or takes the output to one, or both.
-        watch: told of every weight and file that is finished.
+        listener: told how it goes on.
+        transport: brings the source, and takes the output where it goes to.
+    """
+
+    engine: Engine
+    resources: Resources
+    digest: str = "blake3"
+    fsync: bool = True
+    resume: bool = False
+    listener: Listener = NOBODY
+    transport: Transport = LOCAL
+
+
+def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
+    """Quantize into `output`, which appears complete, with its manifests, or not at all.
+
+    Everything is written in a workspace beside it, whose files become the output in one rename.
+
+    Returns:
+        The manifest of each part.
 
     Raises:
-        UsageError, MachineError: see `check_output` and `Workspace`.
+        UsageError, MachineError: see `check_output`, `Transport` and `Workspace`.
         InputError: see `Conversion.run`.
         OSError: a disk is full or fails.
         UnfinishedRunError: the same, and the work done so far was kept.
     """
-    need = carrier.disk_needed(plan, resources.workers) if carrier else None
-    check_output(plan, output, resources.workers, resume, need)
-    if carrier is not None:
-        carrier.require_room(plan)
-        carrier.prepare()
-        if carrier.leaving and resume and not earlier_header(output):
-            there = carrier.manifest_there()
-            if there and is_of_commit(plan, there) and not differs(plan, there, digest):
-                stays = "; its README.md stays as well" * carrier.replaces_card
-                notify(f"{carrier.destination} has this already, as this would write it{stays}")
-                return there
-    place = plan.checkpoint.root, plan.checkpoint.is_file
-    recipe = header({"": plan}, digest, carrier.destination if carrier else None)
-    with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
-        manifest = fill(work, "", plan, engine, resources, digest, progress, notify, carrier, watch)
-        if carrier is not None and carrier.leaving:
-            carrier.publish(work.directory, manifest)
+    transport, workers = run.transport, run.resources.workers
+    need = transport.disk_needed(model, workers)
+    check_output(model, output, workers, run.resume or transport.scratch, need)
+    transport.prepare(model)
+    if transport.leaving and run.resume and not earlier_header(output):
+
+        def is_same(part: str, found: Manifest) -> bool:
+            plan = model.parts[part]
+            return is_of_commit(plan, found) and not differs(plan, found, run.digest)
+
+        there = transport.published(model, is_same)
+        if there is not None:
+            return there
+    with Workspace(
+        output, (model.root, model.is_file), header(model.parts, run.digest, transport.destination),
+        model.written, fsync=run.fsync, resume=run.resume, scratch=transport.scratch,
+    ) as work:  # fmt: skip
+        manifests = _confirm(work, model, run) if work.complete else _fill(work, model, run)
+        if transport.leaving:
+
+            def forget(names: tuple[str, ...]) -> None:
+                for part, name in map(model.part_and_name, names):
+                    work.journal.lost(part, [name])
+
+            transport.publish(model, work.directory, manifests, forget)
             work.discard = True
-    if carrier is not None and not carrier.leaving:
+    if not transport.leaving:
         with _complete(output):
-            carrier.publish(output, manifest)
-    return manifest
+            transport.publish(model, output, manifests, lambda names: None)
+    return manifests
 
 
 @contextmanager
 def _complete(output: Path) -> Iterator[None]:
-    """Has an error say that an output is there, all the same."""
+    """Have an error say that the output is there, all the same."""
     try:
         yield
     except Nf4Error as error:
@@ -238,64 +258,137 @@ def _complete(output: Path) -> Iterator[None]:
         ) from error
 
 
-def fill(
-    work: Workspace,
-    part: str,
-    plan: Plan,
-    engine: Engine,
-    resources: Resources,
-    digest: str,
-    progress: Progress,
-    notify: Notify,
-    carrier: Carrier | None = None,
-    watch: Watch = NOBODY,
-) -> Manifest:
-    """Quantize into the directory `part` of a workspace, from wherever an earlier run got to."""
-    if work.complete:
-        manifest = confirm(plan, work.output / part, digest, resources, progress)
-        notify(f"{work.output / part} is complete already, and as this would write it")
-        return manifest
+def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
+    """Return the manifests of the output that is there, when it is what this run would write."""
+    manifests = {}
+    for part, plan in model.parts.items():
+        place = work.output / part
+        manifests[part] = confirm(plan, place, run.digest, run.resources, run.listener.progress)
+        run.listener.note(f"{place} is complete already, and as this would write it")
+    if model.is_pipeline:
+        confirm_pipeline(work.output, model.root, [*model.parts])
+    return manifests
+
+
+def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
+    """Write everything into a workspace, from wherever an earlier run got to."""
+    standings = {part: _standing(work, part, plan, run) for part, plan in model.parts.items()}
+    carriage = run.transport.carry(work, model, standings, run.digest, run.resources.workers)
+    if model.is_pipeline:
+        ours = {*model.parts, *(name.partition("/")[0] for name in model.copies.files)}
+        clear(work.directory, {work.directory / name for name in ours})
+    for part, plan in model.parts.items():
+        _write_beside(work, part, plan, standings[part])
+    with carriage:
+        manifests = {
+            part: _convert(work, part, plan, standings[part], carriage, run)
+            for part, plan in model.parts.items()
+        }
+        copied = _copy(work, model, carriage, run.digest)
+    if model.is_pipeline:
+        _write_record(work.directory, model, manifests, run.digest, copied)
+        config = read_json(work.directory / INDEX_FILE)
+    else:
+        config = model.parts[""].output_config or {}
+    source = None if model.is_file else model.root
+    write_card(work.directory, source, model.name, manifests, config)
+    return manifests
+
+
+def _standing(work: Workspace, part: str, plan: Plan, run: Execution) -> Standing:
+    """Return what an earlier run finished of a part, checked."""
     directory = work.directory / part
     directory.mkdir(exist_ok=True)
     recorded = work.earlier.parts.get(part, Part())
-    standing = check(plan, directory, recorded, digest, resources.workers, progress)
+    standing = check(
+        plan, directory, recorded, run.digest, run.resources.workers, run.listener.progress
+    )
     if recorded.weights:
-        notify(_what_stands(plan, standing))
-    watch.resumed(part, (t for t in plan.tensors if t.name in standing.results))
-    if carrier is not None:
-        carrier.stay_below(room_for(work.output))
-        carrier.fit(plan, standing, resources.workers)
+        run.listener.note(_what_stands(plan, standing))
+    run.listener.resumed(part, (t for t in plan.tensors if t.name in standing.results))
+    return standing
+
+
+def _write_beside(work: Workspace, part: str, plan: Plan, standing: Standing) -> None:
+    """Write everything small of a part anew, and remove what no finished weight lies in."""
+    directory = work.directory / part
     begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
-    clear(directory, {directory / name for name in begun - standing.uploads.keys()})
+    kept = {directory / name for name in begun - standing.uploads.keys()}
+    clear(directory, kept)
     if plan.checkpoint.origin is None:
         work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
     if plan.importance is not None:  # with it every byte can be derived again
         shutil.copyfile(plan.importance.path, directory / IMPORTANCE)
-    files = _Files(plan, directory, digest, work.journal, part, standing, carrier, watch)
-    with carrier.carrying(work, part, digest) if carrier else nullcontext() as source:
-        try:
-            files.open()
-            conversion = Conversion(
-                plan, engine, resources, files, digest, work.root, progress, standing, source
-            )
-            conversion.run()
-        finally:
-            files.close()
+
+
+def _convert(
+    work: Workspace, part: str, plan: Plan, standing: Standing, carriage: Carriage, run: Execution
+) -> Manifest:
+    """Write the shards and the manifest of a part."""
+    directory = work.directory / part
+    files = _Files(
+        plan, directory, run.digest, work.journal, part, standing, carriage, run.listener
+    )
+    try:
+        files.open()
+        conversion = Conversion(
+            plan, run.engine, run.resources, files, run.digest, work.root, run.listener.progress,
+            standing, carriage,
+        )  # fmt: skip
+        conversion.run()
+    finally:
+        files.close()
+    shards = {layout.filename: layout.size for layout in plan.shards}
+    known = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
     manifest = replace(
         conversion.manifest(files.tensor_digests),
-        output_files=file_records(directory, digest, files.shard_digests, plan.shards),
+        output_files=file_records(directory, run.digest, known),
     )
-    if not part:  # the card of a pipeline speaks of all its parts
-        write_card(
-            directory,
-            None if plan.checkpoint.is_file else plan.checkpoint.root,
-            manifest.source_name,
-            {"": manifest},
-            plan.output_config or {},
-        )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def _copy(
+    work: Workspace, model: ModelPlan, carriage: Carriage, algorithm: str
+) -> dict[str, FileRecord]:
+    """Write what a pipeline's output has beside its converted components.
+
+    Returns:
+        Size and digest of each file that holds weights, by its path: it may have been taken away.
+    """
+    uploads = work.earlier.parts.get("", Part()).uploads
+    weights, copied = model.copies.weight_files, {}
+    for name, source in model.copies.files.items():
+        if name in weights and name in uploads:
+            copied[name] = FileRecord(uploads[name].size, uploads[name].digest)
+            continue
+        target = place_for(work.directory, name)
+        carriage.copy(source, target)
+        if name in weights:
+            copied[name] = FileRecord(weights[name], digest_file(target, algorithm))
+            carriage.file_done(name, target, copied[name].digest)
+    model.copies.write_texts(work.directory)
+    return copied
+
+
+def _write_record(
+    directory: Path,
+    model: ModelPlan,
+    manifests: Mapping[str, Manifest],
+    algorithm: str,
+    copied: Mapping[str, FileRecord],
+) -> None:
+    """Write nf4_pipeline.json; `copied` is what `_copy` returns."""
+    converted = {
+        path_in_model(part, name): record
+        for part, manifest in manifests.items()
+        for name, record in manifest.output_files.items()
+    }
+    files = file_records(directory, algorithm, {**converted, **copied})
+    beside = {name: record for name, record in files.items() if name not in converted}
+    record = Record(algorithm, tuple(model.parts), beside)
+    (directory / PIPELINE_RECORD).write_text(record.to_json(), "utf-8")
 
 
 def _what_stands(plan: Plan, standing: Standing) -> str:
@@ -307,17 +400,16 @@ def _what_stands(plan: Plan, standing: Standing) -> str:
 
 
 def file_records(
-    directory: Path, algorithm: str, known: Mapping[str, str], shards: Iterable[ShardLayout] = ()
+    directory: Path, algorithm: str, known: Mapping[str, FileRecord]
 ) -> dict[str, FileRecord]:
-    """Every file of a finished directory.
+    """Return size and digest of every file of a finished directory, by its path in it.
 
     Args:
-        known: digests of files that need not be read again.
-        shards: files that may have left it.
+        known: of files that need not be read again, or that were taken away.
     """
-    files = {layout.filename: FileRecord(layout.size, known[layout.filename]) for layout in shards}
+    files = dict(known)
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
-        digest = known.get(name) or digest_file(path, algorithm)
-        files[name] = FileRecord(path.stat().st_size, digest)
+        if name not in known:
+            files[name] = FileRecord(path.stat().st_size, digest_file(path, algorithm))
     return files

@@ -10,25 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from .engines import Engine, Notify
+from .engines import Engine
 from .errors import InputError, UsageError
-from .hub.carrier import Carrier
-from .hub.client import RemoteFile
-from .limits import Resources, check_output
 from .manifest import Manifest
-from .pipeline import Progress
+from .model_plan import ModelPlan
 from .plan import make_plan
 from .planned import Plan
 from .proof import compare_beside, compare_manifest
-from .quantize import fill
+from .quantize import Execution, write_model
 from .recorded import recorded_answer, recorded_importance
 from .records import Checkpoint
 from .report import LEVELS, Report
-from .resume import header
 from .source import CARD, MANIFEST
-from .workspace import Workspace
 from .written import check_lists
+
+
+class StatedFile(NamedTuple):
+    """What a Hub says of a file.
+
+    Attributes:
+        size: bytes.
+        sha256: hexadecimal; None for a file that lies in git and not in LFS.
+    """
+
+    size: int
+    sha256: str | None
 
 
 def plan_again(
@@ -55,7 +63,7 @@ def plan_again(
 def check_stated(
     output: Checkpoint,
     manifest: Manifest,
-    stated: Mapping[str, RemoteFile],
+    stated: Mapping[str, StatedFile],
     hub: str,
     report: Report,
 ) -> None:
@@ -93,37 +101,20 @@ def check_stated(
     )
 
 
-def make_again(
-    plan: Plan,
-    place: Path,
-    called: str,
-    engine: Engine,
-    resources: Resources,
-    algorithm: str,
-    carrier: Carrier,
-    progress: Progress,
-    notify: Notify,
-) -> Manifest:
+def make_again(plan: Plan, place: Path, run: Execution) -> Manifest:
     """Convert a plan's source, keep nothing, and return the manifest of what it made.
 
     A run that is stopped leaves its workspace, and the next one goes on from there.
 
     Args:
         place: where an output would be; the workspace lies beside it.
-        called: the output that is proved.
-        carrier: with a bound, and an output that leaves for nowhere.
+        run: its transport takes the output for nowhere.
 
     Raises:
         UsageError: the bound is too small, or another run is at work on the same.
-        InputError, MachineError: see `write_checkpoint`.
+        InputError, MachineError: see `write_model`.
     """
-    check_output(plan, place, resources.workers, True, carrier.disk_needed(plan, resources.workers))
-    recipe = header({"": plan}, algorithm, f"a proof of {called}")
-    root = plan.checkpoint.root, plan.checkpoint.is_file
-    with Workspace(place, root, recipe, plan.written, fsync=False, scratch=True) as work:
-        made = fill(work, "", plan, engine, resources, algorithm, progress, notify, carrier)
-        work.discard = True
-    return made
+    return write_model(ModelPlan.of(plan), place, run)[""]
 
 
 def check_made(

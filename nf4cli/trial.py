@@ -12,8 +12,9 @@ import numpy as np
 
 from .engines import Engine
 from .limits import Resources
+from .model_plan import ModelPlan
 from .plan import make_plan
-from .quantize import write_checkpoint
+from .quantize import Execution, write_model
 from .records import QuantConfig
 from .source import open_checkpoint
 
@@ -36,7 +37,8 @@ def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) 
         )  # fmt: skip
         plan = make_plan(open_checkpoint(source), recipe, lambda model: None)
         started = time.perf_counter()
-        write_checkpoint(plan, Path(place) / "output", engine, resources, fsync=False)
+        run = Execution(engine, resources, fsync=False)
+        write_model(ModelPlan.of(plan), Path(place) / "output", run)
         return plan.source_bytes / (time.perf_counter() - started)
 
 

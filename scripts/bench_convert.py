@@ -159,7 +159,8 @@ from nf4cli import digest, items, reader, writer
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.limits import make_resources
 from nf4cli.plan import make_plan
-from nf4cli.quantize import write_checkpoint
+from nf4cli.model_plan import ModelPlan
+from nf4cli.quantize import Execution, write_model
 from nf4cli.records import QuantConfig
 from nf4cli.source import open_checkpoint
 spent, lock = {}, threading.Lock()
@@ -181,7 +182,8 @@ watch(items.AbsmaxFile, "write", "double quantization")
 start, cpu = time.perf_counter(), time.process_time()
 plan = make_plan(open_checkpoint(Path(sys.argv[1])), QuantConfig())
 engine = CpuEngine()
-write_checkpoint(plan, Path(sys.argv[2]), engine, make_resources(engine, 2, None, 2))
+run = Execution(engine, make_resources(engine, 2, None, 2))
+write_model(ModelPlan.of(plan), Path(sys.argv[2]), run)
 cpu = time.process_time() - cpu
 spent["the rest"] = cpu - sum(spent.values())
 print(json.dumps({"wall": time.perf_counter() - start, "cpu": cpu, "spent": spent}))

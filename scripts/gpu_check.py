@@ -34,8 +34,9 @@ from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine
 from nf4cli.errors import Nf4Error
 from nf4cli.limits import make_resources
+from nf4cli.model_plan import ModelPlan
 from nf4cli.plan import make_plan
-from nf4cli.quantize import write_checkpoint
+from nf4cli.quantize import Execution, write_model
 from nf4cli.records import ITEMSIZE, QuantConfig
 from nf4cli.source import open_checkpoint
 
@@ -283,9 +284,8 @@ def conversions(engine: CudaEngine, megabytes: int, repeats: int) -> tuple[str, 
                 plan = make_plan(checkpoint, QuantConfig())
                 output = Path(work) / f"{name}{turn}"
                 start = time.perf_counter()
-                write_checkpoint(
-                    plan, output, chosen, make_resources(chosen, None, None, processors())
-                )
+                limits = make_resources(chosen, None, None, processors())
+                write_model(ModelPlan.of(plan), output, Execution(chosen, limits))
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
                 files[name] = {p.name: p.read_bytes() for p in output.glob("*.safetensors")}
         nbytes = plan.source_bytes

@@ -181,3 +181,18 @@ def refused(code: int, *arguments: object, says: tuple[str, ...], cwd: Path) -> 
         assert words in done.stderr, done.stderr
     assert sorted(cwd.rglob("*")) == before
     return done.stderr
+
+
+def convert(plan, output, engine, resources, resume=False, progress=None):
+    """Carry out the plan of a checkpoint, or of a model, here and not as a command; the manifest of
+    a checkpoint."""
+    from nf4cli.model_plan import ModelPlan
+    from nf4cli.quantize import Execution, write_model
+    from nf4cli.watch import Listener
+
+    listener = Listener()
+    if progress is not None:
+        listener.progress = progress
+    model = plan if isinstance(plan, ModelPlan) else ModelPlan.of(plan)
+    run = Execution(engine, resources, resume=resume, listener=listener)
+    return write_model(model, output, run).get("")

@@ -11,6 +11,7 @@ from helpers import (
     LLAMA,
     USAGE,
     bnb_quantize,
+    convert,
     llama_tensors,
     nf4_ok,
     read_all,
@@ -77,14 +78,13 @@ def test_llama4_experts_become_matrices(tmp_path, target):
 
 def test_llama4_experts_in_small_chunks(tmp_path, all_engines):
     from nf4cli.plan import make_plan
-    from nf4cli.quantize import write_checkpoint
     from nf4cli.source import open_checkpoint
 
     source = llama4(tmp_path / "src", hidden=4096)
     engine = next(iter(all_engines.values()))
     plan = make_plan(open_checkpoint(source), QuantConfig())
     for name, resources in (("a", Resources(2, 8 << 20, 0)), ("b", Resources(3, 1 << 19, 0))):
-        write_checkpoint(plan, tmp_path / name, engine, resources)
+        convert(plan, tmp_path / name, engine, resources)
     a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
     for name, value in slices(source).items():
         packed, _ = bnb_quantize(value, 64, "nf4")

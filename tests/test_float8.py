@@ -12,6 +12,7 @@ import torch
 from helpers import (
     INPUT,
     LLAMA,
+    convert,
     llama_tensors,
     nf4_ok,
     raw,
@@ -26,7 +27,6 @@ from nf4cli.engines import Float8
 from nf4cli.errors import NonFiniteError
 from nf4cli.limits import make_resources
 from nf4cli.plan import make_plan
-from nf4cli.quantize import write_checkpoint
 from nf4cli.reader import ByteReader
 from nf4cli.records import QuantConfig
 from nf4cli.source import open_checkpoint
@@ -146,7 +146,7 @@ def test_a_file_stays_open_while_a_later_one_reads_scales_from_it(tmp_path, monk
     monkeypatch.setattr(ByteReader, "read", read_slowly)
     monkeypatch.setattr(Conversion, "item_done", done_slowly)
     engine = engines.load("cpu")
-    write_checkpoint(plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2))
+    convert(plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2))
     assert slow
     assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", tmp_path / "float8")
 

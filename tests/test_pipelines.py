@@ -14,6 +14,7 @@ from helpers import (
     INPUT,
     USAGE,
     bnb_quantize,
+    convert,
     nf4,
     nf4_ok,
     read_all,
@@ -24,7 +25,6 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from nf4cli import engines
-from nf4cli.assembly import write_pipeline
 from nf4cli.diffusion import make_pipeline_plan
 from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources
@@ -360,7 +360,7 @@ def test_a_run_that_ends_early_leaves_nothing_or_is_continued(pipe, tmp_path):
 
     plan, engine = make_pipeline_plan(pipe, QuantConfig()), engines.load("cpu")
     with pytest.raises(UnfinishedRunError, match="weights are done and kept"):
-        write_pipeline(
+        convert(
             plan, tmp_path / "out", engine, make_resources(engine, 2, None, 2),
             progress=interrupt,
         )  # fmt: skip

@@ -25,12 +25,14 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
+from helpers import (
+    convert as carry_out,
+)
 
 from nf4cli import engines
 from nf4cli.engines import GRANULE
 from nf4cli.limits import make_resources
 from nf4cli.plan import make_plan
-from nf4cli.quantize import write_checkpoint
 from nf4cli.records import QuantConfig
 from nf4cli.source import MANIFEST, open_checkpoint
 
@@ -41,7 +43,7 @@ def convert(source, output, engine="cpu", workers=1, chunk=None, **options):
     resources = make_resources(chosen, workers, None, 2)
     if chunk:
         resources = replace(resources, chunk=chunk)
-    return plan, write_checkpoint(plan, output, chosen, resources)
+    return plan, carry_out(plan, output, chosen, resources)
 
 
 def large(tmp_path, dtype="BF16", shards=1):

@@ -17,6 +17,7 @@ from helpers import (
     INPUT,
     LLAMA,
     USAGE,
+    convert,
     llama_tensors,
     nf4,
     nf4_ok,
@@ -29,7 +30,6 @@ from nf4cli import engines, journal
 from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources, workspace_of
 from nf4cli.plan import make_plan
-from nf4cli.quantize import write_checkpoint
 from nf4cli.records import QuantConfig
 from nf4cli.source import open_checkpoint
 
@@ -46,7 +46,7 @@ def stop(source: Path, output: Path, at: str = MIDDLE, resume: bool = False) -> 
 
     plan, engine = make_plan(open_checkpoint(source), QuantConfig()), engines.load("cpu")
     with pytest.raises(UnfinishedRunError, match="--resume"):
-        write_checkpoint(
+        convert(
             plan, output, engine, make_resources(engine, 1, None, 1), resume=resume,
             progress=interrupt,
         )  # fmt: skip
@@ -77,7 +77,7 @@ def test_finished_work_is_not_done_again(stopped, monkeypatch):
     plan, engine = make_plan(open_checkpoint(stopped / "model"), QuantConfig()), engines.load("cpu")
     quantize = engine.quantize
     monkeypatch.setattr(engine, "quantize", lambda *a: (asked.append(1), quantize(*a))[1])
-    write_checkpoint(
+    convert(
         plan, stopped / "out", engine, make_resources(engine, 2, None, 2), resume=True
     )  # fmt: skip
     assert before
@@ -183,7 +183,7 @@ def test_a_source_with_old_times_is_not_read_again(work, monkeypatch):
     )  # fmt: skip
     plan, engine = make_plan(open_checkpoint(work / "model"), QuantConfig()), engines.load("cpu")
     limits = make_resources(engine, 1, None, 1)
-    write_checkpoint(plan, work / "out", engine, limits, resume=True)
+    convert(plan, work / "out", engine, limits, resume=True)
     nf4_ok("verify", "out", "--source", "model", cwd=work)
 
 

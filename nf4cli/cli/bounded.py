@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import common, hub
-from .ledger import work_bytes
+from .ledger import Ledger, work_bytes
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine
-    from ..hub.carrier import Carrier
+    from ..hub.carrier import HubTransport
     from ..limits import Resources
     from ..manifest import Manifest
     from ..planned import Plan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..report import Report
     from .hub import Source
 
-    Carried = tuple[Carrier, Resources]
+    Carried = tuple[HubTransport, Resources]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Bounded:
     def _prove(self, output: Source, manifest: Manifest, original: Source, place: Path) -> Report:
         from ..errors import InputError
         from ..hub.explaining import endpoint
-        from ..remade import check_stated, plan_again
+        from ..remade import StatedFile, check_stated, plan_again
         from ..report import Report
 
         report = Report()
@@ -83,19 +83,24 @@ class Bounded:
             report.check("structure", "every file opens")
             return report
         plan = plan_again(checkpoint, manifest, original.open(), report)
-        carried = plan and self._carried(plan, original)
+        carried = plan and self._carried(plan, original, output.called)
         if output.snapshot is not None:
-            check_stated(checkpoint, manifest, output.snapshot.files, endpoint(), report)
+            stated = {
+                name: StatedFile(file.size, file.sha256)
+                for name, file in output.snapshot.files.items()
+            }
+            check_stated(checkpoint, manifest, stated, endpoint(), report)
         else:
             report = self._verify_alone(checkpoint, output, report)
         if plan and carried:
             self._make(checkpoint, manifest, plan, carried, original, output, place, report)
         return report
 
-    def _carried(self, plan: Plan, original: Source) -> Carried:
+    def _carried(self, plan: Plan, original: Source, called: str) -> Carried:
         """How the source comes here; refuses a bound that is too small before the long work."""
-        from ..hub.carrier import Carrier
+        from ..hub.carrier import HubTransport
         from ..limits import unit_of
+        from ..model_plan import ModelPlan
         from ..transfers import Transfers
 
         limits = common.resources(
@@ -103,9 +108,9 @@ class Bounded:
         )
         snapshot = original.snapshot if original.outline else None
         notify = common.notices(self.quiet)
-        carrier = Carrier(snapshot, self.limit, None, True, Transfers(), notify)
-        carrier.disk_needed(plan, limits.workers)
-        return carrier, limits
+        transport = HubTransport(snapshot, self.limit, None, True, Transfers(), notify, called)
+        transport.disk_needed(ModelPlan.of(plan), limits.workers)
+        return transport, limits
 
     def _verify_alone(self, checkpoint: Checkpoint, output: Source, found: Report) -> Report:
         """An output that lies here: its own bytes are looked at as well."""
@@ -132,18 +137,21 @@ class Bounded:
         place: Path,
         report: Report,
     ) -> None:
+        from ..quantize import Execution
         from ..remade import check_made, make_again
 
-        carrier, limits = carried
+        transport, limits = carried
         with ProgressDisplay(
             work_bytes(plan), "verifying", not self.quiet, place=place,
             what=f"{output.called} against {original.called}", weights=plan.parameters,
-            transfers=carrier.transfers,
+            transfers=transport.transfers,
         ) as display:  # fmt: skip
-            made = make_again(
-                plan, place, output.called, self.engine, limits, manifest.digest, carrier, display,
-                common.notices(self.quiet),
+            ledger = Ledger(display, False, common.notices(self.quiet))
+            run = Execution(
+                self.engine, limits, manifest.digest, fsync=False, listener=ledger,
+                transport=transport,
             )  # fmt: skip
+            made = make_again(plan, place, run)
         source = Path(original.called)
         check_made(checkpoint, manifest, plan, made, source, self.engine, report)
 

@@ -17,12 +17,12 @@ from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..engines import Engine, Notify
-    from ..hub.carrier import Carrier
+    from ..hub.carrier import HubTransport
     from ..hub.client import Name, Snapshot
     from ..hub.publish import Publication, Published
     from ..limits import Resources
     from ..manifest import Manifest
-    from ..planned import Plan
+    from ..model_plan import ModelPlan
     from ..records import Checkpoint, Origin
     from ..transfers import Transfers
 
@@ -281,9 +281,9 @@ class Trip:
         """The same for a document: None where nothing stays here."""
         return None if self.leaving else output
 
-    def carrier(self, source: Source) -> Carrier | None:
-        """What moves the files of a run; None for one that neither fetches nor pushes."""
-        from ..hub.carrier import Carrier
+    def transport(self, source: Source) -> HubTransport | None:
+        """Return what moves the files of a run; None for one that neither fetches nor pushes."""
+        from ..hub.carrier import HubTransport
         from ..transfers import Transfers
 
         snapshot = source.snapshot if source.outline else None
@@ -291,7 +291,7 @@ class Trip:
             return None
         transfers = Transfers()
         publication = self.publication(transfers)
-        return Carrier(snapshot, self.limit, publication, self.leaving, transfers, self.notify)
+        return HubTransport(snapshot, self.limit, publication, self.leaving, transfers, self.notify)
 
     def publication(self, transfers: Transfers) -> Publication | None:
         """What the output is pushed by, None for one that is not."""
@@ -320,27 +320,27 @@ _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  #
 
 def outlook(
     source: Source,
-    carrier: Carrier | None,
-    plan: Plan,
-    pushed: Callable[[], Plan],
+    transport: HubTransport | None,
+    model: ModelPlan,
+    pushed: Callable[[], ModelPlan],
     engine: Engine,
     limits: Resources,
 ) -> dict[str, Any]:
-    """What --plan says of a model on a Hub; {} for one that lies here.
+    """Return what --plan says of a model on a Hub; {} for one that lies here.
 
     Args:
         pushed: gives the plan of a run whose output leaves the disk.
     """
     from ..trial import bytes_per_second
 
-    if carrier is None or not source.outline:
+    if transport is None or not source.outline:
         return {}
-    found = asdict(carrier.outlook(plan, pushed(), limits.workers))
-    speed = bytes_per_second(engine, limits, plan.config)
+    found = asdict(transport.outlook(model, pushed(), limits.workers))
+    speed = bytes_per_second(engine, limits, next(iter(model.parts.values())).config)
     return {
         **found,
         "convert_bytes_per_second": round(speed),
-        "convert_seconds": round(plan.source_bytes / speed, 1),
+        "convert_seconds": round(model.source_bytes / speed, 1),
     }
 
 

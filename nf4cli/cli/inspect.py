@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, hub, pipelines, views
+from . import common, hub, inspect_pipeline, views
 from .common import JsonOption, format_size
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def inspect(
     asked, path = path, hub.local(path, json)
     called = hub.shown(asked, path)
     if is_pipeline(path):
-        pipelines.inspect(path, called, tensor, json, show_tensor)
+        inspect_pipeline.inspect(path, called, tensor, json, show_tensor)
         return
     checkpoint = open_checkpoint(path)
     if tensor is not None:

@@ -8,31 +8,39 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..records import ITEMSIZE
-from ..watch import Watch
+from ..watch import Listener
 from .common import err_console, format_size, plain
 from .views import WORDS
 
 if TYPE_CHECKING:
+    from ..engines import Notify
     from ..limits import Resources
     from ..planned import Plan, TensorPlan
     from ..records import Result
     from .progress import ProgressDisplay
 
 
-class Ledger(Watch):
+class Ledger(Listener):
     """Args:
         display: is told what an earlier run did.
         verbose: every weight and file gets a line on stderr.
+        notify: told what a user should know.
 
     Attributes:
         nbytes, weights: of the source, that this run converted.
         earlier: weight tensors that an earlier run had finished.
     """
 
-    def __init__(self, display: ProgressDisplay, verbose: bool) -> None:
-        self._display, self._verbose = display, verbose
+    def __init__(self, display: ProgressDisplay, verbose: bool, notify: Notify) -> None:
+        self._display, self._verbose, self._notify = display, verbose, notify
         self._lock = threading.Lock()
         self.nbytes = self.weights = self.earlier = 0
+
+    def progress(self, name: str, nbytes: int) -> None:
+        self._display(name, nbytes)
+
+    def note(self, sentence: str) -> None:
+        self._notify(sentence)
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
         there = list(plans)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import checkpoints, common, completing, hub, pipelines
+from . import common, completing, hub, quantize_model
 from .calibrating import DAMPING, LENGTH, TOKENS, Calibrating
 from .common import (
     DeviceOption,
@@ -238,7 +238,6 @@ def quantize(
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
-    from ..diffusion import is_pipeline
     from ..digest import ALGORITHMS
     from ..errors import UsageError
     from ..records import QuantConfig
@@ -287,10 +286,7 @@ def quantize(
     )
     keep = disk is None and not plan
     with hub.found(source, keep, quiet, trip.place if resume else None) as place:
-        if is_pipeline(place.path):
-            pipelines.quantize(request, place)
-        else:
-            checkpoints.quantize(request, place)
+        quantize_model.quantize(request, place)
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:

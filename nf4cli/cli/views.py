@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..inspection import Overview
     from ..limits import Resources
     from ..manifest import Manifest
+    from ..model_plan import ModelPlan
     from ..planned import Plan
     from ..records import TensorError
     from ..report import Finding, Report, Sample
@@ -39,8 +40,35 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[str, Any]:
+def model_plan_document(model: ModelPlan, limits: Resources, output: Path | None) -> dict[str, Any]:
+    """Return what --plan --json says; `output` is None where none stays here."""
     from ..limits import disk_bytes
+
+    parts = {
+        name: _plan_document(plan, limits, None if output is None else output / name)
+        for name, plan in model.parts.items()
+    }
+    if not model.is_pipeline:
+        return parts[""]
+    return {
+        "source": str(model.root),
+        "output": None if output is None else str(output),
+        "source_bytes": model.source_bytes,
+        "output_bytes": model.shard_bytes,
+        "peak_memory_bytes": limits.memory,
+        "peak_disk_bytes": disk_bytes(model, limits.workers),
+        "workers": limits.workers,
+        "components": parts,
+        "copied_files": sorted([*model.copies.files, *model.copies.texts]),
+        "copied_bytes": model.copies.nbytes,
+        "left_files": model.left_files,
+        "notes": list(model.notes),
+    }
+
+
+def _plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[str, Any]:
+    from ..limits import disk_bytes
+    from ..model_plan import ModelPlan
 
     return {
         "source": str(plan.checkpoint.root),
@@ -52,7 +80,7 @@ def plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[st
         "quantized_parameters": plan.quantized_parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "peak_memory_bytes": limits.memory,
-        "peak_disk_bytes": disk_bytes(plan, limits.workers),
+        "peak_disk_bytes": disk_bytes(ModelPlan.of(plan), limits.workers),
         "workers": limits.workers,
         "groups": _groups(plan),
         "tensors": [
@@ -86,9 +114,41 @@ def print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(f"[yellow]note:[/] {plain(note)}")
 
 
-def print_plan(console: Console, plan: Plan, limits: Resources, output: str) -> None:
+def print_model_plan(console: Console, model: ModelPlan, limits: Resources, output: str) -> None:
+    """Print what a run would write and take."""
     from ..limits import disk_bytes
 
+    if model.is_pipeline:
+        _print_pipeline(console, model, output)
+    else:
+        _print_checkpoint(console, model.parts[""], output)
+    console.print(
+        f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
+    )
+    console.print(f"disk    {format_size(disk_bytes(model, limits.workers))} at the peak")
+    if model.is_pipeline:
+        copied: Iterable[str] = sorted((*model.copies.files, *model.copies.texts))
+    else:
+        copied = model.parts[""].checkpoint.extra_files
+    for label, names in (("copied  ", list(copied)), ("left    ", model.left_files)):
+        if names:
+            listed(console, label, names)
+
+
+def _print_pipeline(console: Console, model: ModelPlan, output: str) -> None:
+    console.print(f"[bold]{plain(model.root)}[/] -> [bold]{plain(output)}[/]")
+    print_notes(console, model.notes)
+    for name, part in model.parts.items():
+        files = plural(len(part.shards), "file")
+        console.print(f"[bold]{plain(name)}[/]: {part.shard_bytes:,} bytes in {files}")
+        print_groups(console, part)
+    console.print(
+        f"output  {model.shard_bytes:,} bytes in {plural(len(model.parts), 'component')}, from "
+        f"{model.source_bytes:,}, and {model.copies.nbytes:,} bytes copied"
+    )
+
+
+def _print_checkpoint(console: Console, plan: Plan, output: str) -> None:
     config = plan.config
     absmax = "nested" if config.double_quant else "float32"
     scales = "absmax" if config.scale == "absmax" else "chosen scales"
@@ -105,17 +165,29 @@ def print_plan(console: Console, plan: Plan, limits: Resources, output: str) -> 
         f"{plan.source_bytes:,}"
     )
     console.print(f"bits    {bits([plan])}")
-    console.print(
-        f"memory  at most {format_size(limits.memory)} with {plural(limits.workers, 'worker')}"
-    )
-    console.print(f"disk    {format_size(disk_bytes(plan, limits.workers))} at the peak")
-    if plan.checkpoint.extra_files:
-        listed(console, "copied  ", plan.checkpoint.extra_files)
-    if plan.checkpoint.left_files:
-        listed(console, "left    ", plan.checkpoint.left_files)
 
 
-def result_document(plan: Plan, manifest: Manifest, output: Path | None) -> dict[str, Any]:
+def model_document(
+    model: ModelPlan, manifests: Mapping[str, Manifest], output: Path | None
+) -> dict[str, Any]:
+    """Return what --json says of a finished run; `output` is None where none stayed here."""
+    parts = {
+        name: _result_document(model.parts[name], manifest, output and output / name)
+        for name, manifest in manifests.items()
+    }
+    if not model.is_pipeline:
+        return parts[""]
+    return {
+        "output": None if output is None else str(output),
+        "source_bytes": model.source_bytes,
+        "output_bytes": model.shard_bytes,
+        "components": parts,
+        "copied_bytes": model.copies.nbytes,
+        "notes": list(model.notes),
+    }
+
+
+def _result_document(plan: Plan, manifest: Manifest, output: Path | None) -> dict[str, Any]:
     return {
         "output": None if output is None else str(output),
         "source_bytes": plan.source_bytes,

@@ -9,46 +9,63 @@ therefore admitted at some time, and no two can wait for each other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..planned import Plan
+from ..model_plan import ModelPlan, path_in_model
 from ..records import Shard
+from ..resume import Standing
 from ..transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Attributes:
-    source: bytes of the source file, 0 where it takes no room of the run's.
-    outputs: names of the output files that are made of it.
+    """A source file, and what is made of it.
+
+    Attributes:
+        source: bytes that it takes of the run's room until it has been read; 0 where it takes
+            none, or becomes an output file itself.
+        outputs: paths of the output files that are made of it.
+        name: path of the file under the source's root.
+        shard: what it holds, None for a file that goes into the output as it is.
     """
 
     source: int
     outputs: frozenset[str]
+    name: str = ""
+    shard: Shard | None = None
 
 
 def steps_of(
-    plan: Plan, shards: Iterable[Shard], fetched: Collection[str], done: Collection[str] = ()
-) -> list[Step]:
-    """A step for each of some source files of a plan, in order.
+    model: ModelPlan, fetched: Collection[str], standings: Mapping[str, Standing] | None = None,
+    gone: Collection[str] = (),
+) -> list[Step]:  # fmt: skip
+    """Return a step for each source file that is still needed, in the order of the run.
 
     Args:
-        fetched: names of source files that take room of the run's.
-        done: weights that are made already.
+        fetched: paths of the source files that take room of the run's.
+        standings: by part, what is done already; None for nothing.
+        gone: paths of output files that were taken away already.
     """
-    outputs: dict[str, set[str]] = {}
-    for t in plan.tensors:
-        if t.outputs and t.name not in done:
-            name = plan.shards[t.file].filename
-            outputs.setdefault(t.weight.shard.path.name, set()).add(name)
-    return [
-        Step(
-            shard.size if shard.path.name in fetched else 0,
-            frozenset(outputs.get(shard.path.name, ())),
-        )
-        for shard in shards
-    ]
+    steps = []
+    for part, plan in model.parts.items():
+        standing = standings[part] if standings else Standing()
+        outputs: dict[Path, set[str]] = {}
+        for t in plan.tensors:
+            if t.outputs and t.name not in standing.results:
+                file = path_in_model(part, plan.shards[t.file].filename)
+                outputs.setdefault(t.weight.shard.path, set()).add(file)
+        for shard in plan.checkpoint.shards:
+            if standings and shard.path not in outputs and shard.path.name in standing.sources:
+                continue
+            name = path_in_model(part, shard.path.name)
+            size = shard.size if name in fetched else 0
+            steps.append(Step(size, frozenset(outputs.get(shard.path, ())), name, shard))
+    for file in model.copies.weight_files:
+        if file not in gone:
+            steps.append(Step(0, frozenset([file]), model.copies.files[file]))
+    return steps
 
 
 def smallest(
@@ -110,6 +127,11 @@ class Budget:
         self._take(base)
         for name in there if leaving else sizes:
             self._hold(name)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a bound at all."""
+        return self._limit is not None
 
     def _take(self, count: int) -> None:
         self._used += count

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,42 +40,49 @@ class Fetcher:
     """The files of a snapshot as a conversion's ShardSource.
 
     Args:
-        shards: to be read, in the order in which they will be.
+        root: of the source; paths under it are names of the snapshot's files.
+        steps: the files to be read, in the order in which they will be.
         directory: where files are fetched to, and removed from when they have been read; None
             for the user's cache, where they stay.
+        fetched: names of those that go to `directory`; the others are in the cache.
         budget: asked before a file is begun.
-        steps: of `shards`.
         transfers: told of every byte.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
-        shards: Sequence[Shard],
-        directory: Path | None,
-        budget: Budget,
+        root: Path,
         steps: Sequence[Step],
+        directory: Path | None,
+        fetched: Collection[str],
+        budget: Budget,
         transfers: Transfers,
         notify: Notify,
     ) -> None:
         self._snapshot = snapshot
+        self._root = root
         self._directory = directory
+        self._fetched = fetched
         self._budget = budget
         self._transfers = transfers
         self._notify = notify
-        self._waiting = list(zip(shards, steps, strict=True))[::-1]
-        self._steps = dict(zip((s.path for s in shards), steps, strict=True))
+        self._waiting = list(steps)[::-1]
+        self._steps = {step.name: step for step in steps}
         self._turn = threading.Lock()
         self._changed = threading.Condition()
-        self._here: dict[Path, Path] = {}  # shard -> where its bytes are
-        self._readers: dict[Path, ByteReader] = {}
-        self._admitted: set[Path] = set()  # before the first thread asks
+        self._here: dict[str, Path] = {}  # name -> where its bytes are
+        self._readers: dict[str, ByteReader] = {}
+        self._admitted: set[str] = set()  # before the first thread asks
         self._failure: BaseException | None = None
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"nf4-fetch-{i}", daemon=True)
             for i in range(_THREADS)
         ]
+
+    def _name_of(self, shard: Shard) -> str:
+        return shard.path.relative_to(self._root).as_posix()
 
     def __enter__(self) -> Fetcher:
         if self._directory is not None:
@@ -98,17 +106,17 @@ class Fetcher:
     def _take_over(self, directory: Path) -> None:
         """Keep what an earlier run fetched of the files that come first, as far as it fits."""
         wanted: set[Path] = set()
-        for shard, step in self._waiting[::-1]:
-            # One without bytes of its own here lies in the cache.
-            places = _places(directory, shard.path.name) if step.source else ()
-            if step.source and not any(place.exists() for place in places):
+        for step in self._waiting[::-1]:
+            places = _places(directory, step.name) if step.name in self._fetched else ()
+            if places and not any(place.exists() for place in places):
                 break
             if not self._budget.try_admit(step):
                 break
-            self._admitted.add(shard.path)
+            self._admitted.add(step.name)
             wanted.update(places)
-        for place in set(directory.iterdir()) - wanted:
-            place.unlink()
+        for place in directory.rglob("*"):
+            if place not in wanted and not place.is_dir():
+                place.unlink()
 
     def _watch_cache(self) -> None:
         """Count what comes to the cache while it comes: huggingface_hub tells of whole files."""
@@ -130,19 +138,38 @@ class Fetcher:
         Raises:
             TransferError, MachineError: it cannot be had.
         """
+        name = self._name_of(shard)
+        reader = self._readers[name] = ByteReader(self._wait_for(name), shard.size)
+        return reader
+
+    def take(self, name: str, target: Path) -> None:
+        """Wait for a file that goes into the output as it is, and put it there.
+
+        Raises:
+            TransferError, MachineError: it cannot be had.
+        """
+        place = self._wait_for(name)
+        if self._lies_here(place):
+            place.replace(target)
+        else:
+            shutil.copyfile(place, target)
+
+    def _wait_for(self, name: str) -> Path:
         with self._changed:
             self._changed.wait_for(
-                lambda: shard.path in self._here or self._failure or self._stop.is_set()
+                lambda: name in self._here or self._failure or self._stop.is_set()
             )
-            if shard.path not in self._here:
+            if name not in self._here:
                 raise self._failure or InterruptedRunError("interrupted")
-            place = self._here[shard.path]
-        reader = self._readers[shard.path] = ByteReader(place, shard.size)
-        return reader
+            return self._here[name]
+
+    def _lies_here(self, place: Path) -> bool:
+        """Whether a file was fetched for this run alone."""
+        return self._directory is not None and self._directory in place.parents
 
     def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
         """A small tensor, from the Hub: the file that it is in may be far ahead, or gone."""
-        file = self._snapshot.files[shard.path.name]
+        file = self._snapshot.files[self._name_of(shard)]
         local = client.cached(self._snapshot, file)
         if local is not None and local.stat().st_size == shard.size:
             with ByteReader(local, shard.size) as reader:
@@ -154,11 +181,12 @@ class Fetcher:
 
     def close(self, shard: Shard) -> None:
         """Remove a file that has been read."""
-        reader = self._readers.pop(shard.path)
+        name = self._name_of(shard)
+        reader = self._readers.pop(name)
         reader.close()
-        if self._directory is not None and reader.path.parent == self._directory:
+        if self._lies_here(reader.path):
             reader.path.unlink()
-            self._budget.source_gone(self._steps[shard.path])
+            self._budget.source_gone(self._steps[name])
 
     def fail(self, error: BaseException) -> None:
         """Something else of the run has failed: `open` raises it."""
@@ -179,14 +207,15 @@ class Fetcher:
                 with self._turn:  # admission is in order
                     if not self._waiting or self._stop.is_set():
                         return
-                    shard, step = self._waiting.pop()
-                    if shard.path not in self._admitted and not self._budget.admit(step):
+                    step = self._waiting.pop()
+                    if step.name not in self._admitted and not self._budget.admit(step):
                         return
                 with in_mid_run():
-                    place = self._fetch(self._snapshot.files[shard.path.name])
-                _require_header(shard, place)
+                    place = self._fetch(self._snapshot.files[step.name])
+                if step.shard is not None:
+                    _require_header(step.shard, place)
                 with self._changed:
-                    self._here[shard.path] = place
+                    self._here[step.name] = place
                     self._changed.notify_all()
         except BaseException as error:
             self.fail(error)
@@ -203,6 +232,7 @@ class Fetcher:
                 )
             self._transfers.add_downloaded(file.size)
             return local
+        (self._directory / file.name).parent.mkdir(parents=True, exist_ok=True)
         download = Download(self._snapshot, file, self._directory, self._transfers, self._stop)
         return download.run(self._notify)
 

@@ -282,6 +282,15 @@ class Publication:
             self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None))
         self._sent(uploaded.size)
 
+    def has(self, name: str) -> bool:
+        """Whether a file was added or restored."""
+        return name in self._expected
+
+    @property
+    def restored(self) -> tuple[str, ...]:
+        """Names of files that only an earlier process sent, sorted."""
+        return tuple(sorted(self._restored))
+
     def _is_there(self, name: str, size: int, sha256: str) -> bool:
         there = self._prepared.files.get(name)
         return there is not None and (there.size, there.sha256) == (size, sha256)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..diffusion import Record
 from ..errors import InputError, MachineError, UsageError
 from ..manifest import Manifest
+from ..pipeline_record import Record
 from ..source import MANIFEST, PIPELINE_RECORD, is_weight_file
 from ..untrusted import RECORD
 from .client import Snapshot, open_at
