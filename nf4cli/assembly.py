@@ -1,30 +1,25 @@
-"""A pipeline, verified or decoded: component by component, and what lies beside them."""
+"""A pipeline, verified: component by component, and what lies beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .dequantize import Decoding, Summary, decode_into, plan_decoding
 from .diffusion import (
     INDEX_FILE,
-    Component,
     components_of,
-    copies_of,
     is_pipeline,
     packed_components,
 )
 from .engines import Engine
 from .errors import InputError
-from .limits import Resources, refuse_place, require_disk
+from .limits import Resources
 from .pipeline import Progress, no_progress
 from .pipeline_record import check_copies, check_recorded, read_record
 from .report import Report
 from .source import open_checkpoint
 from .untrusted import is_regular
 from .verify import verify
-from .workspace import Workspace
 
 # -- verify -----------------------------------------------------------------------------------
 
@@ -104,51 +99,6 @@ def _verify_part(
         report = Report()
         report.add("structure", path.name, str(error))
         return report
-
-
-# -- dequantize -------------------------------------------------------------------------------
-
-
-def write_decoded_pipeline(
-    path: Path,
-    output: Path,
-    engine: Engine,
-    resources: Resources,
-    dtype: str = "auto",
-    max_shard_size: int = 5_000_000_000,
-    fsync: bool = True,
-    progress: Progress = no_progress,
-) -> dict[str, Summary]:
-    """Decode every 4-bit component into the new pipeline `output`, copy the others.
-
-    Raises:
-        InputError, UsageError, MachineError, OSError: see `write_dequantized`.
-    """
-    refuse_place(path, output)
-    components = components_of(path)
-    decodings: dict[str, Decoding] = {
-        name: plan_decoding(open_checkpoint(path / name), engine, dtype, max_shard_size)
-        for name in _require_packed(path, components)
-    }
-    copies = copies_of(path, components, decodings)
-    require_disk(output, copies.nbytes + sum(d.disk_bytes for d in decodings.values()))
-    summaries = {}
-    with Workspace(output, (path, False), fsync=fsync) as work:
-        copies.write(work.directory)
-        for name, decoding in decodings.items():
-            place = work.directory / name
-            place.mkdir()
-            summaries[name] = decode_into(decoding, place, engine, resources, progress)
-    return summaries
-
-
-def _require_packed(path: Path, components: Mapping[str, Component]) -> list[str]:
-    packed = packed_components(path, components)
-    if not packed:
-        raise InputError(
-            f"{path} has no component with bitsandbytes 4-bit weights: there is nothing to decode"
-        )
-    return packed
 
 
 def part_shards(path: Path) -> list[Path]:

@@ -23,9 +23,10 @@ from .digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
 from .engines import Engine
 from .errors import InputError, NonFiniteError
 from .fileio import Identity
-from .items import AbsmaxFile, Item, Job, Reading, nonfinite, widest
+from .items import AbsmaxFile, Item, Job, Reading, nonfinite, unit_of_packed, widest
 from .limits import Resources, require_chunk, unit_of
 from .manifest import Manifest
+from .packed import PackedReader
 from .pipeline import Progress, no_progress, run
 from .planned import Plan, TensorPlan
 from .reader import ByteReader, LocalShards, ShardSource
@@ -46,6 +47,7 @@ class Conversion:
         scratch: directory for temporary files, None for the system's.
         standing: finished work that is not done again.
         source: where the source files come from, None for where they lie.
+        packed: reads the weights to decode.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Conversion:
         progress: Progress = no_progress,
         standing: Standing | None = None,
         source: ShardSource | None = None,
+        packed: PackedReader | None = None,
     ) -> None:
         require_chunk(plan.config, resources)
         self.plan = plan
@@ -75,6 +78,7 @@ class Conversion:
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
         self._source = source
+        self._packed = packed
         self._readers: dict[Path, ByteReader] = {}
         self._identities: dict[Path, Identity] = {}
         self._left = self._left_of()
@@ -97,7 +101,9 @@ class Conversion:
         self._require_consistent()
 
     def _worker(self) -> Worker:
-        return Worker(self, self._engine, self._sink, self._readers, self._resources.chunk)
+        return Worker(
+            self, self._engine, self._sink, self._readers, self._resources.chunk, self._packed
+        )
 
     def _left_of(self) -> Counter[Path]:
         """By source file: weights to be made of it, and one more for its digest."""
@@ -211,7 +217,7 @@ class Conversion:
             yield Reading(plan.weight.shard, start, stop)
 
     def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
-        unit = unit_of(self.plan.config)
+        unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
         step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
         starts = range(0, plan.numel, step)
         job = Job(plan, len(starts))

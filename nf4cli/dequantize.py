@@ -1,56 +1,46 @@
-"""A bitsandbytes 4-bit checkpoint, anybody's, back to an ordinary one, streaming."""
+"""A bitsandbytes 4-bit model, anybody's, back to an ordinary one, streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import gcd
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from . import selection
+from .conversion import Conversion
+from .diffusion import components_of, copies_of, is_pipeline, packed_components
 from .engines import Engine
-from .errors import InputError, NonFiniteError, UsageError
+from .errors import InputError, UsageError
 from .limits import Resources, refuse_place, require_disk
 from .model_config import set_dtype
+from .model_plan import ModelPlan
 from .output import write_side_files
 from .packed import PackedReader, PackedWeight, load_weights
-from .pipeline import Progress, no_progress, run
+from .pipeline import Progress, no_progress
 from .plan import check_shard_size, index_of
+from .planned import Plan, TensorPlan
 from .reader import ShardReaders
-from .records import ITEMSIZE, SAFETENSORS_NAME, TORCH_NAME, Checkpoint, TensorInfo
-from .source import shard_name
+from .records import (
+    SAFETENSORS_NAME,
+    TORCH_NAME,
+    Checkpoint,
+    FileDigests,
+    QuantConfig,
+    Result,
+    Shard,
+    TensorInfo,
+    View,
+    Weight,
+)
+from .source import name_of_directory, open_checkpoint, shard_name
 from .workspace import Workspace
 from .writer import ShardLayout, ShardWriter, fill_shards, lay_out
 
 if TYPE_CHECKING:
-    from .engines import U8
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """One tensor of the output: decoded from `weight`, or kept from `source`."""
-
-    source: TensorInfo
-    weight: PackedWeight | None
-    transposed: bool
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return TensorInfo(self.source.name, self.dtype, self.shape, 0).nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Elements [start, start + count) of an output, in the order they are stored in the source."""
-
-    output: _Output
-    start: int
-    count: int
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,210 +59,201 @@ class Summary:
     nbytes: int
     files: int
 
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """A checkpoint that will be decoded: everything is known but the values.
-
-    Attributes:
-        config: the new config.json.
-    """
-
-    checkpoint: Checkpoint
-    weights: Mapping[str, PackedWeight]
-    outputs: tuple[_Output, ...]
-    layouts: tuple[ShardLayout, ...]
-    file_of: Mapping[str, int]
-    config: Mapping[str, Any]
-
-    @property
-    def shard_bytes(self) -> int:
-        """Bytes of all output shards."""
-        return sum(layout.size for layout in self.layouts)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the whole output."""
-        root = self.checkpoint.root
-        return self.shard_bytes + sum(
-            (root / name).stat().st_size for name in self.checkpoint.extra_files
-        )
+    @staticmethod
+    def of(plan: Plan) -> Summary:
+        """Return what a plan that was carried out has written."""
+        decoded = sum(t.packed is not None for t in plan.tensors)
+        kept = len(plan.tensors) - decoded
+        return Summary(decoded, kept, plan.shard_bytes, len(plan.shards))
 
 
-def write_dequantized(
-    checkpoint: Checkpoint,
+class _Files:
+    """The sink that writes into a directory, and digests nothing."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self._writers = [ShardWriter(directory, layout) for layout in plan.shards]
+        self._of = {t.name: self._writers[t.file] for t in plan.tensors}
+
+    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        self._of[key].write(key, offset, data)
+
+    def finish(self, plan: TensorPlan, result: Result) -> None: ...
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def finish_files(self) -> None:
+        """Have the safetensors library open each file."""
+        for writer in self._writers:
+            writer.finish()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def write_decoded(
+    model: ModelPlan,
     output: Path,
     engine: Engine,
     resources: Resources,
-    dtype: str = "auto",
-    max_shard_size: int = 5_000_000_000,
     fsync: bool = True,
     progress: Progress = no_progress,
-) -> Summary:
-    """Decode every packed weight of `checkpoint` into the new directory `output`.
+) -> dict[str, Summary]:
+    """Decode into the new directory `output`, which appears complete or not at all.
+
+    Args:
+        model: of `plan_decoding`.
+
+    Returns:
+        What was written, by part.
+
+    Raises:
+        UsageError, MachineError: `output` exists, lies in the source, or does not fit.
+        InputError: a scale is too large for the dtype, or a source file changed.
+        OSError: a disk is full or fails.
+    """
+    refuse_place(model.root, output, model.is_file)
+    beside = (
+        (plan.checkpoint.root / name).stat().st_size
+        for plan in model.parts.values()
+        for name in plan.checkpoint.extra_files
+    )
+    require_disk(output, model.copies.nbytes + model.shard_bytes + sum(beside))
+    with Workspace(output, (model.root, model.is_file), fsync=fsync) as work:
+        model.copies.write(work.directory)
+        for part, plan in model.parts.items():
+            directory = work.directory / part
+            directory.mkdir(exist_ok=True)
+            _decode_into(directory, plan, engine, resources, progress)
+    return {part: Summary.of(plan) for part, plan in model.parts.items()}
+
+
+def _decode_into(
+    directory: Path, plan: Plan, engine: Engine, resources: Resources, progress: Progress
+) -> None:
+    write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+    with ExitStack() as stack:
+        readers = stack.enter_context(ShardReaders(plan.checkpoint.shards))
+        files = _Files(directory, plan)
+        stack.callback(files.close)
+        Conversion(
+            plan, engine, resources, files, None, progress=progress,
+            packed=PackedReader(readers, engine),
+        ).run()  # fmt: skip
+        files.finish_files()
+
+
+def plan_decoding(
+    path: Path, engine: Engine, dtype: str = "auto", max_shard_size: int = 5_000_000_000
+) -> ModelPlan:
+    """Decide how every packed weight of a checkpoint or pipeline is decoded.
 
     Args:
         dtype: of every floating tensor written; "auto" leaves each weight the dtype that its
             quantization state names, and kept tensors theirs.
 
     Raises:
-        InputError: not a bitsandbytes 4-bit checkpoint, or a damaged one.
-        UsageError, MachineError: `output` exists, lies in the source, or does not fit.
-        OSError: a disk is full or fails.
+        UsageError: no such dtype.
+        InputError: nothing there is a bitsandbytes 4-bit checkpoint, or one is damaged.
     """
-    refuse_place(checkpoint.root, output, checkpoint.is_file)
-    decoding = plan_decoding(checkpoint, engine, dtype, max_shard_size)
-    require_disk(output, decoding.disk_bytes)
-    place = checkpoint.root, checkpoint.is_file
-    with Workspace(output, place, fsync=fsync) as work:
-        return decode_into(decoding, work.directory, engine, resources, progress)
-
-
-def plan_decoding(
-    checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int
-) -> Decoding:
-    """Read every state and lay the output out; see `write_dequantized`."""
     if dtype not in ("auto", *SAFETENSORS_NAME):
         raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
     check_shard_size(max_shard_size)
+    if not is_pipeline(path):
+        checkpoint = open_checkpoint(path)
+        return ModelPlan.of(_plan(checkpoint, engine, dtype, max_shard_size))
+    components = components_of(path)
+    packed = packed_components(path, components)
+    if not packed:
+        raise InputError(
+            f"{path} has no component with bitsandbytes 4-bit weights: there is nothing to decode"
+        )
+    parts = {
+        name: _plan(open_checkpoint(path / name), engine, dtype, max_shard_size) for name in packed
+    }
+    copies = copies_of(path, components, parts)
+    return ModelPlan(path, False, name_of_directory(path), parts, copies, ())
+
+
+def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int) -> Plan:
+    """Read every state of a checkpoint and lay the output out."""
     with ShardReaders(checkpoint.shards) as readers:
         weights = load_weights(checkpoint, readers)
         packed = PackedReader(readers, engine)
         for weight in weights.values():
             packed.require_standard_table(weight)
-    outputs = _outputs(checkpoint, weights, dtype)
-    layouts, file_of = _lay_out(outputs, checkpoint.stem, max_shard_size)
+    tensors, layouts = _lay_out(
+        _tensor_plans(checkpoint, weights, dtype), checkpoint.stem, max_shard_size
+    )
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     if config and dtype != "auto":
         set_dtype(config, dtype)
-    return Decoding(checkpoint, weights, tuple(outputs), tuple(layouts), file_of, config)
+    return Plan(
+        checkpoint, QuantConfig(dtype=dtype, max_shard_size=max_shard_size), tensors, layouts,
+        index_of(layouts), config, (),
+    )  # fmt: skip
 
 
-def decode_into(
-    decoding: Decoding, directory: Path, engine: Engine, resources: Resources, progress: Progress
-) -> Summary:
-    """Decode into an empty directory, which the caller removes on any failure."""
-    checkpoint, outputs, layouts = decoding.checkpoint, decoding.outputs, decoding.layouts
-    write_side_files(directory, checkpoint, decoding.config, index_of(layouts))
-    writers: list[ShardWriter] = []
-    with ShardReaders(checkpoint.shards) as readers:
-        packed = PackedReader(readers, engine)
-        try:
-            writers += (ShardWriter(directory, layout) for layout in layouts)
-
-            def make_worker() -> Callable[[_Item], None]:
-                buffers = engine.buffer(resources.chunk), engine.buffer(resources.chunk)
-
-                def worker(item: _Item) -> None:
-                    writer = writers[decoding.file_of[item.output.source.name]]
-                    _convert(item, checkpoint, packed, engine, writer, buffers)
-                    progress(item.output.source.name, item.count * ITEMSIZE[item.output.dtype])
-
-                return worker
-
-            items = _items(outputs, resources.chunk)
-            run(items, make_worker, resources.workers, lambda: None)
-            for writer in writers:
-                writer.finish()
-        finally:
-            for writer in writers:
-                writer.close()
-    decoded = len(decoding.weights)
-    return Summary(decoded, len(outputs) - decoded, decoding.shard_bytes, len(layouts))
-
-
-def _outputs(checkpoint: Checkpoint, weights: dict[str, PackedWeight], dtype: str) -> list[_Output]:
+def _tensor_plans(
+    checkpoint: Checkpoint, weights: Mapping[str, PackedWeight], dtype: str
+) -> list[TensorPlan]:
     model_types = selection.Context.of(checkpoint).model_types
     companions = {part[1].name for w in weights.values() for part in w.parts()[1:]}
-    outputs = []
-    for name, (_, tensor) in checkpoint.tensors.items():
+    plans = []
+    for name, (shard, stored) in checkpoint.tensors.items():
         if name in companions:
             continue
         weight = weights.get(name)
         if weight is None:
-            kept = tensor.dtype
-            if tensor.dtype in TORCH_NAME and dtype != "auto":
-                kept = SAFETENSORS_NAME[dtype]
-            outputs.append(_Output(tensor, None, False, kept, tensor.shape))
+            plans.append(_kept(shard, stored, dtype))
             continue
         wanted = SAFETENSORS_NAME[weight.state.dtype if dtype == "auto" else dtype]
+        shape = tuple(weight.state.shape)
         leaf = selection.module_path(name).rpartition(".")[2]
-        transposed = len(weight.state.shape) == 2 and selection.is_transposed(model_types, leaf)
-        shape = weight.state.shape[::-1] if transposed else weight.state.shape
-        outputs.append(_Output(tensor, weight, transposed, wanted, shape))
-    return outputs
+        view = None
+        if len(shape) == 2 and selection.is_transposed(model_types, leaf):
+            view = View(0, *shape, stride=shape[1])
+            shape = shape[::-1]
+        made = Weight(name, wanted, shape, shard, stored)
+        plans.append(
+            TensorPlan(
+                made, "decode", "packed", "", view, None, {name: (wanted, shape)}, packed=weight
+            )
+        )
+    return plans
+
+
+def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
+    """Return the plan of a tensor that is not packed."""
+    wanted = stored.dtype
+    if stored.dtype in TORCH_NAME and dtype != "auto":
+        wanted = SAFETENSORS_NAME[dtype]
+    action = "copy" if wanted == stored.dtype else "cast"
+    weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
+    return TensorPlan(weight, action, "kept", "", None, None, {stored.name: (wanted, stored.shape)})
 
 
 def _lay_out(
-    outputs: list[_Output], stem: str, max_shard_size: int
-) -> tuple[list[ShardLayout], dict[str, int]]:
+    plans: list[TensorPlan], stem: str, max_shard_size: int
+) -> tuple[tuple[TensorPlan, ...], tuple[ShardLayout, ...]]:
+    """Return the plans in the order they are read, each with its file, and the files."""
     files = fill_shards(
-        outputs, lambda output: [(output.source.name, output.dtype, output.shape)], max_shard_size
+        plans,
+        lambda plan: [(key, dtype, shape) for key, (dtype, shape) in plan.outputs.items()],
+        max_shard_size,
     )
-    layouts = [
+    layouts = tuple(
         lay_out(
             shard_name(stem, number, len(files)),
-            [(o.source.name, o.dtype, o.shape) for o in members],
+            [(t.name, *t.outputs[t.name]) for t in members],
             (),
         )
         for number, members in enumerate(files)
-    ]
-    return layouts, {o.source.name: i for i, members in enumerate(files) for o in members}
-
-
-def _items(outputs: Sequence[_Output], chunk: int) -> Iterator[_Item]:
-    for output in outputs:
-        n = TensorInfo("", "U8", output.shape, 0).numel
-        width = max(ITEMSIZE[output.dtype], ITEMSIZE[output.source.dtype])
-        # Chunks start at a block's first element; a transposed one also at a row's.
-        unit = output.weight.state.blocksize if output.weight else 1
-        if output.transposed:
-            row = output.shape[0]
-            unit = unit // gcd(unit, row) * row
-        step = max(unit, chunk // width // unit * unit)
-        for start in range(0, n, step):
-            yield _Item(output, start, min(step, n - start))
-
-
-def _convert(
-    item: _Item,
-    checkpoint: Checkpoint,
-    packed: PackedReader,
-    engine: Engine,
-    writer: ShardWriter,
-    buffers: tuple[U8, U8],
-) -> None:
-    output = item.output
-    name, itemsize = output.source.name, ITEMSIZE[output.dtype]
-    if output.weight is None:
-        width = ITEMSIZE[output.source.dtype]
-        data = buffers[0][: item.count * width]
-        packed.read_into(checkpoint.tensors[name], item.start * width, data)
-        if output.dtype != output.source.dtype:
-            out = buffers[1][: item.count * itemsize]
-            try:
-                engine.cast(data, output.source.dtype, out, output.dtype)
-            except NonFiniteError as error:
-                raise InputError(
-                    f"{name} holds a value too large for {output.dtype}: choose another --dtype"
-                ) from error
-            data = out
-        writer.write(name, item.start * itemsize, data)
-        return
-    fits = item.count * itemsize <= buffers[1].nbytes  # an item of a large unit may not
-    data = packed.decode(
-        output.weight, item.start, item.count, output.dtype, *(buffers if fits else ())
     )
-    if not output.transposed:
-        writer.write(name, item.start * itemsize, data)
-        return
-    # Rows [first, last) of the decoded matrix are columns of the stored one.
-    rows, columns = output.shape
-    first, last = item.start // rows, (item.start + item.count) // rows
-    block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, rows).T)
-    raw = block.view(np.uint8)
-    if last - first == columns:
-        writer.write(name, 0, raw.reshape(-1))
-        return
-    for row in range(rows):
-        writer.write(name, (row * columns + first) * itemsize, raw[row])
+    file_of = {t.name: number for number, members in enumerate(files) for t in members}
+    placed = (replace(t, file=file_of[t.name]) for t in plans)
+    return tuple(
+        sorted(placed, key=lambda t: (t.weight.shard.path.name, t.weight.stored.start))
+    ), layouts

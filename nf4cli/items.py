@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a ti
 class Item:
     """One piece of work: `count` elements of a weight from element `start`.
 
-    Elements count in the order they are written.
+    Elements count in the order they are written; those of a packed weight as its codes lie.
 
     Attributes:
         digest: its bytes are read in file order, and digested on the way.
@@ -108,6 +109,8 @@ class AbsmaxFile:
 def widest(plan: TensorPlan) -> int:
     """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
     stored = ITEMSIZE[plan.weight.stored.dtype]
+    if plan.packed is not None:
+        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     if plan.view is not None:
         return 4 * stored  # reading it transposed takes a block and its copy as well
     if plan.weight.scale is not None:
@@ -115,6 +118,14 @@ def widest(plan: TensorPlan) -> int:
     if plan.action == "cast":  # an upcast writes more than it reads
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     return stored
+
+
+def unit_of_packed(plan: TensorPlan) -> int:
+    """Return how many elements of a packed weight are decoded together at least: a block, and
+    whole rows of one that is transposed."""
+    assert plan.packed is not None
+    unit = plan.packed.state.blocksize
+    return unit if plan.view is None else math.lcm(unit, plan.view.columns)
 
 
 def element(item: Item, index: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bnb_format import QuantState
 from .importance import ImportanceFile
+from .packed import PackedWeight
 from .records import ITEMSIZE, TORCH_NAME, Checkpoint, QuantConfig, View, Weight
 from .writer import ShardLayout
 
@@ -24,14 +25,16 @@ class TensorPlan:
 
     Attributes:
         weight: what it is and where it lies.
-        action: "quantize", "cast", "copy", or "drop" for a tensor that nothing is written for.
+        action: "quantize", "decode", "cast", "copy", or "drop" for a tensor that nothing is
+            written for.
         rule: the name of the selection rule that decided.
         reason: the same in words.
         view: the stored matrix whose transpose is written (Conv1D, fused experts), None for
-            the tensor as it lies.
+            the tensor as it lies; of a packed weight, the matrix that its codes decode to.
         state: for "quantize": the quantization state, its offset not known yet.
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
+        packed: for "decode": where the codes and their scales lie.
     """
 
     weight: Weight
@@ -42,6 +45,7 @@ class TensorPlan:
     state: QuantState | None
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
     file: int = 0
+    packed: PackedWeight | None = None
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from .codes import errors_of
 from .engines import Engine, Float8, Importance, NestedAbsmax
 from .errors import InputError, NonFiniteError
 from .items import Item, Reading, damaged, element
+from .packed import PackedReader, PackedWeight
 from .planned import TensorPlan
 from .reader import ByteReader
 from .records import ITEMSIZE, FileDigests, Result, Scale, Shard, View
@@ -67,11 +68,14 @@ class Worker:
         run: what it works for.
         readers: the source files that are open, by path; others open and close them.
         chunk: bytes of each of its two buffers.
+        packed: reads the weights to decode, None where there are none.
     """
 
     def __init__(
-        self, run: Run, engine: Engine, sink: Sink, readers: Mapping[Path, ByteReader], chunk: int
-    ) -> None:
+        self, run: Run, engine: Engine, sink: Sink, readers: Mapping[Path, ByteReader], chunk: int,
+        packed: PackedReader | None = None,
+    ) -> None:  # fmt: skip
+        self._packed = packed
         self._run, self._engine, self._sink, self._readers = run, engine, sink, readers
         self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
 
@@ -82,6 +86,10 @@ class Worker:
             self._run.digest_source(item.shard, item.start, data)
             return
         plan = item.job.plan
+        if plan.packed is not None:
+            self._unpack(item, plan.packed)
+            self._run.item_done(item)
+            return
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
         if plan.action == "quantize" and item.job.ladder is not None:
             self._search(item, data, item.job.ladder)
@@ -203,6 +211,29 @@ class Worker:
         sums[:, 0], sums[:, 2] = errors[:, 0], errors[:, 1]
         with job.lock:
             job.worst_block = max(worst, job.worst_block or 0.0)
+
+    def _unpack(self, item: Item, weight: PackedWeight) -> None:
+        """Decode elements of a packed weight, and write them, or their transpose."""
+        assert self._packed is not None
+        plan = item.job.plan
+        dtype, _ = plan.outputs[plan.name]
+        itemsize = ITEMSIZE[dtype]
+        fits = item.count * itemsize <= self._output.nbytes  # an item of a large unit may not
+        buffers = (self._source, self._output) if fits else ()
+        data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
+        if plan.view is None:
+            self._sink.write(plan.name, item.start * itemsize, data)
+            return
+        # Rows [first, last) of the decoded matrix are columns of the stored one.
+        rows, columns = plan.view.rows, plan.view.columns
+        first, last = item.start // columns, (item.start + item.count) // columns
+        block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, columns).T)
+        raw = block.view(np.uint8)
+        if last - first == rows:
+            self._sink.write(plan.name, 0, raw.reshape(-1))
+            return
+        for column in range(columns):
+            self._sink.write(plan.name, (column * rows + first) * itemsize, raw[column])
 
     def _keep(self, item: Item, data: U8) -> None:
         plan = item.job.plan

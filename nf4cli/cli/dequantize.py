@@ -20,6 +20,7 @@ from .common import (
     WorkersOption,
     format_size,
 )  # fmt: skip
+from .ledger import work_bytes
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -49,32 +50,19 @@ def dequantize(
     quiet: QuietOption = False,
 ) -> None:
     """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
-    from ..assembly import part_shards, write_decoded_pipeline
-    from ..dequantize import write_dequantized
-    from ..diffusion import is_pipeline
-    from ..source import open_checkpoint
+    from ..dequantize import plan_decoding, write_decoded
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
     asked, source = source, hub.local(source, quiet)
-    total = sum(file.stat().st_size for file in part_shards(source)) * 3
-    what = f"{hub.shown(asked, source)} -> {output}"
-    display = ProgressDisplay(total, "dequantizing", not quiet, what=what, place=output)
     chosen = common.load_engine(engine, device, quiet, memory)
     started = time.monotonic()
-    if is_pipeline(source):
-        limits = common.resources(chosen, workers, memory)
-        with display:
-            parts = write_decoded_pipeline(
-                source, output, chosen, limits, dtype, size, fsync, display
-            )
-    else:
-        checkpoint = open_checkpoint(source)
-        limits = common.resources(chosen, workers, memory, len(checkpoint.tensors))
-        with display:
-            whole = write_dequantized(
-                checkpoint, output, chosen, limits, dtype, size, fsync, display
-            )
-        parts = {"": whole}
+    model = plan_decoding(source, chosen, dtype, size)
+    limits = common.resources(chosen, workers, memory, model.tensors)
+    with ProgressDisplay(
+        sum(map(work_bytes, model.parts.values())), "dequantizing", not quiet,
+        what=f"{hub.shown(asked, source)} -> {output}", place=output,
+    ) as display:  # fmt: skip
+        parts = write_decoded(model, output, chosen, limits, fsync, display)
     seconds = time.monotonic() - started
     if json:
         common.print_json("dequantize", _document(parts, output, chosen.name, seconds))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..bnb_format import find_quantized
-from ..dequantize import write_dequantized
+from ..dequantize import plan_decoding, write_decoded
 from ..engines import Engine
 from ..limits import Resources
 from ..source import open_checkpoint
@@ -27,7 +27,7 @@ def decoded(path: Path, place: Path, engine: Engine, resources: Resources) -> It
         place: where there is room for the decoded weights.
 
     Raises:
-        InputError, MachineError: see `write_dequantized`.
+        InputError, MachineError: see `plan_decoding` and `write_decoded`.
     """
     checkpoint = open_checkpoint(path)
     if not find_quantized(checkpoint):
@@ -36,5 +36,5 @@ def decoded(path: Path, place: Path, engine: Engine, resources: Resources) -> It
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".decoded-", dir=place) as directory:
         output = Path(directory) / path.name
-        write_dequantized(checkpoint, output, engine, resources, fsync=False)
+        write_decoded(plan_decoding(path, engine), output, engine, resources, fsync=False)
         yield output
