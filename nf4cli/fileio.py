@@ -63,3 +63,8 @@ def sync(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
+
+
+def name_of(path: Path) -> str:
+    """Return what a path is called, `.` and a link that leads nowhere included."""
+    return os.path.basename(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on loops

@@ -58,6 +58,11 @@ class TensorPlan:
         return prod(self.weight.shape)
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes of the source that it is made of."""
+        return self.numel * ITEMSIZE[self.weight.stored.dtype]
+
+    @property
     def nbytes_out(self) -> int:
         return sum(_nbytes(dtype, shape) for dtype, shape in self.outputs.values())
 
@@ -97,6 +102,11 @@ class Plan:
     def source_bytes(self) -> int:
         """Bytes of all source shards."""
         return sum(shard.size for shard in self.checkpoint.shards)
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of the source that a run reports as it converts them."""
+        return sum(t.source_bytes for t in self.tensors if t.outputs)
 
     @property
     def shard_bytes(self) -> int:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nf4cli import codebook, engines
-from nf4cli.cli.common import processors
+from nf4cli.api.machine import processors
 from nf4cli.engines import GRANULE, STATS, Float8, NestedAbsmax, launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine

@@ -19,6 +19,7 @@ from .common import (
     QuietOption,
     WorkersOption,
 )  # fmt: skip
+from .listener import TerminalListener
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def attest(
     from ..attest import SELF_ATTESTED, Attestation
     from ..attest import attest as make_statement
     from ..errors import UsageError
+    from ..fileio import name_of
 
     to_stdout = str(file) == "-"
     if to_stdout and json:
@@ -78,8 +80,10 @@ def attest(
         if not to_stdout:
             apart = [p for p in reading if p.is_dir()]
             target = stack.enter_context(AtomicFile(place, "FILE", apart, replace=False))
-        chosen = common.load_engine(engine if source else "cpu", device, quiet, memory)
-        limits = common.resources(chosen, workers, memory)
+        machine = common.machine(
+            engine if source else "cpu", device, workers, memory, TerminalListener(quiet)
+        )
+        chosen, limits = machine.engine, machine.resources()
         total = sum(f.stat().st_size for p in reading for f in part_shards(p))
         display = ProgressDisplay(
             total * (2 if source else 1), "attesting", not quiet, what=str(output)
@@ -118,7 +122,7 @@ def attest(
         console.print(f"[bold]{common.plain(place)}[/]: {count}; nobody has signed it yet")
         console.print(
             f"next    cosign attest-blob --statement {common.plain(place)} "
-            f"--bundle {common.plain(common.name_of(output))}.sigstore.json"
+            f"--bundle {common.plain(name_of(output))}.sigstore.json"
         )
     raise typer.Exit(0 if ok else 1)
 

@@ -20,8 +20,9 @@ from . import completing
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..engines import Engine, Notify
-    from ..limits import Resources
+    from ..api.machine import Machine
+    from ..engines import Notify
+    from ..watch import Listener
 
 # NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -88,41 +89,18 @@ def format_size(count: float) -> str:
     return f"{count:,.2f} TB"
 
 
-def resources(
-    engine: Engine,
-    workers: int | None,
-    memory: str | None,
-    tensors: int = 0,
-    unit: int = 0,
-) -> Resources:
-    from ..engines import GRANULE
-    from ..limits import make_resources
+def machine(
+    engine: str, device: str | None, workers: int | None, memory: str | None, listener: Listener
+) -> Machine:
+    """Return what the options say of this machine.
+
+    Raises:
+        UsageError: the memory is no size.
+    """
+    from ..api.machine import Machine
 
     bound = None if memory is None else parse_size(memory, "--memory")
-    return make_resources(engine, workers, bound, processors(), tensors, max(unit, GRANULE))
-
-
-def processors() -> int:
-    """Processors this process may use (a container or taskset may allow fewer than there are)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def load_engine(
-    name: str, device: str | None = None, quiet: bool = False, memory: str | None = None
-) -> Engine:
-    from .. import engines
-
-    notify = notices(quiet)
-    engine = engines.load(name, device, notify)
-    if name == "auto" and device is None and memory is not None and engine.extra_memory:
-        try:
-            resources(engine, 1, memory)
-        except UsageError:
-            notify(f"a GPU is here, but does not fit into --memory {memory}: using the CPU")
-            return engines.load("cpu")
-    return engine
+    return Machine(engine, device, workers, bound, listener)
 
 
 def notices(quiet: bool) -> Notify:
@@ -188,11 +166,6 @@ def plain(text: object) -> str:
     from rich.markup import escape
 
     return escape(printable(str(text)))
-
-
-def name_of(path: Path) -> str:
-    """What a path is called, `.` and a link that leads nowhere included."""
-    return os.path.basename(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on loops
 
 
 def plural(count: int, noun: str) -> str:

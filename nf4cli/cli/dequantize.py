@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common, completing, hub
+from . import common, completing
 from .common import (
     DeviceOption,
     EngineOption,
@@ -20,11 +19,10 @@ from .common import (
     WorkersOption,
     format_size,
 )  # fmt: skip
-from .ledger import work_bytes
-from .progress import ProgressDisplay
+from .listener import TerminalListener
 
 if TYPE_CHECKING:
-    from ..dequantize import Summary
+    from ..api.decoding import Dequantized
 
 
 def dequantize(
@@ -50,50 +48,39 @@ def dequantize(
     quiet: QuietOption = False,
 ) -> None:
     """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
-    from ..dequantize import plan_decoding, write_decoded
+    from ..api.decoding import decode
 
     size = common.parse_size(max_shard_size, "--max-shard-size")
-    asked, source = source, hub.local(source, quiet)
-    chosen = common.load_engine(engine, device, quiet, memory)
-    started = time.monotonic()
-    model = plan_decoding(source, chosen, dtype, size)
-    limits = common.resources(chosen, workers, memory, model.tensors)
-    with ProgressDisplay(
-        sum(map(work_bytes, model.parts.values())), "dequantizing", not quiet,
-        what=f"{hub.shown(asked, source)} -> {output}", place=output,
-    ) as display:  # fmt: skip
-        parts = write_decoded(model, output, chosen, limits, fsync, display)
-    seconds = time.monotonic() - started
+    asked = common.machine(engine, device, workers, memory, TerminalListener(quiet))
+    done = decode(source, output, dtype, size, fsync, asked)
     if json:
-        common.print_json("dequantize", _document(parts, output, chosen.name, seconds))
+        common.print_json("dequantize", _document(done))
     elif not quiet:
         console = common.out_console()
-        for name, summary in parts.items():
+        for name, summary in done.parts.items():
             console.print(
                 f"[bold]{common.plain(output / name)}[/]: {summary.decoded} weights decoded, "
                 f"{summary.kept} kept, "
                 f"{format_size(summary.nbytes)} in {common.plural(summary.files, 'file')}"
             )
-        console.print(f"in {seconds:.2f} s ({chosen.name})")
+        console.print(f"in {done.seconds:.2f} s ({done.engine})")
 
 
-def _document(
-    parts: dict[str, Summary], output: Path, engine: str, seconds: float
-) -> dict[str, Any]:
+def _document(done: Dequantized) -> dict[str, Any]:
     counts = {
         name: {"decoded": part.decoded, "kept": part.kept, "output_bytes": part.nbytes,
                "files": part.files}
-        for name, part in parts.items()
+        for name, part in done.parts.items()
     }  # fmt: skip
     whole: dict[str, Any] = {
-        "output": str(output),
-        "engine": engine,
-        "seconds": round(seconds, 3),
+        "output": str(done.output),
+        "engine": done.engine,
+        "seconds": round(done.seconds, 3),
         **{
             key: sum(part[key] for part in counts.values())
             for key in ("decoded", "kept", "output_bytes", "files")
         },
     }
-    if "" not in parts:
+    if "" not in done.parts:
         whole["components"] = counts
     return whole

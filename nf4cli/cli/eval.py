@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import common, completing, hub
+from . import common, completing
 from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from .listener import TerminalListener
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def eval_(
     quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity, KL divergence and agreement against the source. Extra: eval."""
+    from ..api import sources
     from ..calibration.text import torch_device
     from ..evaluation.cache import default_directory
     from ..evaluation.decoded import decoded
@@ -93,7 +95,8 @@ def eval_(
         raise UsageError(f"--context {context:,} is below 8, or above --tokens {tokens:,}")
     libraries()
     names = output, source
-    output, source = hub.local(output, quiet), hub.local(source, quiet)
+    listener = TerminalListener(quiet)
+    output, source = sources.local(output, listener), sources.local(source, listener)
     asked = Evaluating(
         texts=_texts(text), tokens=tokens, context=context, dtype=dtype,
         device=device or torch_device(None), place=cache_dir or default_directory(),
@@ -101,8 +104,8 @@ def eval_(
     )  # fmt: skip
     require_device(asked.device)
     kind = kind_of(source)
-    chosen = common.load_engine(engine, None, quiet, memory)
-    limits = common.resources(chosen, workers, memory)
+    machine = common.machine(engine, None, workers, memory, listener)
+    chosen, limits = machine.engine, machine.resources()
     with (
         decoded(source, asked.place, chosen, limits) as original,
         decoded(output, asked.place, chosen, limits) as ordinary,
@@ -121,7 +124,7 @@ def eval_(
         }  # fmt: skip
         common.print_json("eval", document)
     elif not quiet or failures:
-        against = " against ".join(map(hub.shown, names, (output, source)))
+        against = " against ".join(map(sources.shown, names, (output, source)))
         _print(common.out_console(), against, kind, results, failures)
     raise typer.Exit(1 if failures else 0)
 

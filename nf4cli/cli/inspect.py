@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, hub, inspect_pipeline, views
+from . import common, views
 from .common import JsonOption, format_size
+from .listener import TerminalListener
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..inspection import TensorView
-    from ..records import Checkpoint
 
 
 def inspect(
@@ -26,36 +26,26 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show what is 4-bit, what is not, sizes, bits a weight, and errors where they are known."""
-    from .. import inspection
-    from ..diffusion import is_pipeline
-    from ..source import open_checkpoint
+    from ..api.inspecting import look, look_at_tensor
 
-    asked, path = path, hub.local(path, json)
-    called = hub.shown(asked, path)
-    if is_pipeline(path):
-        inspect_pipeline.inspect(path, called, tensor, json, show_tensor)
-        return
-    checkpoint = open_checkpoint(path)
+    listener = TerminalListener(quiet=json)
     if tensor is not None:
-        show_tensor(checkpoint, tensor, json)
+        view = look_at_tensor(path, tensor, listener)
+        if json:
+            common.print_json("tensor", asdict(view))
+        else:
+            _print_tensor(common.out_console(), view)
         return
-    seen = inspection.overview(checkpoint)
-    if path != asked:  # a directory of the cache is named after the commit alone
-        seen = replace(seen, name=called)
-    if json:
-        common.print_json("inspect", asdict(seen))
+    seen = look(path, listener)
+    if not json:
+        for name, part in seen.parts.items():
+            called = f"{seen.called}/{name}" if name else seen.called
+            views.print_overview(common.out_console(), part, called)
+    elif "" in seen.parts:
+        common.print_json("inspect", asdict(seen.parts[""]))
     else:
-        views.print_overview(common.out_console(), seen, called)
-
-
-def show_tensor(checkpoint: Checkpoint, tensor: str, json: bool) -> None:
-    from .. import inspection
-
-    view = inspection.tensor_view(checkpoint, tensor, common.load_engine("cpu"))
-    if json:
-        common.print_json("tensor", asdict(view))
-    else:
-        _print_tensor(common.out_console(), view)
+        components = {name: asdict(part) for name, part in seen.parts.items()}
+        common.print_json("inspect", {"name": seen.name, "components": components})
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:

@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import common
-
 if TYPE_CHECKING:
     from ..atomic_file import AtomicFile
     from ..report import Report
@@ -27,8 +25,9 @@ class JUnitFile:
 
     def __init__(self, place: Path | None, path: Path, source: Path | None) -> None:
         from ..atomic_file import AtomicFile
+        from ..fileio import name_of
 
-        self._name = common.name_of(path)
+        self._name = name_of(path)
         self._stack = ExitStack()
         apart = [p for p in (path, source) if p is not None and p.is_dir()]
         self._file: AtomicFile | None = (

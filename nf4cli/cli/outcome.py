@@ -5,25 +5,27 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import views
+from . import common, step_summary, views
 from .common import format_size, plain, plural
+from .listener import TerminalListener, tell_resources
 from .machine import peak_memory
+from .outlook import outlook_document, show_outlook
 from .progress import count, duration, shorten
 from .rows import Row, print_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..api.quantizing import Job, Quantized
     from ..hub.publish import Published
     from ..manifest import Manifest
     from ..planned import Plan
     from ..records import TensorError
     from ..transfers import Transfers
-    from .ledger import Ledger
 
 _ROWS = 6  # kinds of weights, and components, that are shown
 _WORST = 3
@@ -57,7 +59,7 @@ class Outcome:
     engine: str
     workers: int
     seconds: float
-    ledger: Ledger
+    ledger: TerminalListener
     transfers: Transfers | None = None
     published: Published | None = None
     leaving: bool = False
@@ -83,6 +85,77 @@ class Outcome:
             for name, record in manifest.tensors.items()
             if record.error is not None
         }
+
+
+def tell_plan(job: Job) -> None:
+    """Say what becomes of the weights, and what the run may take of the machine."""
+    console = common.err_console()
+    for name, plan in job.model.parts.items():
+        if name:
+            console.print(f"[bold]{plain(name)}[/]")
+        views.print_groups(console, plan)
+    tell_resources(job.request.machine.engine.name, job.limits)
+
+
+def show_plan(job: Job, json: bool) -> None:
+    """Print what would be written."""
+    outlook = outlook_document(job)
+    if json:
+        document = views.model_plan_document(job.model, job.limits, job.stays)
+        document["source"] = job.source.name
+        common.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
+        return
+    views.print_model_plan(common.out_console(), job.model, job.limits, job.destination)
+    if outlook:
+        show_outlook(outlook)
+
+
+def conclude(
+    job: Job, done: Quantized, listener: TerminalListener, disk: str | None, json: bool, quiet: bool
+) -> None:
+    """Show the result of a run: as JSON, or as a summary, and on the page of a CI job.
+
+    Args:
+        disk: the bound, as it was asked for.
+    """
+    from ..summary import conversion_section
+
+    model = job.model
+    parts = {name: (model.parts[name], manifest) for name, manifest in done.manifests.items()}
+    step_summary.append(lambda: conversion_section(job.destination, parts))
+    if json:
+        run = {"engine": done.engine, "seconds": round(done.seconds, 3)}
+        pushed = {"pushed": asdict(done.published)} if done.published else {}
+        document = views.model_document(model, done.manifests, done.output)
+        common.print_json("quantize", {**document, **run, **pushed})
+    elif not quiet:
+        outcome = Outcome(
+            source=job.source.name,
+            output=job.output,
+            parts=parts,
+            config={} if model.is_pipeline else model.parts[""].output_config or {},
+            notes=tuple(model.notes),
+            copied=model.copies.nbytes if model.is_pipeline else None,
+            engine=done.engine,
+            workers=job.limits.workers,
+            seconds=done.seconds,
+            ledger=listener,
+            transfers=job.transport.transfers if job.transport else None,
+            published=done.published,
+            leaving=job.request.leaving,
+            disk=disk if _proved_within_a_bound(job, done) else None,
+        )
+        print_outcome(common.out_console(), outcome)
+
+
+def _proved_within_a_bound(job: Job, done: Quantized) -> bool:
+    """Whether what was just made can be proved under the bound that it was made under."""
+    from ..recipe import why_not_by_digests
+
+    manifest, leaving = done.manifests.get(""), job.request.leaving
+    if manifest is None or (job.source.snapshot is None and not leaving):
+        return False  # a pipeline, or all of it lies here
+    return why_not_by_digests(manifest.config, manifest.digest, leaving) is None
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from . import common, views
 from .common import JsonOption, QuietOption, WorkersOption
-from .hub import require_repository
 from .progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ def push(
     Every file is read and must be what the manifest says: exit code 1, and nothing is sent, when
     not.
     """
+    from ..api.machine import processors
+    from ..api.sources import require_repository
     from ..errors import UsageError
     from ..hub.explaining import report_to
     from ..hub.publish import Publication
@@ -65,7 +66,7 @@ def push(
     require_access(repo)
     total = _bytes_in(output)
     with ProgressDisplay(total, "checking", show) as display:
-        checked = check(output, workers or common.processors(), display)
+        checked = check(output, workers or processors(), display)
     if checked.findings:
         _refuse(checked, json)
     if checked.left:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import common, completing, hub, quantize_model
-from .calibrating import DAMPING, LENGTH, TOKENS, Calibrating
+from ..calibration.run import DAMPING, LENGTH, TOKENS, Calibrating
+from . import common, completing
 from .common import (
     DeviceOption,
     EngineOption,
@@ -20,7 +20,8 @@ from .common import (
     VerboseOption,
     WorkersOption,
 )  # fmt: skip
-from .request import Request
+from .listener import TerminalListener, tell_times
+from .outcome import conclude, show_plan, tell_plan
 
 
 def quantize(
@@ -238,33 +239,30 @@ def quantize(
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
-    from ..digest import ALGORITHMS
+    from ..api.quantizing import Request, prepared
     from ..errors import UsageError
     from ..records import QuantConfig
 
     if quiet and verbose:
         raise UsageError("--quiet and --verbose do not go together: leave one of them out")
-    if digest not in ("auto", *ALGORITHMS):
-        raise UsageError(f"--digest {digest} is not one of auto, {', '.join(ALGORITHMS)}")
-    trip = hub.Trip(output, disk, push_to, public, replace_card, common.notices(quiet))
-    largest = hub.LEAVING_SHARDS if disk is not None and trip.leaving else hub.SHARDS
-    config = QuantConfig(
-        quant_type=quant_type,
-        blocksize=blocksize,
-        double_quant=double_quant,
-        quant_storage=quant_storage,
-        compute_dtype=compute_dtype,
-        dtype=dtype,
-        keep=tuple(skip_modules or ()),
-        target=target,
-        on_nonfinite=on_nonfinite,
-        max_shard_size=common.parse_size(max_shard_size or largest, "--max-shard-size"),
-        scale=_scale(scale, importance, calibration),
-        method=_method(method, calibration, save_importance),
-    )
+    listener = TerminalListener(quiet, verbose)
     request = Request(
-        config=config,
-        shard_size=max_shard_size,
+        source=source,
+        output=output,
+        config=QuantConfig(
+            quant_type=quant_type,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            quant_storage=quant_storage,
+            compute_dtype=compute_dtype,
+            dtype=dtype,
+            keep=tuple(skip_modules or ()),
+            target=target,
+            on_nonfinite=on_nonfinite,
+            scale=_scale(scale, importance, calibration),
+            method=_method(method, calibration, save_importance),
+        ),
+        shard_size=_size(max_shard_size, "--max-shard-size"),
         importance_file=importance,
         calibrating=Calibrating.of(
             calibration, calibration_tokens, calibration_length, damping, save_importance
@@ -272,21 +270,29 @@ def quantize(
         exact=exact,
         trust_remote_code=trust_remote_code,
         digest=digest,
-        engine_name=engine,
-        device=device,
-        workers=workers,
-        memory=memory,
+        machine=common.machine(engine, device, workers, memory, listener),
+        disk=_size(disk, "--disk"),
+        push_to=push_to,
+        public=public,
+        replace_card=replace_card,
         fsync=fsync,
         resume=resume,
-        plan=plan,
-        json=json,
-        quiet=quiet,
-        verbose=verbose,
-        trip=trip,
+        listener=listener,
     )
-    keep = disk is None and not plan
-    with hub.found(source, keep, quiet, trip.place if resume else None) as place:
-        quantize_model.quantize(request, place)
+    with prepared(request, only_plan=plan) as job:
+        if plan:
+            show_plan(job, json)
+            return
+        if verbose:
+            tell_plan(job)
+        done = job.run()
+        if verbose:
+            tell_times(job.seconds, done.seconds)
+        conclude(job, done, listener, disk, json, quiet)
+
+
+def _size(text: str | None, option: str) -> int | None:
+    return None if text is None else common.parse_size(text, option)
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:

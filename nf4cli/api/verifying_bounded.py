@@ -1,4 +1,4 @@
-"""nf4 verify --disk: a proof of what does not fit on this disk."""
+"""A proof of what does not fit on this disk: nf4 verify --disk."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import common, hub
-from .ledger import Ledger, work_bytes
-from .progress import ProgressDisplay
+from ..watch import Stage
+from . import sources
+from .machine import Machine
 
 if TYPE_CHECKING:
-    from ..engines import Engine
     from ..hub.carrier import HubTransport
     from ..limits import Resources
     from ..manifest import Manifest
     from ..planned import Plan
     from ..records import Checkpoint
     from ..report import Report
-    from .hub import Source
+    from .sources import Source
 
     Carried = tuple[HubTransport, Resources]
 
@@ -29,14 +28,10 @@ class Bounded:
 
     Attributes:
         limit: bytes that may lie on the disk at once.
-        workers, memory: as asked.
     """
 
     limit: int
-    engine: Engine
-    workers: int | None
-    memory: str | None
-    quiet: bool
+    machine: Machine
 
     def prove(self, path: Path, source: Path) -> tuple[Report, str]:
         """(what was found, what the output is called).
@@ -55,15 +50,15 @@ class Bounded:
 
         place, asked = _place(path), path
         if is_offline():  # nobody states anything: the cache's own files are looked at
-            path = hub.local(path, self.quiet)
-        with hub.found(path, False, self.quiet) as output:
-            called = output.called if output.snapshot else hub.shown(asked, path)
+            path = sources.local(path, self.machine.listener)
+        with sources.found(path, False, self.machine.listener) as output:
+            called = output.called if output.snapshot else sources.shown(asked, path)
             manifest = _manifest_of(output)
             why = why_not_by_digests(manifest.config, manifest.digest, output.snapshot is not None)
             if why is not None:
                 raise UsageError(f"--disk does not go with {called}: {why}. Leave it out")
-            source = hub.as_recorded(source, manifest, common.notices(self.quiet))
-            with hub.found(source, False, self.quiet) as original:
+            source = sources.as_recorded(source, manifest, self.machine.listener.note)
+            with sources.found(source, False, self.machine.listener) as original:
                 _refuse(output, original)
                 return self._prove(output, manifest, original, place), called
 
@@ -103,12 +98,10 @@ class Bounded:
         from ..model_plan import ModelPlan
         from ..transfers import Transfers
 
-        limits = common.resources(
-            self.engine, self.workers, self.memory, len(plan.tensors), unit_of(plan.config)
-        )
+        limits = self.machine.resources(len(plan.tensors), unit_of(plan.config))
         snapshot = original.snapshot if original.outline else None
-        notify = common.notices(self.quiet)
-        transport = HubTransport(snapshot, self.limit, None, True, Transfers(), notify, called)
+        note = self.machine.listener.note
+        transport = HubTransport(snapshot, self.limit, None, True, Transfers(), note, called)
         transport.disk_needed(ModelPlan.of(plan), limits.workers)
         return transport, limits
 
@@ -116,13 +109,13 @@ class Bounded:
         """An output that lies here: its own bytes are looked at as well."""
         from ..verify import verify
 
-        limits = common.resources(
-            self.engine, self.workers, self.memory, len(checkpoint.tensors) // 8
-        )
+        limits = self.machine.resources(len(checkpoint.tensors) // 8)
         total = sum(shard.size for shard in checkpoint.shards)
         what = f"{output.called} against its manifest"
-        with ProgressDisplay(total, "verifying", not self.quiet, what=what) as display:
-            report = verify(output.path, None, self.engine, limits, display, elsewhere=True)
+        with self.machine.listener.stage(Stage("verifying", total, what)) as progress:
+            report = verify(
+                output.path, None, self.machine.engine, limits, progress, elsewhere=True
+            )
         report.findings += found.findings
         return report
 
@@ -141,19 +134,19 @@ class Bounded:
         from ..remade import check_made, make_again
 
         transport, limits = carried
-        with ProgressDisplay(
-            work_bytes(plan), "verifying", not self.quiet, place=place,
-            what=f"{output.called} against {original.called}", weights=plan.parameters,
-            transfers=transport.transfers,
-        ) as display:  # fmt: skip
-            ledger = Ledger(display, False, common.notices(self.quiet))
+        listener = self.machine.listener
+        stage = Stage(
+            "verifying", plan.work_bytes, f"{output.called} against {original.called}",
+            plan.parameters, transport.transfers, place,
+        )  # fmt: skip
+        with listener.stage(stage):
             run = Execution(
-                self.engine, limits, manifest.digest, fsync=False, listener=ledger,
+                self.machine.engine, limits, manifest.digest, fsync=False, listener=listener,
                 transport=transport,
             )  # fmt: skip
             made = make_again(plan, place, run)
         source = Path(original.called)
-        check_made(checkpoint, manifest, plan, made, source, self.engine, report)
+        check_made(checkpoint, manifest, plan, made, source, self.machine.engine, report)
 
 
 def _manifest_of(output: Source) -> Manifest:
@@ -195,7 +188,7 @@ def _refuse(output: Source, original: Source) -> None:
 
 def _place(path: Path) -> Path:
     """Where what is made would lie: beside an output that is here, here for one on a Hub."""
-    name = hub.named(path)
+    name = sources.named(path)
     if name is not None:
         return Path(f"models--{name.repo.replace('/', '--')}.proof")
     path = path.absolute()

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from . import common
-from .progress import ProgressDisplay
+from ..watch import Listener, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..calibration.passes import Calibration, Fixed
     from ..codes import CodeSource
     from ..engines import Engine, Notify
     from ..importance import ImportanceFile
     from ..planned import Plan
     from ..records import Checkpoint, QuantConfig
     from ..report import Report
-    from .request import Request
+    from .passes import Calibration, Fixed
 
 TOKENS, LENGTH, DAMPING = 32_768, 512, 0.05
 """By default; docs/quality.md has what they were measured to give."""
@@ -50,7 +48,7 @@ class Calibrating:
 
     @staticmethod
     def of(
-        texts: list[Path] | None, tokens: int, length: int, damping: float, save: Path | None
+        texts: Sequence[Path] | None, tokens: int, length: int, damping: float, save: Path | None
     ) -> Calibrating | None:
         """None where there is no text.
 
@@ -71,8 +69,8 @@ class Calibrating:
 
     def windows(self, model: Path) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """(int64 [sequences, length], what the importance file shall say of them)."""
-        from ..calibration.text import open_tokenizer
         from ..texts import digest_of, read_documents, sequences
+        from .text import open_tokenizer
 
         documents = read_documents(self.texts)
         tokenizer = open_tokenizer(model)
@@ -96,12 +94,15 @@ class Calibrated:
 
 @contextmanager
 def calibrated(
-    asked: Calibrating, plan: Plan, output: Path, request: Request
-) -> Iterator[Calibrated]:
+    asked: Calibrating, plan: Plan, output: Path, engine: Engine, device: str | None, resume: bool,
+    listener: Listener,
+) -> Iterator[Calibrated]:  # fmt: skip
     """Calibrate a plan's model; what was measured stays beside `output` until the end.
 
     Args:
         plan: without importance; its weights to quantize are those that are measured.
+        engine, device: that will convert, and where the model runs.
+        resume: go on where an earlier run stopped.
 
     Raises:
         UsageError: there is no model to run.
@@ -111,19 +112,19 @@ def calibrated(
     from ..codes import calibrated as codes_of
     from ..importance import load
 
-    if request.resume and (there := _finished(asked, plan, output)) is not None:
+    if resume and (there := _finished(asked, plan, output)) is not None:
         yield Calibrated(there, None)
         return
     scratch = output.absolute().parent / f".{output.name}.calibration"
-    if scratch.exists() and not request.resume:
+    if scratch.exists() and not resume:
         shutil.rmtree(scratch)
     names = [t.name for t in plan.tensors if t.state is not None]
-    with _kept(scratch, request.notify):
+    with _kept(scratch, listener.note):
         calibration = _pass(
-            asked, plan.checkpoint, plan.config, names, scratch, request.engine, request.device,
-            request.notify, None,
+            asked, plan.checkpoint, plan.config, names, scratch, engine, device,
+            listener.note, None,
         )  # fmt: skip
-        _run(calibration, plan.checkpoint.name, request.shows)
+        _run(calibration, plan.checkpoint.name, listener)
     file = scratch / "importance.dat"
     calibration.save(file)
     if asked.save is not None:
@@ -137,7 +138,7 @@ def calibrated(
 @contextmanager
 def _kept(scratch: Path, notify: Notify) -> Iterator[None]:
     """Says what a calibration leaves that did not come to its end, and removes an empty one."""
-    from ..calibration.passes import blocks_done
+    from .passes import blocks_done
 
     try:
         yield
@@ -190,9 +191,9 @@ def _require_model(plan: Plan) -> None:
         )
 
 
-def _run(calibration: Calibration, what: str, shows: bool) -> None:
-    with ProgressDisplay(calibration.nbytes, "calibrating", shows, what=what) as display:
-        calibration.progress = display
+def _run(calibration: Calibration, what: str, listener: Listener) -> None:
+    with listener.stage(Stage("calibrating", calibration.nbytes, what)) as progress:
+        calibration.progress = progress
         calibration.run()
 
 
@@ -200,9 +201,9 @@ def _pass(
     asked: Calibrating, model: Checkpoint, config: QuantConfig, names: Iterable[str],
     scratch: Path, engine: Engine, device: str | None, notify: Notify, fixed: Fixed | None,
 ) -> Calibration:  # fmt: skip
-    from ..calibration.gptq import Feedback
-    from ..calibration.passes import Calibration, Settings
-    from ..calibration.text import torch_device
+    from .gptq import Feedback
+    from .passes import Calibration, Settings
+    from .text import torch_device
 
     tokens, about = asked.windows(model.root)
     said = {**about, "model": model.name, "method": config.method}
@@ -217,15 +218,15 @@ def _pass(
 
 
 def prove(
-    texts: list[Path], path: Path, source: Path, engine: Engine, quiet: bool, report: Report
-) -> None:
+    texts: Sequence[Path], path: Path, source: Path, engine: Engine, report: Report,
+    listener: Listener,
+) -> None:  # fmt: skip
     """Measure again, with this text, what an output records of its calibration.
 
     Raises:
         UsageError: it was not calibrated.
         InputError: the text or the source cannot be read.
     """
-    from ..calibration.reproduce import compare, matrices
     from ..errors import UsageError
     from ..importance import load
     from ..manifest import Manifest
@@ -233,6 +234,7 @@ def prove(
     from ..reader import ShardReaders
     from ..source import IMPORTANCE, MANIFEST, open_checkpoint
     from ..texts import digest_of, read_documents
+    from .reproduce import compare, matrices
 
     manifest = Manifest.from_file(path / MANIFEST)
     if not manifest.config.importance:
@@ -258,9 +260,9 @@ def prove(
         fixed = matrices(load_weights(output, readers), readers, engine)
         again = _pass(
             asked, model, manifest.config, names, Path(scratch), engine, None,
-            common.notices(quiet), fixed,
+            listener.note, fixed,
         )  # fmt: skip
-        _run(again, model.name, not quiet)
+        _run(again, model.name, listener)
         compare(recorded, again, report)
 
 

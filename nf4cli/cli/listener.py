@@ -1,56 +1,71 @@
-"""What a run finished: counted for its summary, told line by line under --verbose."""
+"""A run on the terminal: its stages as bars, what it finishes, counted or told line by line."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from ..records import ITEMSIZE
-from ..watch import Listener
-from .common import err_console, format_size, plain
+from ..watch import Listener, Stage
+from .common import err_console, format_size, note, plain
+from .progress import ProgressDisplay
 from .views import WORDS
 
 if TYPE_CHECKING:
-    from ..engines import Notify
     from ..limits import Resources
-    from ..planned import Plan, TensorPlan
+    from ..pipeline import Progress
+    from ..planned import TensorPlan
     from ..records import Result
-    from .progress import ProgressDisplay
 
 
-class Ledger(Listener):
-    """Args:
-        display: is told what an earlier run did.
-        verbose: every weight and file gets a line on stderr.
-        notify: told what a user should know.
+class TerminalListener(Listener):
+    """Shows everything on stderr.
+
+    Args:
+        quiet: nothing is shown.
+        verbose: every weight and file gets a line.
+        notes: sentences are shown as well; None where they are unless `quiet`.
 
     Attributes:
         nbytes, weights: of the source, that this run converted.
         earlier: weight tensors that an earlier run had finished.
     """
 
-    def __init__(self, display: ProgressDisplay, verbose: bool, notify: Notify) -> None:
-        self._display, self._verbose, self._notify = display, verbose, notify
+    def __init__(
+        self, quiet: bool = False, verbose: bool = False, notes: bool | None = None
+    ) -> None:
+        self._shows, self._verbose = not quiet, verbose
+        self._notes = not quiet if notes is None else notes
         self._lock = threading.Lock()
+        self._display: ProgressDisplay | None = None
         self.nbytes = self.weights = self.earlier = 0
 
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[Progress]:
+        with ProgressDisplay(
+            stage.total, stage.label, self._shows, what=stage.what, weights=stage.weights,
+            transfers=stage.transfers, place=stage.place,
+        ) as self._display:  # fmt: skip
+            yield self._display
+
     def progress(self, name: str, nbytes: int) -> None:
-        self._display(name, nbytes)
+        if self._display is not None:
+            self._display(name, nbytes)
 
     def note(self, sentence: str) -> None:
-        self._notify(sentence)
+        if self._notes:
+            note(sentence)
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
         there = list(plans)
         self.earlier += len(there)
-        if there:
-            self._display.skip(sum(map(_source_bytes, there)))
+        if there and self._display is not None:
+            self._display.skip(sum(plan.source_bytes for plan in there))
 
     def tensor(self, part: str, plan: TensorPlan, result: Result) -> None:
         with self._lock:
-            self.nbytes += _source_bytes(plan)
+            self.nbytes += plan.source_bytes
             self.weights += plan.numel
         if self._verbose:
             name = f"{part}/{plan.name}" if part else plan.name
@@ -72,7 +87,7 @@ class Ledger(Listener):
 
 
 def tell_resources(engine: str, limits: Resources) -> None:
-    """What a run may take of the machine."""
+    """Say what a run may take of the machine."""
     err_console().print(
         f"engine {plain(engine)}, {limits.workers} workers, chunks of {format_size(limits.chunk)}, "
         f"memory at most {format_size(limits.memory)}",
@@ -81,14 +96,5 @@ def tell_resources(engine: str, limits: Resources) -> None:
 
 
 def tell_times(planning: float, converting: float) -> None:
-    """Seconds before and after the plan stood."""
+    """Say how many seconds went by before and after the plan stood."""
     err_console().print(f"times  {planning:.2f} s to plan, {converting:.2f} s to convert and write")
-
-
-def work_bytes(plan: Plan) -> int:
-    """Bytes of the source that a run is told of when it has converted them."""
-    return sum(_source_bytes(t) for t in plan.tensors if t.outputs)
-
-
-def _source_bytes(plan: TensorPlan) -> int:
-    return plan.numel * ITEMSIZE[plan.weight.stored.dtype]

@@ -1,0 +1,75 @@
+"""nf4cli.inspect: a checkpoint or pipeline at a glance, or one tensor in depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import engines, inspection
+from ..diffusion import components_of, is_pipeline
+from ..errors import InputError, UsageError
+from ..inspection import Overview, TensorView
+from ..source import open_checkpoint
+from ..watch import NOBODY, Listener
+from . import sources
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a model holds.
+
+    Attributes:
+        called: what a user reads of it.
+        name: of its directory.
+        parts: by component; "" is a checkpoint that is no part of a pipeline.
+    """
+
+    called: str
+    name: str
+    parts: dict[str, Overview]
+
+
+def look(path: Path, listener: Listener = NOBODY) -> Inspected:
+    """Return what is 4-bit, what is not, sizes, and errors where they are known.
+
+    Raises:
+        InputError, MachineError: it cannot be read.
+    """
+    place = sources.local(path, listener)
+    called = sources.shown(path, place)
+    if not is_pipeline(place):
+        seen = inspection.overview(open_checkpoint(place))
+        if place != path:  # a directory of the cache is named after the commit alone
+            seen = replace(seen, name=called)
+        return Inspected(called, seen.name, {"": seen})
+    parts = {}
+    for name, component in components_of(place).items():
+        try:
+            parts[name] = inspection.overview(open_checkpoint(place / name))
+        except InputError:
+            if component.converts:
+                raise
+    return Inspected(called, place.resolve().name, parts)
+
+
+def look_at_tensor(path: Path, tensor: str, listener: Listener = NOBODY) -> TensorView:
+    """Return a tensor's state and histograms.
+
+    Args:
+        tensor: its name; in a pipeline COMPONENT.NAME.
+
+    Raises:
+        UsageError: the name does not begin with a component's.
+        InputError: there is no such tensor.
+    """
+    place = sources.local(path, listener)
+    if is_pipeline(place):
+        components = components_of(place)
+        name, _, rest = tensor.replace("/", ".", 1).partition(".")
+        if name not in components or not rest:
+            raise UsageError(
+                f"{tensor!r} names no component of {place}: write COMPONENT.TENSOR, where "
+                f"COMPONENT is one of {', '.join(components)}"
+            )
+        place, tensor = place / name, rest
+    return inspection.tensor_view(open_checkpoint(place), tensor, engines.load("cpu"))

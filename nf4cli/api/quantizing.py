@@ -1,0 +1,351 @@
+"""nf4cli.quantize and nf4cli.plan: find the source, plan, convert, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..diffusion import is_pipeline, make_pipeline_plan
+from ..digest import ALGORITHMS
+from ..errors import UsageError
+from ..limits import Resources, check_output, require_place, unit_of
+from ..manifest import Manifest
+from ..model_plan import ModelPlan
+from ..plan import make_plan
+from ..quantize import Execution, write_model
+from ..records import Answer, Checkpoint, QuantConfig
+from ..source import name_of_directory
+from ..transport import LOCAL
+from ..watch import NOBODY, Listener, Stage
+from . import sources
+from .machine import Machine
+from .sources import Source, require_repository
+
+if TYPE_CHECKING:
+    from ..calibration.run import Calibrating
+    from ..hub.carrier import HubTransport, Outlook
+    from ..hub.publish import Publication, Published
+    from ..importance import ImportanceFile
+    from ..planned import Plan
+    from ..transfers import Transfers
+
+SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
+"""The largest output file, by default: as loaders write them; where files leave a bounded disk."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What shall be converted, how, and where the output goes to.
+
+    Attributes:
+        source: a path, or a model of the Hub.
+        output: a new directory; None for NAME-nf4 here, or, with `push_to`, for none.
+        config: recipe; its `max_shard_size` counts where `shard_size` is given.
+        shard_size: bytes of the largest output file, None for the default.
+        importance_file: what the loss of the scales is weighted by, None for no data.
+        calibrating: what shall be run through the model first, None for nothing.
+        exact, trust_remote_code: whether transformers is asked in any case, and may run code.
+        digest: algorithm of the files' digests; "auto" is SHA-256 where a Hub is involved.
+        disk: bytes that may lie on the disk at once, None for no bound.
+        push_to: the repository that the output is published in, None for none.
+        public, replace_card: of that repository, see `Publication`.
+        fsync, resume: see `Execution`.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+
+    source: Path
+    output: Path | None = None
+    config: QuantConfig = field(default_factory=QuantConfig)
+    shard_size: int | None = None
+    importance_file: Path | None = None
+    calibrating: Calibrating | None = None
+    exact: bool = False
+    trust_remote_code: bool = False
+    digest: str = "auto"
+    machine: Machine = field(default_factory=Machine)
+    disk: int | None = None
+    push_to: str | None = None
+    public: bool = False
+    replace_card: bool = False
+    fsync: bool = True
+    resume: bool = False
+    listener: Listener = NOBODY
+
+    def __post_init__(self) -> None:
+        if self.digest not in ("auto", *ALGORITHMS):
+            raise UsageError(f"--digest {self.digest} is not one of auto, {', '.join(ALGORITHMS)}")
+        if self.push_to is not None:
+            require_repository(self.push_to)
+        for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
+            if given and self.push_to is None:
+                raise UsageError(f"{option} needs --push-to")
+
+    @property
+    def leaving(self) -> bool:
+        """Whether no output stays here."""
+        return self.push_to is not None and self.output is None
+
+    @cached_property
+    def recipe(self) -> QuantConfig:
+        """The recipe, with the largest output file decided."""
+        leaves = self.disk is not None and self.leaving
+        default = LEAVING_SHARD_BYTES if leaves else SHARD_BYTES
+        return replace(self.config, max_shard_size=self.shard_size or default)
+
+    def place(self, name: str) -> Path:
+        """Return where the output of a model is, or would be: beside it the run works.
+
+        One that leaves is named after where it goes to, as the Hub's own cache would name it, so
+        that nothing else that lies here is in its way.
+        """
+        if self.push_to is not None and self.leaving:
+            return Path(f"models--{self.push_to.replace('/', '--')}")
+        return self.output or Path(f"{name}-nf4")
+
+    def algorithm(self, source: Source) -> str:
+        """Return that of the files' digests."""
+        if self.digest != "auto":
+            return self.digest
+        return "sha256" if source.snapshot or self.push_to else "blake3"
+
+    @cached_property
+    def importance(self) -> ImportanceFile | None:
+        """The file that was asked for, read when it is needed."""
+        from ..importance import load
+
+        return None if self.importance_file is None else load(self.importance_file)
+
+    def oracle(self, model: Checkpoint) -> Answer | None:
+        """For `make_plan`: return what transformers says of a model, where it has to be asked."""
+        from ..families import consult
+
+        return consult(model, self.exact, self.trust_remote_code)
+
+    def scan(self, preliminary: Plan) -> frozenset[str]:
+        """For `make_plan`: return the weights that hold a NaN or an infinity."""
+        from ..nonfinite import nonfinite_weights, scan_bytes
+
+        limits = self.machine.resources(len(preliminary.tensors))
+        stage = Stage("looking for NaN", scan_bytes(preliminary))
+        with self.listener.stage(stage) as progress:
+            return nonfinite_weights(preliminary, self.machine.engine, limits, progress)
+
+    def transport(self, source: Source) -> HubTransport | None:
+        """Return what moves the files of a run; None for one that neither fetches nor pushes."""
+        from ..hub.carrier import HubTransport
+        from ..transfers import Transfers
+
+        snapshot = source.snapshot if source.outline else None
+        if snapshot is None and self.disk is None and self.push_to is None:
+            return None
+        transfers = Transfers()
+        return HubTransport(
+            snapshot, self.disk, self._publication(transfers), self.leaving, transfers,
+            self.listener.note,
+        )  # fmt: skip
+
+    def _publication(self, transfers: Transfers) -> Publication | None:
+        from ..hub.explaining import report_to
+        from ..hub.publish import Publication
+
+        if self.push_to is None:
+            return None
+        report_to(self.listener.note)
+        return Publication(
+            self.push_to, self.public, self.replace_card, self.listener.note,
+            transfers.add_uploaded,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished run.
+
+    Attributes:
+        output: the new directory, None where none stayed here.
+        model: what was planned.
+        manifests: of the parts; "" is a checkpoint that is no part of a pipeline.
+        engine: that converted.
+        seconds: that converting and writing took.
+        published: where the output went to, None for nowhere.
+    """
+
+    output: Path | None
+    model: ModelPlan
+    manifests: Mapping[str, Manifest]
+    engine: str
+    seconds: float
+    published: Published | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that is planned, and can be looked at or run.
+
+    Attributes:
+        source: where the model is read from.
+        model: what will be written.
+        output: where, or beside what the run works where nothing stays.
+        limits: what the run may take of the machine.
+        transport: moves the files; None where they lie here and stay here.
+        seconds: that planning took.
+    """
+
+    request: Request
+    source: Source
+    model: ModelPlan
+    output: Path
+    limits: Resources
+    transport: HubTransport | None
+    seconds: float
+
+    @property
+    def destination(self) -> str:
+        """Where the output goes to, as a user would name it."""
+        request = self.request
+        return request.push_to if request.push_to and request.leaving else str(self.output)
+
+    @property
+    def stays(self) -> Path | None:
+        """The output, None where none stays here."""
+        return None if self.request.leaving else self.output
+
+    def outlook(self) -> tuple[Outlook, float] | None:
+        """Return what the run would move, and the bytes a second that this machine converts.
+
+        Returns:
+            None for a source that lies here.
+
+        Raises:
+            OSError: the temporary directory is full.
+        """
+        from ..trial import bytes_per_second
+
+        if self.transport is None or not self.source.outline:
+            return None
+        outlook = self.transport.outlook(self.model, self._pushed(), self.limits.workers)
+        engine = self.request.machine.engine
+        return outlook, bytes_per_second(engine, self.limits, self.request.recipe)
+
+    def _pushed(self) -> ModelPlan:
+        """Return the plan of a run whose output leaves the disk."""
+        request = self.request
+        size = request.shard_size or LEAVING_SHARD_BYTES
+        recipe = replace(request.recipe, max_shard_size=size)
+        if self.model.is_pipeline:
+            origin_of = self.source.origin_of
+            return make_pipeline_plan(self.model.root, recipe, request.oracle, origin_of=origin_of)
+        (plan,) = self.model.parts.values()
+        return ModelPlan.of(
+            make_plan(plan.checkpoint, recipe, request.oracle, importance=request.importance)
+        )
+
+    def run(self) -> Quantized:
+        """Convert, write, publish.
+
+        Raises:
+            UsageError, InputError, MachineError, OSError: see `write_model`.
+        """
+        request, started = self.request, time.monotonic()
+        stage = Stage(
+            "quantizing", sum(plan.work_bytes for plan in self.model.parts.values()),
+            f"{self.source.name} -> {self.destination}", self.model.parameters,
+            self.transport.transfers if self.transport else None, self.output,
+        )  # fmt: skip
+        with request.listener.stage(stage):
+            manifests = write_model(
+                self.model,
+                self.output,
+                Execution(
+                    request.machine.engine, self.limits, request.algorithm(self.source),
+                    request.fsync, request.resume, request.listener, self.transport or LOCAL,
+                ),
+            )  # fmt: skip
+        return Quantized(
+            self.stays, self.model, manifests, request.machine.engine.name,
+            time.monotonic() - started, self.transport.outcome if self.transport else None,
+        )  # fmt: skip
+
+
+@contextmanager
+def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
+    """Yield a conversion that everything has been looked at of that could refuse it.
+
+    Args:
+        only_plan: it will not be run: nothing is fetched or calibrated for it, and it need not fit.
+
+    Raises:
+        UsageError, InputError, MachineError: it cannot be done.
+    """
+    keep = request.disk is None and not only_plan
+    continued = request.place if request.resume else None
+    with sources.found(request.source, keep, request.listener, continued) as source:
+        started = time.monotonic()
+        with _planned(request, source, only_plan) as (whole, model, output):
+            limits = request.machine.resources(model.tensors, unit_of(request.recipe))
+            transport = request.transport(whole)
+            need = transport.disk_needed(model, limits.workers) if transport else None
+            if only_plan and not model.is_pipeline:
+                need = 0  # what does not fit here may be planned all the same
+            check_output(model, output, limits.workers, request.resume, need)
+            seconds = time.monotonic() - started
+            yield Job(request, whole, model, output, limits, transport, seconds)
+
+
+@contextmanager
+def _planned(
+    request: Request, source: Source, only_plan: bool
+) -> Iterator[tuple[Source, ModelPlan, Path]]:
+    """Yield (the source, with all of its bytes where they are needed, its plan, the output)."""
+    bounded = request.disk is not None
+    reads = request.config.on_nonfinite == "keep"
+    calibrating = None if only_plan else request.calibrating
+    if reads:
+        source = sources.whole(source, "--on-nonfinite keep", bounded, request.listener)
+    if is_pipeline(source.path):
+        _refuse_data(request)
+        output = request.place(name_of_directory(source.path))
+        if reads:  # before all is read
+            require_place(source.path, output, False, request.resume)
+        model = make_pipeline_plan(
+            source.path, request.recipe, request.oracle, request.scan, source.origin_of
+        )
+        yield source, model, output
+        return
+    if calibrating:
+        source = sources.whole(source, "--calibration", bounded, request.listener)
+    checkpoint = source.open()
+    output = request.place(checkpoint.name)
+    if reads or calibrating:
+        require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
+    recipe, ask = request.recipe, request.oracle
+    plan = make_plan(checkpoint, recipe, ask, request.scan, request.importance)
+    if calibrating is None:
+        yield source, ModelPlan.of(plan), output
+        return
+    from ..calibration.run import calibrated
+
+    machine = request.machine
+    with calibrated(
+        calibrating, plan, output, machine.engine, machine.device, request.resume, request.listener
+    ) as data:
+        final = make_plan(checkpoint, recipe, ask, request.scan, data.importance)
+        yield source, ModelPlan.of(replace(final, codes=data.codes)), output
+
+
+def _refuse_data(request: Request) -> None:
+    """Raise UsageError for options that go with a single model only."""
+    data = {"--importance": request.importance_file, "--calibration": request.calibrating}
+    for option, given in data.items():
+        if given is not None:
+            raise UsageError(
+                f"a pipeline's components are not calibrated: leave {option} out; --scale search "
+                "needs no data"
+            )

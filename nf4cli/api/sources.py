@@ -1,0 +1,222 @@
+"""Where a model is read from: a path, or `org/name@revision` for one on the Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, MachineError, Nf4Error, UsageError
+from ..watch import NOBODY, Listener, Stage
+
+if TYPE_CHECKING:
+    from ..engines import Notify
+    from ..hub.client import Name, Snapshot
+    from ..manifest import Manifest
+    from ..records import Checkpoint, Origin
+
+
+def named(source: Path) -> Name | None:
+    """The model of a Hub that an argument names; None for a path, and whatever exists is one."""
+    from ..hub.client import parse
+
+    return None if os.path.lexists(source) else parse(str(source))
+
+
+def require_repository(name: str) -> None:
+    """Raises UsageError for what is no name of a repository to push to."""
+    from ..hub.client import parse
+
+    if parse(name if "/" in name else f"me/{name}") is None or "@" in name:
+        raise UsageError(
+            f"{name!r} is no name of a repository: write org/name, or name for your own"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        path: a directory or file to plan from.
+        snapshot: of a model on a Hub.
+        outline: `path` holds no weights, only the headers of the files that have them.
+    """
+
+    path: Path
+    snapshot: Snapshot | None = None
+    outline: bool = False
+
+    def open(self) -> Checkpoint:
+        """Find out what the model has.
+
+        Raises:
+            InputError: see source.open_checkpoint.
+        """
+        from ..hub.outline import open_outline
+        from ..source import open_checkpoint
+
+        if self.snapshot is None:
+            return open_checkpoint(self.path)
+        return open_outline(self.snapshot, self.path)
+
+    def origin_of(self, component: str) -> Origin | None:
+        """Where a component of a pipeline comes from."""
+        return self.snapshot.origin(component) if self.snapshot else None
+
+    @property
+    def name(self) -> str:
+        """As a user would name it."""
+        return str(self.snapshot.name) if self.snapshot else str(self.path)
+
+    @property
+    def called(self) -> str:
+        """What exactly it is: with the commit."""
+        if self.snapshot is None:
+            return str(self.path)
+        return f"{self.snapshot.repo}@{self.snapshot.commit}"
+
+
+@contextmanager
+def found(
+    source: Path,
+    keep: bool,
+    listener: Listener = NOBODY,
+    continued: Callable[[str], Path] | None = None,
+) -> Iterator[Source]:
+    """A source that can be planned from, wherever it lies.
+
+    Args:
+        continued: where the output of a model of some name would be; a run of that which is
+            continued goes on with the commit that it began with.
+        keep: what is fetched stays in the user's cache.
+
+    Raises:
+        InputError, MachineError: see hub.client.resolve and hub.outline.draw.
+    """
+    name, notify = named(source), listener.note
+    if name is None:
+        yield Source(source)
+        return
+    from ..hub import client
+    from ..hub.explaining import report_to
+    from ..hub.outline import draw
+
+    report_to(notify)
+    if continued is not None and name.revision is None:
+        name = _as_begun(name, continued(_last(name)), notify)
+    with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
+        directory = Path(place) / _last(name)
+        directory.mkdir()
+        with _called(name, directory):
+            with listener.stage(Stage(f"reading what {name} has")):
+                try:
+                    snapshot = client.persist(partial(client.resolve, name), notify)
+                except (InputError, MachineError) as error:
+                    raise type(error)(
+                        f"{source} is no path here, and as a model of a Hub: {error}"
+                    ) from error
+                draw(snapshot, directory, keep)
+            yield Source(directory, snapshot, outline=True)
+
+
+@contextmanager
+def _called(name: Name, directory: Path) -> Iterator[None]:
+    """Has errors name a model as its user does, not the directory that its outline lies in."""
+    try:
+        yield
+    except Nf4Error as error:
+        for told in (error, getattr(error, "cause", None)):
+            if isinstance(told, Nf4Error):
+                told.args = (str(told).replace(str(directory), str(name)),)
+        raise
+
+
+def whole(source: Source, why: str, bounded: bool, listener: Listener) -> Source:
+    """The same with all of its bytes, for what needs them at once: fetched to the cache.
+
+    Args:
+        why: what needs them.
+        bounded: a bound on the disk was asked for, which this cannot keep.
+
+    Raises:
+        UsageError: there is a bound.
+        InputError, MachineError: the model cannot be fetched.
+    """
+    if source.snapshot is None or not source.outline:
+        return source
+    if bounded:
+        raise UsageError(
+            f"--disk does not go with {why}, which needs all of {source.name} at once: without it, "
+            "the model is fetched to the cache"
+        )
+    return Source(_fetch(source.snapshot, source.path, listener), source.snapshot)
+
+
+def local(source: Path, listener: Listener) -> Path:
+    """A path for a command that reads a whole model: one of a Hub is fetched to the cache.
+
+    Raises:
+        InputError, MachineError: it cannot be had.
+    """
+    if named(source) is None:
+        return source
+    with found(source, True, listener) as place:
+        return whole(place, "this command", False, listener).path
+
+
+def as_recorded(source: Path, manifest: Manifest | None, notify: Notify) -> Path:
+    """A source, at the commit that an output's manifest says it was made from, where its user names
+    the same model of a Hub and no revision."""
+    name = named(source)
+    if name is None or name.revision is not None or manifest is None:
+        return source
+    if name.repo != manifest.source_repo or not manifest.source_commit:
+        return source
+    notify(f"{name.repo} at commit {manifest.source_commit}, which the manifest names")
+    return Path(f"{name.repo}@{manifest.source_commit}")
+
+
+def shown(asked: Path, path: Path) -> str:
+    """What a user reads of a path that `local` gave: a model of a Hub with its commit, which names
+    its directory in the cache."""
+    name = named(asked)
+    return str(path) if name is None else f"{name.repo}@{path.name}"
+
+
+def _fetch(snapshot: Snapshot, outline: Path, listener: Listener) -> Path:
+    from ..hub.fetching import fetch_all
+    from ..hub.outline import names_in
+    from ..transfers import Transfers
+
+    names = names_in(outline)
+    total = sum(snapshot.files[name].size for name in names)
+    name = str(snapshot.name)
+    with listener.stage(Stage("fetching", total, name)) as progress:
+
+        class Counted(Transfers):
+            def add_downloaded(self, count: int) -> None:
+                progress(name, count)
+
+        return fetch_all(snapshot, names, Counted(), listener.note)
+
+
+def _last(name: Name) -> str:
+    return name.repo.rpartition("/")[2]
+
+
+def _as_begun(name: Name, output: Path, notify: Notify) -> Name:
+    """The same model at the commit that an unfinished run of it began with."""
+    from ..workspace import earlier_header
+
+    part = earlier_header(output).get("parts", {}).get("", {}).get("source", {})
+    commit = part.get("commit")
+    if part.get("repo") != name.repo or not isinstance(commit, str):
+        return name
+    notify(f"continuing with the commit that the run began with, {name.repo}@{commit}")
+    return name._replace(revision=commit)
