@@ -349,7 +349,6 @@ def test_pipelines(nf4_hub, hub, pipe):  # noqa: F811
     plan = json.loads(nf4_hub.ok("quantize", "org/flux", "--plan", "--json"))
     assert plan["components"]
     assert not [r for r in hub.requests(WEIGHTS) if r.range is None]
-    nf4_hub.fails(2, "quantize", "org/flux", "--disk", "1GB", says=("--disk does not go with",))
     nf4_hub.ok("quantize", "org/flux", "--push-to", "me/flux-nf4")
     nf4_hub.ok("quantize", source, "local", "--digest", "sha256")
     pushed = hub.store.repos["me/flux-nf4"].head
