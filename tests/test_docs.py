@@ -82,6 +82,8 @@ def test_the_page_of_quantize_names_every_option():
     options = get_command(app).commands["quantize"].params
     for option in (o for o in options if isinstance(o, TyperOption)):
         assert any(f"`{name}" in page for name in [*option.opts, *option.secondary_opts]), option
+        if option.rich_help_panel:
+            assert f"### {option.rich_help_panel}\n" in page, "the page has the panels of --help"
 
 
 def test_every_exit_code_is_in_the_readme():
