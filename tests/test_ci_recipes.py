@@ -40,6 +40,7 @@ def tool(name: str, *arguments: object) -> str:
     [
         ("github-actions", "action.yml"),
         ("github-workflows", "docs/recipes/github.yml"),
+        ("github-workflows", ".github/workflows/ci.yml"),
         ("gitlab-ci", "docs/recipes/gitlab-ci.yml"),
     ],
 )
@@ -50,7 +51,7 @@ def test_formats(schema, file):
 def test_nobody_can_slip_a_command_into_a_workflow():
     tool(
         "zizmor", "--offline", "--config", ".github/zizmor.yml",
-        "action.yml", "docs/recipes/github.yml",
+        "action.yml", "docs/recipes/github.yml", ".github/workflows/ci.yml",
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from helpers import LLAMA, llama_tensors, nf4, write_checkpoint_dir
+from typer.core import TyperOption
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from nf4cli import __version__
@@ -23,9 +25,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_every_command_of_the_readme_runs(tmp_path, gpu_nf4):
-    lines = re.findall(r"^\$ (nf4 .*)$", README, re.M)
-    assert len(lines) >= 6
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 8), ("docs/quantize.md", 8), ("docs/quality.md", 1)]
+)
+def test_every_command_of_a_page_runs(page, least, tmp_path, gpu_nf4):
+    lines = re.findall(r"^\$ (nf4 .*)$", (ROOT / page).read_text(), re.M)
+    assert len(lines) >= least
     for name in ("model", "SmolLM2-135M"):
         write_checkpoint_dir(tmp_path / name, llama_tensors(), LLAMA)
     for line in lines:
@@ -45,6 +50,40 @@ def test_every_command_is_in_the_readme():
         if c in text
     }
     assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)", README))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in
+                                  (ROOT / "docs").glob("*.md"))])  # fmt: skip
+def test_links_to_headings_lead_to_headings(page):
+    place = ROOT / page
+    for name, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", place.read_text()):
+        assert anchor in headings(place.parent / name if name else place), f"{name}#{anchor}"
+
+
+def test_the_page_of_quantize_names_every_option():
+    page = (ROOT / "docs" / "quantize.md").read_text()
+    options = get_command(app).commands["quantize"].params
+    for option in (o for o in options if isinstance(o, TyperOption)):
+        assert any(f"`{name}" in page for name in [*option.opts, *option.secondary_opts]), option
+        if option.rich_help_panel:
+            assert f"### {option.rich_help_panel}\n" in page, "the page has the panels of --help"
 
 
 def test_every_exit_code_is_in_the_readme():

@@ -85,7 +85,7 @@ def smallest(nf4_hub, key: str) -> int:
 
 
 def require_same_weights(hub, expected: Path) -> None:
-    """The published files with weights are those of a conversion on the disk; no file is missing."""
+    """Weight files are published as a conversion on the disk writes them; no file is missing."""
     head = hub.store.repos["me/flux-nf4"].head
     names = {p.relative_to(expected).as_posix() for p in expected.rglob("*") if p.is_file()}
     assert head.keys() == names

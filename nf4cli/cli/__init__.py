@@ -19,6 +19,7 @@ from .common import print_json, results
 from .dequantize import dequantize
 from .eval import eval_
 from .inspect import inspect
+from .panels import Command
 from .push import push
 from .quantize import quantize
 from .verify import verify
@@ -38,8 +39,8 @@ app = typer.Typer(
     "4 the machine (disk full, I/O error, no engine), 130 interrupted.",
 )
 for command in (quantize, verify, dequantize, inspect, attest, push):
-    app.command()(command)
-app.command("eval")(eval_)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(eval_)
 
 
 def _version(value: bool) -> None:

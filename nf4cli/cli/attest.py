@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 def attest(
     output: Annotated[
-        Path, typer.Argument(help="A directory that nf4 quantize wrote.", show_default=False)
+        Path, typer.Argument(help="A directory that nf4 quantize wrote", show_default=False)
     ],
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="New file; - is stdout. Default: OUTPUT.intoto.json beside it.",
+            help="New file; - is stdout. Default: OUTPUT.intoto.json beside it",
             show_default=False,
         ),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="What it was made from: prove it first, as verify does."),
+        typer.Option("--source", metavar="PATH", help="Its source: prove it first, as verify does"),
     ] = None,
     builder_id: Annotated[
         str | None,
@@ -49,7 +49,7 @@ def attest(
             "--builder-id",
             metavar="URI",
             show_default=False,
-            help="Who ran the conversion: SLSA's builder.id. Default: nobody who can be trusted.",
+            help="SLSA's builder.id: who ran the conversion",
         ),
     ] = None,
     engine: EngineOption = "auto",
@@ -59,9 +59,10 @@ def attest(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """State what an output is and what it was made from (in-toto, SLSA provenance), unsigned.
+    """Write an unsigned statement of what an output is and was made from (SLSA).
 
-    Every file is read and must be what the manifest says: exit code 1, and no statement, when not.
+    Every file is read first. Unless all are what the manifest says, no
+    statement is written (exit code 1).
     """
     from ..assembly import part_shards
     from ..atomic_file import AtomicFile

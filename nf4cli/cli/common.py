@@ -15,7 +15,7 @@ import typer
 
 from ..errors import UsageError
 from ..untrusted import printable
-from . import completing
+from . import completing, panels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,10 @@ EngineOption = Annotated[
     str,
     typer.Option(
         "--engine",
-        help="auto (a usable GPU, else the CPU), cpu, cuda, or torch (slow reference).",
+        metavar="NAME",
+        show_default=False,
+        help="auto (default), cpu, cuda, torch",
+        rich_help_panel=panels.RUNNING,
         autocompletion=completing.engines,
     ),
 ]
@@ -42,29 +45,64 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
+        metavar="NAME",
         show_default=False,
-        help="GPUs: cuda (all of them), cuda:1, cuda:0,1. Default: the first. For the engine "
-        "torch, a torch device.",
+        help="GPUs: cuda, cuda:1 or cuda:0,1",
+        rich_help_panel=panels.RUNNING,
     ),
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", help="Threads. Default: one a processor, at most 16, and one a GPU."),
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Threads (default one a processor)",
+        rich_help_panel=panels.RUNNING,
+    ),
 ]
 MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="A bound on memory that is kept, like 200MB.")
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory to use at most, like 2GB",
+        rich_help_panel=panels.RUNNING,
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document instead", rich_help_panel=panels.OUTPUT),
+]
 ShardSizeOption = Annotated[
-    str, typer.Option("--max-shard-size", help="Largest size of an output file.")
+    str,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Largest output file",
+        rich_help_panel=panels.OUTPUT,
+    ),
 ]
 FsyncOption = Annotated[
     bool,
-    typer.Option("--fsync/--no-fsync", help="Wait until the disk has it all (power failures)."),
+    typer.Option(
+        "--fsync/--no-fsync",
+        show_default=False,
+        help="Sync files to the disk (default)",
+        rich_help_panel=panels.RUNNING,
+    ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print nothing but errors", rich_help_panel=panels.OUTPUT),
+]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Also a line for every weight and file, and times.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Print a line per weight and file, and times",
+        rich_help_panel=panels.OUTPUT,
+    ),
 ]
 
 
@@ -205,7 +243,7 @@ def _escaped(match: re.Match[str]) -> str:
 SourceArgument = Annotated[
     Path,
     typer.Argument(
-        help="A model directory, or one .safetensors file.",
+        help="A directory, a .safetensors file, or org/name or org/name@revision on the Hub",
         show_default=False,
         autocompletion=completing.sources,
     ),

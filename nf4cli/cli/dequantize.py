@@ -27,14 +27,19 @@ if TYPE_CHECKING:
 
 def dequantize(
     source: Annotated[
-        Path, typer.Argument(help="Any bitsandbytes 4-bit checkpoint (directory or file).")
+        Path,
+        typer.Argument(
+            help="Any bitsandbytes 4-bit checkpoint: a directory, a file, or org/name on the Hub"
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="New directory.")],
+    output: Annotated[Path, typer.Argument(help="New directory")],
     dtype: Annotated[
         str,
         typer.Option(
             "--dtype",
-            help="Dtype of all floats: auto (the original), float32, float16, bfloat16.",
+            metavar="NAME",
+            show_default=False,
+            help="Of all floats (default auto)",
             autocompletion=completing.dtypes,
         ),
     ] = "auto",

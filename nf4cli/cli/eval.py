@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import common, completing
+from . import common, completing, panels
 from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
 from .listener import TerminalListener
 from .progress import ProgressDisplay
@@ -25,57 +25,83 @@ _KINDS = {"causal": "language model", "encoder": "encoder"}
 
 
 def eval_(
-    output: Annotated[Path, typer.Argument(help="A 4-bit checkpoint, or any other model.")],
-    source: Annotated[Path, typer.Option("--source", help="The model it was made from.")],
+    output: Annotated[
+        Path,
+        typer.Argument(help="A 4-bit checkpoint or any other model, here or org/name on the Hub"),
+    ],
+    source: Annotated[
+        Path, typer.Option("--source", metavar="PATH", help="The model it was made from")
+    ],
     text: Annotated[
         list[Path] | None,
         typer.Option(
             "--text",
-            metavar="FILE|DIR",
+            metavar="PATH",
             show_default=False,
-            help="What to measure on (.txt, .md, .jsonl). May be repeated; each is reported on its "
-            "own. Default: two short texts of two domains that nf4 carries.",
+            help="Text to measure on; repeatable. Default: two built-in texts",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Of each text, at most.")] = 8192,
-    context: Annotated[int, typer.Option("--context", help="Tokens of a window.")] = 512,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", help="At most, of each text")
+    ] = 8192,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens per window")] = 512,
     dtype: Annotated[
         str,
         typer.Option(
             "--dtype",
-            help="Both models compute in: auto (float32 on a CPU, the model's own on a GPU), "
-            "float32, float16, bfloat16.",
+            metavar="NAME",
+            help="What both models compute in",
+            rich_help_panel=panels.RUNNING,
             autocompletion=completing.dtypes,
         ),
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option("--device", show_default=False, help="cpu or cuda. Default: a GPU if any."),
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            show_default=False,
+            help="cpu or cuda. Default: a GPU if any",
+            rich_help_panel=panels.RUNNING,
+        ),
     ] = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
             "--cache-dir",
+            metavar="PATH",
             show_default=False,
-            help="Where what the source says is kept, for its next output. Default: nf4/eval in "
-            "the user's cache.",
+            help="Where the source's results are kept",
+            rich_help_panel=panels.CACHE,
         ),
     ] = None,
     cache_size: Annotated[
-        str, typer.Option("--cache-size", help="How large that may become.")
+        str,
+        typer.Option(
+            "--cache-size",
+            metavar="SIZE",
+            help="How large that may become",
+            rich_help_panel=panels.CACHE,
+        ),
     ] = "4GB",
     max_kl: Annotated[
         float | None,
         typer.Option(
-            "--max-kl", show_default=False, help="Exit with 1 when a text's mean KL is above."
+            "--max-kl",
+            metavar="X",
+            show_default=False,
+            help="Largest mean KL divergence of a text",
+            rich_help_panel=panels.LIMITS,
         ),
     ] = None,
     min_top1: Annotated[
         float | None,
         typer.Option(
             "--min-top1",
+            metavar="X",
             show_default=False,
-            help="Exit with 1 when the most likely token agrees less often than this share.",
+            help="Smallest share of equal most likely tokens",
+            rich_help_panel=panels.LIMITS,
         ),
     ] = None,
     engine: EngineOption = "auto",
@@ -84,7 +110,7 @@ def eval_(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure perplexity, KL divergence and agreement against the source. Extra: eval."""
+    """Measure perplexity, KL divergence, agreement with the source (extra: eval)."""
     from ..api import sources
     from ..calibration.text import torch_device
     from ..evaluation.cache import default_directory

@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Any safetensors checkpoint (directory or file).")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Any safetensors checkpoint: a directory, a file, or org/name on the Hub"
+        ),
+    ],
     tensor: Annotated[
-        str | None, typer.Argument(help="One tensor: its state and histograms.", show_default=False)
+        str | None,
+        typer.Argument(help="Show one tensor: its state and histograms", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what is 4-bit, what is not, sizes, bits a weight, and errors where they are known."""
+    """Show what is 4-bit and what is not, sizes, bits a weight, known errors."""
     from ..api.inspecting import look, look_at_tensor
 
     listener = TerminalListener(quiet=json)

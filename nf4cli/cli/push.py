@@ -19,35 +19,31 @@ if TYPE_CHECKING:
 
 def push(
     output: Annotated[
-        Path, typer.Argument(help="A directory that nf4 quantize wrote.", show_default=False)
+        Path, typer.Argument(help="A directory that nf4 quantize wrote", show_default=False)
     ],
     repo: Annotated[
         str,
         typer.Argument(
-            metavar="ORG/NAME", help="The repository; made where there is none.", show_default=False
+            metavar="ORG/NAME", help="The repository; made where there is none", show_default=False
         ),
     ],
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see the repository, if it is new.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public")] = False,
     replace_card: Annotated[
         bool,
-        typer.Option(
-            "--replace-card", help="Replace the README.md that is there. It is kept otherwise."
-        ),
+        typer.Option("--replace-card", help="Replace the repository's README.md"),
     ] = False,
     message: Annotated[
         str | None,
-        typer.Option("--message", metavar="TEXT", help="Of the commit.", show_default=False),
+        typer.Option("--message", metavar="TEXT", help="The commit's message", show_default=False),
     ] = None,
     workers: WorkersOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Publish a finished output on the Hub: checked first, one commit, private if it is new.
+    """Publish a finished output on the Hub, in one commit, private if it is new.
 
-    Every file is read and must be what the manifest says: exit code 1, and nothing is sent, when
-    not.
+    Every file is read first. Unless all are what the manifest says, nothing
+    is sent (exit code 1).
     """
     from ..api.machine import processors
     from ..api.sources import require_repository

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..calibration.run import DAMPING, LENGTH, TOKENS, Calibrating
-from . import common, completing
+from . import common, completing, panels
 from .common import (
     DeviceOption,
     EngineOption,
@@ -28,34 +28,156 @@ def quantize(
     source: SourceArgument,
     output: Annotated[
         Path | None,
-        typer.Argument(help="New directory. Default: NAME-nf4 here.", show_default=False),
+        typer.Argument(help="New directory. Default: NAME-nf4 here", show_default=False),
     ] = None,
-    quant_type: Annotated[
-        str,
-        typer.Option("--quant-type", help="nf4 or fp4.", autocompletion=completing.quant_types),
-    ] = "nf4",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what would be written; write nothing")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue a stopped run; start one where there is none"),
+    ] = False,
     blocksize: Annotated[
         int,
         typer.Option(
             "--blocksize",
-            help="Weights that share a scale: 32 to 4096, powers of 2.",
+            metavar="N",
+            show_default=False,
+            help="Weights per scale (default 64)",
+            rich_help_panel=panels.FORMAT,
             autocompletion=completing.blocksizes,
         ),
     ] = 64,
+    quant_type: Annotated[
+        str,
+        typer.Option(
+            "--quant-type",
+            metavar="NAME",
+            help="nf4 or fp4",
+            rich_help_panel=panels.FORMAT,
+            autocompletion=completing.quant_types,
+        ),
+    ] = "nf4",
     double_quant: Annotated[
         bool,
         typer.Option(
-            "--double-quant/--no-double-quant", help="Store the scales in 8 bits as well."
+            "--double-quant/--no-double-quant",
+            show_default=False,
+            help="8-bit scales (default)",
+            rich_help_panel=panels.FORMAT,
         ),
     ] = True,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            show_default=False,
+            help="Loader: transformers (default), vllm or unsloth",
+            rich_help_panel=panels.FORMAT,
+            autocompletion=completing.targets,
+        ),
+    ] = "transformers",
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            "--compute-dtype",
+            metavar="NAME",
+            show_default=False,
+            help="Compute dtype (default auto)",
+            rich_help_panel=panels.FORMAT,
+            autocompletion=completing.dtypes,
+        ),
+    ] = "auto",
+    quant_storage: Annotated[
+        str,
+        typer.Option(
+            "--quant-storage",
+            metavar="NAME",
+            show_default=False,
+            help="Dtype of codes (default uint8)",
+            rich_help_panel=panels.FORMAT,
+            autocompletion=completing.storages,
+        ),
+    ] = "uint8",
+    skip_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            "--skip-modules",
+            metavar="GLOB",
+            show_default=False,
+            help="Modules to leave in float; repeatable",
+            rich_help_panel=panels.KEPT,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="Dtype of these floats",
+            rich_help_panel=panels.KEPT,
+            autocompletion=completing.dtypes,
+        ),
+    ] = "auto",
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(
+            "--on-nonfinite",
+            metavar="NAME",
+            show_default=False,
+            help="NaN or infinity: error (default) or keep",
+            rich_help_panel=panels.KEPT,
+            autocompletion=completing.on_nonfinite,
+        ),
+    ] = "error",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Ask transformers which modules to keep",
+            rich_help_panel=panels.KEPT,
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let transformers run the model's code",
+            rich_help_panel=panels.KEPT,
+        ),
+    ] = False,
     scale: Annotated[
         str | None,
         typer.Option(
             "--scale",
+            metavar="NAME",
             show_default=False,
-            help="absmax, bitsandbytes' own bytes (the default); search, the scale of least loss, "
-            "of either sign: same size, closer to the source.",
+            help="absmax (default), or search: less loss",
+            rich_help_panel=panels.SCALES,
             autocompletion=completing.scales,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="PATH",
+            show_default=False,
+            help="Text to measure inputs on; repeatable",
+            rich_help_panel=panels.SCALES,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            show_default=False,
+            help="With --calibration: rtn (default) or gptq",
+            rich_help_panel=panels.SCALES,
+            autocompletion=completing.methods,
         ),
     ] = None,
     importance: Annotated[
@@ -64,176 +186,102 @@ def quantize(
             "--importance",
             metavar="FILE",
             show_default=False,
-            help="Weight that loss by the importance of each input, as measured by an earlier "
-            "--calibration. Needs neither torch nor text.",
+            help="What an earlier --calibration measured",
+            rich_help_panel=panels.SCALES,
         ),
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--calibration",
-            metavar="FILE|DIR",
-            show_default=False,
-            help="Text (.txt, .md, .jsonl) to run through the model first, one block in memory at "
-            "a time: measures that importance. May be repeated. Extra: calibrate.",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            show_default=False,
-            help="With --calibration: rtn rounds to the nearest code (the default), gptq feeds "
-            "each rounding's error to the columns that are still to come.",
-            autocompletion=completing.methods,
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", help="How much of that text.")
-    ] = TOKENS,
-    calibration_length: Annotated[
-        int, typer.Option("--calibration-length", help="Tokens of a window.")
-    ] = LENGTH,
-    damping: Annotated[
-        float,
-        typer.Option("--damping", help="Of gptq: added to the diagonal, in units of its mean."),
-    ] = DAMPING,
     save_importance: Annotated[
         Path | None,
         typer.Option(
             "--save-importance",
             metavar="FILE",
             show_default=False,
-            help="Where to write the measured importance as well, for --importance.",
+            help="Also write the measured importance there",
+            rich_help_panel=panels.SCALES,
         ),
     ] = None,
-    skip_modules: Annotated[
-        list[str] | None,
+    calibration_tokens: Annotated[
+        int,
         typer.Option(
-            "--keep",
-            "--skip-modules",
-            metavar="PATTERN",
-            show_default=False,
-            help="Leave these modules in full precision: a glob over the module's path, or whole "
-            "parts of it (mlp, layers.0). May be repeated.",
+            "--calibration-tokens",
+            metavar="N",
+            help="Tokens to run",
+            rich_help_panel=panels.SCALES,
         ),
-    ] = None,
-    on_nonfinite: Annotated[
-        str,
+    ] = TOKENS,
+    calibration_length: Annotated[
+        int,
         typer.Option(
-            "--on-nonfinite",
-            help="A weight that holds a NaN or an infinity: error refuses it, keep leaves it in "
-            "full precision (and reads the source once more to find them, under --plan as well).",
-            autocompletion=completing.on_nonfinite,
+            "--calibration-length",
+            metavar="N",
+            help="Tokens per window",
+            rich_help_panel=panels.SCALES,
         ),
-    ] = "error",
-    dtype: Annotated[
-        str,
+    ] = LENGTH,
+    damping: Annotated[
+        float,
         typer.Option(
-            "--dtype",
-            help="Dtype of what stays float: auto (the model's), float32, float16, bfloat16.",
-            autocompletion=completing.dtypes,
+            "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
         ),
-    ] = "auto",
-    compute_dtype: Annotated[
-        str,
-        typer.Option(
-            "--compute-dtype",
-            help="Dtype loaders compute in: auto (the model's), float32, float16, bfloat16.",
-            autocompletion=completing.dtypes,
-        ),
-    ] = "auto",
-    quant_storage: Annotated[
-        str,
-        typer.Option(
-            "--quant-storage",
-            help="Dtype the packed bytes are stored as (FSDP-QLoRA: bfloat16).",
-            autocompletion=completing.storages,
-        ),
-    ] = "uint8",
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            help="Who loads it: transformers; vllm or unsloth, which take experts in 4 bit.",
-            autocompletion=completing.targets,
-        ),
-    ] = "transformers",
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="Ask the installed transformers which modules it holds in 4 bit. Done anyway for "
-            "families that the rules are not known to be right for.",
-        ),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Let transformers run the model's own code when asked."
-        ),
-    ] = False,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            "--max-shard-size",
-            show_default=False,
-            help="Largest size of an output file. Default: 5GB; 1GB where files are pushed and "
-            "leave a bounded disk, which then needs less.",
-        ),
-    ] = None,
-    digest: Annotated[
-        str,
-        typer.Option(
-            "--digest",
-            help="Digest of files in the manifest: blake3 (quicker), sha256 (which a Hub states as "
-            "well), or auto: sha256 where the source or the output lies on a Hub.",
-            autocompletion=completing.digests,
-        ),
-    ] = "auto",
-    engine: EngineOption = "auto",
-    device: DeviceOption = None,
-    workers: WorkersOption = None,
-    memory: MemoryOption = None,
-    disk: Annotated[
-        str | None,
-        typer.Option(
-            "--disk",
-            metavar="SIZE",
-            show_default=False,
-            help="A bound on what lies on the disk at once: files of a Hub are fetched, read and "
-            "removed one after another, not kept in the cache.",
-        ),
-    ] = None,
+    ] = DAMPING,
     push_to: Annotated[
         str | None,
         typer.Option(
             "--push-to",
             metavar="ORG/NAME",
             show_default=False,
-            help="Publish the output on the Hub, in one commit at the end. Files are uploaded as "
-            "they are complete; where no OUTPUT is given, nothing stays here.",
+            help="Publish the output there, in one commit",
+            rich_help_panel=panels.HUB,
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk",
+            metavar="SIZE",
+            show_default=False,
+            help="Disk space to use at most, like 14GB",
+            rich_help_panel=panels.HUB,
         ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see the repository, if it is new.")
+        bool,
+        typer.Option("--public", help="Make a new repository public", rich_help_panel=panels.HUB),
     ] = False,
     replace_card: Annotated[
         bool,
         typer.Option(
-            "--replace-card", help="Replace a README.md that is there. It is kept otherwise."
+            "--replace-card",
+            help="Replace the repository's README.md",
+            rich_help_panel=panels.HUB,
         ),
     ] = False,
+    memory: MemoryOption = None,
+    workers: WorkersOption = None,
+    engine: EngineOption = "auto",
+    device: DeviceOption = None,
     fsync: FsyncOption = True,
-    resume: Annotated[
-        bool,
+    max_shard_size: Annotated[
+        str | None,
         typer.Option(
-            "--resume", help="Continue a run that was stopped; start one where there is none."
+            "--max-shard-size",
+            metavar="SIZE",
+            show_default=False,
+            help="Largest file: 5GB; 1GB with --disk --push-to",
+            rich_help_panel=panels.OUTPUT,
         ),
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Print what would be written, and write nothing.")
-    ] = False,
+    ] = None,
+    digest: Annotated[
+        str,
+        typer.Option(
+            "--digest",
+            metavar="NAME",
+            show_default=False,
+            help="Of files: auto (default), blake3, sha256",
+            rich_help_panel=panels.OUTPUT,
+            autocompletion=completing.digests,
+        ),
+    ] = "auto",
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ..errors import UsageError
-from . import common, step_summary, views
+from . import common, panels, step_summary, views
 from .common import (
     DeviceOption,
     EngineOption,
@@ -25,32 +25,35 @@ if TYPE_CHECKING:
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A 4-bit checkpoint, written by nf4 or not.")],
+    path: Annotated[Path, typer.Argument(help="A 4-bit checkpoint, here or org/name on the Hub")],
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="What it was made from: quantize again and compare."),
+        typer.Option(
+            "--source",
+            metavar="PATH",
+            help="Its source: quantize it again and compare",
+        ),
     ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
             "--calibration",
-            metavar="FILE|DIR",
+            metavar="PATH",
             show_default=False,
-            help="With --source, of a calibrated output: run the text through the source again and "
-            "compare what was measured. Extra: calibrate.",
+            help="With --source: measure on this text again",
         ),
     ] = None,
     sample: Annotated[
         str | None,
         typer.Option(
             "--sample",
-            metavar="SHARE|SIZE",
-            help="A quick look: everything small, and tensors chosen at random, like 5% or 500MB.",
+            metavar="SIZE",
+            help="Only random tensors, like 5% or 500MB",
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help="Of --sample. Default: another one every time.", min=0),
+        typer.Option("--seed", metavar="N", help="Choose the --sample by this seed", min=0),
     ] = None,
     disk: Annotated[
         str | None,
@@ -58,8 +61,7 @@ def verify(
             "--disk",
             metavar="SIZE",
             show_default=False,
-            help="With --source, where that or the output lies on a Hub: a bound on what lies on "
-            "the disk at once. The output is made again file by file and compared by its digests.",
+            help="With --source: disk space to use at most",
         ),
     ] = None,
     engine: EngineOption = "auto",
@@ -68,7 +70,12 @@ def verify(
     memory: MemoryOption = None,
     junit: Annotated[
         Path | None,
-        typer.Option("--junit", metavar="FILE", help="Write a JUnit XML report there as well."),
+        typer.Option(
+            "--junit",
+            metavar="FILE",
+            help="Also write a JUnit XML report there",
+            rich_help_panel=panels.OUTPUT,
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
