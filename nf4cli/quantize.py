@@ -24,7 +24,7 @@ from .model_plan import ModelPlan, path_in_model, place_for
 from .output import clear, write_side_files
 from .pipeline_record import Record, confirm_pipeline
 from .planned import Plan, TensorPlan
-from .reader import ByteReader, read_shard
+from .reader import read_shard
 from .records import FileDigests, Result, Shard
 from .resume import Standing, check, header
 from .source import IMPORTANCE, MANIFEST, PIPELINE_RECORD
@@ -150,8 +150,7 @@ class _Files:
         turns = self._turns.get(number)
         if turns is not None and key in turns.digest.tensors:
             return turns.digest.tensors[key]
-        with ByteReader(writer.path, writer.layout.size) as reader:
-            return digest_tensor(reader, writer.layout.tensors[key])
+        return digest_tensor(writer.reader(), writer.layout.tensors[key])
 
     def _finish_shard(self, number: int) -> None:
         writer, turns = self._writers[number], self._turns.get(number)

@@ -125,14 +125,16 @@ class ByteReader:
     Args:
         path: the file.
         expected_size: bytes it must have (it is checked when it is opened).
+        fd: the file, where it is open already; it stays so when this is closed.
 
     Raises:
         InputError: the file has another size by now.
     """
 
-    def __init__(self, path: Path, expected_size: int) -> None:
+    def __init__(self, path: Path, expected_size: int, fd: int | None = None) -> None:
         self.path = path
-        self._fd = untrusted.open_regular(path)
+        self._lent = fd is not None
+        self._fd = untrusted.open_regular(path) if fd is None else fd
         size = self.identity()[2]
         if size != expected_size:
             self.close()
@@ -188,7 +190,9 @@ class ByteReader:
         return buffer
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close the file, unless it was lent."""
+        if not self._lent:
+            os.close(self._fd)
 
     def __enter__(self) -> ByteReader:
         return self

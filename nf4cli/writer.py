@@ -178,11 +178,15 @@ class ShardWriter:
             raise ValueError(f"{key}: {offset} + {data.nbytes} bytes of {tensor.nbytes}")
         write_at(self._fd, memoryview(data), tensor.start + offset)
 
+    def reader(self) -> ByteReader:
+        """Return what reads back from the file while it is being written."""
+        return ByteReader(self.path, self.layout.size, self._fd)
+
     def tail(self) -> Iterator[NDArray[np.uint8]]:
-        """What lies behind the streamed tensors, read back from the file in pieces."""
-        with ByteReader(self.path, self.layout.size) as reader:
-            for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
-                yield reader.read(start, min(_PIECE, self.layout.size - start))
+        """Yield what lies behind the streamed tensors, read back from the file in pieces."""
+        reader = self.reader()
+        for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
+            yield reader.read(start, min(_PIECE, self.layout.size - start))
 
     def finish(self) -> None:
         """Close the file and have the safetensors library read its header back.

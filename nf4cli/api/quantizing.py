@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..diffusion import is_pipeline, make_pipeline_plan
 from ..digest import ALGORITHMS
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from ..importance import ImportanceFile
     from ..planned import Plan
     from ..transfers import Transfers
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
 """The largest output file, by default: as loaders write them; where files leave a bounded disk."""
@@ -325,8 +328,9 @@ def _planned(
     output = request.place(checkpoint.name)
     if reads or calibrating:
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
-    recipe, ask = request.recipe, request.oracle
-    plan = make_plan(checkpoint, recipe, ask, request.scan, request.importance)
+    # A calibrated model is planned twice, and asked about once.
+    recipe, ask, scan = request.recipe, _once(request.oracle), _once(request.scan)
+    plan = make_plan(checkpoint, recipe, ask, scan, request.importance)
     if calibrating is None:
         yield source, ModelPlan.of(plan), output
         return
@@ -336,8 +340,20 @@ def _planned(
     with calibrated(
         calibrating, plan, output, machine.engine, machine.device, request.resume, request.listener
     ) as data:
-        final = make_plan(checkpoint, recipe, ask, request.scan, data.importance)
+        final = make_plan(checkpoint, recipe, ask, scan, data.importance)
         yield source, ModelPlan.of(replace(final, codes=data.codes)), output
+
+
+def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
+    """Return a function that asks the first time, and gives the same answer from then on."""
+    answers: list[Answered] = []
+
+    def asked(about: Asked) -> Answered:
+        if not answers:
+            answers.append(ask(about))
+        return answers[0]
+
+    return asked
 
 
 def _refuse_data(request: Request) -> None:
