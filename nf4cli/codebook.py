@@ -126,7 +126,7 @@ def nested_midpoints() -> F32:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ladder:
-    """The scales that a block may take: a step times the unit of its run (cuda/nf4_codec.h).
+    """The scales that a block may take: a step times the unit of its run (cuda/codec.h).
 
     Attributes:
         steps: float32 [size <= 256], ascending, of both signs, 0 among them.

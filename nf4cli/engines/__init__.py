@@ -142,7 +142,7 @@ class Engine(Protocol):
             float64 [ceil(n/GRANULE), STATS]: sum of squared error, sum of squared value, largest
             error, each against the value decoded with the block's own float32 absmax; and how
             many blocks are outlier blocks: absmax above 10 times the root mean square of the
-            other elements, some of which are neither zero nor as large (cuda/nf4_codec.h has
+            other elements, some of which are neither zero nor as large (cuda/codec.h has
             it to the bit).
 
         Raises:
@@ -165,7 +165,7 @@ class Engine(Protocol):
         """Encode n elements in blocks, each under the scale of least loss that the ladder has.
 
         The loss of an element is its squared error times the importance of its column, or, without
-        importance, times its magnitude. cuda/nf4_scales.h defines it to the bit.
+        importance, times its magnitude. cuda/cpu_scales.h defines it to the bit.
 
         Args:
             src: as for `quantize`; a part starts at a multiple of a run of blocks as well.

@@ -1,4 +1,4 @@
-"""The CPU engine: cuda/nf4_host.cpp through ctypes.
+"""The CPU engine: cuda/cpu_engine.cpp through ctypes.
 
 ctypes drops the GIL for the length of every call, so threads scale with cores.  The library
 holds one copy of the code an instruction set; the best one this processor can run is taken.

@@ -1,4 +1,4 @@
-"""The CUDA engine: cuda/nf4_kernels.cu on one or several GPUs.
+"""The CUDA engine: cuda/gpu_kernels.cu on one or several GPUs.
 
 A thread that calls it borrows a lane: a stream, device memory and pinned host memory of its own.
 So while one thread's chunk is copied, another's is worked on, and a third is being read from the

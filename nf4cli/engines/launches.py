@@ -1,4 +1,4 @@
-"""What the CUDA engine launches: kernels of cuda/nf4_kernels.cu by name, their grids and arguments.
+"""What the CUDA engine launches: kernels of cuda/gpu_kernels.cu by name, their grids and arguments.
 
 Only data: the engine hands it to a device, the tests to kernels that run on the CPU.  Addresses are
 device addresses, counts are elements unless they say bytes.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from . import U8
 
-# The constants of nf4_kernels.cu.
+# The constants of gpu_kernels.cu.
 _THREADS, _WARP = 256, 32
 _SEGMENT = 64
 _RUNS_A_BLOCK = 16  # nested_quantize: 16 threads a run of 256

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from . import F32, F64, U8
 
-_ROW, _SEGMENT = 16, 64  # interleaved partial sums, elements added up by them: nf4_search.h
+_ROW, _SEGMENT = 16, 64  # interleaved partial sums, elements added up by them: cpu_search.h
 
 
 class TorchEngine:
@@ -141,7 +141,7 @@ class TorchEngine:
         ladder: codebook.Ladder,
         quant_type: str,
     ) -> Any:
-        """The step of each block, tried in the order of cuda/nf4_scales.h."""
+        """The step of each block, tried in the order of cuda/cpu_scales.h."""
         torch, book = self._torch, codebook.codebook(quant_type)
         steps, zero = self._to(ladder.steps), ladder.zero
         low, high = (
@@ -261,7 +261,7 @@ class TorchEngine:
         return (values * unit).to(self._dtypes[dtype])
 
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
-        """The error sums, added in the order that cuda/nf4_host.cpp defines."""
+        """The error sums, added in the order that cuda/cpu_engine.cpp defines."""
         torch = self._torch
         segment = min(blocksize, _SEGMENT)
         worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
@@ -286,7 +286,7 @@ class TorchEngine:
         return sums
 
     def _segments(self, squares: Any, segment: int) -> Any:
-        """The sum of each segment, added in the order that cuda/nf4_search.h defines."""
+        """The sum of each segment, added in the order that cuda/cpu_search.h defines."""
         rows = squares.reshape(-1, segment // _ROW, _ROW)
         lanes = self._torch.zeros_like(rows[:, 0])
         for i in range(rows.shape[1]):
@@ -299,7 +299,7 @@ class TorchEngine:
     def _outliers(
         self, x: Any, y: Any, scale: Any, blocksize: int, unit2: Any = None
     ) -> NDArray[np.int64]:
-        """Outlier blocks a granule, as cuda/nf4_codec.h defines them; scale: their absmax."""
+        """Outlier blocks a granule, as cuda/codec.h defines them; scale: their absmax."""
         torch = self._torch
         segment = min(blocksize, _SEGMENT)
         squares = self._segments(y * y, segment)

@@ -1,4 +1,4 @@
-// The CUDA that nf4_kernels.cu uses, for g++: compile with -ffp-contract=off.
+// The CUDA that gpu_kernels.cu uses, for g++: compile with -ffp-contract=off.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,8 @@
 // How the GPU kernels read a source: threads, the elements each owns, float formats, float8.
-#ifndef NF4_LOAD_CUH
-#define NF4_LOAD_CUH
+#ifndef NF4_GPU_LOAD_CUH
+#define NF4_GPU_LOAD_CUH
 
-#include "nf4_codec.h"
+#include "codec.h"
 
 namespace nf4 {
 
@@ -12,7 +12,7 @@ constexpr int kThreads = 256;       // a CTA of every kernel but fold_errors
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see nf4_search.h
+constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see cpu_search.h
 constexpr int kRows = 4;            // rows of a segment
 constexpr int kGranule = 65536;     // elements that share one entry of the error sums
 constexpr int kSegment = kRow * kRows;   // 64 elements, worked on by two threads:

@@ -1,4 +1,4 @@
-// The GPU engine's kernels around nf4_codec.h; engines/cuda.py compiles and launches them.
+// The GPU engine's kernels around codec.h; engines/cuda.py compiles and launches them.
 //
 // NVRTC instantiates the templates by name, a module for each that a run needs.  The tests run the
 // same source without a GPU: NVRTC's PTX translated to C++, and this file under g++.
@@ -6,7 +6,7 @@
 // Compile with -fmad=false -ftz=false -prec-div=true: every float operation rounds on its own.
 // All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
 // A grid of zero blocks must not be launched.
-#include "nf4_load.cuh"
+#include "gpu_load.cuh"
 
 namespace nf4 {
 
@@ -75,7 +75,7 @@ __device__ __forceinline__ float widest_of(float value, int lanes, float* warps)
   return value;
 }
 
-// The error sums of a segment, or of a block of 32 in it, see nf4_search.h: the partial sums of 16
+// The error sums of a segment, or of a block of 32 in it, see cpu_search.h: the partial sums of 16
 // columns, folded in halves.  Of the two threads of a segment the first returns the squared errors' sum,
 // the second the squared values'.
 __device__ __forceinline__ float fold(const float* error2, const float* value2, int half) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // What `quantize` left -> stats [granules][4]: the error sums of 65,536 elements, in the order that
-// nf4_search.h defines, and their outlier blocks, see nf4_codec.h.  A warp a granule: its lanes square
+// cpu_search.h defines, and their outlier blocks, see codec.h.  A warp a granule: its lanes square
 // and scale, two of them add in turn.  n: elements of the whole piece, in blocks of 2^log_block.
 //
 // That some element of a block lies between zero and absmax shows in its squared errors: all others

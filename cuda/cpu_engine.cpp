@@ -1,4 +1,4 @@
-// The CPU engine: loops around nf4_codec.h behind a C ABI (called through ctypes by
+// The CPU engine: loops around codec.h behind a C ABI (called through ctypes by
 // nf4cli/engines/cpu.py, which drops the GIL for the length of a call).
 //
 // CMake compiles this file once an instruction set, with -DNF4_ISA=generic|avx2|avx512 and the
@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "nf4_scales.h"
+#include "cpu_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
 #define NF4_JOIN(a, b) NF4_JOIN2(a, b)
@@ -315,7 +315,7 @@ i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float
 // src: n elements of `dtype`, the start of a tensor or a whole number of granules into it.
 // packed: (n+1)/2 bytes, first element in the high nibble.  absmax: ceil(n/blocksize) floats.
 // stats: 4 doubles a granule of 65,536 elements: sum of squared error, sum of squared value and
-// largest error, under the block's own float32 absmax; outlier blocks (nf4_codec.h).
+// largest error, under the block's own float32 absmax; outlier blocks (codec.h).
 // Returns -1, or the index of the first NaN or infinity (the outputs are then undefined).
 NF4_EXPORT(int64_t nf4_quantize)
 (const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,

@@ -1,5 +1,5 @@
 // What the CPU engine asks of its machine, beside arithmetic: which of the compiled copies of
-// nf4_host.cpp this processor can run, and the strided reads of a stored matrix's columns.
+// cpu_engine.cpp this processor can run, and the strided reads of a stored matrix's columns.
 
 #include <cerrno>
 #include <cstdint>

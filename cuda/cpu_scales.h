@@ -1,12 +1,12 @@
-// The scale of a block: of those on the ladder the one with the smallest loss (nf4_codec.h).
+// The scale of a block: of those on the ladder the one with the smallest loss (codec.h).
 //
 // Which ones are tried, and in which order, is part of the contract between engines: upwards from
 // the first positive step of at least `low`, then the same among the negative ones.  Of equal losses
 // the first counts.
-#ifndef NF4_SCALES_H
-#define NF4_SCALES_H
+#ifndef NF4_CPU_SCALES_H
+#define NF4_CPU_SCALES_H
 
-#include "nf4_search.h"
+#include "cpu_search.h"
 
 namespace {
 

@@ -1,12 +1,12 @@
 // From scaled values to ranks and codes and back, a block at a time: the inner loops of
-// nf4_host.cpp, once with register look-ups (AVX2 and AVX-512, GCC 12 and later) and once as plain
+// cpu_engine.cpp, once with register look-ups (AVX2 and AVX-512, GCC 12 and later) and once as plain
 // loops that any C++17 compiler vectorises as it can.  Both evaluate the comparisons of nf4_rank.
 //
 // Everything lies in an anonymous namespace: each instruction set is compiled from its own copy.
-#ifndef NF4_SEARCH_H
-#define NF4_SEARCH_H
+#ifndef NF4_CPU_SEARCH_H
+#define NF4_CPU_SEARCH_H
 
-#include "nf4_codec.h"
+#include "codec.h"
 
 #if defined(NF4_X86_ISAS) && defined(__AVX512F__)
 #define NF4_LANES 16
@@ -28,7 +28,7 @@ constexpr int kSegment = 64;      // elements that are added up by them
 // 16 partial sums are folded in halves (j += j+8, j+4, j+2, j+1).  Segments are added in turn, in
 // float64, times the absmax squared.
 //
-// block: nf4_units of the block at hand; outliers: outlier blocks so far, see nf4_codec.h.
+// block: nf4_units of the block at hand; outliers: outlier blocks so far, see codec.h.
 struct Sums {
   double error2 = 0.0, value2 = 0.0;
   int32_t block = 0, outliers = 0;
@@ -154,7 +154,7 @@ struct Search {
     Sums::add(sums, scale, unit2, fold(error2), fold(value2));
   }
 
-  // The loss of x[n] times inverse, see nf4_codec.h; w: a weight an element, null for the plain one.
+  // The loss of x[n] times inverse, see codec.h; w: a weight an element, null for the plain one.
   template <bool kPlain>
   NF4_FN float loss(const Search& s, const float* x, const float* w, int n, float inverse) {
     VF sum[kVectors] = {};

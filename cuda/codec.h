@@ -1,6 +1,6 @@
 // The arithmetic of bitsandbytes' 4-bit format, once, for the host and for the GPU.
 //
-// This is the only place where a value becomes a code and a code a value; nf4_host.cpp (and the
+// This is the only place where a value becomes a code and a code a value; cpu_engine.cpp (and the
 // GPU kernels) arrange loops, lanes and memory around it.  There are no tables here: codebook.py
 // owns them and passes them in as nf4_codebook, so that no table is typed twice.
 //
