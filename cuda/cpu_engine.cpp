@@ -1,11 +1,9 @@
-// The CPU engine: loops around codec.h behind a C ABI (called through ctypes by
-// nf4cli/engines/cpu.py, which drops the GIL for the length of a call).
+// The CPU engine behind a C ABI: nf4cli/engines/cpu.py calls it through ctypes, which drops the GIL
+// for the length of a call.
 //
 // CMake compiles this file once an instruction set, with -DNF4_ISA=generic|avx2|avx512 and the
-// matching -march; the symbol names carry the suffix and Python picks the best one the machine
-// has.  The generic copy is plain loops that any C++17 compiler vectorises as it can.  The other
-// two search the 15 midpoints as a tree with register look-ups (GCC's vector extensions); they
-// evaluate the same comparisons as nf4_rank and the tests hold them to the same bytes.
+// matching -march; the symbol names carry the suffix and Python picks the best one the machine has.
+// The inner loops are those of cpu_search.h; the tests hold all copies to the same bytes.
 //
 // Buffers are contiguous, n counts ELEMENTS, nothing is allocated, nothing is retained.
 
@@ -17,15 +15,11 @@
 
 #define NF4_JOIN2(a, b) a##_##b
 #define NF4_JOIN(a, b) NF4_JOIN2(a, b)
-#define NF4_EXPORT(name) \
-  extern "C" __attribute__((visibility("default"))) NF4_JOIN(name, NF4_ISA)
+#define NF4_EXPORT(name) extern "C" __attribute__((visibility("default"))) NF4_JOIN(name, NF4_ISA)
 
 namespace {
 
 typedef int64_t i64;
-
-constexpr i64 kGranule = 65536;   // elements that share one entry of the error sums
-constexpr uint32_t kInfBits = 0x7f800000u;
 
 // A library loaded elsewhere in the process may have left this thread in flush-to-zero mode,
 // which would change bytes: run every call in the default floating-point environment.
@@ -38,104 +32,117 @@ struct DefaultFloatEnvironment {
   ~DefaultFloatEnvironment() { fesetenv(&saved); }
 };
 
+// How the elements of a dtype are stored: exact to float32, rounded to nearest even from it.
 template <int kDtype>
 struct Element;
 template <>
 struct Element<NF4_F32> {
   typedef float Raw;
-  NF4_FN float load(Raw raw) { return raw; }
-  NF4_FN Raw store(float value) { return value; }
+  static NF4_FN float load(Raw raw) { return raw; }
+  static NF4_FN Raw store(float value) { return value; }
 };
 template <>
 struct Element<NF4_F16> {
   typedef uint16_t Raw;
-  NF4_FN float load(Raw raw) { return nf4_f32_of_f16(raw); }
-  NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
+  static NF4_FN float load(Raw raw) { return nf4_f32_of_f16(raw); }
+  static NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
 };
 template <>
 struct Element<NF4_BF16> {
   typedef uint16_t Raw;
-  NF4_FN float load(Raw raw) { return nf4_f32_of_bf16(raw); }
-  NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
+  static NF4_FN float load(Raw raw) { return nf4_f32_of_bf16(raw); }
+  static NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
 };
 
-// -- 4-bit quantization -------------------------------------------------------------------------
+// Return function(dtype), its number as a type: one copy of the function for each.
+template <class Function>
+auto with_dtype(int dtype, Function function) {
+  switch (dtype) {
+    case NF4_F32: return function(std::integral_constant<int, NF4_F32>());
+    case NF4_F16: return function(std::integral_constant<int, NF4_F16>());
+    default: return function(std::integral_constant<int, NF4_BF16>());
+  }
+}
 
+inline bool is_finite(float value) { return nf4_magnitude(value) < kInfinityBits; }
+
+inline int smaller(i64 a, i64 b) { return (int)(a < b ? a : b); }
+
+// Return n elements in whole rows, which the loops of cpu_search.h take.
+inline int whole_rows(int n) { return (n + kRow - 1) / kRow * kRow; }
+
+// -- 4-bit quantization --
+
+// Write the values of n elements; return the magnitude of the largest, as bits.
 template <int kDtype>
 NF4_FN uint32_t load_block(const typename Element<kDtype>::Raw* src, int n, float* x) {
   uint32_t largest = 0;
   for (int i = 0; i < n; i++) {
     x[i] = Element<kDtype>::load(src[i]);
-    const uint32_t magnitude = nf4_bits_of_float(x[i]) & 0x7fffffffu;
+    const uint32_t magnitude = nf4_magnitude(x[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
   return largest;
 }
 
-// One full block.  Returns false when it is not finite.
+// Quantize a full block.  Return false when it is not finite.
 template <int kDtype>
 NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksize,
-                           const Search& search, uint8_t* packed, float* absmax, Sums& sums,
-                           Worst& worst) {
+                           const Search& search, uint8_t* packed, float* absmax, Errors& errors) {
   alignas(64) float x[kMaxBlock];
   const uint32_t largest = load_block<kDtype>(src, blocksize, x);
-  *absmax = nf4_float_of_bits(largest);
-  if (largest >= kInfBits) return false;
-  search_block(search, x, blocksize, nf4_reciprocal(*absmax), *absmax, 1.0f, packed, sums,
-               worst);
-  if (nf4_outlier(sums.block, blocksize, *absmax) && between(x, blocksize, *absmax))
-    sums.outliers++;
+  const nf4_unit unit = nf4_unit_of<false>(nf4_float_of_bits(largest));
+  *absmax = unit.absmax;
+  if (largest >= kInfinityBits) return false;
+  errors.encode(search, x, blocksize, unit.inverse, unit.absmax, 1.0f, packed);
+  errors.judge(x, blocksize, unit.absmax);
   return true;
 }
 
-// The last, partial block: a division instead of the reciprocal, and a floored absmax, as
-// bitsandbytes' default implementation has it.  An odd n pads one nibble with the code of 0.0.
+// Quantize the last, partial block.  An odd n pads one nibble with the code of 0.0.  Return false
+// when it is not finite.
 template <int kDtype>
 bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search& search,
-                   uint8_t* packed, float* absmax, Sums& sums, Worst& worst) {
-  alignas(64) float x[kMaxBlock];
+                   uint8_t* packed, float* absmax, Errors& errors) {
+  alignas(64) float x[kMaxBlock], scaled[kMaxBlock];
   uint8_t bytes[kMaxBlock / 2];
   const uint32_t largest = load_block<kDtype>(src, n, x);
-  *absmax = nf4_float_of_bits(largest);
-  if (largest >= kInfBits) return false;
-  if (*absmax < 1e-38f) *absmax = 1e-38f;
-  const bool lost = between(x, n, *absmax);
-  for (int i = 0; i < n; i++) x[i] = x[i] / *absmax;
-  const int padded = (n + kRow - 1) / kRow * kRow;
-  for (int i = n; i < padded; i++) x[i] = 0.0f;
-  search_block(search, x, padded, 1.0f, *absmax, 1.0f, bytes, sums, worst);
-  if (lost && nf4_outlier(sums.block, n, *absmax)) sums.outliers++;
+  const nf4_unit unit = nf4_unit_of<true>(nf4_float_of_bits(largest));
+  *absmax = unit.absmax;
+  if (largest >= kInfinityBits) return false;
+  const int padded = whole_rows(n);
+  for (int i = 0; i < padded; i++) scaled[i] = i < n ? nf4_scaled<true>(x[i], unit) : 0.0f;
+  errors.encode(search, scaled, padded, unit.inverse, unit.absmax, 1.0f, bytes);
+  errors.judge(x, n, unit.absmax);
   memcpy(packed, bytes, (size_t)(n + 1) / 2);
   return true;
 }
 
+// Return the index of the first element from `from` on that is not finite; there is one.
 template <int kDtype>
 i64 first_nonfinite(const typename Element<kDtype>::Raw* src, i64 from) {
   i64 i = from;
-  while ((nf4_bits_of_float(Element<kDtype>::load(src[i])) & 0x7fffffffu) < kInfBits) i++;
+  while (is_finite(Element<kDtype>::load(src[i]))) i++;
   return i;
 }
 
+// kBlocksize: 0 for any.
 template <int kDtype, int kBlocksize>
 i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blocksize,
                     const nf4_codebook& book, uint8_t* packed, float* absmax, double* stats) {
   const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
   const Search search(book);
-  for (i64 granule = 0; granule < n; granule += kGranule, stats += 4) {
+  for (i64 granule = 0; granule < n; granule += kGranule, stats += kStats) {
     const i64 stop = n - granule < kGranule ? n : granule + kGranule;
-    Sums sums;
-    Worst worst;
+    Errors errors;
     i64 i = granule;
     for (; i + blocksize <= stop; i += blocksize)
-      if (!quantize_block<kDtype>(src + i, blocksize, search, packed + i / 2, absmax++, sums, worst))
+      if (!quantize_block<kDtype>(src + i, blocksize, search, packed + i / 2, absmax++, errors))
         return first_nonfinite<kDtype>(src, i);
-    if (i < stop && !quantize_tail<kDtype>(src + i, (int)(stop - i), search, packed + i / 2,
-                                           absmax++, sums, worst))
+    if (i < stop &&
+        !quantize_tail<kDtype>(src + i, (int)(stop - i), search, packed + i / 2, absmax++, errors))
       return first_nonfinite<kDtype>(src, i);
-    stats[0] = sums.error2;
-    stats[1] = sums.value2;
-    stats[2] = Worst::of(worst);
-    stats[3] = (double)sums.outliers;
+    errors.store(stats);
   }
   return -1;
 }
@@ -145,26 +152,41 @@ i64 quantize(const void* src, i64 n, i64 blocksize, const nf4_codebook* book, ui
              float* absmax, double* stats) {
   const auto* raw = static_cast<const typename Element<kDtype>::Raw*>(src);
   // 64 is bitsandbytes' default; a constant lets the compiler unroll the block.
-  if (blocksize == 64)
-    return quantize_blocks<kDtype, 64>(raw, n, 64, *book, packed, absmax, stats);
+  if (blocksize == 64) return quantize_blocks<kDtype, 64>(raw, n, 64, *book, packed, absmax, stats);
   return quantize_blocks<kDtype, 0>(raw, n, (int)blocksize, *book, packed, absmax, stats);
 }
 
-// -- 4-bit quantization under chosen scales -------------------------------------------------------
+// -- 4-bit quantization under chosen scales --
 
-// One block under its best scale; x is its values, padded with zeros.  Returns the step.
+// Quantize a block under its best scale: `count` values x, padded with zeros.  Return the step.
 template <bool kPlain>
 NF4_FN int scale_block(const Search& search, const Ladder& ladder, const float* x, const float* w,
                        int count, int padded, float absmax, float unit, uint8_t* packed,
-                       Sums& sums, Worst& worst) {
+                       Errors& errors) {
   const int best = best_step<kPlain>(search, ladder, x, w, padded, absmax, unit);
-  const float scale = nf4_nested_decode(ladder.steps[best], unit, 0.0f);
-  const float size = scale < 0.0f ? -scale : scale;
+  const float scale = nf4_scale(ladder.steps[best], unit);
+  const float size = nf4_abs(scale);
   const float ratio = size * nf4_reciprocal(absmax);
-  search_block(search, x, padded, nf4_signed_reciprocal(scale), size, ratio * ratio, packed, sums,
-               worst);
-  if (nf4_outlier(sums.block, count, absmax) && between(x, count, absmax)) sums.outliers++;
+  errors.encode(search, x, padded, nf4_signed_reciprocal(scale), size, ratio * ratio, packed);
+  errors.judge(x, count, absmax);
   return best;
+}
+
+// Write the absmax of each block of a run of n elements, and the largest of them to *unit.  Return
+// the start of the first block that is not finite, or -1.
+template <int kDtype>
+i64 measure_run(const typename Element<kDtype>::Raw* src, i64 n, int blocksize, float* absmax,
+                float* unit) {
+  alignas(64) float x[kMaxBlock];
+  float largest = 0.0f;
+  for (i64 i = 0; i < n; i += blocksize, absmax++) {
+    const uint32_t bits = load_block<kDtype>(src + i, smaller(n - i, blocksize), x);
+    if (bits >= kInfinityBits) return i;
+    *absmax = nf4_float_of_bits(bits);
+    largest = *absmax > largest ? *absmax : largest;
+  }
+  *unit = largest;
+  return -1;
 }
 
 template <int kDtype, bool kPlain>
@@ -172,70 +194,55 @@ i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize
                   const nf4_codebook& book, const Ladder& ladder, Importance importance,
                   uint8_t* packed, uint8_t* index, float* unit, double* stats) {
   const Search search(book);
-  alignas(64) float x[kMaxBlock + kRow], w[kMaxBlock + kRow];
-  alignas(64) uint8_t bytes[kMaxBlock / 2 + kRow];
-  float absmax[kMaxRun];
-  Sums sums;
-  Worst worst;
+  alignas(64) float x[kMaxBlock], w[kMaxBlock];
+  alignas(64) uint8_t bytes[kMaxBlock / 2];
+  float absmax[kNestedRun];
+  Errors errors;
   const i64 run = (i64)ladder.run * blocksize;
-  for (i64 start = 0; start < n; start += run) {
+  for (i64 start = 0; start < n; start += run, unit++) {
     const i64 stop = n - start < run ? n : start + run;
-    float largest = 0.0f;
+    const i64 bad = measure_run<kDtype>(src + start, stop - start, blocksize, absmax, unit);
+    if (bad >= 0) return first_nonfinite<kDtype>(src, start + bad);
     for (i64 i = start, b = 0; i < stop; i += blocksize, b++) {
-      const uint32_t bits = load_block<kDtype>(src + i, (int)(stop - i < blocksize ? stop - i : blocksize), x);
-      if (bits >= kInfBits) return first_nonfinite<kDtype>(src, i);
-      absmax[b] = nf4_float_of_bits(bits);
-      largest = absmax[b] > largest ? absmax[b] : largest;
-    }
-    *unit = largest;
-    for (i64 i = start, b = 0; i < stop; i += blocksize, b++) {
-      const int count = (int)(stop - i < blocksize ? stop - i : blocksize);
-      const int padded = (count + kRow - 1) / kRow * kRow;
+      const int count = smaller(stop - i, blocksize), padded = whole_rows(count);
       load_block<kDtype>(src + i, count, x);
       for (int j = count; j < padded; j++) x[j] = 0.0f;
-      if (!kPlain) Importance::fill(importance, i, count, padded, w);
+      if (!kPlain) importance.fill(i, count, padded, w);
       // 64 is the default blocksize; a constant lets the compiler keep the block in registers.
-      const int best =
-          count == 64 ? scale_block<kPlain>(search, ladder, x, w, 64, 64, absmax[b], *unit, bytes,
-                                            sums, worst)
-                      : scale_block<kPlain>(search, ladder, x, w, count, padded, absmax[b], *unit,
-                                            bytes, sums, worst);
+      const int best = count == 64 ? scale_block<kPlain>(search, ladder, x, w, 64, 64, absmax[b],
+                                                         *unit, bytes, errors)
+                                   : scale_block<kPlain>(search, ladder, x, w, count, padded,
+                                                         absmax[b], *unit, bytes, errors);
       memcpy(packed + i / 2, bytes, (size_t)(count + 1) / 2);
       *index++ = (uint8_t)best;
       if ((i + blocksize) % kGranule == 0 || i + blocksize >= n) {
-        stats[0] = sums.error2;
-        stats[1] = sums.value2;
-        stats[2] = Worst::of(worst);
-        stats[3] = (double)sums.outliers;
-        stats += 4;
-        sums = Sums();
-        worst = Worst();
+        errors.store(stats);
+        stats += kStats;
+        errors = Errors();
       }
     }
-    unit++;
   }
   return -1;
 }
 
-// -- 4-bit dequantization -----------------------------------------------------------------------
+// -- 4-bit dequantization --
 
+// kBlocksize: 0 for any.
 template <int kDtype, int kBlocksize>
 void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lookup& lookup,
                        const float* absmax, typename Element<kDtype>::Raw* out) {
   const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
-  alignas(64) int32_t codes[kMaxBlock + kRow];
-  alignas(64) float values[kMaxBlock + kRow];
-  for (i64 b = 0; b * blocksize < n; b++) {
-    const i64 start = b * blocksize;
-    const int count = (int)(n - start < blocksize ? n - start : blocksize);
+  alignas(64) int32_t codes[kMaxBlock];
+  alignas(64) float values[kMaxBlock];
+  for (i64 start = 0; start < n; start += blocksize) {
+    const int count = smaller(n - start, blocksize), padded = whole_rows(count);
     const uint8_t* bytes = packed + start / 2;
     for (int i = 0; i < (count + 1) / 2; i++) {
       codes[2 * i] = bytes[i] >> 4;
       codes[2 * i + 1] = bytes[i] & 15;
     }
-    const int padded = (count + kRow - 1) / kRow * kRow;
     for (int i = (count + 1) / 2 * 2; i < padded; i++) codes[i] = 0;
-    Lookup::run(lookup, codes, padded, absmax[b], values);
+    lookup.run(codes, padded, *absmax++, values);
     for (int i = 0; i < count; i++) out[start + i] = Element<kDtype>::store(values[i]);
   }
 }
@@ -251,40 +258,55 @@ void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook*
     dequantize_blocks<kDtype, 0>(packed, n, (int)blocksize, lookup, absmax, raw);
 }
 
-// -- casts of kept tensors ------------------------------------------------------------------------
+// -- double quantization of the absmax vector --
 
+// Write the codes of a run: n values of absmax - offset.  Return its nested_absmax.
+template <bool kTail>
+float nested_quantize_run(const float* absmax, int n, float offset, const float* heap,
+                          uint8_t* codes) {
+  float x[kNestedRun];
+  uint32_t bits = 0;
+  for (int i = 0; i < n; i++) {
+    x[i] = absmax[i] - offset;
+    const uint32_t magnitude = nf4_magnitude(x[i]);
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  const nf4_unit unit = nf4_unit_of<kTail>(nf4_float_of_bits(bits));
+  for (int i = 0; i < n; i++) x[i] = nf4_scaled<kTail>(x[i], unit);
+  for (int i = 0; i < n; i++) {
+    int node = 1;
+    for (int level = 0; level < kNestedBits; level++) node = nf4_heap_step(x[i], heap, node);
+    codes[i] = (uint8_t)(node - (1 << kNestedBits));
+  }
+  return unit.absmax;
+}
+
+// -- casts of kept tensors --
+
+// Round n elements.  Return the index of the first finite one that became infinite, or -1.
 template <int kFrom, int kTo>
 i64 cast(const void* src, void* dst, i64 n) {
   const auto* in = static_cast<const typename Element<kFrom>::Raw*>(src);
   auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  uint32_t overflow = 0;
+  const auto overflows = [&](i64 i) {
+    return (int)is_finite(Element<kFrom>::load(in[i])) &
+           (int)!is_finite(Element<kTo>::load(out[i]));
+  };
+  int overflow = 0;
   for (i64 i = 0; i < n; i++) {
-    const float value = Element<kFrom>::load(in[i]);
-    out[i] = Element<kTo>::store(value);
-    const uint32_t before = nf4_bits_of_float(value) & 0x7fffffffu;
-    const uint32_t after = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
-    overflow |= (uint32_t)(before < kInfBits) & (uint32_t)(after >= kInfBits);
+    out[i] = Element<kTo>::store(Element<kFrom>::load(in[i]));
+    overflow |= overflows(i);
   }
   if (!overflow) return -1;
-  for (i64 i = 0;; i++) {
-    const uint32_t before = nf4_bits_of_float(Element<kFrom>::load(in[i])) & 0x7fffffffu;
-    const uint32_t after = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
-    if (before < kInfBits && after >= kInfBits) return i;
-  }
+  i64 i = 0;
+  while (!overflows(i)) i++;
+  return i;
 }
 
-template <int kFrom>
-i64 cast_from(const void* src, int to, void* dst, i64 n) {
-  switch (to) {
-    case NF4_F32: return cast<kFrom, NF4_F32>(src, dst, n);
-    case NF4_F16: return cast<kFrom, NF4_F16>(src, dst, n);
-    default: return cast<kFrom, NF4_BF16>(src, dst, n);
-  }
-}
+// -- FP8 weights with scales --
 
-// -- FP8 weights with scales -----------------------------------------------------------------------
-
-// Elements [first, first + n) of a row-major matrix, one scale each block_rows x block_columns.
+// Decode the elements [first, first + n) of a row-major matrix that has a scale for each block_rows
+// x block_columns, a run of elements with one scale at a time.  Return as nf4_decode_float8.
 template <int kTo>
 i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table,
                   const float* scale, i64 block_rows, i64 block_columns, void* dst) {
@@ -300,112 +322,92 @@ i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float
     uint32_t largest = 0;
     for (; i < stop; i++) {
       out[i] = Element<kTo>::store(table[src[i]] * unit);
-      const uint32_t bits = nf4_bits_of_float(Element<kTo>::load(out[i])) & 0x7fffffffu;
+      const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[i]));
       largest = bits > largest ? bits : largest;
     }
-    if (largest >= kInfBits) return first_nonfinite<kTo>(out, begin);
+    if (largest >= kInfinityBits) return first_nonfinite<kTo>(out, begin);
   }
   return -1;
 }
 
 }  // namespace
 
-// -- the C ABI --------------------------------------------------------------------------------
+// -- the C ABI --
 
-// src: n elements of `dtype`, the start of a tensor or a whole number of granules into it.
-// packed: (n+1)/2 bytes, first element in the high nibble.  absmax: ceil(n/blocksize) floats.
-// stats: 4 doubles a granule of 65,536 elements: sum of squared error, sum of squared value and
-// largest error, under the block's own float32 absmax; outlier blocks (codec.h).
-// Returns -1, or the index of the first NaN or infinity (the outputs are then undefined).
+// Quantize n elements.
+//   src      elements of `dtype`, the start of a tensor or a whole number of granules into it
+//   packed   out, (n+1)/2 bytes, the first element in the high nibble
+//   absmax   out, ceil(n/blocksize) floats
+//   stats    out, [ceil(n/kGranule)][kStats], under the block's own float32 absmax, see codec.h
+// Return -1, or the index of the first NaN or infinity (the outputs are then undefined).
 NF4_EXPORT(int64_t nf4_quantize)
 (const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
  float* absmax, double* stats) {
   const DefaultFloatEnvironment environment;
-  switch (dtype) {
-    case NF4_F32: return quantize<NF4_F32>(src, n, blocksize, book, packed, absmax, stats);
-    case NF4_F16: return quantize<NF4_F16>(src, n, blocksize, book, packed, absmax, stats);
-    default: return quantize<NF4_BF16>(src, n, blocksize, book, packed, absmax, stats);
-  }
+  return with_dtype(dtype, [&](auto kind) {
+    return quantize<kind()>(src, n, blocksize, book, packed, absmax, stats);
+  });
 }
 
-// The same under chosen scales: index[i] is the step of the ladder that block i takes, so that its
-// scale is ladder->steps[index[i]] * unit[i / ladder->run], and unit the largest magnitude of a run.
-// src: starts at a multiple of a granule and of a run.  importance: `columns` floats, the weight of
-// each column of the matrix that src is rows of, from element `first` of it on; null for none.
-// index: ceil(n/blocksize) bytes.  unit: ceil of that / ladder->run floats.  stats as above, but
-// under the scales as they are decoded.
+// Quantize n elements under chosen scales: block i is decoded with the scale
+// ladder->steps[index[i]] * unit[i / ladder->run].
+//   src         starts at a multiple of a granule and of a run
+//   importance  `columns` floats, the weight of each column of the matrix that src is rows of, from
+//               element `first` of it on; null for none
+//   index       out, ceil(n/blocksize) bytes
+//   unit        out, a float a run: the largest magnitude of its elements
+//   stats       out, as for nf4_quantize, but under the scales as they are decoded
+// Return as nf4_quantize.
 NF4_EXPORT(int64_t nf4_search)
 (const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book,
  const nf4_ladder* ladder, const float* importance, i64 columns, i64 first, uint8_t* packed,
  uint8_t* index, float* unit, double* stats) {
   const DefaultFloatEnvironment environment;
-  const auto run = [&](auto kind) {
-    constexpr int kDtype = decltype(kind)::value;
-    const auto* raw = static_cast<const typename Element<kDtype>::Raw*>(src);
-    const auto search = importance ? search_scales<kDtype, false> : search_scales<kDtype, true>;
+  return with_dtype(dtype, [&](auto kind) {
+    const auto* raw = static_cast<const typename Element<kind()>::Raw*>(src);
+    const auto search = importance ? search_scales<kind(), false> : search_scales<kind(), true>;
     return search(raw, n, (int)blocksize, *book, Ladder(*ladder), {importance, columns, first},
                   packed, index, unit, stats);
-  };
-  switch (dtype) {
-    case NF4_F32: return run(std::integral_constant<int, NF4_F32>());
-    case NF4_F16: return run(std::integral_constant<int, NF4_F16>());
-    default: return run(std::integral_constant<int, NF4_BF16>());
-  }
+  });
 }
 
-// packed, absmax as above -> out: n elements of `dtype`.
+// Write n elements of `dtype`, decoded from packed and absmax as nf4_quantize leaves them.
 NF4_EXPORT(void nf4_dequantize)
 (const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book, const float* absmax,
  int dtype, void* out) {
   const DefaultFloatEnvironment environment;
-  switch (dtype) {
-    case NF4_F32: return dequantize<NF4_F32>(packed, n, blocksize, book, absmax, out);
-    case NF4_F16: return dequantize<NF4_F16>(packed, n, blocksize, book, absmax, out);
-    default: return dequantize<NF4_BF16>(packed, n, blocksize, book, absmax, out);
-  }
+  with_dtype(dtype,
+             [&](auto kind) { dequantize<kind()>(packed, n, blocksize, book, absmax, out); });
 }
 
-// carry + values[0] + values[1] + ... in float64, strictly in this order: chunks of one vector
-// give the same sum as the whole vector.
+// Return carry + values[0] + values[1] + ... in float64, strictly in this order: chunks of one
+// vector give the same sum as the whole vector.
 NF4_EXPORT(double nf4_sum)(const float* values, i64 n, double carry) {
   const DefaultFloatEnvironment environment;
   for (i64 i = 0; i < n; i++) carry += values[i];
   return carry;
 }
 
-// absmax[n] -> codes[n] of (absmax - offset) in runs of 256, nested_absmax[ceil(n/256)].
-// n is a whole number of runs except at the vector's end.  midpoints: 255 floats, ascending.
+// Write the codes of n values of absmax - offset in runs of kNestedRun, and a nested_absmax a run.
+//   absmax     whole runs, except at the vector's end
+//   midpoints  kNestedRun - 1 floats, ascending
 NF4_EXPORT(void nf4_nested_quantize)
 (const float* absmax, i64 n, float offset, const float* midpoints, uint8_t* codes,
  float* nested_absmax) {
   const DefaultFloatEnvironment environment;
-  constexpr int kRun = 256;
-  for (i64 start = 0; start < n; start += kRun) {
-    const int count = (int)(n - start < kRun ? n - start : kRun);
-    float x[kRun];
-    uint32_t bits = 0;
-    for (int i = 0; i < count; i++) {
-      x[i] = absmax[start + i] - offset;
-      const uint32_t magnitude = nf4_bits_of_float(x[i]) & 0x7fffffffu;
-      bits = magnitude > bits ? magnitude : bits;
-    }
-    float largest = nf4_float_of_bits(bits);
-    if (count == kRun) {
-      const float scale = nf4_reciprocal(largest);
-      for (int i = 0; i < count; i++) x[i] = x[i] * scale;
-    } else {
-      if (largest < 1e-38f) largest = 1e-38f;
-      for (int i = 0; i < count; i++) x[i] = x[i] / largest;
-    }
-    nested_absmax[start / kRun] = largest;
-    int rank[kRun] = {0};
-    for (int bit = 7; bit >= 0; bit--)
-      for (int i = 0; i < count; i++) rank[i] = nf4_search_step(x[i], midpoints, rank[i], bit);
-    for (int i = 0; i < count; i++) codes[start + i] = (uint8_t)rank[i];
-  }
+  float heap[1 << kNestedBits] = {0};
+  for (int node = 1; node < 1 << kNestedBits; node++)
+    heap[node] = midpoints[nf4_heap_midpoint(node, kNestedBits)];
+  i64 start = 0;
+  for (; start + kNestedRun <= n; start += kNestedRun)
+    *nested_absmax++ =
+        nested_quantize_run<false>(absmax + start, kNestedRun, offset, heap, codes + start);
+  if (start < n)
+    *nested_absmax =
+        nested_quantize_run<true>(absmax + start, (int)(n - start), offset, heap, codes + start);
 }
 
-// The inverse: absmax[n] = map[codes] * nested_absmax + offset, two roundings.
+// Write the inverse: absmax[i] = map[codes[i]] * nested_absmax[i / nested_blocksize] + offset.
 NF4_EXPORT(void nf4_nested_dequantize)
 (const uint8_t* codes, i64 n, i64 nested_blocksize, const float* map, const float* nested_absmax,
  float offset, float* absmax) {
@@ -417,27 +419,29 @@ NF4_EXPORT(void nf4_nested_dequantize)
   }
 }
 
-// src: n elements of dtype `from` -> dst: n elements of `to`, rounded to nearest even.
-// Returns -1, or the index of the first finite value that became infinite.
+// Round n elements of dtype `from` to n elements of `to`, to nearest even.
+// Return -1, or the index of the first finite value that became infinite.
 NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n) {
   const DefaultFloatEnvironment environment;
-  switch (from) {
-    case NF4_F32: return cast_from<NF4_F32>(src, to, dst, n);
-    case NF4_F16: return cast_from<NF4_F16>(src, to, dst, n);
-    default: return cast_from<NF4_BF16>(src, to, dst, n);
-  }
+  return with_dtype(from, [&](auto from_kind) {
+    return with_dtype(to, [&](auto to_kind) { return cast<from_kind(), to_kind()>(src, dst, n); });
+  });
 }
 
-// src: elements [first, first + n) of a row-major float8 matrix of `columns` columns.
-// table: the 256 values of the format.  scale: one float each block of block_rows x block_columns,
-// row-major, partial blocks at the edges included.  dst: n elements of `to`: value * scale in
-// float32, rounded once.  Returns -1, or the index of the first result that is not finite.
+// Decode elements of a row-major float8 matrix of `columns` columns: value * scale in float32,
+// rounded once.
+//   src    the elements [first, first + n)
+//   table  the 256 values of the format
+//   scale  a float for each block of block_rows x block_columns, row-major, partial blocks at the
+//          edges included
+//   dst    out, n elements of `to`
+// Return -1, or the index of the first result that is not finite.
 NF4_EXPORT(int64_t nf4_decode_float8)
 (const uint8_t* src, i64 first, i64 n, i64 columns, const float* table, const float* scale,
  i64 block_rows, i64 block_columns, int to, void* dst) {
   const DefaultFloatEnvironment environment;
-  const auto run = to == NF4_F32   ? decode_float8<NF4_F32>
-                   : to == NF4_F16 ? decode_float8<NF4_F16>
-                                   : decode_float8<NF4_BF16>;
-  return run(src, first, n, columns, table, scale, block_rows, block_columns, dst);
+  return with_dtype(to, [&](auto kind) {
+    return decode_float8<kind()>(src, first, n, columns, table, scale, block_rows, block_columns,
+                                 dst);
+  });
 }

@@ -1,6 +1,7 @@
-// From scaled values to ranks and codes and back, a block at a time: the inner loops of
-// cpu_engine.cpp, once with register look-ups (AVX2 and AVX-512, GCC 12 and later) and once as plain
-// loops that any C++17 compiler vectorises as it can.  Both evaluate the comparisons of nf4_rank.
+// From values to ranks and codes and back, a block at a time: the inner loops of cpu_engine.cpp.
+//
+// Written twice: with register look-ups (AVX2 and AVX-512, GCC 12 and later), and as plain loops
+// that any C++17 compiler vectorises as it can.  Both evaluate the comparisons of nf4_rank.
 //
 // Everything lies in an anonymous namespace: each instruction set is compiled from its own copy.
 #ifndef NF4_CPU_SEARCH_H
@@ -18,31 +19,8 @@
 
 namespace {
 
-constexpr int kMaxBlock = 4096;   // the largest blocksize bitsandbytes accepts
-constexpr int kRow = 16;          // error sums run over 16 interleaved partial sums, see Sums
-constexpr int kSegment = 64;      // elements that are added up by them
-
-// The error sums of one granule (see the C ABI below), and the order they are defined in, which
-// is part of the contract between engines.  Within a segment (64 elements, or a block of 32), in
-// units of its block's absmax: partial sum j takes the elements j, j+16, j+32, ... in turn, then the
-// 16 partial sums are folded in halves (j += j+8, j+4, j+2, j+1).  Segments are added in turn, in
-// float64, times the absmax squared.
-//
-// block: nf4_units of the block at hand; outliers: outlier blocks so far, see codec.h.
-struct Sums {
-  double error2 = 0.0, value2 = 0.0;
-  int32_t block = 0, outliers = 0;
-
-  // scale: what x was divided by.  unit2: its square in units of absmax squared.
-  NF4_FN void add(Sums& sums, float scale, float unit2, float error2, float value2) {
-    const double unit = scale;
-    sums.error2 += unit * unit * error2;
-    sums.value2 += unit * unit * value2;
-    sums.block += nf4_units(value2 * unit2);
-  }
-};
-
-// Whether some value lies between zero and absmax, the second half of what makes an outlier block.
+// Return whether one of n values lies between zero and absmax: the second half of what makes an
+// outlier block.
 inline bool between(const float* x, int n, float absmax) {
   for (int i = 0; i < n; i++)
     if (x[i] != 0.0f && x[i] != absmax && x[i] != -absmax) return true;
@@ -50,31 +28,39 @@ inline bool between(const float* x, int n, float absmax) {
 }
 
 #if NF4_LANES < 16
+// Write n codes as n/2 bytes, the first of a pair in the high nibble.
 NF4_FN void pack(const int32_t* codes, int n, uint8_t* packed) {
-  for (int i = 0; i < n / 2; i++)
-    packed[i] = (uint8_t)((codes[2 * i] << 4) | codes[2 * i + 1]);
+  for (int i = 0; i < n / 2; i++) packed[i] = (uint8_t)((codes[2 * i] << 4) | codes[2 * i + 1]);
 }
 #endif
 
+// Return the largest of a row's lanes, none of which is negative.
 NF4_FN float fold_max(const float* lanes) {
-  float worst = 0.0f;
-  for (int j = 0; j < kRow; j++) worst = lanes[j] > worst ? lanes[j] : worst;
-  return worst;
+  float largest = 0.0f;
+  for (int j = 0; j < kRow; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+  return largest;
 }
+
+// A segment's squared errors and squared values, added up as codec.h defines.
+struct Squares {
+  float error2, value2;
+};
 
 #if NF4_LANES > 1
 
 typedef float VF __attribute__((vector_size(4 * NF4_LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * NF4_LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * NF4_LANES)));
-constexpr int kVectors = kRow / NF4_LANES;
+constexpr int kVectors = kRow / NF4_LANES;  // of a row
 
+// The largest errors so far, lane by lane.
 struct Worst {
   VF lanes[kVectors] = {};
-  NF4_FN float of(const Worst& worst) {
-    float lanes[kRow];
-    memcpy(lanes, worst.lanes, sizeof lanes);
-    return fold_max(lanes);
+  // Return the largest of all.
+  NF4_FN float largest() const {
+    float row[kRow];
+    memcpy(row, lanes, sizeof row);
+    return fold_max(row);
   }
 };
 
@@ -82,29 +68,51 @@ struct Worst {
 template <class V>
 struct Table {
   V part[kVectors];
-  NF4_FN V low(const Table& t, VI index) { return __builtin_shuffle(t.part[0], index); }
-  NF4_FN V high(const Table& t, VI index) {
-    return __builtin_shuffle(t.part[kVectors - 1], index);
-  }
-  NF4_FN V any(const Table& t, VI index) {
-    if (kVectors == 1) return low(t, index);
-    return (index & 8) != 0 ? high(t, index) : low(t, index);
+  // Return the entries of indices that are known to lie in the first vector, in the last, in any.
+  NF4_FN V low(VI index) const { return __builtin_shuffle(part[0], index); }
+  NF4_FN V high(VI index) const { return __builtin_shuffle(part[kVectors - 1], index); }
+  NF4_FN V any(VI index) const {
+    if (kVectors == 1) return low(index);
+    return (index & 8) != 0 ? high(index) : low(index);
   }
 };
 
+#if NF4_LANES == 16
+// Write a row's codes as 8 bytes.
+NF4_FN void pack_row(VI code, uint8_t* packed) {
+  typedef uint64_t Pairs __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(8)));
+  const Pairs pair = (Pairs)code;  // little-endian: the first code is the low half
+  const Bytes bytes = __builtin_convertvector(pair << 4 | pair >> 32, Bytes);
+  memcpy(packed, &bytes, sizeof bytes);
+}
+#endif
+
+// Return the sum of a row's lanes, folded in halves.
+NF4_FN float fold(const VF* lanes) {
+#if NF4_LANES == 16
+  typedef float V8 __attribute__((vector_size(32)));
+  const V8 eight = __builtin_shufflevector(lanes[0], lanes[0], 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(lanes[0], lanes[0], 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const VF eight = lanes[0] + lanes[1];
+#endif
+  typedef float V4 __attribute__((vector_size(16)));
+  V4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+            __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  four += __builtin_shufflevector(four, four, 2, 3, 2, 3);
+  return four[0] + four[1];
+}
+
+// A 4-bit table as the search reads it.
 struct Search {
-  Table<VF> tree;    // heap order: node 1 is the root, node k has children 2k and 2k+1
+  Table<VF> tree;    // the midpoints as a heap, see nf4_heap_midpoint
   Table<VF> values;  // by rank
   Table<VI> codes;   // by rank
 
   explicit Search(const nf4_codebook& book) {
     float heap[16] = {0};
-    for (int node = 1; node < 16; node++) {
-      int depth = 0;
-      while ((node >> (depth + 1)) != 0) depth++;
-      const int first = node - (1 << depth);
-      heap[node] = book.midpoints[((2 * first + 1) << (3 - depth)) - 1];
-    }
+    for (int node = 1; node < 16; node++) heap[node] = book.midpoints[nf4_heap_midpoint(node, 4)];
     int32_t wide[16];
     for (int i = 0; i < 16; i++) wide[i] = book.codes[i];
     memcpy(&tree, heap, 64);
@@ -112,32 +120,36 @@ struct Search {
     memcpy(&codes, wide, 64);
   }
 
-  // x[n] (n a multiple of 16, up to kSegment) times inverse -> n/2 packed bytes and their error sums;
-  // scale: positive, what a unit is; unit2: see Sums; worst: the largest error so far, lane by lane.
-  NF4_FN void run(const Search& s, const float* x, int n, float inverse, float scale, float unit2,
-                  uint8_t* packed, Sums& sums, Worst& worst) {
+  // Return 16 + rank of each scaled value: four steps down the tree.
+  NF4_FN VI descend(VF y) const {
+    VI node = 2 - (y > tree.part[0][1]);
+    node = node * 2 - (y > tree.low(node));
+    node = node * 2 - (y > tree.low(node));
+    return node * 2 - (y > tree.high(node));
+  }
+
+  // Write the codes of a segment: x[n] times inverse, n a multiple of 16, as n/2 bytes.  Return its
+  // squares; widen `worst` by its errors times scale, which is positive.
+  NF4_FN Squares encode(const float* x, int n, float inverse, float scale, uint8_t* packed,
+                        Worst& worst) const {
     VF error2[kVectors] = {}, value2[kVectors] = {};
     VU largest[kVectors] = {};
 #if NF4_LANES < 16
-    alignas(64) int32_t codes[kSegment];
+    alignas(64) int32_t written[kSegment];
 #endif
-    const VF root = VF{} + s.tree.part[0][1];
     for (int i = 0; i < n; i += kRow) {
       for (int p = 0; p < kVectors; p++) {
         VF y;
         memcpy(&y, x + i + p * NF4_LANES, sizeof y);
         y *= inverse;
-        VI node = 2 - (y > root);
-        node = node * 2 - (y > Table<VF>::low(s.tree, node));
-        node = node * 2 - (y > Table<VF>::low(s.tree, node));
-        node = node * 2 - (y > Table<VF>::high(s.tree, node));
-        const VI code = Table<VI>::any(s.codes, node);
+        const VI node = descend(y);
+        const VI code = codes.any(node);
 #if NF4_LANES == 16
         pack_row(code, packed + i / 2);
 #else
-        memcpy(codes + i + p * NF4_LANES, &code, sizeof code);
+        memcpy(written + i + p * NF4_LANES, &code, sizeof code);
 #endif
-        const VF error = y - Table<VF>::any(s.values, node);
+        const VF error = y - values.any(node);
         const VU magnitude = (VU)error & 0x7fffffffu;  // as bits: floats >= 0 order alike
         error2[p] += error * error;
         value2[p] += y * y;
@@ -145,30 +157,26 @@ struct Search {
       }
     }
 #if NF4_LANES < 16
-    pack(codes, n, packed);
+    pack(written, n, packed);
 #endif
     for (int p = 0; p < kVectors; p++) {
       const VF scaled = (VF)largest[p] * scale;
       worst.lanes[p] = scaled > worst.lanes[p] ? scaled : worst.lanes[p];
     }
-    Sums::add(sums, scale, unit2, fold(error2), fold(value2));
+    return {fold(error2), fold(value2)};
   }
 
-  // The loss of x[n] times inverse, see codec.h; w: a weight an element, null for the plain one.
+  // Return the loss of a segment, x[n] times inverse; w: a weight an element, null for the plain
+  // one.
   template <bool kPlain>
-  NF4_FN float loss(const Search& s, const float* x, const float* w, int n, float inverse) {
+  NF4_FN float loss(const float* x, const float* w, int n, float inverse) const {
     VF sum[kVectors] = {};
-    const VF root = VF{} + s.tree.part[0][1];
     for (int i = 0; i < n; i += kRow)
       for (int p = 0; p < kVectors; p++) {
         VF y, weight;
         memcpy(&y, x + i + p * NF4_LANES, sizeof y);
         y *= inverse;
-        VI node = 2 - (y > root);
-        node = node * 2 - (y > Table<VF>::low(s.tree, node));
-        node = node * 2 - (y > Table<VF>::low(s.tree, node));
-        node = node * 2 - (y > Table<VF>::high(s.tree, node));
-        const VF error = y - Table<VF>::any(s.values, node);
+        const VF error = y - values.any(descend(y));
         if (kPlain)
           weight = (VF)((VU)y & 0x7fffffffu);
         else
@@ -177,42 +185,18 @@ struct Search {
       }
     return fold(sum);
   }
-
-#if NF4_LANES == 16
-  NF4_FN void pack_row(VI code, uint8_t* packed) {
-    typedef uint64_t Pairs __attribute__((vector_size(64)));
-    typedef uint8_t Bytes __attribute__((vector_size(8)));
-    const Pairs pair = (Pairs)code;  // little-endian: the first code is the low half
-    const Bytes bytes = __builtin_convertvector(pair << 4 | pair >> 32, Bytes);
-    memcpy(packed, &bytes, sizeof bytes);
-  }
-#endif
-
-  // The 16 partial sums folded in halves, see Sums.
-  NF4_FN float fold(const VF* lanes) {
-#if NF4_LANES == 16
-    typedef float V8 __attribute__((vector_size(32)));
-    const V8 eight = __builtin_shufflevector(lanes[0], lanes[0], 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(lanes[0], lanes[0], 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    const VF eight = lanes[0] + lanes[1];
-#endif
-    typedef float V4 __attribute__((vector_size(16)));
-    V4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-              __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    four += __builtin_shufflevector(four, four, 2, 3, 2, 3);
-    return four[0] + four[1];
-  }
 };
 
+// A 4-bit table as decoding reads it.
 struct Lookup {
   Table<VF> decode;
   explicit Lookup(const nf4_codebook& book) { memcpy(&decode, book.decode, 64); }
-  NF4_FN void run(const Lookup& l, const int32_t* codes, int n, float absmax, float* out) {
+  // Write the values of n codes, n a multiple of 16.
+  NF4_FN void run(const int32_t* codes, int n, float absmax, float* out) const {
     for (int i = 0; i < n; i += NF4_LANES) {
       VI code;
       memcpy(&code, codes + i, sizeof code);
-      const VF value = Table<VF>::any(l.decode, code) * absmax;
+      const VF value = decode.any(code) * absmax;
       memcpy(out + i, &value, sizeof value);
     }
   }
@@ -220,7 +204,9 @@ struct Lookup {
 
 #else
 
-NF4_FN float fold_sum(float* lanes) {
+// As above, in plain loops.
+
+NF4_FN float fold(float* lanes) {
   for (int half = kRow / 2; half; half /= 2)
     for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
   return lanes[0];
@@ -228,16 +214,15 @@ NF4_FN float fold_sum(float* lanes) {
 
 struct Worst {
   float lanes[kRow] = {0};
-  NF4_FN float of(const Worst& worst) { return fold_max(worst.lanes); }
+  NF4_FN float largest() const { return fold_max(lanes); }
 };
 
 struct Search {
   const nf4_codebook& book;
   explicit Search(const nf4_codebook& b) : book(b) {}
 
-  NF4_FN void run(const Search& s, const float* x, int n, float inverse, float scale, float unit2,
-                  uint8_t* packed, Sums& sums, Worst& worst) {
-    const nf4_codebook& book = s.book;
+  NF4_FN Squares encode(const float* x, int n, float inverse, float scale, uint8_t* packed,
+                        Worst& worst) const {
     float y[kSegment];
     int32_t codes[kSegment];
     for (int i = 0; i < n; i++) y[i] = x[i] * inverse;
@@ -247,7 +232,7 @@ struct Search {
       for (int j = 0; j < kRow; j++) {
         const float value = y[i + j];
         const float error = value - book.values[codes[i + j]];
-        const float scaled = (error < 0.0f ? -error : error) * scale;
+        const float scaled = nf4_abs(error) * scale;
         error2[j] += error * error;
         value2[j] += value * value;
         worst.lanes[j] = scaled > worst.lanes[j] ? scaled : worst.lanes[j];
@@ -255,12 +240,11 @@ struct Search {
     }
     for (int i = 0; i < n; i++) codes[i] = book.codes[codes[i]];
     pack(codes, n, packed);
-    Sums::add(sums, scale, unit2, fold_sum(error2), fold_sum(value2));
+    return {fold(error2), fold(value2)};
   }
 
   template <bool kPlain>
-  NF4_FN float loss(const Search& s, const float* x, const float* w, int n, float inverse) {
-    const nf4_codebook& book = s.book;
+  NF4_FN float loss(const float* x, const float* w, int n, float inverse) const {
     float y[kSegment], sum[kRow] = {0};
     int32_t ranks[kSegment];
     for (int i = 0; i < n; i++) y[i] = x[i] * inverse;
@@ -270,37 +254,64 @@ struct Search {
         const float error = y[i + j] - book.values[ranks[i + j]];
         sum[j] += error * error * (kPlain ? nf4_plain_weight(y[i + j]) : w[i + j]);
       }
-    return fold_sum(sum);
+    return fold(sum);
   }
 };
 
 struct Lookup {
   const nf4_codebook& book;
   explicit Lookup(const nf4_codebook& b) : book(b) {}
-  NF4_FN void run(const Lookup& l, const int32_t* codes, int n, float absmax, float* out) {
-    for (int i = 0; i < n; i++) out[i] = nf4_decode(l.book.decode[codes[i]], absmax);
+  NF4_FN void run(const int32_t* codes, int n, float absmax, float* out) const {
+    for (int i = 0; i < n; i++) out[i] = nf4_decode(book.decode[codes[i]], absmax);
   }
 };
 
 #endif
 
-// A whole block, n a multiple of 16, segment by segment.
-NF4_FN void search_block(const Search& search, const float* x, int n, float inverse, float scale,
-                         float unit2, uint8_t* packed, Sums& sums, Worst& worst) {
-  sums.block = 0;
-  for (int i = 0; i < n; i += kSegment)
-    Search::run(search, x + i, n - i < kSegment ? n - i : kSegment, inverse, scale, unit2,
-                packed + i / 2, sums, worst);
-}
+// The error sums of a granule so far, see codec.h, and what counts its outlier blocks.
+struct Errors {
+  double error2 = 0.0, value2 = 0.0;
+  Worst worst;
+  int32_t units = 0;  // of the block at hand, see nf4_units
+  int32_t outliers = 0;
 
-// Its loss, segments added in turn.
+  // Write the codes of a block: x[n] times inverse, n a multiple of 16, and add up its errors,
+  // segment by segment.  scale: positive, what was divided by; unit2: its square in absmax squared.
+  NF4_FN void encode(const Search& search, const float* x, int n, float inverse, float scale,
+                     float unit2, uint8_t* packed) {
+    units = 0;
+    for (int i = 0; i < n; i += kSegment) {
+      const int count = n - i < kSegment ? n - i : kSegment;
+      const Squares squares = search.encode(x + i, count, inverse, scale, packed + i / 2, worst);
+      const double unit = scale;
+      error2 += unit * unit * squares.error2;
+      value2 += unit * unit * squares.value2;
+      units += nf4_units(squares.value2 * unit2);
+    }
+  }
+
+  // Count the block at hand if it is an outlier block: the n values x under absmax.
+  NF4_FN void judge(const float* x, int n, float absmax) {
+    if (nf4_outlier(units, n, absmax) && between(x, n, absmax)) outliers++;
+  }
+
+  // Write a row of kStats.
+  NF4_FN void store(double* stats) const {
+    stats[kErrorSquares] = error2;
+    stats[kValueSquares] = value2;
+    stats[kLargestError] = worst.largest();
+    stats[kOutliers] = outliers;
+  }
+};
+
+// Return the loss of a block, x[n] times inverse, segments added in turn; w as for Search::loss.
 template <bool kPlain>
 NF4_FN float block_loss(const Search& search, const float* x, const float* w, int n,
                         float inverse) {
   float sum = 0.0f;
   for (int i = 0; i < n; i += kSegment)
-    sum += Search::loss<kPlain>(search, x + i, kPlain ? nullptr : w + i,
-                                n - i < kSegment ? n - i : kSegment, inverse);
+    sum += search.loss<kPlain>(x + i, kPlain ? nullptr : w + i, n - i < kSegment ? n - i : kSegment,
+                               inverse);
   return sum;
 }
 

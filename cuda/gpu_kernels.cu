@@ -1,4 +1,5 @@
-// The GPU engine's kernels around codec.h; engines/cuda.py compiles and launches them.
+// The kernels of the CUDA engine; engines/nvrtc.py compiles them, engines/launches.py says how they
+// are launched.
 //
 // NVRTC instantiates the templates by name, a module for each that a run needs.  The tests run the
 // same source without a GPU: NVRTC's PTX translated to C++, and this file under g++.
@@ -7,61 +8,14 @@
 // All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
 // A grid of zero blocks must not be launched.
 #include "gpu_load.cuh"
+#include "gpu_search.cuh"
+
+// -- 4-bit quantization --
 
 namespace nf4 {
 
-// A value and its code, side by side so that one 8-byte load brings both.
-struct __align__(8) Entry {
-  float value;
-  uint32_t code;
-};
-
-// A 4-bit table as the search reads it, made by engines/launches.py.  Lanes look up what they
-// like without bank conflicts: of each table, all words that one load may ask for lie in
-// different banks.
-//
-// The search: a grid of 31 cells over [-1, 1], and 0 to 2^steps - 1 midpoints in each.  start[cell]
-// is the number of midpoints below it, so that `steps` comparisons remain (NF4 1, FP4 2).  How the
-// cell of a value on an edge rounds is of no account: no midpoint lies near an edge.
-// Byte offsets are in units of 8, the size of an Entry and of a Midpoint.
-struct Midpoint {
-  float value;  // entries 15 and up: +infinity
-  float unused;
-};
-struct Book {
-  uint32_t start[32];
-  Midpoint midpoints[18];
-  Entry entries[16];
-  float decode[16];
-};
-
-__device__ __forceinline__ void load_book(Book& shared, const Book* book) {
-  static_assert(sizeof(Book) / 4 <= kThreads, "one word a thread");
-  const int i = threadIdx.x;
-  if (i < (int)(sizeof(Book) / 4))
-    reinterpret_cast<uint32_t*>(&shared)[i] = reinterpret_cast<const uint32_t*>(book)[i];
-  __syncthreads();
-}
-
-template <class T>
-__device__ __forceinline__ const T& at_byte(const T* array, uint32_t offset) {
-  return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(array) + offset);
-}
-
-template <int kSteps>
-__device__ __forceinline__ const Entry& search(float scaled, const Book& book) {
-  // 15.25 * (scaled + 1) in quarters, as the last bits of a float near 2^21; a NaN finds some cell.
-  const uint32_t cell = nf4_bits_of_float(__fmaf_rn(scaled, 15.25f, 2097167.25f)) & 0x7cu;
-  uint32_t rank = at_byte(book.start, cell);  // in bytes
-  if (kSteps == 2 && scaled > at_byte(book.midpoints + 1, rank).value) rank += 16;
-  if (scaled > at_byte(book.midpoints, rank).value) rank += 8;
-  return at_byte(book.entries, rank);
-}
-
-// -- 4-bit quantization ---------------------------------------------------------------------------
-
-// The largest of `lanes` neighbouring threads' values, a power of two, 2 to 128.
-__device__ __forceinline__ float widest_of(float value, int lanes, float* warps) {
+// Return the largest value of `lanes` neighbouring threads, a power of two, 2 to 128.
+NF4_FN float widest_of(float value, int lanes, float* warps) {
 #pragma unroll 1
   for (int step = 1; step < lanes && step < kWarp; step *= 2)
     value = fmaxf(value, __shfl_xor_sync(kAll, value, step));
@@ -75,10 +29,10 @@ __device__ __forceinline__ float widest_of(float value, int lanes, float* warps)
   return value;
 }
 
-// The error sums of a segment, or of a block of 32 in it, see cpu_search.h: the partial sums of 16
-// columns, folded in halves.  Of the two threads of a segment the first returns the squared errors' sum,
-// the second the squared values'.
-__device__ __forceinline__ float fold(const float* error2, const float* value2, int half) {
+// Return the sum of a segment's 16 partial sums, or of a block's of 32 in it, folded in halves
+// (codec.h): the first of the segment's two threads that of the squared errors, the second that of
+// the squared values.
+NF4_FN float fold(const float* error2, const float* value2, int half) {
   float lanes[kHalf];
 #pragma unroll
   for (int k = 0; k < kHalf; k++) {
@@ -92,18 +46,90 @@ __device__ __forceinline__ float fold(const float* error2, const float* value2, 
   return lanes[0];
 }
 
+// What a thread's codes cost, for each of the blocks that its segment touches: column by column, in
+// units of the block's absmax.
+template <int kBlocks>
+struct Squares {
+  float error2[kBlocks][kHalf], value2[kBlocks][kHalf];
+  float error_max[kBlocks];
+};
+
+// Write the unit of each block that a segment touches, from the elements x that a thread owns and
+// those of the other threads of the block.
+template <bool kTail, int kBlocks>
+NF4_FN void measure(const float (*x)[kHalf], int lanes, float* warps, nf4_unit* units) {
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int row = b * kRows / kBlocks; row < (b + 1) * kRows / kBlocks; row++)
+#pragma unroll
+      for (int k = 0; k < kHalf; k++) largest = fmaxf(largest, fabsf(x[row][k]));
+    units[b] = nf4_unit_of<kTail>(widest_of(largest, lanes, warps));
+  }
+}
+
+// Write the codes of the elements x that a thread owns, 8 nibbles a row, and what they cost.
+template <int kSteps, bool kTail, int kBlocks>
+NF4_FN void encode(const float (*x)[kHalf], const nf4_unit* units, const Book& book,
+                   uint32_t* words, Squares<kBlocks>& squares) {
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) squares.error_max[b] = 0.0f;
+#pragma unroll
+  for (int row = 0; row < kRows; row++) {
+    const int b = row * kBlocks / kRows;
+    words[row] = 0;
+#pragma unroll
+    for (int k = 0; k < kHalf; k++) {
+      const float y = nf4_scaled<kTail>(x[row][k], units[b]);
+      const Entry entry = search<kSteps>(y, book);
+      words[row] |=
+          entry.code << (8 * (k / 2) + 4 * (1 - (k & 1)));  // the first in the high nibble
+      const float error = y - entry.value;
+      const bool first = row == b * kRows / kBlocks;  // 0 + x is x
+      float &error2 = squares.error2[b][k], &value2 = squares.value2[b][k];
+      error2 = first ? error * error : error2 + error * error;
+      value2 = first ? y * y : value2 + y * y;
+      squares.error_max[b] = fmaxf(squares.error_max[b], fabsf(error));
+    }
+  }
+}
+
+// Store the codes of a segment, of which a thread has half of each row.  Each thread stores 16
+// bytes: the first of two all of rows 0 and 1, the second of rows 2 and 3.
+template <bool kTail>
+NF4_FN void store_codes(const uint32_t* words, i64 n, i64 segment, int half, uint8_t* packed) {
+  const uint32_t first = __shfl_xor_sync(kAll, half ? words[0] : words[2], 1);
+  const uint32_t second = __shfl_xor_sync(kAll, half ? words[1] : words[3], 1);
+  const uint4 bytes = half ? make_uint4(first, words[2], second, words[3])
+                           : make_uint4(words[0], first, words[1], second);
+  const i64 place = segment * (kSegment / 2) + half * kRow;  // in bytes
+  if constexpr (kTail) {
+    const uint32_t parts[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+      if (place + i < (n + 1) / 2) packed[place + i] = (uint8_t)(parts[i / 4] >> (8 * (i & 3)));
+  } else {
+    if (2 * place < n) *reinterpret_cast<uint4*>(packed + place) = bytes;
+  }
+}
+
 }  // namespace nf4
 
 using namespace nf4;
 
-// n elements -> packed, absmax, and what fold_errors needs: sums [entries][2], squared error and
-// squared value in units of the block's absmax, and worst [entries], the largest error, where an
-// entry is a segment of 64 elements, or a block where blocks are smaller (kSmall: 32).
+// Quantize n elements.
+//   log_lanes  log2 of the threads that share a block, blocksize / kOwn (2 for kSmall)
+//   table      of the quant_type, which decides kSteps
+//   packed     out, (n+1)/2 bytes
+//   absmax     out, a float a block
+//   sums       out, [entries][2]: squared errors and squared values in units of the block's absmax
+//   worst      out, [entries]: the largest error
+// An entry is a segment, or a block where blocks are smaller (kSmall: 32 elements); fold_errors
+// takes them.  A NaN or an infinity makes its block's sum of squared errors NaN.
 //
 // kTail: a single CTA for the one partial block at a tensor's end, n < blocksize.  Otherwise n is a
-// whole number of blocks.  log_lanes: log2 of the threads that share a block, blocksize/32 (2 for
-// kSmall).  table: of the quant_type, which decides kSteps.
-// A NaN or an infinity makes its block's sum of squared errors NaN.
+// whole number of blocks.
 template <int kFrom, int kTo, int kSteps, bool kSmall, bool kTail>
 __global__ void __launch_bounds__(kThreads, 3)
     quantize(const void* __restrict__ src, i64 n, int log_lanes, const Book* __restrict__ table,
@@ -126,80 +152,37 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   load_book(book, table);
 
-  float largest[kBlocks], scale[kBlocks];
-#pragma unroll
-  for (int b = 0; b < kBlocks; b++) {
-    largest[b] = 0.0f;
-#pragma unroll
-    for (int row = b * kRows / kBlocks; row < (b + 1) * kRows / kBlocks; row++)
-#pragma unroll
-      for (int k = 0; k < kHalf; k++) largest[b] = fmaxf(largest[b], fabsf(x[row][k]));
-    largest[b] = widest_of(largest[b], lanes, warps);
-    if constexpr (kTail) {
-      largest[b] = largest[b] < 1e-38f ? 1e-38f : largest[b];
-      scale[b] = 1.0f;
-    } else {
-      scale[b] = nf4_reciprocal(largest[b]);
-    }
-  }
-
+  nf4_unit units[kBlocks];
+  measure<kTail, kBlocks>(x, lanes, warps, units);
   uint32_t words[kRows];
-  float error2[kBlocks][kHalf], value2[kBlocks][kHalf], error_max[kBlocks] = {};
-#pragma unroll
-  for (int row = 0; row < kRows; row++) {
-    const int b = row * kBlocks / kRows;
-    words[row] = 0;
-#pragma unroll
-    for (int k = 0; k < kHalf; k++) {
-      const float y = kTail ? x[row][k] / largest[b] : x[row][k] * scale[b];
-      const Entry entry = search<kSteps>(y, book);
-      words[row] |= entry.code << (8 * (k / 2) + 4 * (1 - (k & 1)));  // the first in the high nibble
-      const float error = y - entry.value;
-      const bool first = row == b * kRows / kBlocks;  // 0 + x is x
-      error2[b][k] = first ? error * error : error2[b][k] + error * error;
-      value2[b][k] = first ? y * y : value2[b][k] + y * y;
-      error_max[b] = fmaxf(error_max[b], fabsf(error));
-    }
-  }
-
-  // Each thread stores 16 bytes: the first of two all of rows 0 and 1, the second of rows 2 and 3.
-  const uint32_t first = __shfl_xor_sync(kAll, half ? words[0] : words[2], 1);
-  const uint32_t second = __shfl_xor_sync(kAll, half ? words[1] : words[3], 1);
-  const uint4 bytes = half ? make_uint4(first, words[2], second, words[3])
-                           : make_uint4(words[0], first, words[1], second);
-  const i64 place = segment * (kSegment / 2) + half * kRow;  // in bytes
-  if constexpr (kTail) {
-    const uint32_t parts[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-      if (place + i < (n + 1) / 2) packed[place + i] = (uint8_t)(parts[i / 4] >> (8 * (i & 3)));
-  } else {
-    if (2 * place < n) *reinterpret_cast<uint4*>(packed + place) = bytes;
-  }
+  Squares<kBlocks> squares;
+  encode<kSteps, kTail, kBlocks>(x, units, book, words, squares);
+  store_codes<kTail>(words, n, segment, half, packed);
 
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
     const i64 entry = segment * kBlocks + b;
-    const float sum = fold(error2[b], value2[b], half);
-    const float error = fmaxf(error_max[b], __shfl_xor_sync(kAll, error_max[b], 1));
+    const float sum = fold(squares.error2[b], squares.value2[b], half);
+    const float mine = squares.error_max[b];
+    const float error = fmaxf(mine, __shfl_xor_sync(kAll, mine, 1));
     if (kSmall ? entry * kSegment / 2 >= n : !inside) continue;
     sums[2 * entry + half] = sum;
-    if (half == 0) worst[entry] = error * largest[b];
+    if (half == 0) worst[entry] = error * units[b].absmax;
     if (kSmall) {
-      if (half == 0) absmax[entry] = largest[b];
+      if (half == 0) absmax[entry] = units[b].absmax;
     } else if ((thread & (lanes - 1)) == 0) {
-      absmax[thread >> log_lanes] = largest[b];
+      absmax[thread >> log_lanes] = units[b].absmax;
     }
   }
 }
 
-// What `quantize` left -> stats [granules][4]: the error sums of 65,536 elements, in the order that
-// cpu_search.h defines, and their outlier blocks, see codec.h.  A warp a granule: its lanes square
-// and scale, two of them add in turn.  n: elements of the whole piece, in blocks of 2^log_block.
+// Write the error sums of n elements, in blocks of 2^log_block, from what `quantize` left of them.
+//   stats  out, [granules][kStats], in the order of additions that codec.h defines
+// A warp takes a granule: its lanes square and scale, two of them add in turn.
 //
 // That some element of a block lies between zero and absmax shows in its squared errors: all others
-// together have less than kLost.  Where it does not show, the count is -1, and who has the elements
-// has to look at them: a block of zeros and one value, or a value 10^6 times the others.
+// together have less than kLost.  Where it does not show, the count is -1, and whoever has the
+// elements must look at them: a block of zeros and one value, or a value 10^6 times the others.
 extern "C" __global__ void __launch_bounds__(kWarp)
     fold_errors(const float* __restrict__ sums, const float* __restrict__ worst,
                 const float* __restrict__ absmax, i64 n, int log_block,
@@ -208,7 +191,10 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   constexpr int kUnclear = 1 << 16;  // a granule has fewer blocks
   __shared__ double terms[kWarp][2];
   const int lane = threadIdx.x;
-  const int log_entry = log_block < 6 ? log_block : 6, shift = log_block - log_entry;
+  constexpr int kLogSegment = 6;
+  static_assert(1 << kLogSegment == kSegment, "");
+  const int log_entry = log_block < kLogSegment ? log_block : kLogSegment;
+  const int shift = log_block - log_entry;
   const i64 entries = (n + (1 << log_entry) - 1) >> log_entry;
   const int per_granule = kGranule >> log_entry;
   const int lanes = shift < 5 ? 1 << shift : kWarp;  // that share a block
@@ -250,37 +236,26 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   for (int step = 1; step < kWarp; step *= 2)
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
   for (int step = 1; step < kWarp; step *= 2) outliers += __shfl_xor_sync(kAll, outliers, step);
-  if (lane < 2) stats[4 * (i64)blockIdx.x + lane] = total;
-  if (lane == 2) stats[4 * (i64)blockIdx.x + 2] = (double)largest;
-  if (lane == 3) stats[4 * (i64)blockIdx.x + 3] = outliers < kUnclear ? (double)outliers : -1.0;
+  double* row = stats + kStats * (i64)blockIdx.x;
+  static_assert(kErrorSquares == 0 && kValueSquares == 1, "as the lanes that add them");
+  if (lane < 2) row[lane] = total;
+  if (lane == 2) row[kLargestError] = (double)largest;
+  if (lane == 3) row[kOutliers] = outliers < kUnclear ? (double)outliers : -1.0;
 }
 
-// -- double quantization of the absmax vector -----------------------------------------------------
+// -- double quantization of the absmax vector --
 
-// absmax[n] -> codes[n] of (absmax - offset) in runs of 256, nested_absmax.  16 lanes a run, 16
-// neighbouring values each.  kTail: a single CTA for the partial run at the vector's end, n < 256;
-// otherwise n is a whole number of runs.  midpoints: 255 floats, ascending.
+namespace nf4 {
+
+constexpr int kRunValues = 16;                      // neighbouring values that a lane takes
+constexpr int kRunLanes = kNestedRun / kRunValues;  // of a run
+
+// Write the values of absmax - offset that a lane takes, zeros behind the end (kTail).
 template <bool kTail>
-__global__ void __launch_bounds__(kThreads)
-    nested_quantize(const float* __restrict__ absmax, i64 n, float offset,
-                    const float* __restrict__ midpoints, uint8_t* __restrict__ codes,
-                    float* __restrict__ nested_absmax) {
-  constexpr int kValues = 16, kLanes = 16;
-  // In heap order (node k has children 2k and 2k+1) a level lies in neighbouring words, so its look-
-  // ups meet few bank conflicts; the sorted order has 16 of its nodes in two banks.
-  __shared__ float heap[256];
-  if (threadIdx.x > 0) {
-    const int depth = 31 - __clz(threadIdx.x), place = threadIdx.x - (1 << depth);
-    heap[threadIdx.x] = midpoints[((2 * place + 1) << (7 - depth)) - 1];
-  }
-  __syncthreads();
-
-  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
-  const i64 first = thread * kValues;
-  float x[kValues];
+NF4_FN void load_absmax(const float* absmax, i64 n, i64 first, float offset, float* x) {
 #pragma unroll
-  for (int i = 0; i < kValues; i += 4) {
-    float4 raw = make_float4(offset, offset, offset, offset);  // behind the end: values of 0
+  for (int i = 0; i < kRunValues; i += 4) {
+    float4 raw = make_float4(offset, offset, offset, offset);
     if constexpr (kTail) {
       if (first + i < n) raw.x = absmax[first + i];
       if (first + i + 1 < n) raw.y = absmax[first + i + 1];
@@ -292,36 +267,64 @@ __global__ void __launch_bounds__(kThreads)
     x[i] = raw.x - offset, x[i + 1] = raw.y - offset;
     x[i + 2] = raw.z - offset, x[i + 3] = raw.w - offset;
   }
+}
+
+}  // namespace nf4
+
+// Write the codes of n values of absmax - offset in runs of kNestedRun, and a nested_absmax a run.
+//   midpoints  kNestedRun - 1 floats, ascending
+// kTail: a single CTA for the partial run at the vector's end.  Otherwise n is a whole number of
+// runs.
+template <bool kTail>
+__global__ void __launch_bounds__(kThreads)
+    nested_quantize(const float* __restrict__ absmax, i64 n, float offset,
+                    const float* __restrict__ midpoints, uint8_t* __restrict__ codes,
+                    float* __restrict__ nested_absmax) {
+  // In the order of a heap a level lies in neighbouring words, so its look-ups meet few bank
+  // conflicts; the sorted order has 16 of its nodes in two banks.
+  __shared__ float heap[1 << kNestedBits];
+  static_assert(1 << kNestedBits == kThreads, "a node a thread");
+  if (threadIdx.x > 0)
+    heap[threadIdx.x] = midpoints[nf4_heap_midpoint((int)threadIdx.x, kNestedBits)];
+  __syncthreads();
+
+  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
+  const i64 first = thread * kRunValues;
+  float x[kRunValues];
+  load_absmax<kTail>(absmax, n, first, offset, x);
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kValues; i++) largest = fmaxf(largest, fabsf(x[i]));
+  for (int i = 0; i < kRunValues; i++) largest = fmaxf(largest, fabsf(x[i]));
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2)
+  for (int step = 1; step < kRunLanes; step *= 2)
     largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
-  if (kTail && largest < 1e-38f) largest = 1e-38f;
-  const float scale = nf4_reciprocal(largest);
+  const nf4_unit unit = nf4_unit_of<kTail>(largest);
 
-  uint32_t words[kValues / 4] = {};
+  uint32_t words[kRunValues / 4] = {};
 #pragma unroll
-  for (int i = 0; i < kValues; i++) {
-    const float y = kTail ? x[i] / largest : x[i] * scale;
+  for (int i = 0; i < kRunValues; i++) {
+    const float y = nf4_scaled<kTail>(x[i], unit);
     int node = 1;
 #pragma unroll
-    for (int level = 0; level < 8; level++) node = nf4_heap_step(y, heap, node);
-    words[i / 4] |= (uint32_t)(node - 256) << (8 * (i & 3));
+    for (int level = 0; level < kNestedBits; level++) node = nf4_heap_step(y, heap, node);
+    words[i / 4] |= (uint32_t)(node - (1 << kNestedBits)) << (8 * (i & 3));
   }
   if (first >= n) return;
   if constexpr (kTail) {
 #pragma unroll
-    for (int i = 0; i < kValues; i++)
+    for (int i = 0; i < kRunValues; i++)
       if (first + i < n) codes[first + i] = (uint8_t)(words[i / 4] >> (8 * (i & 3)));
   } else {
     *reinterpret_cast<uint4*>(codes + first) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  if (thread % kLanes == 0) nested_absmax[thread / kLanes] = largest;
+  if (thread % kRunLanes == 0) nested_absmax[thread / kRunLanes] = unit.absmax;
 }
 
-// -- 4-bit dequantization -------------------------------------------------------------------------
+// -- 4-bit dequantization --
+
+namespace nf4 {
+
+constexpr int kTile = 1024;  // elements that a warp decodes at a time
 
 // Where the decoded absmax of a block comes from: absmax itself, or, with kNested, codes of it.
 // first: the first block's place in its run of nested_blocksize blocks, whose unit is
@@ -335,40 +338,44 @@ struct Scales {
   int nested_blocksize, first;
 };
 
+// Return the absmax of a block.
 template <bool kNested>
-__device__ __forceinline__ float absmax_of(const Scales& s, i64 block) {
+NF4_FN float absmax_of(const Scales& s, i64 block) {
   if constexpr (!kNested) return s.absmax[block];
   const uint32_t run = (uint32_t)(s.first + block) / (uint32_t)s.nested_blocksize;
   return nf4_nested_decode(s.nested_map[s.codes[block]], s.nested_absmax[run], s.offset);
 }
 
+// How the elements of kTo are stored: rounded to nearest even, as raw bits.
 template <int kTo>
 struct Target;
 template <>
 struct Target<NF4_F32> {
   typedef uint32_t Raw;
-  static __device__ __forceinline__ Raw store(float value) { return nf4_bits_of_float(value); }
+  static NF4_FN Raw store(float value) { return nf4_bits_of_float(value); }
 };
 template <>
 struct Target<NF4_F16> {
   typedef uint16_t Raw;
-  static __device__ __forceinline__ Raw store(float value) { return nf4_f16_of_f32(value); }
+  static NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
 };
 template <>
 struct Target<NF4_BF16> {
   typedef uint16_t Raw;
-  static __device__ __forceinline__ Raw store(float value) { return nf4_bf16_of_f32(value); }
+  static NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
 };
 
-// packed -> n elements of kTo.  A warp takes tiles of 512 packed bytes: a 16-byte load a lane, then,
+}  // namespace nf4
+
+// Write n elements of kTo.  A warp takes a tile of 512 packed bytes: a 16-byte load a lane, then,
 // through shared memory, as many 16-byte stores as the elements fill, neighbouring lanes side by
-// side.  shift: log2 of the blocksize.
+// side.
+//   shift  log2 of the blocksize
 template <int kTo, bool kNested>
 __global__ void __launch_bounds__(kThreads)
-    dequantize(const uint8_t* __restrict__ packed, i64 n, int shift,
-               const Book* __restrict__ table, Scales scales, void* __restrict__ out) {
+    dequantize(const uint8_t* __restrict__ packed, i64 n, int shift, const Book* __restrict__ table,
+               Scales scales, void* __restrict__ out) {
   typedef typename Target<kTo>::Raw Raw;
-  constexpr int kTile = 1024;                    // elements a warp
   constexpr int kStore = 16 / (int)sizeof(Raw);  // elements a store
   __shared__ float decode[16];
   __shared__ __align__(16) uint8_t tiles[kThreads / kWarp][kTile / 2];
