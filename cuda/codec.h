@@ -205,8 +205,8 @@ static NF4_FN float nf4_scaled(float value, nf4_unit unit) {
 // -- ranks and codes --
 
 // Return the rank (0..15) of a scaled value: how many midpoints lie below it.  A tie takes the
-// lower. Engines search as their machine likes (a tree in registers, cells in shared memory); every
-// search asks `scaled > midpoint`, of midpoints in ascending order, and nothing else.
+// lower.  Engines search as their machine likes (a tree in registers, cells in shared memory);
+// every search asks `scaled > midpoint`, of midpoints in ascending order, and nothing else.
 static NF4_FN int nf4_rank(float scaled, const float* midpoints) {
   int rank = 0;
   for (int i = 0; i < 15; i++) rank += scaled > midpoints[i] ? 1 : 0;

@@ -176,23 +176,43 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
+namespace nf4 {
+
+// That some element of a block lies between zero and absmax shows in its squared errors: all others
+// together have less than kLost.  Where it does not show, the count of a granule is -1, and whoever
+// has the elements must look at them: a block of zeros and one value, or a value 10^6 times the
+// others.
+constexpr float kLost = 0x1p-36f;
+constexpr int kUnclear = 1 << 16;  // more than a granule has blocks
+
+// Return, to the first of the lanes that share a block, what it counts as an outlier block: 0, 1 or
+// kUnclear; 0 to the others.
+//   units, lost  the lane's part of the block's nf4_units, and whether it has elements in between
+//   left         elements from the block's first one on
+NF4_FN int judge(int units, int lost, int lanes, i64 left, int log_block, const float* absmax) {
+  const int lane = threadIdx.x;
+  for (int step = 1; step < lanes; step *= 2) {
+    units += __shfl_xor_sync(kAll, units, step);
+    lost |= __shfl_xor_sync(kAll, lost, step);
+  }
+  if (left > 0 && (lane & (lanes - 1)) == 0) {
+    const int size = left >> log_block ? 1 << log_block : (int)left;
+    if (nf4_outlier(units, size, *absmax)) return lost ? 1 : kUnclear;
+  }
+  return 0;
+}
+
+}  // namespace nf4
+
 // Write the error sums of n elements, in blocks of 2^log_block, from what `quantize` left of them.
 //   stats  out, [granules][kStats], in the order of additions that codec.h defines
 // A warp takes a granule: its lanes square and scale, two of them add in turn.
-//
-// That some element of a block lies between zero and absmax shows in its squared errors: all others
-// together have less than kLost.  Where it does not show, the count is -1, and whoever has the
-// elements must look at them: a block of zeros and one value, or a value 10^6 times the others.
 extern "C" __global__ void __launch_bounds__(kWarp)
     fold_errors(const float* __restrict__ sums, const float* __restrict__ worst,
                 const float* __restrict__ absmax, i64 n, int log_block,
                 double* __restrict__ stats) {
-  constexpr float kLost = 0x1p-36f;
-  constexpr int kUnclear = 1 << 16;  // a granule has fewer blocks
   __shared__ double terms[kWarp][2];
   const int lane = threadIdx.x;
-  constexpr int kLogSegment = 6;
-  static_assert(1 << kLogSegment == kSegment, "");
   const int log_entry = log_block < kLogSegment ? log_block : kLogSegment;
   const int shift = log_block - log_entry;
   const i64 entries = (n + (1 << log_entry) - 1) >> log_entry;
@@ -222,15 +242,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
       for (int i = 0; i < kWarp; i++) total = total + terms[i][lane];
     __syncwarp();
     if (shift > 5 && (base & kWarp) == 0) continue;  // half of a block: the next turn has the rest
-    for (int step = 1; step < lanes; step *= 2) {
-      units += __shfl_xor_sync(kAll, units, step);
-      lost |= __shfl_xor_sync(kAll, lost, step);
-    }
-    const i64 left = n - (block << log_block);
-    if (left > 0 && (lane & (lanes - 1)) == 0) {
-      const int size = left >> log_block ? 1 << log_block : (int)left;
-      if (nf4_outlier(units, size, absmax[block])) outliers += lost ? 1 : kUnclear;
-    }
+    outliers += judge(units, lost, lanes, n - (block << log_block), log_block, absmax + block);
     units = lost = 0;
   }
   for (int step = 1; step < kWarp; step *= 2)

@@ -16,6 +16,8 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kRows = kSegment / kRow;
 constexpr int kHalf = kRow / 2;
 constexpr int kOwn = kRows * kHalf;  // 32 elements
+constexpr int kLogSegment = 6;
+static_assert(1 << kLogSegment == kSegment && 2 * kOwn == kSegment, "a segment and its halves");
 
 // -- reading the source: 8 elements of each of the 4 rows of a thread's half segment --
 
@@ -99,7 +101,7 @@ NF4_FN void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
 
 // Write the kOwn elements of a thread to x.  Two threads share each row, so a 2-byte row is 16
 // bytes for each; of float8 rows, each loads two whole ones and passes on the half that the other
-// owns. For a segment behind the end it is those of the first one, which nobody stores; of a half
+// owns.  For a segment behind the end it is those of the first one, which nobody stores; of a half
 // segment (kSmall) the missing rows are zeros.
 template <int kFrom, int kTo, bool kSmall>
 NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Float8& f,

@@ -14,7 +14,7 @@ struct __align__(8) Entry {
 
 // The search: a grid of kCells - 1 cells over [-1, 1], and 0 to 2^steps - 1 midpoints in each.
 // start[cell] is the number of midpoints below it, so that `steps` comparisons remain (NF4 1, FP4
-// 2). How the cell of a value on an edge rounds is of no account: no midpoint lies near an edge.
+// 2).  How the cell of a value on an edge rounds is of no account: no midpoint lies near an edge.
 // Byte offsets are in units of 8, the size of an Entry and of a Midpoint.
 constexpr int kCells = 32;
 constexpr float kGrid = 15.25f;  // cells a unit
