@@ -30,6 +30,16 @@ like the bytes, do not depend on how a tensor was cut into chunks."""
 
 STATS = 4
 """Figures in such a row, see `Engine.quantize`."""
+OUTLIERS = 3
+"""Which of them counts outlier blocks."""
+
+ROW, SEGMENT = 16, 64
+"""How error sums are added up: interleaved partial sums, and the elements they run over."""
+
+DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2}
+"""Element types as native code numbers them.
+
+cuda/codec.h holds all of these as well; tests/test_native_constants.py has them compared."""
 
 NAMES = ("auto", "cpu", "cuda", "torch")
 
