@@ -22,6 +22,10 @@ U8 = NDArray[np.uint8]
 QUANT_TYPES, BLOCKSIZES = records.QUANT_TYPES, records.BLOCKSIZES
 NESTED_BLOCKSIZE = 256
 """Elements of the absmax vector that share one nested_absmax (bitsandbytes fixes it)."""
+ABSMAX_FLOOR = 1e-38
+"""The least that a block is divided by, as bitsandbytes' default implementation has it."""
+MAX_STEPS = 256
+"""Of a `Ladder`: a step's number is a byte."""
 
 # Quantiles of N(0, 1), Dettmers et al., QLoRA, appendix E; the digits are bitsandbytes'.
 _NF4 = (
@@ -126,10 +130,10 @@ def nested_midpoints() -> F32:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ladder:
-    """The scales that a block may take: a step times the unit of its run (cuda/nf4_codec.h).
+    """The scales that a block may take: a step times the unit of its run (cuda/codec.h).
 
     Attributes:
-        steps: float32 [size <= 256], ascending, of both signs, 0 among them.
+        steps: float32 [size <= MAX_STEPS], ascending, of both signs, 0 among them.
         run: blocks that share a unit, the largest magnitude of their elements.
         low, high: in units of the block's own absmax, how small and how large a scale is tried.
     """
@@ -146,8 +150,8 @@ class Ladder:
 
     @property
     def table(self) -> F32:
-        """float32 [256]: the steps, then zeros."""
-        return np.pad(self.steps, (0, 256 - self.steps.size))
+        """float32 [MAX_STEPS]: the steps, then zeros."""
+        return np.pad(self.steps, (0, MAX_STEPS - self.steps.size))
 
 
 _PLAIN_LADDER = 63  # of 48ths: up to 1.3125

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codebook import NESTED_BLOCKSIZE, nested_map
+from .codebook import ABSMAX_FLOOR, NESTED_BLOCKSIZE, nested_map
 from .conversion import Conversion
 from .packed import PackedWeight
 from .reader import ShardReaders
@@ -100,5 +100,5 @@ def _is_near(values: F32, scales: F32, codes: U8) -> Any:
     between = (table[1:] + table[:-1]) / 2
     lowest = np.concatenate([[-np.inf], between])[codes] - _BIN
     highest = np.concatenate([between, [np.inf]])[codes] + _BIN
-    place = values.astype(np.float64) / np.maximum(scales.astype(np.float64), 1e-38)
+    place = values.astype(np.float64) / np.maximum(scales.astype(np.float64), ABSMAX_FLOOR)
     return (lowest <= place) & (place <= highest)

@@ -32,7 +32,7 @@ MUTATIONS = {
     "no barrier between warps that share a block": (
         "warps[warp] = value;\n    __syncthreads();", "warps[warp] = value;"
     ),
-    "no barrier behind the heap": ("- 1];\n  }\n  __syncthreads();", "- 1];\n  }"),
+    "no barrier behind the heap": ("kNestedBits)];\n  __syncthreads();", "kNestedBits)];"),
     "no barrier behind the decoding table": (
         "= table->decode[threadIdx.x];\n  __syncthreads();", "= table->decode[threadIdx.x];"
     ),
@@ -54,7 +54,9 @@ MUTATIONS = {
     "a packed tail is one byte too long": (
         "if (place + i < (n + 1) / 2)", "if (place + i < (n + 2) / 2 + (n == 1))"
     ),
-    "half a segment is stored whole": ("if (2 * place < n) *", "if (inside) *"),
+    "half a segment is stored whole": (
+        "if (2 * place < n) *", "if (segment * kSegment < n) *"
+    ),
     "half a segment is loaded whole": ("const bool whole = !kSmall", "const bool whole = true"),
     "a shared array is too small": (
         "float warps[kThreads / kWarp]", "float warps[kThreads / kWarp - 1]"
@@ -73,14 +75,16 @@ MUTATIONS = {
     ),
     "error and value fused": (
         "const float error = y - entry.value;",
-        "const float error = __fmaf_rn(x[row][k], scale[b], -entry.value);",
+        "const float error = __fmaf_rn(x[row][k], units[b].inverse, -entry.value);",
     ),
     "error sums folded in another order": (
         "lanes[k] = lanes[k] + lanes[k + step];",
         "lanes[k] = lanes[2 * k] + lanes[2 * k + 1];",
     ),
-    "the tail multiplies": ("x[row][k] / largest[b]", "x[row][k] * (1.0f / largest[b])"),
-    "no floor under a tail's absmax": ("largest[b] < 1e-38f ? 1e-38f : largest[b]", "largest[b]"),
+    "the tail multiplies": ("value / unit.absmax", "value * (1.0f / unit.absmax)"),
+    "no floor under a tail's absmax": (
+        "unit.absmax = nf4_floored(largest)", "unit.absmax = largest"
+    ),
     "an error sum takes its neighbour's absmax": (
         "block = entry >> shift;", "block = entry >> (shift + 1);"
     ),
@@ -96,7 +100,9 @@ MUTATIONS = {
         "(f.row + lines) / f.block_rows", "f.row / f.block_rows + lines / f.block_rows"
     ),
     "the place in a run is forgotten": ("(uint32_t)(s.first + block)", "(uint32_t)(block)"),
-    "one level of the heap is missing": ("level < 8; level++", "level < 7; level++"),
+    "one level of the heap is missing": (
+        "level < kNestedBits; level++", "level < kNestedBits - 1; level++"
+    ),
 }  # fmt: skip
 
 

@@ -221,22 +221,22 @@ def test_a_gpu_that_the_compiler_does_not_know(target):
 
 
 def test_code_that_does_not_compile():
-    texts = {**nvrtc.sources(), "nf4_kernels.cu": "nonsense;"}
+    texts = {**nvrtc.sources(), "gpu_kernels.cu": "nonsense;"}
     with pytest.raises(
         MachineError, match=r"(?s)could not compile.*is a bug.*--engine cpu"
     ) as caught:
         nvrtc.compile_kernels(("k",), "sm_90", texts)
-    assert "nf4_kernels.cu(1): error" in str(caught.value)
+    assert "gpu_kernels.cu(1): error" in str(caught.value)
 
 
 def test_a_header_that_is_not_found():
-    main = nvrtc.sources()["nf4_kernels.cu"]
-    with pytest.raises(MachineError, match=r"(?s)could not compile.*nf4_load.cuh"):
-        nvrtc.compile_kernels((KERNEL,), "sm_90", {"nf4_kernels.cu": main})
+    main = nvrtc.sources()["gpu_kernels.cu"]
+    with pytest.raises(MachineError, match=r"(?s)could not compile.*gpu_load.cuh"):
+        nvrtc.compile_kernels((KERNEL,), "sm_90", {"gpu_kernels.cu": main})
 
 
 def test_an_installation_without_the_sources(monkeypatch):
-    monkeypatch.setattr(nvrtc, "SOURCES", ("nf4_kernels.cu", "not_there.h"))
+    monkeypatch.setattr(nvrtc, "SOURCES", ("gpu_kernels.cu", "not_there.h"))
     nvrtc.sources.cache_clear()
     with pytest.raises(MachineError, match=r"not_there.h is missing.*Reinstall nf4cli"):
         nvrtc.sources()

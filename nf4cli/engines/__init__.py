@@ -30,6 +30,16 @@ like the bytes, do not depend on how a tensor was cut into chunks."""
 
 STATS = 4
 """Figures in such a row, see `Engine.quantize`."""
+OUTLIERS = 3
+"""Which of them counts outlier blocks."""
+
+ROW, SEGMENT = 16, 64
+"""How error sums are added up: interleaved partial sums, and the elements they run over."""
+
+DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2}
+"""Element types as native code numbers them.
+
+cuda/codec.h holds all of these as well; tests/test_native_constants.py has them compared."""
 
 NAMES = ("auto", "cpu", "cuda", "torch")
 
@@ -142,7 +152,7 @@ class Engine(Protocol):
             float64 [ceil(n/GRANULE), STATS]: sum of squared error, sum of squared value, largest
             error, each against the value decoded with the block's own float32 absmax; and how
             many blocks are outlier blocks: absmax above 10 times the root mean square of the
-            other elements, some of which are neither zero nor as large (cuda/nf4_codec.h has
+            other elements, some of which are neither zero nor as large (cuda/codec.h has
             it to the bit).
 
         Raises:
@@ -165,7 +175,7 @@ class Engine(Protocol):
         """Encode n elements in blocks, each under the scale of least loss that the ladder has.
 
         The loss of an element is its squared error times the importance of its column, or, without
-        importance, times its magnitude. cuda/nf4_scales.h defines it to the bit.
+        importance, times its magnitude. cuda/cpu_scales.h defines it to the bit.
 
         Args:
             src: as for `quantize`; a part starts at a multiple of a run of blocks as well.

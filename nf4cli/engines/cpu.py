@@ -1,4 +1,4 @@
-"""The CPU engine: cuda/nf4_host.cpp through ctypes.
+"""The CPU engine: cuda/cpu_engine.cpp through ctypes.
 
 ctypes drops the GIL for the length of every call, so threads scale with cores.  The library
 holds one copy of the code an instruction set; the best one this processor can run is taken.
@@ -17,7 +17,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, STATS, Float8, Importance, NestedAbsmax
+from . import DTYPE_CODES, GRANULE, STATS, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,8 +29,6 @@ ISAS = ("avx512", "avx2", "generic")
 """Fastest first."""
 
 _FLOAT8_GRANULES = 4  # decoded at a time: 1 MB of float32
-
-_DTYPE = {"F32": 0, "F16": 1, "BF16": 2}  # enum nf4_dtype
 
 
 class _Codebook(ctypes.Structure):
@@ -59,7 +57,7 @@ class _Ladder(ctypes.Structure):
     """struct nf4_ladder."""
 
     _fields_ = (
-        ("steps", ctypes.c_float * 256),
+        ("steps", ctypes.c_float * codebook.MAX_STEPS),
         ("size", ctypes.c_int32),
         ("zero", ctypes.c_int32),
         ("run", ctypes.c_int32),
@@ -69,7 +67,7 @@ class _Ladder(ctypes.Structure):
 
 
 def _c_ladder(ladder: codebook.Ladder) -> _Ladder:
-    steps = (ctypes.c_float * 256)(*ladder.steps.tolist())
+    steps = (ctypes.c_float * codebook.MAX_STEPS)(*ladder.steps.tolist())
     return _Ladder(steps, ladder.steps.size, ladder.zero, ladder.run, ladder.low, ladder.high)
 
 
@@ -201,7 +199,7 @@ class CpuEngine:
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         bad = self._quantize(
-            _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type),
+            _address(src), DTYPE_CODES[dtype], n, blocksize, _c_codebook(quant_type),
             _address(packed), _address(absmax), _address(stats),
         )  # fmt: skip
         if bad >= 0:
@@ -255,7 +253,8 @@ class CpuEngine:
         columns = importance.columns if importance else None
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         bad = self._search(
-            _address(src), _DTYPE[dtype], n, blocksize, _c_codebook(quant_type), _c_ladder(ladder),
+            _address(src), DTYPE_CODES[dtype], n, blocksize, _c_codebook(quant_type),
+            _c_ladder(ladder),
             None if columns is None else _address(columns), 0 if columns is None else columns.size,
             importance.first if importance else 0,
             _address(packed), _address(index), _address(unit), _address(stats),
@@ -283,7 +282,7 @@ class CpuEngine:
         _expect(out.nbytes, n * ITEMSIZE[dtype], "output bytes")
         self._dequantize(
             _address(packed), n, blocksize, _c_codebook(quant_type), _address(absmax),
-            _DTYPE[dtype], _address(out),
+            DTYPE_CODES[dtype], _address(out),
         )  # fmt: skip
 
     def sum(self, values: F32, carry: float) -> float:
@@ -310,7 +309,9 @@ class CpuEngine:
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
         n = src.nbytes // ITEMSIZE[from_dtype]
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
-        bad = self._cast(_address(src), _DTYPE[from_dtype], _address(dst), _DTYPE[to_dtype], n)
+        bad = self._cast(
+            _address(src), DTYPE_CODES[from_dtype], _address(dst), DTYPE_CODES[to_dtype], n
+        )
         if bad >= 0:
             raise NonFiniteError(bad)
 
@@ -322,7 +323,7 @@ class CpuEngine:
         _expect(int(short), 0, "short scales")
         bad = self._decode_float8(
             _address(src), float8.first, n, float8.columns, _address(self._float8),
-            _address(float8.scale), rows, columns, _DTYPE[to_dtype], _address(dst),
+            _address(float8.scale), rows, columns, DTYPE_CODES[to_dtype], _address(dst),
         )  # fmt: skip
         if bad >= 0:
             raise NonFiniteError(bad)

@@ -1,4 +1,4 @@
-"""The CUDA engine: cuda/nf4_kernels.cu on one or several GPUs.
+"""The CUDA engine: cuda/gpu_kernels.cu on one or several GPUs.
 
 A thread that calls it borrows a lane: a stream, device memory and pinned host memory of its own.
 So while one thread's chunk is copied, another's is worked on, and a third is being read from the
@@ -27,7 +27,7 @@ import numpy as np
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
 from ..records import ITEMSIZE
-from . import GRANULE, STATS, Float8, NestedAbsmax, Notify, launches, no_notice
+from . import GRANULE, OUTLIERS, STATS, Float8, NestedAbsmax, Notify, launches, no_notice
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
 
@@ -144,7 +144,7 @@ class CudaEngine(CpuEngine):
                     lane.download(out.view(np.uint8), address)
         # The CPU engine says which element is not finite, and where the GPU could not tell from
         # sums whether a block holds more than zeros beside its largest values (-1).
-        for row in np.flatnonzero(~np.isfinite(stats[:, 0]) | (stats[:, 3] < 0)).tolist():
+        for row in np.flatnonzero(~np.isfinite(stats[:, 0]) | (stats[:, OUTLIERS] < 0)).tolist():
             first, last = row * GRANULE, min(n, (row + 1) * GRANULE)
             try:
                 (again,) = super().quantize(
@@ -157,7 +157,7 @@ class CudaEngine(CpuEngine):
                 raise NonFiniteError(first + error.index) from None
             if not np.isfinite(stats[row, 0]):
                 raise AssertionError("the GPU found a value that is not finite where there is none")
-            stats[row, 3] = again[3]
+            stats[row, OUTLIERS] = again[OUTLIERS]
         return stats
 
     def dequantize(

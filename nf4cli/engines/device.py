@@ -50,7 +50,7 @@ class Stream(Protocol):
     def launch(
         self, kernel: str, blocks: int, threads: int, arguments: Sequence[NDArray[Any]]
     ) -> None:
-        """Run a kernel of cuda/nf4_kernels.cu.
+        """Run a kernel of cuda/gpu_kernels.cu.
 
         Args:
             kernel: as C++ names it, "nested_quantize<false>".

@@ -1,4 +1,4 @@
-"""What the CUDA engine launches: kernels of cuda/nf4_kernels.cu by name, their grids and arguments.
+"""What the CUDA engine launches: kernels of cuda/gpu_kernels.cu by name, their grids and arguments.
 
 Only data: the engine hands it to a device, the tests to kernels that run on the CPU.  Addresses are
 device addresses, counts are elements unless they say bytes.
@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import codebook
-from . import GRANULE
+from . import DTYPE_CODES, GRANULE, SEGMENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from . import U8
 
-# The constants of nf4_kernels.cu.
-_THREADS, _WARP = 256, 32
-_SEGMENT = 64
-_RUNS_A_BLOCK = 16  # nested_quantize: 16 threads a run of 256
-_TILES = 8 * 1024  # dequantize: elements a block
-_CELLS, _GRID = 32, 15.25  # the search: cells of 1/15.25
+# The kernels' own constants; tests/test_native_constants.py has a compiler compare them.
+_THREADS, _WARP = 256, 32  # of a block, but for fold_errors: one warp
+_OWN = 32  # quantize: elements a thread
+_RUN_LANES = 16  # nested_quantize: threads a run
+_TILE = 1024  # dequantize: elements a warp
+_CELLS, _GRID = 32, 15.25  # the search: entries of its table, cells a unit
 
-DTYPE = {"F32": 0, "F16": 1, "BF16": 2}  # enum nf4_dtype
-_E4M3 = 3
+_E4M3 = 3  # a source's dtype, beside DTYPE_CODES
 STEPS = {"nf4": 1, "fp4": 2}
 """Comparisons that find a value's rank among the midpoints of its cell, see `Book`."""
 
@@ -143,7 +142,7 @@ def book(quant_type: str) -> U8:
 
 def entries(n: int, blocksize: int) -> int:
     """Rows of error sums that `quantize` leaves for n elements."""
-    return -(-n // min(blocksize, _SEGMENT))
+    return -(-n // min(blocksize, SEGMENT))
 
 
 def quantize(
@@ -166,11 +165,11 @@ def quantize(
         table: address of `book(quant_type)`.
         src: elements of `dtype`, or float8 bytes that are rounded to it; whole blocks then.
         sums, worst: of 2 and 1 float32 an entry (`entries`), what the sums are folded from.
-        stats: of 3 float64 a granule.
+        stats: of STATS float64 a granule.
     """
-    small = blocksize < _SEGMENT
-    lanes = 2 if small else blocksize // 32
-    source = DTYPE[dtype] if float8 is None else _E4M3
+    small = blocksize < SEGMENT
+    lanes = 2 if small else blocksize // _OWN
+    source = DTYPE_CODES[dtype] if float8 is None else _E4M3
     itemsize = 4 if dtype == "F32" else 2
     full = n // blocksize * blocksize
     place = (Float8(0, 0, 1, (1, 1), 1, 0) if float8 is None else float8).argument()
@@ -178,11 +177,11 @@ def quantize(
     def call(first: int, count: int, tail: bool) -> Launch:
         entry = entries(first, blocksize)
         name = ", ".join(
-            map(str, (source, DTYPE[dtype], STEPS[quant_type], _cpp(small), _cpp(tail)))
+            map(str, (source, DTYPE_CODES[dtype], STEPS[quant_type], _cpp(small), _cpp(tail)))
         )
         return Launch(
             f"quantize<{name}>",
-            1 if tail else -(-count // (_THREADS * 32)),
+            1 if tail else -(-count // (_THREADS * _OWN)),
             _THREADS,
             (
                 _u64(src + first * itemsize), _i64(count),
@@ -221,7 +220,7 @@ def nested_quantize(
         if count:
             yield Launch(
                 f"nested_quantize<{_cpp(tail)}>",
-                -(-count // (run * _RUNS_A_BLOCK)),
+                -(-count // (run * (_THREADS // _RUN_LANES))),
                 _THREADS,
                 (
                     _u64(absmax + 4 * first), _i64(count), _f32(offset), _u64(midpoints),
@@ -236,8 +235,8 @@ def dequantize(
     """packed -> n elements of `dtype`, the arguments of `Engine.dequantize`."""
     nested = scales.codes != 0
     yield Launch(
-        f"dequantize<{DTYPE[dtype]}, {_cpp(nested)}>",
-        -(-n // _TILES),
+        f"dequantize<{DTYPE_CODES[dtype]}, {_cpp(nested)}>",
+        -(-n // (_THREADS // _WARP * _TILE)),
         _THREADS,
         (
             _u64(packed), _i64(n), _i32(blocksize.bit_length() - 1), _u64(table),
@@ -248,12 +247,16 @@ def dequantize(
 
 def every_kernel() -> tuple[str, ...]:
     """The names of all kernels there are."""
-    kinds = [(d, d, tail) for d in DTYPE.values() for tail in (False, True)]
-    kinds += [(_E4M3, d, False) for d in DTYPE.values()]
+    kinds = [(d, d, tail) for d in DTYPE_CODES.values() for tail in (False, True)]
+    kinds += [(_E4M3, d, False) for d in DTYPE_CODES.values()]
     return (
         "fold_errors",
         *(f"nested_quantize<{_cpp(tail)}>" for tail in (False, True)),
-        *(f"dequantize<{d}, {_cpp(nested)}>" for d in DTYPE.values() for nested in (False, True)),
+        *(
+            f"dequantize<{d}, {_cpp(nested)}>"
+            for d in DTYPE_CODES.values()
+            for nested in (False, True)
+        ),
         *(
             f"quantize<{source}, {to}, {steps}, {_cpp(small)}, {_cpp(tail)}>"
             for source, to, tail in kinds

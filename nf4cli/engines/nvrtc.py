@@ -1,4 +1,4 @@
-"""cuda/nf4_kernels.cu -> machine code for one GPU, by NVIDIA's run-time compiler, cached on disk.
+"""cuda/gpu_kernels.cu -> machine code for one GPU, by NVIDIA's run-time compiler, cached on disk.
 
 CuPy's own way (RawModule of source) appends -ftz=true to every compilation, which costs a block
 near 3e38 all its codes.  So the compiler is called with our options, and RawModule loads what it
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import MachineError
 
-SOURCES = ("nf4_kernels.cu", "nf4_load.cuh", "nf4_codec.h")
+SOURCES = ("gpu_kernels.cu", "gpu_search.cuh", "gpu_load.cuh", "codec.h")
 OPTIONS = (
     "-std=c++17",
     "-fmad=false", "-ftz=false", "-prec-div=true",  # every float operation rounds on its own

@@ -14,14 +14,16 @@ import numpy as np
 
 from .. import codebook
 from ..errors import MachineError, NonFiniteError
-from . import GRANULE, Float8, Importance, NestedAbsmax
+from . import GRANULE, ROW, SEGMENT, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from . import F32, F64, U8
 
-_ROW, _SEGMENT = 16, 64  # interleaved partial sums, elements added up by them: nf4_search.h
+# Outlier blocks (cuda/codec.h): a squared absmax as an integer, a hundredth of it, and how many of
+# them a segment counts at most.
+_OUTLIER_UNIT, _OUTLIER_SHARE, _OUTLIER_MOST = 65_536, 655, 128
 
 
 class TorchEngine:
@@ -78,9 +80,9 @@ class TorchEngine:
         full = n - n % blocksize
         blocks = x[:full].reshape(-1, blocksize)
         scale = blocks.abs().amax(dim=1) if full else x[:0]
-        y = (blocks * (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)).reshape(-1)
+        y = (blocks * (1.0 / scale.clamp(min=codebook.ABSMAX_FLOOR)).unsqueeze(1)).reshape(-1)
         if full < n:  # the tail block divides, and floors its absmax
-            tail = x[full:].abs().max().clamp(min=1e-38)
+            tail = x[full:].abs().max().clamp(min=codebook.ABSMAX_FLOOR)
             scale = torch.cat([scale, tail.unsqueeze(0)])
             y = torch.cat([y, x[full:] / tail])
         # Pad to whole blocks with 0.0: an odd n then has a nibble to spare, with 0.0's code.
@@ -127,7 +129,7 @@ class TorchEngine:
         _store(packed, ((codes[::2] << 4) | codes[1::2])[: (n + 1) // 2])
         size = scale.abs()
         sums = self._sums(y - self._to(book.values)[rank], y, size, blocksize)
-        ratio = size * (1.0 / absmax.clamp(min=1e-38))
+        ratio = size * (1.0 / absmax.clamp(min=codebook.ABSMAX_FLOOR))
         return np.column_stack(
             [sums, self._outliers(x, y, absmax, blocksize, (ratio * ratio).double())]
         )
@@ -141,7 +143,7 @@ class TorchEngine:
         ladder: codebook.Ladder,
         quant_type: str,
     ) -> Any:
-        """The step of each block, tried in the order of cuda/nf4_scales.h."""
+        """The step of each block, tried in the order of cuda/cpu_scales.h."""
         torch, book = self._torch, codebook.codebook(quant_type)
         steps, zero = self._to(ladder.steps), ladder.zero
         low, high = (
@@ -165,7 +167,7 @@ class TorchEngine:
                 rank = torch.bucketize(y, self._to(book.midpoints))
                 error = y - self._to(book.values)[rank]
                 terms = error * error * (y.abs() if weight is None else weight)
-                sums = self._segments(terms.reshape(-1), min(blocks.shape[1], _SEGMENT))
+                sums = self._segments(terms.reshape(-1), min(blocks.shape[1], SEGMENT))
                 total = torch.zeros_like(absmax)
                 for part in sums.float().reshape(absmax.numel(), -1).unbind(1):
                     total = total + part
@@ -217,9 +219,9 @@ class TorchEngine:
         full = x.numel() - x.numel() % codebook.NESTED_BLOCKSIZE
         runs = x[:full].reshape(-1, codebook.NESTED_BLOCKSIZE)
         scale = runs.abs().amax(dim=1) if full else x[:0]
-        y = (runs * (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)).reshape(-1)
+        y = (runs * (1.0 / scale.clamp(min=codebook.ABSMAX_FLOOR)).unsqueeze(1)).reshape(-1)
         if full < x.numel():
-            tail = x[full:].abs().max().clamp(min=1e-38)
+            tail = x[full:].abs().max().clamp(min=codebook.ABSMAX_FLOOR)
             scale = torch.cat([scale, tail.unsqueeze(0)])
             y = torch.cat([y, x[full:] / tail])
         _store(codes, torch.bucketize(y, self._to(codebook.nested_midpoints())).to(torch.uint8))
@@ -261,9 +263,9 @@ class TorchEngine:
         return (values * unit).to(self._dtypes[dtype])
 
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
-        """The error sums, added in the order that cuda/nf4_host.cpp defines."""
+        """The error sums, added in the order that cuda/codec.h defines."""
         torch = self._torch
-        segment = min(blocksize, _SEGMENT)
+        segment = min(blocksize, SEGMENT)
         worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
         units = scale.double().repeat_interleave(blocksize // segment)
         per_granule = GRANULE // segment
@@ -286,8 +288,8 @@ class TorchEngine:
         return sums
 
     def _segments(self, squares: Any, segment: int) -> Any:
-        """The sum of each segment, added in the order that cuda/nf4_search.h defines."""
-        rows = squares.reshape(-1, segment // _ROW, _ROW)
+        """The sum of each segment, added in the order that cuda/codec.h defines."""
+        rows = squares.reshape(-1, segment // ROW, ROW)
         lanes = self._torch.zeros_like(rows[:, 0])
         for i in range(rows.shape[1]):
             lanes = lanes + rows[:, i]
@@ -299,19 +301,23 @@ class TorchEngine:
     def _outliers(
         self, x: Any, y: Any, scale: Any, blocksize: int, unit2: Any = None
     ) -> NDArray[np.int64]:
-        """Outlier blocks a granule, as cuda/nf4_codec.h defines them; scale: their absmax."""
+        """Outlier blocks a granule, as cuda/codec.h defines them; scale: their absmax."""
         torch = self._torch
-        segment = min(blocksize, _SEGMENT)
+        segment = min(blocksize, SEGMENT)
         squares = self._segments(y * y, segment)
         if unit2 is not None:
             squares = squares.float() * unit2.float().repeat_interleave(blocksize // segment)
-        units = (squares.double().clamp(max=128.0) * 65536).floor()
+        units = (squares.double().clamp(max=float(_OUTLIER_MOST)) * _OUTLIER_UNIT).floor()
         units = units.reshape(scale.numel(), -1).sum(dim=1)
         size = torch.full_like(units, blocksize)
         size[-1] -= -x.numel() % blocksize
         x = torch.nn.functional.pad(x.abs(), (0, -x.numel() % blocksize)).reshape(-1, blocksize)
         between = ((x != 0) & (x != scale.unsqueeze(1))).any(dim=1)
-        found = between & (scale > 1e-38) & (units - 65536 < 655 * (size - 1))
+        found = (
+            between
+            & (scale > codebook.ABSMAX_FLOOR)
+            & (units - _OUTLIER_UNIT < _OUTLIER_SHARE * (size - 1))
+        )
         found = torch.nn.functional.pad(found, (0, -found.numel() % (GRANULE // blocksize)))
         counts: NDArray[np.int64] = found.reshape(-1, GRANULE // blocksize).sum(dim=1).cpu().numpy()
         return counts
@@ -325,7 +331,7 @@ class TorchEngine:
 
 def _inverse(torch: Any, scale: Any) -> Any:
     """1/scale as nf4_signed_reciprocal has it."""
-    inverse = 1.0 / scale.abs().clamp(min=1e-38)
+    inverse = 1.0 / scale.abs().clamp(min=codebook.ABSMAX_FLOOR)
     return torch.where(scale < 0, -inverse, inverse)
 
 

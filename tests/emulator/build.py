@@ -74,7 +74,7 @@ def build_ptx(text: str, names: dict[str, str], sanitizer: str = "") -> Path:
 def build_shim(
     kernels: Sequence[str] = (), sanitizer: str = "", texts: dict[str, str] | None = None
 ) -> Path:
-    """nf4_kernels.cu as g++ compiles it.
+    """gpu_kernels.cu as g++ compiles it.
 
     Args:
         texts: other sources than the package's, by name.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nf4cli import codebook
-from nf4cli.engines import GRANULE, Float8, NestedAbsmax, launches
+from nf4cli.engines import GRANULE, STATS, Float8, NestedAbsmax, launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.records import ITEMSIZE
 
@@ -91,7 +91,7 @@ def quantize(
     rows = launches.entries(n, blocksize)
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
     sums, worst = np.empty(2 * rows, np.float32), np.empty(rows, np.float32)
-    stats = np.empty((-(-n // GRANULE), 4))
+    stats = np.empty((-(-n // GRANULE), STATS))
     place = None
     if float8 is not None:
         wide = -(-float8.columns // float8.block[1])

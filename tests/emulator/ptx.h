@@ -63,7 +63,9 @@ raw<T> div(u64 a, u64 b) {
     if (!as<T>(b)) return (raw<T>)~0ull;
   return bits<T>((T)(as<T>(a) / as<T>(b)));
 }
-inline u32 fused(u64 a, u64 b, u64 c) { return bits<f32>(std::fmaf(as<f32>(a), as<f32>(b), as<f32>(c))); }
+inline u32 fused(u64 a, u64 b, u64 c) {
+  return bits<f32>(std::fmaf(as<f32>(a), as<f32>(b), as<f32>(c)));
+}
 inline u32 rcp(u64 a) { return bits<f32>(1.0f / as<f32>(a)); }
 inline u32 magnitude(u64 a) { return (u32)a & 0x7fffffffu; }
 template <class T>
@@ -98,7 +100,8 @@ raw<T> bfi(u64 a, u64 b, u64 position, u64 length) {
 }
 inline u32 clz(u64 a) { return (u32)std::countl_zero((u32)a); }
 
-// Comparisons of floats are false with a NaN, but for `ne` no other: the unordered ones are refused.
+// Comparisons of floats are false with a NaN, but for `ne` no other: the unordered ones are
+// refused.
 template <class T>
 bool eq(u64 a, u64 b) {
   return as<T>(a) == as<T>(b);
@@ -135,7 +138,7 @@ bool leu(u64 a, u64 b) {
   return !gt<T>(a, b);
 }
 
-// -- conversions ---------------------------------------------------------------------------------
+// -- conversions --
 
 inline u32 f32_of_f16(u64 raw16) {
   const int exponent = raw16 >> 10 & 31, mantissa = raw16 & 1023;
@@ -143,7 +146,8 @@ inline u32 f32_of_f16(u64 raw16) {
   if (exponent == 31)
     value = mantissa ? std::numeric_limits<float>::quiet_NaN() : INFINITY;
   else
-    value = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    value =
+        exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
   return bits<f32>(raw16 & 0x8000 ? -value : value);
 }
 inline u64 f64_of_s32(u64 a) { return std::bit_cast<u64>((double)as<s32>(a)); }
@@ -155,7 +159,7 @@ inline u32 s32_of_f32(u64 a) {  // towards zero; what does not fit takes the nea
 }
 inline u64 f64_of_f32(u64 a) { return std::bit_cast<u64>((double)as<f32>(a)); }
 
-// -- memory: alignment as a GPU checks it; bounds are the sanitizers' and the guards' business -----
+// -- memory: alignment as a GPU checks it; bounds are the sanitizers' and the guards' business --
 
 inline u8* global(u64 address, unsigned bytes) {
   if (address & (bytes - 1)) emu::trap("misaligned access", address);

@@ -42,7 +42,7 @@ constexpr int kWarp = 32;
 enum State : uint8_t { kReady, kAtBarrier, kAtWarpOp, kDone };
 enum Op : uint8_t { kSyncWarp, kShuffleXor };
 
-// -- switching stacks: swapcontext saves the signal mask with a system call, this does not -----------
+// -- switching stacks: swapcontext saves the signal mask with a system call, this does not --
 
 #if defined(__x86_64__)
 struct Context {
@@ -82,7 +82,7 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 void exchange(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 #endif
 
-// -- one block's threads -----------------------------------------------------------------------------
+// -- one block's threads --
 
 struct Fiber {
   Thread place;
@@ -179,7 +179,8 @@ uint32_t warp_op(Op op, uint32_t mask, uint32_t value, int lanes) {
   Machine& m = *machine;
   const int self = m.running, first = self / kWarp * kWarp;
   Fiber& fiber = m.fibers[self];
-  if (!(mask >> (self - first) & 1)) fail("a lane calls a warp operation without being in its mask");
+  if (!(mask >> (self - first) & 1))
+    fail("a lane calls a warp operation without being in its mask");
 #ifdef EMU_TSAN
   if (op == kSyncWarp) __tsan_release(&m.warp_tags[self / kWarp]);
 #endif
@@ -196,7 +197,8 @@ uint32_t warp_op(Op op, uint32_t mask, uint32_t value, int lanes) {
     uint32_t values[kWarp];
     for (int lane = 0; lane < size; lane++) {
       const int source = op == kShuffleXor ? lane ^ m.fibers[first + lane].lanes : lane;
-      if (source >= size || !(mask >> source & 1)) fail("a shuffle reads from a lane that is not there");
+      if (source >= size || !(mask >> source & 1))
+        fail("a shuffle reads from a lane that is not there");
       values[lane] = m.fibers[first + std::min(source, size - 1)].value;
     }
     for (int lane = 0; lane < size; lane++)
@@ -242,8 +244,10 @@ void run_block(unsigned block, unsigned threads, unsigned blocks) {
       warps += m.fibers[i].state == kAtWarpOp;
     }
     char text[160];
-    snprintf(text, sizeof text, "deadlock in block %u: %d threads at __syncthreads, %d at a warp "
-             "operation, %d have returned", block, barriers, warps, m.count - m.alive);
+    snprintf(text, sizeof text,
+             "deadlock in block %u: %d threads at __syncthreads, %d at a warp "
+             "operation, %d have returned",
+             block, barriers, warps, m.count - m.alive);
     fail(text);
   }
 #ifdef EMU_TSAN

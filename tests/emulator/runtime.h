@@ -1,5 +1,6 @@
-// CUDA threads as fibers on the CPU: what the emulated kernels, translated from PTX or compiled from
-// the .cu itself, ask of their machine.  One-dimensional grids; shuffles by exclusive or; barriers.
+// CUDA threads as fibers on the CPU: what the emulated kernels, translated from PTX or compiled
+// from the .cu itself, ask of their machine.  One-dimensional grids; shuffles by exclusive or;
+// barriers.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -11,13 +12,13 @@ struct Thread {
 };
 extern thread_local const Thread* current;  // of the fiber that runs
 
-void barrier();                                                   // __syncthreads
-void sync_warp(uint32_t mask);                                    // __syncwarp
-uint32_t shuffle_xor(uint32_t mask, uint32_t value, int lanes);   // __shfl_xor_sync
+void barrier();                                                  // __syncthreads
+void sync_warp(uint32_t mask);                                   // __syncwarp
+uint32_t shuffle_xor(uint32_t mask, uint32_t value, int lanes);  // __shfl_xor_sync
 
-// Runs blocks [first, first + count) of a grid that ends there; EMU_ORDER says in which order its threads take turns: unset in order,
-// "reversed", or a seed.  Returns 0, or 1 with `error()`: a deadlock, a shuffle from a lane that is
-// not there, a barrier that some threads have left behind.
+// Runs blocks [first, first + count) of a grid that ends there; EMU_ORDER says in which order its
+// threads take turns: unset in order, "reversed", or a seed.  Returns 0, or 1 with `error()`: a
+// deadlock, a shuffle from a lane that is not there, a barrier that some threads have left behind.
 int launch(unsigned first, unsigned count, unsigned threads, const std::function<void()>& body);
 const char* error();
 

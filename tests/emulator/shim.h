@@ -1,4 +1,4 @@
-// The CUDA that nf4_kernels.cu uses, for g++: compile with -ffp-contract=off.
+// The CUDA that gpu_kernels.cu uses, for g++: compile with -ffp-contract=off.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -46,12 +46,11 @@ static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return value;
 }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-static inline int __clz(unsigned value) { return value ? __builtin_clz(value) : 32; }
 
 // One kernel's arguments, in the order of its parameters, from an array of pointers to them.
 template <class... Parameters>
-static int emu_call(void (*kernel)(Parameters...), unsigned first, unsigned count,
-                    unsigned threads, const void* const* arguments) {
+static int emu_call(void (*kernel)(Parameters...), unsigned first, unsigned count, unsigned threads,
+                    const void* const* arguments) {
   return emu::launch(first, count, threads, [=] {
     int next = 0;
     auto read = [&](auto* value) {

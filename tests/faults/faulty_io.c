@@ -71,9 +71,9 @@ static size_t few(size_t count) {
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-#define FAULTY(what, fd, count)             \
-  const int found = fault_of(what, fd);     \
-  if (found < 0) return -1;                 \
+#define FAULTY(what, fd, count)         \
+  const int found = fault_of(what, fd); \
+  if (found < 0) return -1;             \
   if (found > 0) count = few(count)
 
 ssize_t read(int fd, void* data, size_t count) {
@@ -123,12 +123,8 @@ ssize_t preadv64v2(int fd, const struct iovec* parts, int n, off64_t place, int 
   return found > 0 ? REAL(preadv64v2)(fd, &first, 1, place, flags)
                    : REAL(preadv64v2)(fd, parts, n, place, flags);
 }
-int fsync(int fd) {
-  return fault_of("sync", fd) < 0 ? -1 : REAL(fsync)(fd);
-}
-int fdatasync(int fd) {
-  return fault_of("sync", fd) < 0 ? -1 : REAL(fdatasync)(fd);
-}
+int fsync(int fd) { return fault_of("sync", fd) < 0 ? -1 : REAL(fsync)(fd); }
+int fdatasync(int fd) { return fault_of("sync", fd) < 0 ? -1 : REAL(fdatasync)(fd); }
 int posix_fallocate(int fd, off_t start, off_t count) {
   return fault_of("allocate", fd) < 0 ? errno : REAL(posix_fallocate)(fd, start, count);
 }
@@ -138,9 +134,5 @@ int posix_fallocate64(int fd, off64_t start, off64_t count) {
 int rename(const char* from, const char* to) {
   return fault("rename", from) < 0 ? -1 : REAL(rename)(from, to);
 }
-int unlink(const char* path) {
-  return fault("unlink", path) < 0 ? -1 : REAL(unlink)(path);
-}
-int rmdir(const char* path) {
-  return fault("unlink", path) < 0 ? -1 : REAL(rmdir)(path);
-}
+int unlink(const char* path) { return fault("unlink", path) < 0 ? -1 : REAL(unlink)(path); }
+int rmdir(const char* path) { return fault("unlink", path) < 0 ? -1 : REAL(rmdir)(path); }

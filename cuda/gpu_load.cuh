@@ -1,24 +1,25 @@
-// How the GPU kernels read a source: threads, the elements each owns, float formats, float8.
-#ifndef NF4_LOAD_CUH
-#define NF4_LOAD_CUH
+// How the GPU kernels read a source: threads, the elements that each owns, float formats, float8.
+#ifndef NF4_GPU_LOAD_CUH
+#define NF4_GPU_LOAD_CUH
 
-#include "nf4_codec.h"
+#include "codec.h"
 
 namespace nf4 {
 
 typedef int64_t i64;
 
-constexpr int kThreads = 256;       // a CTA of every kernel but fold_errors
+constexpr int kThreads = 256;  // a CTA of every kernel but fold_errors
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-constexpr int kRow = 16;            // error sums: 16 interleaved partial sums, see nf4_search.h
-constexpr int kRows = 4;            // rows of a segment
-constexpr int kGranule = 65536;     // elements that share one entry of the error sums
-constexpr int kSegment = kRow * kRows;   // 64 elements, worked on by two threads:
-constexpr int kHalf = kRow / 2;     // each owns 8 of the 16 columns, in all 4 rows
+// A segment (codec.h) is worked on by two threads: each owns 8 of its 16 columns, in all 4 rows.
+constexpr int kRows = kSegment / kRow;
+constexpr int kHalf = kRow / 2;
+constexpr int kOwn = kRows * kHalf;  // 32 elements
+constexpr int kLogSegment = 6;
+static_assert(1 << kLogSegment == kSegment && 2 * kOwn == kSegment, "a segment and its halves");
 
-// -- reading the source: 8 elements of each of the 4 rows of a thread's half segment ---------------
+// -- reading the source: 8 elements of each of the 4 rows of a thread's half segment --
 
 // What turns float8 bytes into values: a piece of a row-major matrix that starts in `row` at
 // `column`, and one factor each block of block_rows x block_columns.
@@ -27,28 +28,29 @@ struct Float8 {
   const float* scale;
 };
 
-__device__ __forceinline__ void unpack16(const uint4& raw, uint16_t* out) {
+// Write the 8 halves of 16 bytes.
+NF4_FN void unpack16(const uint4& raw, uint16_t* out) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 8; i++) out[i] = (uint16_t)(words[i / 2] >> (16 * (i & 1)));
 }
 
+// Return the value that kTo stores.
 template <int kTo>
-__device__ __forceinline__ float rounded(float value) {
+NF4_FN float rounded(float value) {
   if (kTo == NF4_BF16) return nf4_f32_of_bf16(nf4_bf16_of_f32(value));
   if (kTo == NF4_F16) return nf4_f32_of_f16(nf4_f16_of_f32(value));
   return value;
 }
 
+// What reads the elements of kFrom: one, or the 8 neighbours from element i on.
 template <int kFrom>
 struct Source;
 
 template <>
 struct Source<NF4_F32> {
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
-    return static_cast<const float*>(src)[i];
-  }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
+  static NF4_FN float one(const void* src, i64 i) { return static_cast<const float*>(src)[i]; }
+  static NF4_FN void row(const void* src, i64 i, float* x) {
     const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(src) + i);
     const float4 a = at[0], b = at[1];
     x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
@@ -58,13 +60,13 @@ struct Source<NF4_F32> {
 
 template <int kFrom>  // of 16 bits
 struct Source16 {
-  static __device__ __forceinline__ float value(uint16_t raw) {
+  static NF4_FN float value(uint16_t raw) {
     return kFrom == NF4_F16 ? nf4_f32_of_f16(raw) : nf4_f32_of_bf16(raw);
   }
-  static __device__ __forceinline__ float one(const void* src, i64 i) {
+  static NF4_FN float one(const void* src, i64 i) {
     return value(static_cast<const uint16_t*>(src)[i]);
   }
-  static __device__ __forceinline__ void row(const void* src, i64 i, float* x) {
+  static NF4_FN void row(const void* src, i64 i, float* x) {
     uint16_t raw[8];
     unpack16(*reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(src) + i), raw);
 #pragma unroll
@@ -76,18 +78,19 @@ struct Source<NF4_F16> : Source16<NF4_F16> {};
 template <>
 struct Source<NF4_BF16> : Source16<NF4_BF16> {};
 
-// The factor of the element `at` elements into the piece, and all behind it up to its block's edge.
-__device__ __forceinline__ float factor(const Float8& f, uint32_t at) {
+// Return the factor of the element `at` elements into the piece, and of all behind it up to its
+// block's edge.
+NF4_FN float factor(const Float8& f, uint32_t at) {
   const uint32_t place = f.column + at, lines = place / f.columns;
   const uint32_t row = (f.row + lines) / f.block_rows;
   const uint32_t column = (place - lines * f.columns) / f.block_columns;
   return f.scale[(i64)row * f.scale_columns + column];
 }
 
-// 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other shapes stay
-// with the CPU engine).
+// Write 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other
+// shapes stay with the CPU engine).
 template <int kTo>
-__device__ __forceinline__ void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
+NF4_FN void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
   const float unit = factor(f, (uint32_t)at);
 #pragma unroll
   for (int k = 0; k < 8; k++) {
@@ -96,19 +99,19 @@ __device__ __forceinline__ void decode8(const Float8& f, i64 at, const uint32_t*
   }
 }
 
-// The 32 elements of a thread.  Two threads share each row, so a 2-byte row is 16 bytes for each;
-// of float8 rows, each loads two whole ones and passes on the half that the other owns.
-// A segment behind the end loads the first one, and stores nothing; of a half segment (kSmall) the
-// missing rows are zeros.
+// Write the kOwn elements of a thread to x.  Two threads share each row, so a 2-byte row is 16
+// bytes for each; of float8 rows, each loads two whole ones and passes on the half that the other
+// owns.  For a segment behind the end it is those of the first one, which nobody stores; of a half
+// segment (kSmall) the missing rows are zeros.
 template <int kFrom, int kTo, bool kSmall>
-__device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int half,
-                                     const Float8& f, float (*x)[kHalf]) {
+NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Float8& f,
+                 float (*x)[kHalf]) {
   const i64 first = segment * kSegment < n ? segment * kSegment : 0;
   const bool whole = !kSmall || first + kSegment <= n;
   if constexpr (kFrom == NF4_E4M3) {
     uint4 raw[2] = {};
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first) +
-                      2 * half;
+    const uint4* at =
+        reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first) + 2 * half;
     if (whole || half == 0) raw[0] = at[0], raw[1] = at[1];
     uint32_t words[kRows][2];
 #pragma unroll
@@ -122,8 +125,8 @@ __device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int ha
     }
 #pragma unroll
     for (int row = 0; row < kRows; row++)
-      decode8<kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
-                          words[row], x[row]);
+      decode8<kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf, words[row],
+                   x[row]);
   } else {
 #pragma unroll
     for (int row = 0; row < kRows; row++) {
@@ -137,11 +140,10 @@ __device__ __forceinline__ void load(const void* src, i64 n, i64 segment, int ha
   }
 }
 
-// The same of the tensor's last, partial block: element by element, zeros behind the end.  (Float8
-// with such a block stays with the CPU engine.)
+// Write the same of the tensor's last, partial block: element by element, zeros behind the end.
+// (Float8 with such a block stays with the CPU engine.)
 template <int kFrom>
-__device__ __forceinline__ void load_tail(const void* src, i64 n, i64 segment, int half,
-                                          float (*x)[kHalf]) {
+NF4_FN void load_tail(const void* src, i64 n, i64 segment, int half, float (*x)[kHalf]) {
 #pragma unroll
   for (int row = 0; row < kRows; row++) {
 #pragma unroll

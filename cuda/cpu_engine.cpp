@@ -1,0 +1,447 @@
+// The CPU engine behind a C ABI: nf4cli/engines/cpu.py calls it through ctypes, which drops the GIL
+// for the length of a call.
+//
+// CMake compiles this file once an instruction set, with -DNF4_ISA=generic|avx2|avx512 and the
+// matching -march; the symbol names carry the suffix and Python picks the best one the machine has.
+// The inner loops are those of cpu_search.h; the tests hold all copies to the same bytes.
+//
+// Buffers are contiguous, n counts ELEMENTS, nothing is allocated, nothing is retained.
+
+#include <cfenv>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_scales.h"
+
+#define NF4_JOIN2(a, b) a##_##b
+#define NF4_JOIN(a, b) NF4_JOIN2(a, b)
+#define NF4_EXPORT(name) extern "C" __attribute__((visibility("default"))) NF4_JOIN(name, NF4_ISA)
+
+namespace {
+
+typedef int64_t i64;
+
+// A library loaded elsewhere in the process may have left this thread in flush-to-zero mode,
+// which would change bytes: run every call in the default floating-point environment.
+struct DefaultFloatEnvironment {
+  fenv_t saved;
+  DefaultFloatEnvironment() {
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { fesetenv(&saved); }
+};
+
+// How the elements of a dtype are stored: exact to float32, rounded to nearest even from it.
+template <int kDtype>
+struct Element;
+template <>
+struct Element<NF4_F32> {
+  typedef float Raw;
+  static NF4_FN float load(Raw raw) { return raw; }
+  static NF4_FN Raw store(float value) { return value; }
+};
+template <>
+struct Element<NF4_F16> {
+  typedef uint16_t Raw;
+  static NF4_FN float load(Raw raw) { return nf4_f32_of_f16(raw); }
+  static NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
+};
+template <>
+struct Element<NF4_BF16> {
+  typedef uint16_t Raw;
+  static NF4_FN float load(Raw raw) { return nf4_f32_of_bf16(raw); }
+  static NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
+};
+
+// Return function(dtype), its number as a type: one copy of the function for each.
+template <class Function>
+auto with_dtype(int dtype, Function function) {
+  switch (dtype) {
+    case NF4_F32: return function(std::integral_constant<int, NF4_F32>());
+    case NF4_F16: return function(std::integral_constant<int, NF4_F16>());
+    default: return function(std::integral_constant<int, NF4_BF16>());
+  }
+}
+
+inline bool is_finite(float value) { return nf4_magnitude(value) < kInfinityBits; }
+
+inline int smaller(i64 a, i64 b) { return (int)(a < b ? a : b); }
+
+// Return n elements in whole rows, which the loops of cpu_search.h take.
+inline int whole_rows(int n) { return (n + kRow - 1) / kRow * kRow; }
+
+// -- 4-bit quantization --
+
+// Write the values of n elements; return the magnitude of the largest, as bits.
+template <int kDtype>
+NF4_FN uint32_t load_block(const typename Element<kDtype>::Raw* src, int n, float* x) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; i++) {
+    x[i] = Element<kDtype>::load(src[i]);
+    const uint32_t magnitude = nf4_magnitude(x[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// Quantize a full block.  Return false when it is not finite.
+template <int kDtype>
+NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksize,
+                           const Search& search, uint8_t* packed, float* absmax, Errors& errors) {
+  alignas(64) float x[kMaxBlock];
+  const uint32_t largest = load_block<kDtype>(src, blocksize, x);
+  const nf4_unit unit = nf4_unit_of<false>(nf4_float_of_bits(largest));
+  *absmax = unit.absmax;
+  if (largest >= kInfinityBits) return false;
+  errors.encode(search, x, blocksize, unit.inverse, unit.absmax, 1.0f, packed);
+  errors.judge(x, blocksize, unit.absmax);
+  return true;
+}
+
+// Quantize the last, partial block.  An odd n pads one nibble with the code of 0.0.  Return false
+// when it is not finite.
+template <int kDtype>
+bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search& search,
+                   uint8_t* packed, float* absmax, Errors& errors) {
+  alignas(64) float x[kMaxBlock], scaled[kMaxBlock];
+  uint8_t bytes[kMaxBlock / 2];
+  const uint32_t largest = load_block<kDtype>(src, n, x);
+  const nf4_unit unit = nf4_unit_of<true>(nf4_float_of_bits(largest));
+  *absmax = unit.absmax;
+  if (largest >= kInfinityBits) return false;
+  const int padded = whole_rows(n);
+  for (int i = 0; i < padded; i++) scaled[i] = i < n ? nf4_scaled<true>(x[i], unit) : 0.0f;
+  errors.encode(search, scaled, padded, unit.inverse, unit.absmax, 1.0f, bytes);
+  errors.judge(x, n, unit.absmax);
+  memcpy(packed, bytes, (size_t)(n + 1) / 2);
+  return true;
+}
+
+// Return the index of the first element from `from` on that is not finite; there is one.
+template <int kDtype>
+i64 first_nonfinite(const typename Element<kDtype>::Raw* src, i64 from) {
+  i64 i = from;
+  while (is_finite(Element<kDtype>::load(src[i]))) i++;
+  return i;
+}
+
+// kBlocksize: 0 for any.
+template <int kDtype, int kBlocksize>
+i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blocksize,
+                    const nf4_codebook& book, uint8_t* packed, float* absmax, double* stats) {
+  const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
+  const Search search(book);
+  for (i64 granule = 0; granule < n; granule += kGranule, stats += kStats) {
+    const i64 stop = n - granule < kGranule ? n : granule + kGranule;
+    Errors errors;
+    i64 i = granule;
+    for (; i + blocksize <= stop; i += blocksize)
+      if (!quantize_block<kDtype>(src + i, blocksize, search, packed + i / 2, absmax++, errors))
+        return first_nonfinite<kDtype>(src, i);
+    if (i < stop &&
+        !quantize_tail<kDtype>(src + i, (int)(stop - i), search, packed + i / 2, absmax++, errors))
+      return first_nonfinite<kDtype>(src, i);
+    errors.store(stats);
+  }
+  return -1;
+}
+
+template <int kDtype>
+i64 quantize(const void* src, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
+             float* absmax, double* stats) {
+  const auto* raw = static_cast<const typename Element<kDtype>::Raw*>(src);
+  // 64 is bitsandbytes' default; a constant lets the compiler unroll the block.
+  if (blocksize == 64) return quantize_blocks<kDtype, 64>(raw, n, 64, *book, packed, absmax, stats);
+  return quantize_blocks<kDtype, 0>(raw, n, (int)blocksize, *book, packed, absmax, stats);
+}
+
+// -- 4-bit quantization under chosen scales --
+
+// Quantize a block under its best scale: `count` values x, padded with zeros.  Return the step.
+template <bool kPlain>
+NF4_FN int scale_block(const Search& search, const Ladder& ladder, const float* x, const float* w,
+                       int count, int padded, float absmax, float unit, uint8_t* packed,
+                       Errors& errors) {
+  const int best = best_step<kPlain>(search, ladder, x, w, padded, absmax, unit);
+  const float scale = nf4_scale(ladder.steps[best], unit);
+  const float size = nf4_abs(scale);
+  const float ratio = size * nf4_reciprocal(absmax);
+  errors.encode(search, x, padded, nf4_signed_reciprocal(scale), size, ratio * ratio, packed);
+  errors.judge(x, count, absmax);
+  return best;
+}
+
+// Write the absmax of each block of a run of n elements, and the largest of them to *unit.  Return
+// the start of the first block that is not finite, or -1.
+template <int kDtype>
+i64 measure_run(const typename Element<kDtype>::Raw* src, i64 n, int blocksize, float* absmax,
+                float* unit) {
+  alignas(64) float x[kMaxBlock];
+  float largest = 0.0f;
+  for (i64 i = 0; i < n; i += blocksize, absmax++) {
+    const uint32_t bits = load_block<kDtype>(src + i, smaller(n - i, blocksize), x);
+    if (bits >= kInfinityBits) return i;
+    *absmax = nf4_float_of_bits(bits);
+    largest = *absmax > largest ? *absmax : largest;
+  }
+  *unit = largest;
+  return -1;
+}
+
+template <int kDtype, bool kPlain>
+i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize,
+                  const nf4_codebook& book, const Ladder& ladder, Importance importance,
+                  uint8_t* packed, uint8_t* index, float* unit, double* stats) {
+  const Search search(book);
+  alignas(64) float x[kMaxBlock], w[kMaxBlock];
+  alignas(64) uint8_t bytes[kMaxBlock / 2];
+  float absmax[kNestedRun];
+  Errors errors;
+  const i64 run = (i64)ladder.run * blocksize;
+  for (i64 start = 0; start < n; start += run, unit++) {
+    const i64 stop = n - start < run ? n : start + run;
+    const i64 bad = measure_run<kDtype>(src + start, stop - start, blocksize, absmax, unit);
+    if (bad >= 0) return first_nonfinite<kDtype>(src, start + bad);
+    for (i64 i = start, b = 0; i < stop; i += blocksize, b++) {
+      const int count = smaller(stop - i, blocksize), padded = whole_rows(count);
+      load_block<kDtype>(src + i, count, x);
+      for (int j = count; j < padded; j++) x[j] = 0.0f;
+      if (!kPlain) importance.fill(i, count, padded, w);
+      // 64 is the default blocksize; a constant lets the compiler keep the block in registers.
+      const int best = count == 64 ? scale_block<kPlain>(search, ladder, x, w, 64, 64, absmax[b],
+                                                         *unit, bytes, errors)
+                                   : scale_block<kPlain>(search, ladder, x, w, count, padded,
+                                                         absmax[b], *unit, bytes, errors);
+      memcpy(packed + i / 2, bytes, (size_t)(count + 1) / 2);
+      *index++ = (uint8_t)best;
+      if ((i + blocksize) % kGranule == 0 || i + blocksize >= n) {
+        errors.store(stats);
+        stats += kStats;
+        errors = Errors();
+      }
+    }
+  }
+  return -1;
+}
+
+// -- 4-bit dequantization --
+
+// kBlocksize: 0 for any.
+template <int kDtype, int kBlocksize>
+void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lookup& lookup,
+                       const float* absmax, typename Element<kDtype>::Raw* out) {
+  const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
+  alignas(64) int32_t codes[kMaxBlock];
+  alignas(64) float values[kMaxBlock];
+  for (i64 start = 0; start < n; start += blocksize) {
+    const int count = smaller(n - start, blocksize), padded = whole_rows(count);
+    const uint8_t* bytes = packed + start / 2;
+    for (int i = 0; i < (count + 1) / 2; i++) {
+      codes[2 * i] = bytes[i] >> 4;
+      codes[2 * i + 1] = bytes[i] & 15;
+    }
+    for (int i = (count + 1) / 2 * 2; i < padded; i++) codes[i] = 0;
+    lookup.run(codes, padded, *absmax++, values);
+    for (int i = 0; i < count; i++) out[start + i] = Element<kDtype>::store(values[i]);
+  }
+}
+
+template <int kDtype>
+void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book,
+                const float* absmax, void* out) {
+  auto* raw = static_cast<typename Element<kDtype>::Raw*>(out);
+  const Lookup lookup(*book);
+  if (blocksize == 64)
+    dequantize_blocks<kDtype, 64>(packed, n, 64, lookup, absmax, raw);
+  else
+    dequantize_blocks<kDtype, 0>(packed, n, (int)blocksize, lookup, absmax, raw);
+}
+
+// -- double quantization of the absmax vector --
+
+// Write the codes of a run: n values of absmax - offset.  Return its nested_absmax.
+template <bool kTail>
+float nested_quantize_run(const float* absmax, int n, float offset, const float* heap,
+                          uint8_t* codes) {
+  float x[kNestedRun];
+  uint32_t bits = 0;
+  for (int i = 0; i < n; i++) {
+    x[i] = absmax[i] - offset;
+    const uint32_t magnitude = nf4_magnitude(x[i]);
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  const nf4_unit unit = nf4_unit_of<kTail>(nf4_float_of_bits(bits));
+  for (int i = 0; i < n; i++) x[i] = nf4_scaled<kTail>(x[i], unit);
+  for (int i = 0; i < n; i++) {
+    int node = 1;
+    for (int level = 0; level < kNestedBits; level++) node = nf4_heap_step(x[i], heap, node);
+    codes[i] = (uint8_t)(node - (1 << kNestedBits));
+  }
+  return unit.absmax;
+}
+
+// -- casts of kept tensors --
+
+// Round n elements.  Return the index of the first finite one that became infinite, or -1.
+template <int kFrom, int kTo>
+i64 cast(const void* src, void* dst, i64 n) {
+  const auto* in = static_cast<const typename Element<kFrom>::Raw*>(src);
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  const auto overflows = [&](i64 i) {
+    return (int)is_finite(Element<kFrom>::load(in[i])) &
+           (int)!is_finite(Element<kTo>::load(out[i]));
+  };
+  int overflow = 0;
+  for (i64 i = 0; i < n; i++) {
+    out[i] = Element<kTo>::store(Element<kFrom>::load(in[i]));
+    overflow |= overflows(i);
+  }
+  if (!overflow) return -1;
+  i64 i = 0;
+  while (!overflows(i)) i++;
+  return i;
+}
+
+// -- FP8 weights with scales --
+
+// Decode the elements [first, first + n) of a row-major matrix that has a scale for each block_rows
+// x block_columns, a run of elements with one scale at a time.  Return as nf4_decode_float8.
+template <int kTo>
+i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table,
+                  const float* scale, i64 block_rows, i64 block_columns, void* dst) {
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  const i64 scale_columns = (columns + block_columns - 1) / block_columns;
+  for (i64 i = 0; i < n;) {
+    const i64 row = (first + i) / columns, column = (first + i) % columns;
+    const i64 block = column / block_columns;
+    const float unit = scale[row / block_rows * scale_columns + block];
+    const i64 edge = (block + 1) * block_columns < columns ? (block + 1) * block_columns : columns;
+    const i64 stop = n - i < edge - column ? n : i + edge - column;
+    const i64 begin = i;
+    uint32_t largest = 0;
+    for (; i < stop; i++) {
+      out[i] = Element<kTo>::store(table[src[i]] * unit);
+      const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[i]));
+      largest = bits > largest ? bits : largest;
+    }
+    if (largest >= kInfinityBits) return first_nonfinite<kTo>(out, begin);
+  }
+  return -1;
+}
+
+}  // namespace
+
+// -- the C ABI --
+
+// Quantize n elements.
+//   src      elements of `dtype`, the start of a tensor or a whole number of granules into it
+//   packed   out, (n+1)/2 bytes, the first element in the high nibble
+//   absmax   out, ceil(n/blocksize) floats
+//   stats    out, [ceil(n/kGranule)][kStats], under the block's own float32 absmax, see codec.h
+// Return -1, or the index of the first NaN or infinity (the outputs are then undefined).
+NF4_EXPORT(int64_t nf4_quantize)
+(const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
+ float* absmax, double* stats) {
+  const DefaultFloatEnvironment environment;
+  return with_dtype(dtype, [&](auto kind) {
+    return quantize<kind()>(src, n, blocksize, book, packed, absmax, stats);
+  });
+}
+
+// Quantize n elements under chosen scales: block i is decoded with the scale
+// ladder->steps[index[i]] * unit[i / ladder->run].
+//   src         starts at a multiple of a granule and of a run
+//   importance  `columns` floats, the weight of each column of the matrix that src is rows of, from
+//               element `first` of it on; null for none
+//   index       out, ceil(n/blocksize) bytes
+//   unit        out, a float a run: the largest magnitude of its elements
+//   stats       out, as for nf4_quantize, but under the scales as they are decoded
+// Return as nf4_quantize.
+NF4_EXPORT(int64_t nf4_search)
+(const void* src, int dtype, i64 n, i64 blocksize, const nf4_codebook* book,
+ const nf4_ladder* ladder, const float* importance, i64 columns, i64 first, uint8_t* packed,
+ uint8_t* index, float* unit, double* stats) {
+  const DefaultFloatEnvironment environment;
+  return with_dtype(dtype, [&](auto kind) {
+    const auto* raw = static_cast<const typename Element<kind()>::Raw*>(src);
+    const auto search = importance ? search_scales<kind(), false> : search_scales<kind(), true>;
+    return search(raw, n, (int)blocksize, *book, Ladder(*ladder), {importance, columns, first},
+                  packed, index, unit, stats);
+  });
+}
+
+// Write n elements of `dtype`, decoded from packed and absmax as nf4_quantize leaves them.
+NF4_EXPORT(void nf4_dequantize)
+(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book, const float* absmax,
+ int dtype, void* out) {
+  const DefaultFloatEnvironment environment;
+  with_dtype(dtype,
+             [&](auto kind) { dequantize<kind()>(packed, n, blocksize, book, absmax, out); });
+}
+
+// Return carry + values[0] + values[1] + ... in float64, strictly in this order: chunks of one
+// vector give the same sum as the whole vector.
+NF4_EXPORT(double nf4_sum)(const float* values, i64 n, double carry) {
+  const DefaultFloatEnvironment environment;
+  for (i64 i = 0; i < n; i++) carry += values[i];
+  return carry;
+}
+
+// Write the codes of n values of absmax - offset in runs of kNestedRun, and a nested_absmax a run.
+//   absmax     whole runs, except at the vector's end
+//   midpoints  kNestedRun - 1 floats, ascending
+NF4_EXPORT(void nf4_nested_quantize)
+(const float* absmax, i64 n, float offset, const float* midpoints, uint8_t* codes,
+ float* nested_absmax) {
+  const DefaultFloatEnvironment environment;
+  float heap[1 << kNestedBits] = {0};
+  for (int node = 1; node < 1 << kNestedBits; node++)
+    heap[node] = midpoints[nf4_heap_midpoint(node, kNestedBits)];
+  i64 start = 0;
+  for (; start + kNestedRun <= n; start += kNestedRun)
+    *nested_absmax++ =
+        nested_quantize_run<false>(absmax + start, kNestedRun, offset, heap, codes + start);
+  if (start < n)
+    *nested_absmax =
+        nested_quantize_run<true>(absmax + start, (int)(n - start), offset, heap, codes + start);
+}
+
+// Write the inverse: absmax[i] = map[codes[i]] * nested_absmax[i / nested_blocksize] + offset.
+NF4_EXPORT(void nf4_nested_dequantize)
+(const uint8_t* codes, i64 n, i64 nested_blocksize, const float* map, const float* nested_absmax,
+ float offset, float* absmax) {
+  const DefaultFloatEnvironment environment;
+  for (i64 start = 0; start < n; start += nested_blocksize) {
+    const i64 stop = n - start < nested_blocksize ? n : start + nested_blocksize;
+    const float unit = nested_absmax[start / nested_blocksize];
+    for (i64 i = start; i < stop; i++) absmax[i] = nf4_nested_decode(map[codes[i]], unit, offset);
+  }
+}
+
+// Round n elements of dtype `from` to n elements of `to`, to nearest even.
+// Return -1, or the index of the first finite value that became infinite.
+NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n) {
+  const DefaultFloatEnvironment environment;
+  return with_dtype(from, [&](auto from_kind) {
+    return with_dtype(to, [&](auto to_kind) { return cast<from_kind(), to_kind()>(src, dst, n); });
+  });
+}
+
+// Decode elements of a row-major float8 matrix of `columns` columns: value * scale in float32,
+// rounded once.
+//   src    the elements [first, first + n)
+//   table  the 256 values of the format
+//   scale  a float for each block of block_rows x block_columns, row-major, partial blocks at the
+//          edges included
+//   dst    out, n elements of `to`
+// Return -1, or the index of the first result that is not finite.
+NF4_EXPORT(int64_t nf4_decode_float8)
+(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table, const float* scale,
+ i64 block_rows, i64 block_columns, int to, void* dst) {
+  const DefaultFloatEnvironment environment;
+  return with_dtype(to, [&](auto kind) {
+    return decode_float8<kind()>(src, first, n, columns, table, scale, block_rows, block_columns,
+                                 dst);
+  });
+}
