@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import stopping
 from .card import write_card
 from .complete import require_none
 from .dequantize import Decoding, Summary, decode_into, plan_decoding
@@ -80,9 +81,12 @@ def write_pipeline(
     check_pipeline_output(plan, output, resources.workers, resume)
     total = sum(part.written for part in plan.parts.values())
     place = plan.root, False
-    with Workspace(
-        output, place, header(plan.parts, digest), total, fsync=fsync, resume=resume
-    ) as work:
+    with (
+        stopping.finishing(),
+        Workspace(
+            output, place, header(plan.parts, digest), total, fsync=fsync, resume=resume
+        ) as work,
+    ):
         if not work.complete:
             clear(work.directory, {work.directory / name for name in plan.parts})
             plan.copies.write(work.directory)
@@ -268,7 +272,7 @@ def write_decoded_pipeline(
     copies = copies_of(path, components, decodings)
     require_disk(output, copies.nbytes + sum(d.disk_bytes for d in decodings.values()))
     summaries = {}
-    with Workspace(output, (path, False), fsync=fsync) as work:
+    with stopping.finishing(), Workspace(output, (path, False), fsync=fsync) as work:
         copies.write(work.directory)
         for name, decoding in decodings.items():
             place = work.directory / name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import selection
+from . import selection, stopping
 from .engines import Engine
 from .errors import InputError, NonFiniteError, UsageError
 from .limits import Resources, refuse_place, require_disk
@@ -124,7 +124,7 @@ def write_dequantized(
     decoding = plan_decoding(checkpoint, engine, dtype, max_shard_size)
     require_disk(output, decoding.disk_bytes)
     place = checkpoint.root, checkpoint.is_file
-    with Workspace(output, place, fsync=fsync) as work:
+    with stopping.finishing(), Workspace(output, place, fsync=fsync) as work:
         return decode_into(decoding, work.directory, engine, resources, progress)
 
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from . import stopping
+
 Item = TypeVar("Item")
 Progress = Callable[[str, int], None]
 """Told (what is being worked on, bytes done since the last call), from any thread."""
@@ -27,8 +29,9 @@ def run(
 ) -> None:
     """Work off every item.
 
-    Items are handed out in order.  The first exception of any worker, or of a signal handler in
-    the calling thread, stops all (the items in hand are finished) and is raised here.
+    Items are handed out in order, each to one of the threads; the calling thread only waits.  The
+    first exception of any worker, or a signal, stops all (the items in hand are finished) and is
+    raised here.
 
     Args:
         make_worker: called once a thread; what it returns is called with each item.
@@ -57,16 +60,12 @@ def run(
         except BaseException as error:
             fail(error)
 
-    if workers == 1:  # no thread: a debugger and a traceback see everything
-        work()
-    else:
-        threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
+    threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
+    with stopping.held_back():  # no thread outlives this: what they write to is closed behind it
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # short, so that Ctrl-C is heard
+            stopping.join(threads)
         except BaseException as error:
             fail(error)
             for thread in threads:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import stopping
 from .card import write_card
 from .complete import confirm, differs, is_of_commit
 from .conversion import Conversion
@@ -170,6 +171,7 @@ class _Files:
     def _stop_when_aborted(self, count: int) -> None:
         if self._aborted.is_set():
             raise InterruptedRunError("interrupted")
+        stopping.check()
 
 
 def write_checkpoint(
@@ -215,27 +217,34 @@ def write_checkpoint(
                 return there
     place = plan.checkpoint.root, plan.checkpoint.is_file
     recipe = header({"": plan}, digest, carrier.destination if carrier else None)
-    with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
-        manifest = fill(work, "", plan, engine, resources, digest, progress, notify, carrier, watch)
-        if carrier is not None and carrier.leaving:
-            carrier.publish(work.directory, manifest)
-            work.discard = True
-    if carrier is not None and not carrier.leaving:
-        with _complete(output):
-            carrier.publish(output, manifest)
+    with stopping.finishing():
+        with Workspace(output, place, recipe, plan.written, fsync=fsync, resume=resume) as work:
+            manifest = fill(
+                work, "", plan, engine, resources, digest, progress, notify, carrier, watch
+            )
+            if carrier is not None and carrier.leaving:
+                carrier.publish(work.directory, manifest)
+                work.discard = True
+        if carrier is not None and not carrier.leaving:
+            with unpublished(output):
+                carrier.publish(output, manifest)
     return manifest
 
 
 @contextmanager
-def _complete(output: Path) -> Iterator[None]:
-    """Has an error say that an output is there, all the same."""
+def unpublished(output: Path) -> Iterator[None]:
+    """Have an error say that an output is there, all the same."""
+
+    def told(why: BaseException) -> str:
+        return f"{output} is complete, but was not published: {why}. Publish it with nf4 push"
+
     try:
         yield
+    except InterruptedRunError as error:
+        raise InterruptedRunError(told(error), leaves=True) from error
     except Nf4Error as error:
-        kind = {kind.exit_code: kind for kind in (InputError, UsageError, InterruptedRunError)}
-        raise kind.get(error.exit_code, MachineError)(
-            f"{output} is complete, but was not published: {error}. Publish it with nf4 push"
-        ) from error
+        kind = {kind.exit_code: kind for kind in (InputError, UsageError)}
+        raise kind.get(error.exit_code, MachineError)(told(error)) from error
 
 
 def fill(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from . import stopping
 from .engines import Engine, Notify
 from .errors import InputError, UsageError
 from .hub.carrier import Carrier
@@ -120,7 +121,10 @@ def make_again(
     check_output(plan, place, resources.workers, True, carrier.disk_needed(plan, resources.workers))
     recipe = header({"": plan}, algorithm, f"a proof of {called}")
     root = plan.checkpoint.root, plan.checkpoint.is_file
-    with Workspace(place, root, recipe, plan.written, fsync=False, scratch=True) as work:
+    with (
+        stopping.held_back(),
+        Workspace(place, root, recipe, plan.written, fsync=False, scratch=True) as work,
+    ):
         made = fill(work, "", plan, engine, resources, algorithm, progress, notify, carrier)
         work.discard = True
     return made

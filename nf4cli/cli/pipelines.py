@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import stopping
 from . import common, hub, step_summary, views
 from .common import format_size, plain, plural
 from .ledger import Ledger, tell_resources, tell_times, work_bytes
@@ -17,6 +18,7 @@ from .rows import listed
 
 if TYPE_CHECKING:
     from ..diffusion import PipelinePlan
+    from ..engines import Engine
     from ..limits import Resources
     from ..records import Checkpoint
     from .hub import Source
@@ -29,6 +31,7 @@ def quantize(request: Request, source: Source) -> None:
     from ..diffusion import make_pipeline_plan
     from ..limits import require_place, unit_of
     from ..push import check, push
+    from ..quantize import unpublished
     from ..source import name_of_directory
     from ..summary import conversion_section
     from ..transfers import Transfers
@@ -62,29 +65,28 @@ def quantize(request: Request, source: Source) -> None:
         publication.prepare()
     planned = time.monotonic()
     if request.verbose:
-        for name, part in decided.parts.items():
-            common.err_console().print(f"[bold]{plain(name)}[/]")
-            views.print_groups(common.err_console(), part)
-        tell_resources(engine.name, limits)
-    with ProgressDisplay(
-        sum(map(work_bytes, decided.parts.values())), "quantizing", request.shows,
-        what=f"{source.name} -> {output}",
-        weights=sum(part.parameters for part in decided.parts.values()), place=output,
-    ) as display:  # fmt: skip
-        ledger = Ledger(display, request.verbose)
-        manifests = write_pipeline(
-            decided,
-            output,
-            engine,
-            limits,
-            request.algorithm(source),
-            request.fsync,
-            request.resume,
-            display,
-            request.notify,
-            ledger,
-        )
-    published = push(check(output, limits.workers), publication) if publication else None
+        _tell_plan(decided, engine, limits)
+    with stopping.finishing():
+        with ProgressDisplay(
+            sum(map(work_bytes, decided.parts.values())), "quantizing", request.shows,
+            what=f"{source.name} -> {output}",
+            weights=sum(part.parameters for part in decided.parts.values()), place=output,
+        ) as display:  # fmt: skip
+            ledger = Ledger(display, request.verbose)
+            manifests = write_pipeline(
+                decided,
+                output,
+                engine,
+                limits,
+                request.algorithm(source),
+                request.fsync,
+                request.resume,
+                display,
+                request.notify,
+                ledger,
+            )
+        with unpublished(output):
+            published = push(check(output, limits.workers), publication) if publication else None
     seconds = time.monotonic() - planned
     if request.verbose:
         tell_times(planned - started, seconds)
@@ -122,6 +124,14 @@ def quantize(request: Request, source: Source) -> None:
         published=published,
     )
     print_outcome(common.out_console(), outcome)
+
+
+def _tell_plan(plan: PipelinePlan, engine: Engine, limits: Resources) -> None:
+    """Say under --verbose what becomes of each component's tensors, and with what."""
+    for name, part in plan.parts.items():
+        common.err_console().print(f"[bold]{plain(name)}[/]")
+        views.print_groups(common.err_console(), part)
+    tell_resources(engine.name, limits)
 
 
 def _refuse_bound(request: Request, source: Source) -> None:

@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from .. import stopping
 from ..engines import Notify
 from ..errors import InputError, InterruptedRunError, UsageError
 from ..journal import Upload
@@ -307,28 +309,34 @@ class Carrier:
             self._uploads.put(path, digest)
 
     def publish(self, directory: Path, manifest: Manifest) -> None:
-        """Commit everything: from here on others see it.
+        """Commit everything: from here on others see it, and a stop comes too late.
 
         Args:
             directory: holds what was not uploaded yet.
 
         Raises:
             TransferError, MachineError: see Publication.commit.
+            InterruptedRunError: a stop was asked for; the Hub may have taken the commit or not.
         """
         if self._publication is None:
             return
         with in_mid_run():
-            for name in (*manifest.output_files, *_BESIDE):
-                path = directory / name
-                if name not in self._sent and path.is_file():
-                    self._publication.add(path, name)
-            message = f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
             try:
-                self.published = self._publication.commit(message)
+                self.published = stopping.leave_behind(partial(self._commit, directory, manifest))
             except LostUploadError:  # it names one of perhaps many; what is there is not sent again
                 if self._uploads is not None:
                     self._uploads.forget(tuple(self._gone))
                 raise
+
+    def _commit(self, directory: Path, manifest: Manifest) -> Published:
+        """Send what was not sent yet, and commit it all."""
+        assert self._publication is not None
+        for name in (*manifest.output_files, *_BESIDE):
+            path = directory / name
+            if name not in self._sent and path.is_file():
+                self._publication.add(path, name)
+        message = f"{manifest.source_name} in 4 bit, by nf4 {manifest.tool_version}"
+        return self._publication.commit(message)
 
 
 class _Paced(LocalShards):
@@ -394,8 +402,7 @@ class _Uploads:
             InputError, MachineError: it cannot be.
         """
         self._queue.put(None)
-        while self._thread.is_alive():
-            self._thread.join(0.2)  # short, so that Ctrl-C is heard
+        stopping.join([self._thread])
         if self._failure is not None:
             raise self._failure
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from .. import stopping
 from ..diffusion import is_pipeline
 from ..errors import InputError, MachineError
 from ..records import Checkpoint
@@ -219,9 +220,7 @@ def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], object]) -> 
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive() and not failures:
-                thread.join(0.2)  # short, so that Ctrl-C is heard
+        stopping.join(threads, until=lambda: failures)
     finally:
         stop.set()
     if failures:
