@@ -65,7 +65,7 @@ class Route:
 
 
 PHASES = {
-    "looking": r"GET /api/models/org|GET /files/org.* bytes=0-65535",
+    "looking": r"GET /api/models/org|GET /org/model/resolve",
     "fetching": r"GET /files/org",
     "preparing": r"POST /api/repos/create|POST .*/preupload/",
     "uploading": r"POST .*/objects/batch|PUT /upload",
