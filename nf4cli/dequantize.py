@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import selection
+from . import selection, stopping
 from .conversion import Conversion
 from .diffusion import components_of, copies_of, is_pipeline, packed_components
 from .engines import Engine
@@ -121,7 +121,8 @@ def write_decoded(
         for name in plan.checkpoint.extra_files
     )
     require_disk(output, model.copies.nbytes + model.shard_bytes + sum(beside))
-    with Workspace(output, (model.root, model.is_file), fsync=fsync) as work:
+    place = model.root, model.is_file
+    with stopping.finishing(), Workspace(output, place, fsync=fsync) as work:
         model.copies.write(work.directory)
         for part, plan in model.parts.items():
             directory = work.directory / part

@@ -258,10 +258,13 @@ class ShardHashing:
             self.tensors.update(start, piece)
         return piece.nbytes
 
-    def close(self) -> None:
-        """Let go of the file and of every thread that waits."""
+    def abort(self) -> None:
+        """Let go of every thread that waits."""
         self.file.abort()
         self.tensors.abort()
+
+    def close(self) -> None:
+        """Let go of the file, which no thread reads any more."""
         if self._reader is not None:
             self._reader.close()
 
@@ -298,14 +301,15 @@ def digest_shards(
 
         return work
 
-    def close() -> None:
+    def abort() -> None:
         for hashing in hashings:
-            hashing.close()
+            hashing.abort()
 
     try:
-        run(_in_turn([h.pieces() for h in hashings], workers), make_worker, workers, close)
+        run(_in_turn([h.pieces() for h in hashings], workers), make_worker, workers, abort)
     finally:
-        close()
+        for hashing in hashings:
+            hashing.close()
     return [(h.file.digest.hexdigest(), h.tensors.digest.tensors) for h in hashings]
 
 

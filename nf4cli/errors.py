@@ -50,10 +50,21 @@ class TransferError(Nf4Error):
         self.exit_code = cause.exit_code
 
 
-class InterruptedRunError(Nf4Error):
-    """The user pressed Ctrl-C in mid-run (exit code 130)."""
+class InterruptedRunError(BaseException):
+    """A stop was asked for, by Ctrl-C or a polite kill (exit code 130).
+
+    Like KeyboardInterrupt no Exception, since libraries catch those and go on, or make others of
+    them.
+
+    Args:
+        leaves: something is left, and the message says what.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, leaves: bool = False) -> None:
+        super().__init__(message)
+        self.leaves = leaves
 
 
 class UnfinishedRunError(Nf4Error):
@@ -64,7 +75,7 @@ class UnfinishedRunError(Nf4Error):
         cause: why it ended, which decides the exit code.
     """
 
-    def __init__(self, message: str, cause: Nf4Error | OSError) -> None:
+    def __init__(self, message: str, cause: Nf4Error | OSError | InterruptedRunError) -> None:
         super().__init__(message)
         self.cause = cause
         self.exit_code = exit_code_of(cause)
@@ -83,14 +94,16 @@ class NonFiniteError(ValueError):
 
 def exit_code_of(error: BaseException | None) -> int:
     """The exit code of an error that a user can meet."""
-    return error.exit_code if isinstance(error, Nf4Error) else MachineError.exit_code
+    if isinstance(error, (Nf4Error, InterruptedRunError)):
+        return error.exit_code
+    return MachineError.exit_code
 
 
-def describe(error: Nf4Error | OSError) -> str:
+def describe(error: Nf4Error | OSError | InterruptedRunError) -> str:
     """What an error says to a user."""
     if isinstance(error, UnfinishedRunError):
         return f"{describe(error.cause)}. {error}"
-    if isinstance(error, Nf4Error):
+    if isinstance(error, (Nf4Error, InterruptedRunError)):
         return str(error)
     advice = ": free some space" if error.errno == errno.ENOSPC else ""
     place = f"{error.filename}: " if error.filename else ""

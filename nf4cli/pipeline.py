@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from . import stopping
+
 Item = TypeVar("Item")
 Progress = Callable[[str, int], None]
 """Told (what is being worked on, bytes done since the last call), from any thread."""
@@ -27,8 +29,9 @@ def run(
 ) -> None:
     """Work off every item.
 
-    Items are handed out in order.  The first exception of any worker, or of a signal handler in
-    the calling thread, stops all (the items in hand are finished) and is raised here.
+    Items are handed out in order, each to one of the threads; the main thread only waits, so that
+    it hears signals.  The first exception of any worker, or a signal, stops all (the items in hand
+    are finished) and is raised here.
 
     Args:
         make_worker: called once a thread; what it returns is called with each item.
@@ -37,13 +40,16 @@ def run(
     queue = iter(items)
     lock = threading.Lock()
     failures: list[BaseException] = []
+    failing = threading.Lock()  # another one: who holds `lock` may wait for what `abort` ends
     stop = threading.Event()
 
     def fail(error: BaseException) -> None:
-        # Without the lock: who holds it may wait in `items` for what only `abort` ends.
-        failures.append(error)
+        with failing:
+            failures.append(error)
+            first = len(failures) == 1
         stop.set()
-        abort()
+        if first:
+            abort()
 
     def work() -> None:
         try:
@@ -57,20 +63,26 @@ def run(
         except BaseException as error:
             fail(error)
 
-    if workers == 1:  # no thread: a debugger and a traceback see everything
-        work()
+    if workers == 1 and threading.current_thread() is not threading.main_thread():
+        work()  # this thread is a worker of another run, which hears of a stop
     else:
-        threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
+        _run_threads(work, workers, fail)
+    if failures:
+        raise failures[0]
+
+
+def _run_threads(
+    work: Callable[[], None], workers: int, fail: Callable[[BaseException], None]
+) -> None:
+    """Run `work` in threads to its end; a signal calls `fail`, and they are waited for as well."""
+    threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
+    with stopping.held_back():  # no thread outlives this: what they write to is closed behind it
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # short, so that Ctrl-C is heard
+            stopping.join(threads)
         except BaseException as error:
             fail(error)
             for thread in threads:
                 if thread.ident is not None:  # it was started
                     thread.join()
-    if failures:
-        raise failures[0]

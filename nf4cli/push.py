@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from . import stopping
+from .errors import InterruptedRunError
 from .fileio import Identity
 from .hub.publish import Publication, Published
 from .listed import listed_output, read_listed, strays
@@ -88,6 +90,7 @@ def push(
 
     Raises:
         InputError, UsageError, MachineError: see `Publication`.
+        InterruptedRunError: a stop was asked for; the Hub may have taken the commit or not.
     """
     assert not checked.findings, "only what is as it was written is pushed"
     names = sorted(checked.sha256)
@@ -100,8 +103,14 @@ def push(
             checked.path / name, name, checked.sha256.get(name), checked.identities.get(name)
         )
 
-    _each(names, add)
-    return publication.commit(message or checked.message)
+    try:
+        _each(names, add)
+        return stopping.leave_behind(partial(publication.commit, message or checked.message))
+    except InterruptedRunError as error:
+        raise InterruptedRunError(
+            "interrupted: what was sent stays there, and the same command goes on from there",
+            leaves=True,
+        ) from error
 
 
 def _each(names: Iterable[str], work: Callable[[str], None]) -> None:
@@ -125,11 +134,10 @@ def _each(names: Iterable[str], work: Callable[[str], None]) -> None:
             failures.append(error)
 
     threads = [threading.Thread(target=take, daemon=True) for _ in range(_AT_A_TIME)]
-    for thread in threads:
-        thread.start()
     try:
-        while not failures and any(thread.is_alive() for thread in threads):
-            time.sleep(0.05)  # short, so that Ctrl-C is heard
+        for thread in threads:
+            thread.start()
+        stopping.join(threads, until=lambda: failures)
     except BaseException as error:
         failures.append(error)
     if failures:

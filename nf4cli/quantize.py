@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import stopping
 from .card import write_card
 from .complete import confirm, differs, is_of_commit
 from .conversion import Conversion
@@ -175,6 +176,7 @@ class _Files:
     def _stop_when_aborted(self, count: int) -> None:
         if self._aborted.is_set():
             raise InterruptedRunError("interrupted")
+        stopping.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +228,22 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
         there = transport.published(model, is_same)
         if there is not None:
             return there
+    # What is only made for its digests is not what the command is for: a stop is never too late.
+    with stopping.held_back() if transport.scratch else stopping.finishing():
+        manifests = _write_in_workspace(model, output, run)
+        if not transport.leaving:
+            with unpublished(output):
+                transport.publish(model, output, manifests, lambda names: None)
+    return manifests
+
+
+def _write_in_workspace(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
+    """Write everything, and publish it where it does not stay; the manifest of each part."""
+    transport = run.transport
+    recipe = header(model.parts, run.digest, transport.destination)
     with Workspace(
-        output, (model.root, model.is_file), header(model.parts, run.digest, transport.destination),
-        model.written, fsync=run.fsync, resume=run.resume, scratch=transport.scratch,
+        output, (model.root, model.is_file), recipe, model.written, fsync=run.fsync,
+        resume=run.resume, scratch=transport.scratch,
     ) as work:  # fmt: skip
         manifests = _confirm(work, model, run) if work.complete else _fill(work, model, run)
         if transport.leaving:
@@ -239,22 +254,23 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
 
             transport.publish(model, work.directory, manifests, forget)
             work.discard = True
-    if not transport.leaving:
-        with _complete(output):
-            transport.publish(model, output, manifests, lambda names: None)
     return manifests
 
 
 @contextmanager
-def _complete(output: Path) -> Iterator[None]:
-    """Have an error say that the output is there, all the same."""
+def unpublished(output: Path) -> Iterator[None]:
+    """Have an error say that an output is there, all the same."""
+
+    def told(why: BaseException) -> str:
+        return f"{output} is complete, but was not published: {why}. Publish it with nf4 push"
+
     try:
         yield
+    except InterruptedRunError as error:
+        raise InterruptedRunError(told(error), leaves=True) from error
     except Nf4Error as error:
-        kind = {kind.exit_code: kind for kind in (InputError, UsageError, InterruptedRunError)}
-        raise kind.get(error.exit_code, MachineError)(
-            f"{output} is complete, but was not published: {error}. Publish it with nf4 push"
-        ) from error
+        kind = {kind.exit_code: kind for kind in (InputError, UsageError)}
+        raise kind.get(error.exit_code, MachineError)(told(error)) from error
 
 
 def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:

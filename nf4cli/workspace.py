@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import journal
+from . import journal, stopping
 from .errors import (
     InputError,
     InterruptedRunError,
@@ -235,7 +235,9 @@ class Workspace:
     def _commit(self) -> None:
         if self._fsync:
             for path in (*self.directory.rglob("*"), self.directory):
+                stopping.check()
                 sync(path)
+        stopping.check()
         self.directory.rename(self.output)
         self._committed = True
         if self._fsync:
@@ -249,7 +251,7 @@ class Workspace:
         if not (finished or fetched) or useless or self.complete:
             self._remove()
             return
-        if not isinstance(error, (Nf4Error, OSError)):
+        if not isinstance(error, (Nf4Error, OSError, InterruptedRunError)):
             return  # a bug keeps its traceback
         kept = f"{finished:,} of {self._total:,} weights are done and kept in {self.root}"
         if fetched:

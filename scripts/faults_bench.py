@@ -123,8 +123,8 @@ def contents(root: Path) -> dict[str, bytes]:
     }
 
 
-def make_source(place: Path, megabytes: int) -> Path:
-    """A Llama of about `megabytes` in bfloat16, in four shards."""
+def make_source(place: Path, megabytes: int, shards: int = 4) -> Path:
+    """Write a Llama of about `megabytes` in float16, in some shards, as `place`/model."""
     generator = np.random.default_rng(0)
     hidden, layers = 512, max(2, megabytes * 10**6 // 2 // (512 * 512 * 9))
     config = {
@@ -145,14 +145,14 @@ def make_source(place: Path, megabytes: int) -> Path:
     source = place / "model"
     source.mkdir()
     names, weight_map = list(shapes), {}
-    for i in range(4):
+    for i in range(shards):
         part = {
             f"{name}.weight": (generator.standard_normal(shapes[name], np.float32) / 20).astype(
                 "f2"
             )
-            for name in names[i * len(names) // 4 : (i + 1) * len(names) // 4]
+            for name in names[i * len(names) // shards : (i + 1) * len(names) // shards]
         }
-        file = f"model-{i + 1:05d}-of-00004.safetensors"
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         save_file(part, source / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}

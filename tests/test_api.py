@@ -66,7 +66,7 @@ def test_what_is_wrong_is_found_not_raised(at_home):
 
 
 def test_errors_are_the_packages_own(at_home):
-    with pytest.raises(InputError, match="no such"):
+    with pytest.raises(InputError, match="does not exist"):
         nf4cli.quantize("nowhere", "out")
     with pytest.raises(UsageError, match="--blocksize 33"):
         nf4cli.quantize("model", "out", nf4cli.QuantConfig(blocksize=33))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import stopping
 from ..errors import InputError, MachineError, Nf4Error, UsageError
 from ..watch import NOBODY, Listener, Stage
 
@@ -110,7 +111,8 @@ def found(
     report_to(notify)
     if continued is not None and name.revision is None:
         name = _as_begun(name, continued(_last(name)), notify)
-    with tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True) as place:
+    temporary = tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True)
+    with stopping.whole(temporary) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
         with _called(name, directory):

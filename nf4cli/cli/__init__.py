@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from itertools import pairwise
 
 import typer
 
-from .. import __version__
+from .. import __version__, stopping
 from .attest import attest
 from .common import print_json, results
 from .dequantize import dequantize
@@ -23,10 +22,6 @@ from .panels import Command
 from .push import push
 from .quantize import quantize
 from .verify import verify
-
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
 
 app = typer.Typer(
     name="nf4",
@@ -58,7 +53,13 @@ def _root(
 
 
 def main() -> None:
-    """The entry point: the one place where an error becomes a message and an exit code."""
+    """Run the command line; a signal stops it, see stopping.py."""
+    with stopping.listening():
+        _main()
+
+
+def _main() -> None:
+    """The one place where an error becomes a message and an exit code."""
     from ..errors import (
         InterruptedRunError,
         Nf4Error,
@@ -68,8 +69,6 @@ def main() -> None:
     )
 
     _open_closed_streams()
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
     _allow_open_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,7 +77,8 @@ def main() -> None:
     _refuse_empty_words(json)
     try:
         # Under --json a mistake in the command line comes to us, to be put into a document.
-        code = app(standalone_mode=not json)
+        with stopping.hearing():
+            code = app(standalone_mode=not json)
         sys.stdout.flush()
         sys.exit(code)
     except SystemExit:
@@ -88,11 +88,13 @@ def main() -> None:
         _fail(describe(error), error.exit_code, json)
     except MemoryError:
         _fail("the machine has not enough memory: free some, or use fewer --workers", 4, json)
+    except InterruptedRunError as error:
+        left = "" if error.leaves else "; nothing was left behind"
+        _fail(describe(error) + left, error.exit_code, json)
     except (Nf4Error, OSError) as error:
         if isinstance(error, OSError) and results.begun and error.filename is None:
             _fail(_stdout_failed(error), 4, json)
-        interrupted = isinstance(error, (InterruptedRunError, OSError))
-        left = "; nothing was left behind" if interrupted else ""
+        left = "; nothing was left behind" if isinstance(error, OSError) else ""
         _fail(describe(error) + left, exit_code_of(error), json)
     except Exception as error:
         # What typer says of the command line; its class has no public name in every version.
@@ -143,15 +145,6 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _interrupt(number: int, _: object) -> None:
-    """Ctrl-C or a polite kill, as an error like any other; a second one waits for the cleaning."""
-    from ..errors import InterruptedRunError
-
-    for handled in _SIGNALS:
-        signal.signal(handled, signal.SIG_IGN)
-    raise InterruptedRunError("interrupted")
-
-
 def _fail(message: str, code: int, json: bool) -> None:
     """Say it on stderr, under --json also as the one document on stdout, and end."""
     from rich.console import Console
@@ -167,4 +160,9 @@ def _fail(message: str, code: int, json: bool) -> None:
         sys.stdout.flush()
     except OSError:  # stdout is what failed: the exit code has to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if stopping.was_raised():
+        # Threads may be left that wait for the network; Python's own end would break them off
+        # somewhere in a library's native code.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import stopping
 from ..errors import UsageError
 from ..untrusted import printable
 from . import common
@@ -84,24 +85,29 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         try:
-            if self._live is not None:
-                self._live.start(refresh=True)
-            elif self._console is not None:
-                what = f" {self._what}" if self._what else ""
-                size = f", {format_size(self._total)}" if self._total else ""
-                self._print(f"{self._label}{what}{size}")
-                if self._heartbeat:
-                    self._thread = threading.Thread(
-                        target=self._beat, name="nf4-heartbeat", daemon=True
-                    )
-                    self._thread.start()
+            with stopping.held_back():
+                self._begin()
         except BaseException:
             self._end()
             raise
         return self
 
+    def _begin(self) -> None:
+        if self._live is not None:
+            self._live.start(refresh=True)
+        elif self._console is not None:
+            what = f" {self._what}" if self._what else ""
+            size = f", {format_size(self._total)}" if self._total else ""
+            self._print(f"{self._label}{what}{size}")
+            if self._heartbeat:
+                self._thread = threading.Thread(
+                    target=self._beat, name="nf4-heartbeat", daemon=True
+                )
+                self._thread.start()
+
     def __exit__(self, kind: object, *_: object) -> None:
-        self._end()
+        with stopping.held_back():
+            self._end()
         logged = self._live is None and self._console is not None and self._total
         if kind is None and logged:
             self._print(self._last_line())
@@ -114,7 +120,7 @@ class ProgressDisplay:
             try:
                 self._live.stop()
             finally:
-                self._live.console.show_cursor(True)  # an interrupt may have come before it
+                self._live.console.show_cursor(True)  # the terminal may have failed before it
         if self._thread is not None:
             self._thread.join()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import stopping
 from . import common, views
 from .common import JsonOption, QuietOption, WorkersOption
 from .progress import ProgressDisplay
@@ -72,7 +73,8 @@ def push(
         shown = _Shown(display)
         publication = Publication(repo, public, replace_card, notify, shown.sent)
         publication.prepare()
-        published = send(checked, publication, message, shown.begun)
+        with stopping.finishing():
+            published = send(checked, publication, message, shown.begun)
     if json:
         common.print_json("push", {**_document(checked), "pushed": asdict(published)})
     elif not quiet:

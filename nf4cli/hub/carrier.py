@@ -13,9 +13,11 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .. import stopping
 from ..engines import Notify
 from ..errors import InputError, InterruptedRunError, UsageError
 from ..journal import Journal, Part, Upload
@@ -285,30 +287,43 @@ class HubTransport:
         manifests: Mapping[str, Manifest],
         lost: Callable[[tuple[str, ...]], None],
     ) -> None:
-        """Commit everything: from here on others see it.
+        """Commit everything: from here on others see it, and a stop comes too late.
 
         Raises:
             TransferError, MachineError: see Publication.commit.
+            InterruptedRunError: a stop was asked for; the Hub may have taken the commit or not.
         """
         if self.publication is None:
             return
+        with in_mid_run():
+            try:
+                self.outcome = stopping.leave_behind(
+                    partial(self._commit, self.publication, model, directory, manifests)
+                )
+            except LostUploadError:  # it names one of perhaps many; what is there is not sent again
+                lost(self.publication.restored)
+                raise
+
+    def _commit(
+        self,
+        publication: Publication,
+        model: ModelPlan,
+        directory: Path,
+        manifests: Mapping[str, Manifest],
+    ) -> Published:
+        """Send what was not sent yet, and commit it all."""
         known = {
             path_in_model(part, name): record.digest
             for part, manifest in manifests.items()
             for name, record in manifest.output_files.items()
             if manifest.digest == "sha256"
         }
-        with in_mid_run():
-            for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-                name = path.relative_to(directory).as_posix()
-                if not self.publication.has(name):
-                    self.publication.add(path, name, known.get(name))
-            version = next(iter(manifests.values())).tool_version
-            try:
-                self.outcome = self.publication.commit(f"{model.name} in 4 bit, by nf4 {version}")
-            except LostUploadError:  # it names one of perhaps many; what is there is not sent again
-                lost(self.publication.restored)
-                raise
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            name = path.relative_to(directory).as_posix()
+            if not publication.has(name):
+                publication.add(path, name, known.get(name))
+        version = next(iter(manifests.values())).tool_version
+        return publication.commit(f"{model.name} in 4 bit, by nf4 {version}")
 
 
 def _is_whole(head: Snapshot, part: str, algorithm: str, records: Mapping[str, FileRecord]) -> bool:
@@ -525,8 +540,7 @@ class _Uploads:
             InputError, MachineError: it cannot be.
         """
         self._queue.put(None)
-        while self._thread.is_alive():
-            self._thread.join(0.2)  # short, so that Ctrl-C is heard
+        stopping.join([self._thread])
         if self._failure is not None:
             raise self._failure
 

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
+from .. import stopping
 from ..diffusion import is_pipeline
-from ..errors import InputError, MachineError
+from ..errors import InputError, InterruptedRunError, MachineError
 from ..records import Checkpoint
 from ..source import (
     find_shards,
@@ -63,10 +65,23 @@ def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
             f"{snapshot.name} has files of {sum(file.size for file in sides):,} bytes that are "
             f"no weights, expected at most {_LARGEST_SIDE_FILE:,}: this is no model"
         )
+    with _Place(directory) as place:
+        _draw(snapshot, place, files, sides, keep)
+
+
+def _draw(
+    snapshot: Snapshot,
+    place: _Place,
+    files: dict[str, RemoteFile],
+    sides: list[RemoteFile],
+    keep: bool,
+) -> None:
+    """Fetch the small files, `sides`, whole, and of `files` the headers of those with weights."""
+    directory = place.path
     if keep and not is_offline():
         _each(sides, lambda file: fetch_to_cache(snapshot, file))
         _each(sides[:1], lambda file: remember(snapshot, file))
-    _each(sides, lambda file: _fetch_whole(snapshot, file, directory))
+    _each(sides, lambda file: _fetch_whole(snapshot, file, place))
     modules = {
         path.relative_to(directory).as_posix() for path in sentence_transformers_modules(directory)
     }
@@ -75,17 +90,48 @@ def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
         for n, f in files.items()
         if n.endswith(".safetensors") and n.rpartition("/")[0] in modules
     ]
-    _each(dense, lambda file: _fetch_whole(snapshot, file, directory))
+    _each(dense, lambda file: _fetch_whole(snapshot, file, place))
     stand_ins = [f for n, f in files.items() if n.endswith(".safetensors") and f not in dense]
     for file in stand_ins:
-        place = directory / file.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
+        place.create(file.name).close()
     needed = _needed(directory, stand_ins)
-    _each(needed, lambda file: _fetch_header(snapshot, file, directory))
+    _each(needed, lambda file: _fetch_header(snapshot, file, place))
     for file in stand_ins:
         if file not in needed:
             (directory / file.name).unlink()
+
+
+class _Place:
+    """The directory of an outline, which is left alone once the drawing has ended, however it did.
+
+    Threads may be left behind then that wait for the network; the directory may be removed, and
+    nothing appears in it again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def create(self, name: str) -> BinaryIO:
+        """Open a file for writing, anew.
+
+        Raises:
+            InterruptedRunError: the drawing has ended.
+        """
+        place = self.path / name
+        with self._lock:
+            if self._ended:
+                raise InterruptedRunError("interrupted")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return place.open("wb")
+
+    def __enter__(self) -> _Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with stopping.held_back(), self._lock:
+            self._ended = True
 
 
 def open_outline(snapshot: Snapshot, directory: Path) -> Checkpoint:
@@ -137,10 +183,8 @@ def _needed(directory: Path, stand_ins: Iterable[RemoteFile]) -> list[RemoteFile
     return needed
 
 
-def _fetch_whole(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
+def _fetch_whole(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
     """A small file, from the cache where it is there, compared with what the Hub says of it."""
-    place = directory / file.name
-    place.parent.mkdir(parents=True, exist_ok=True)
     local = cached(snapshot, file)
     if local is not None:
         with local.open("rb") as opened:
@@ -152,10 +196,10 @@ def _fetch_whole(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
         raise MachineError(f"{file.name} of {snapshot.name}: {complaint}: try again")
 
 
-def _write(file: RemoteFile, place: Path, chunks: Chunks) -> str:
+def _write(file: RemoteFile, place: _Place, chunks: Chunks) -> str:
     """Write the bytes of a small file; returns what is wrong with them, "" for nothing."""
     digest, size = new_digest(file), 0
-    with place.open("wb") as out:
+    with place.create(file.name) as out:
         for chunk in chunks:
             out.write(chunk)
             digest.update(chunk)
@@ -168,19 +212,19 @@ def _write(file: RemoteFile, place: Path, chunks: Chunks) -> str:
     return f"{size:,} bytes with the digest {found} came, expected {file.size:,} with {expected}"
 
 
-def _fetch_header(snapshot: Snapshot, file: RemoteFile, directory: Path) -> None:
+def _fetch_header(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
     first = min(file.size, _FIRST_READ)
     data = _read(snapshot, file, 0, first)
     length = 8 + int.from_bytes(data[:8], "little")
     if first < length <= min(file.size, 8 + MAX_HEADER):
         data += _read(snapshot, file, first, length)
-    with (directory / file.name).open("wb") as out:
+    with place.create(file.name) as out:
         out.write(data[: max(8, length)])
         try:
             os.truncate(out.fileno(), file.size)
         except OSError as error:
             raise MachineError(
-                f"a sparse file of {file.size:,} bytes cannot be made in {directory} "
+                f"a sparse file of {file.size:,} bytes cannot be made in {place.path} "
                 f"({error.strerror}): choose another place with TMPDIR"
             ) from error
 
@@ -219,9 +263,7 @@ def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], object]) -> 
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive() and not failures:
-                thread.join(0.2)  # short, so that Ctrl-C is heard
+        stopping.join(threads, until=lambda: failures)
     finally:
         stop.set()
     if failures:
