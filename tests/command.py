@@ -1,8 +1,9 @@
 """Run `nf4` inside the test process: the same entry point, arguments, output and exit code.
 
-A process of its own costs a second, mostly for imports. A test needs one (`helpers.nf4_process`) when
-its subject is what belongs to a process: signals, terminals and closed streams, stdin, environment
-variables that libraries read on import, which modules are loaded, memory, limits, or a crash.
+A process of its own costs a second, mostly for imports. A test needs one (`helpers.nf4_process`)
+when its subject is what belongs to a process: signals, terminals and closed streams, stdin,
+environment variables that libraries read on import, which modules are loaded, memory, limits, or a
+crash.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
-from test_resume import stop
+from stopped_runs import stop
 
 from nf4cli import engines, journal, workspace
 from nf4cli.errors import InterruptedRunError, UnfinishedRunError

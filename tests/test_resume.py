@@ -24,9 +24,9 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
+from stopped_runs import stop
 
 from nf4cli import engines, journal
-from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources, workspace_of
 from nf4cli.plan import make_plan
 from nf4cli.quantize import write_checkpoint
@@ -34,22 +34,6 @@ from nf4cli.records import QuantConfig
 from nf4cli.source import open_checkpoint
 
 INTERRUPTED = 130
-MIDDLE = "model.layers.1.mlp.gate_proj.weight"
-
-
-def stop(source: Path, output: Path, at: str = MIDDLE, resume: bool = False) -> None:
-    """A run that is interrupted when it comes to the weight `at`."""
-
-    def interrupt(what: str, _: int) -> None:
-        if what == at:
-            raise InterruptedRunError("interrupted")
-
-    plan, engine = make_plan(open_checkpoint(source), QuantConfig()), engines.load("cpu")
-    with pytest.raises(UnfinishedRunError, match="--resume"):
-        write_checkpoint(
-            plan, output, engine, make_resources(engine, 1, None, 1), resume=resume,
-            progress=interrupt,
-        )  # fmt: skip
 
 
 @pytest.fixture
