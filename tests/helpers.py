@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from command import run_inside
 from safetensors.torch import load_file, save_file
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,6 +32,24 @@ LLAMA = {
 def raw(values: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor as the engines take them."""
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().copy()
+
+
+def hard_values(dtype: str, count: int, seed: int) -> torch.Tensor:
+    """Every kind of float: normal, tiny, huge, subnormal, zeros of both signs, whole zero runs."""
+    generator = np.random.default_rng(seed)
+    width = np.uint32 if dtype == "F32" else np.uint16
+    bits = generator.integers(0, np.iinfo(width).max, count, dtype=width, endpoint=True)
+    values = torch.from_numpy(bits.view(np.int32 if dtype == "F32" else np.int16))
+    x = values.view(TORCH_DTYPES[dtype]).clone()
+    x[~torch.isfinite(x)] = 0.0
+    magnitude = 10.0 ** generator.uniform(-42, 38, -(-count // 97))
+    runs = torch.from_numpy(np.repeat(magnitude, 97)[:count])
+    mild = (torch.from_numpy(generator.standard_normal(count)) * runs).to(x.dtype)
+    mild[~torch.isfinite(mild)] = 0.0
+    x = torch.where(torch.from_numpy(generator.random(count) < 0.8), mild, x)
+    x[: count // 5] = 0.0
+    x[count // 10 : count // 8] = -0.0
+    return x
 
 
 def bnb_quantize(
@@ -141,17 +164,30 @@ def read_all(root: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def nf4(*arguments: object, cwd: Path | None = None, **kwargs: Any) -> Any:
-    """Run the real command; returns the finished process, output as text."""
+def nf4(*arguments: object, cwd: Path | None = None) -> Any:
+    """Run the command inside this process; returns what it printed and its exit code."""
+    return run_inside(*arguments, cwd=cwd)
+
+
+def nf4_process(*arguments: object, cwd: Path | None = None, **kwargs: Any) -> Any:
+    """Run the installed command in a process of its own; command.py says which tests need one.
+
+    Args:
+        kwargs: of `subprocess.run`.
+    """
     return subprocess.run(
         [Path(sys.executable).with_name("nf4"), *map(str, arguments)],
         capture_output=True, text=True, cwd=cwd, check=False, timeout=300, **kwargs,
     )  # fmt: skip
 
 
-def nf4_ok(*arguments: object, cwd: Path | None = None) -> str:
-    """Run the real command, which must succeed; returns its stdout."""
-    done = nf4(*arguments, cwd=cwd)
+def nf4_ok(*arguments: object, cwd: Path | None = None, run: Callable[..., Any] = nf4) -> str:
+    """Run the command, which must succeed; returns its stdout.
+
+    Args:
+        run: `nf4`, or `nf4_process`.
+    """
+    done = run(*arguments, cwd=cwd)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -170,10 +206,24 @@ UP = "model.layers.0.mlp.up_proj.weight"
 USAGE, INPUT, MACHINE = 2, 3, 4
 
 
-def refused(code: int, *arguments: object, says: tuple[str, ...], cwd: Path) -> str:
-    """The command fails as expected and leaves the working directory as it was."""
+def refused(
+    code: int,
+    *arguments: object,
+    says: tuple[str, ...],
+    cwd: Path,
+    run: Callable[..., Any] = nf4,
+) -> str:
+    """Require that the command fails with `code` and leaves the working directory as it was.
+
+    Args:
+        says: what its message must contain.
+        run: `nf4`, or `nf4_process`.
+
+    Returns:
+        what it said on stderr.
+    """
     before = sorted(cwd.rglob("*"))
-    done = nf4(*arguments, cwd=cwd)
+    done = run(*arguments, cwd=cwd)
     assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -183,9 +233,20 @@ def refused(code: int, *arguments: object, says: tuple[str, ...], cwd: Path) -> 
     return done.stderr
 
 
-def convert(plan, output, engine, resources, resume=False, progress=None):
-    """Carry out the plan of a checkpoint, or of a model, here and not as a command; the manifest of
-    a checkpoint."""
+def full_tmpfs(size: str):
+    """A tmpfs of `size` for a test, or a named skip where we may not mount."""
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a really full disk needs root, to mount a small tmpfs")
+    return mount, size
+
+
+def carry_out(plan, output, engine, resources, resume=False, progress=None):
+    """Carry out the plan of a checkpoint, or of a model, by the library and not as a command.
+
+    Returns:
+        The manifest of a checkpoint.
+    """
     from nf4cli.model_plan import ModelPlan
     from nf4cli.quantize import Execution, write_model
     from nf4cli.watch import Listener

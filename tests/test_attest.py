@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from helpers import MACHINE, USAGE, nf4, nf4_ok, refused
 from schemas import document, validator
-from test_machine import pipeline  # noqa: F401 - a fixture
 
 from nf4cli.attest import BUILD_TYPE, SELF_ATTESTED, attest
 from nf4cli.errors import InputError
@@ -98,7 +97,7 @@ def test_it_is_the_same_every_time(out, tmp_path, llama):
     assert dependency["digest"] == {"sha256": sha256(llama / "model.safetensors")}
 
 
-def test_a_pipeline(pipeline, tmp_path):  # noqa: F811
+def test_a_pipeline(pipeline, tmp_path):
     out, source = pipeline / "out", pipeline / "pipe"
     nf4_ok("attest", out, tmp_path / "a", "--source", source)
     found = statement(tmp_path / "a")
@@ -141,7 +140,7 @@ def test_what_is_not_as_the_manifest_says_is_not_attested(out, tmp_path, damage,
     assert "NOT good" in nf4("attest", out, tmp_path / "a").stdout
 
 
-def test_damage_in_a_pipeline_is_found(pipeline, tmp_path):  # noqa: F811
+def test_damage_in_a_pipeline_is_found(pipeline, tmp_path):
     out = shutil.copytree(pipeline / "out", tmp_path / "out")
     manifest = out / "transformer" / MANIFEST
     manifest.write_text(manifest.read_text().replace("linear", "lincar", 1))

@@ -20,6 +20,7 @@ from helpers import (
     llama_tensors,
     nf4,
     nf4_ok,
+    nf4_process,
     refused,
     write_checkpoint_dir,
 )
@@ -71,7 +72,7 @@ def test_one_shard_of_several(work):
 def test_a_hub_id_is_told_apart(work, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     says = ("org/name is no path here", "HF_HUB_OFFLINE")
-    refused(MACHINE, "quantize", "org/name", says=says, cwd=work)
+    refused(MACHINE, "quantize", "org/name", says=says, cwd=work, run=nf4_process)
     refused(INPUT, "quantize", "models/of/mine", says=("does not exist",), cwd=work)
 
 
@@ -88,7 +89,7 @@ def test_names_with_brackets_are_not_markup(work):
 def test_a_poorer_locale_and_a_closed_pipe(work):
     nf4_ok("quantize", "model", cwd=work)
     poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = nf4("inspect", "model-nf4", "model.layers.0.mlp.down_proj", cwd=work, env=poor)
+    done = nf4_process("inspect", "model-nf4", "model.layers.0.mlp.down_proj", cwd=work, env=poor)
     assert done.returncode == 0, done.stderr
     nf4_command = Path(sys.executable).with_name("nf4")
     line = f"'{nf4_command}' quantize model out | true; echo ${{PIPESTATUS[0]}}"

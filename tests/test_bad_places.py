@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from helpers import (
     LLAMA,
     MACHINE,
     USAGE,
+    full_tmpfs,
     llama_tensors,
     nf4,
     nf4_ok,
@@ -68,14 +68,6 @@ def test_disk_too_small_for_the_plan(work):
     assert "1,000 free" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(work.rglob("*")) == before
-
-
-def full_tmpfs(size: str):
-    """A tmpfs of `size` for a test, or a named skip where we may not mount."""
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("a really full disk needs root, to mount a small tmpfs")
-    return mount, size
 
 
 def test_disk_that_is_really_full(work):

@@ -15,7 +15,7 @@ import text_models
 import torch
 import transformers
 from helpers import nf4, nf4_ok, same_files
-from tiny_models import MODELS, V
+from tiny_models import V
 
 from nf4cli.calibration.gptq import Feedback, feed_back, relative_loss
 from nf4cli.calibration.passes import Calibration, Settings
@@ -32,13 +32,6 @@ VALUES, MIDPOINTS = (
     torch.from_numpy(t) for t in (codebook("nf4").values, codebook("nf4").midpoints)
 )
 TEXT = ("--calibration", "text.txt", "--calibration-tokens", "512", "--calibration-length", "32")
-
-
-def made(name, root, dtype=torch.float32):
-    tiny = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, tiny.config)(**tiny.arguments)
-    return text_models.save(getattr(transformers, tiny.model)(config), root, dtype)
 
 
 def tokens(count=6, length=16):
@@ -77,7 +70,7 @@ def hooked(root, seen):
     ["llama", "gpt2", "opt", "bloom", "gemma3_text", "qwen3", "gpt_neox", "phi3", "bert_mlm"],
 )
 def test_importance_is_what_the_whole_model_gives(name, tmp_path):
-    root, seen = made(name, tmp_path / "model"), tokens()
+    root, seen = text_models.make(name, tmp_path / "model"), tokens()
     expected = hooked(root, seen)
     found = measured(root, tmp_path / "scratch", expected, seen, upstream="full").importance
     assert len(found) >= 8
@@ -90,7 +83,7 @@ def test_experts_are_measured_each_by_its_own_tokens(name, tmp_path, monkeypatch
     """Under the names that the checkpoint has, from the tokens that the router sends."""
     from nf4cli.calibration import experts
 
-    root, seen = made(name, tmp_path / "model"), tokens(12, 16)
+    root, seen = text_models.make(name, tmp_path / "model"), tokens(12, 16)
     model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
     inputs: dict[int, list[torch.Tensor]] = {}
     block = model.model.layers[1].mlp
@@ -133,7 +126,7 @@ def test_experts_are_measured_each_by_its_own_tokens(name, tmp_path, monkeypatch
 
 
 def test_experts_of_four_bits_are_calibrated_by_the_command(tmp_path):
-    made("mixtral", tmp_path / "model", torch.bfloat16)
+    text_models.make("mixtral", tmp_path / "model", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(600))
     for method in ("rtn", "gptq"):
         done = nf4("quantize", "model", method, *TEXT, "--method", method, "--target", "vllm",
@@ -227,7 +220,7 @@ def test_codes_are_packed_as_they_are_stored():
 
 
 def test_gptq_loses_less_than_rtn_and_the_layers_before_count(tmp_path):
-    root, seen = made("llama", tmp_path / "model"), tokens(12, 32)
+    root, seen = text_models.make("llama", tmp_path / "model"), tokens(12, 32)
     names = hooked(root, seen[:1]).keys() - {"lm_head.weight"}
     losses = {}
     for method in ("rtn", "gptq"):
@@ -242,7 +235,7 @@ def test_gptq_loses_less_than_rtn_and_the_layers_before_count(tmp_path):
 
 @pytest.fixture
 def work(tmp_path):
-    made("llama", tmp_path / "model", torch.bfloat16)
+    text_models.make("llama", tmp_path / "model", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(600))
     return tmp_path
 
@@ -374,7 +367,7 @@ def test_what_a_user_may_give(work, change, code, says):
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path):
-    made("t5", tmp_path / "model", torch.bfloat16)
+    text_models.make("t5", tmp_path / "model", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(600))
     done = nf4("quantize", "model", "out", *TEXT, cwd=tmp_path)
     assert done.returncode == 2

@@ -15,7 +15,7 @@ import torch
 from helpers import (
     LLAMA,
     USAGE,
-    convert,
+    carry_out,
     llama_tensors,
     nf4,
     nf4_ok,
@@ -23,7 +23,7 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
-from test_resume import stop
+from stopped_runs import stop
 
 from nf4cli import engines, journal, workspace
 from nf4cli.errors import InterruptedRunError, UnfinishedRunError
@@ -126,7 +126,7 @@ def test_a_disk_that_failed_once_is_not_believed_later(work, monkeypatch):
     monkeypatch.setattr(journal, "SYNC_EVERY", 0.0)
     plan, engine = make_plan(open_checkpoint(work / "model"), QuantConfig()), engines.load("cpu")
     with pytest.raises((OSError, UnfinishedRunError)):
-        convert(plan, work / "out", engine, make_resources(engine, 1, None, 1))
+        carry_out(plan, work / "out", engine, make_resources(engine, 1, None, 1))
     assert failed
     assert not (work / "out").exists()
 
@@ -202,11 +202,11 @@ def test_ctrl_c_when_only_the_disk_is_waited_for(work, monkeypatch, moment):
     plan, engine = make_plan(open_checkpoint(work / "model"), QuantConfig()), engines.load("cpu")
     limits = make_resources(engine, 1, None, 1)
     if moment == "after the rename":  # it is there: nothing is left to do or to continue
-        convert(plan, work / "out", engine, limits)
+        carry_out(plan, work / "out", engine, limits)
     else:
         with pytest.raises(UnfinishedRunError, match="21 of 21 weights are done"):
-            convert(plan, work / "out", engine, limits)
-        convert(plan, work / "out", engine, limits, resume=True)
+            carry_out(plan, work / "out", engine, limits)
+        carry_out(plan, work / "out", engine, limits, resume=True)
     assert pressed
     assert not workspace_of(work / "out").exists()
     nf4_ok("verify", "out", "--source", "model", cwd=work)

@@ -9,7 +9,7 @@ import os
 import subprocess
 
 import pytest
-from helpers import MACHINE, USAGE, nf4
+from helpers import MACHINE, USAGE, nf4_process
 
 from nf4cli import engines
 from nf4cli.engines import cupy_device
@@ -40,7 +40,7 @@ def with_driver(tmp_path_factory):
             **os.environ, "LD_LIBRARY_PATH": str(directory), "FAKE_VERSION": str(version),
             "FAKE_COUNT": str(gpus), "FAKE_INIT": str(status),
         }  # fmt: skip
-        return nf4(*arguments, env=environment)
+        return nf4_process(*arguments, env=environment)
 
     return run
 
@@ -80,7 +80,7 @@ def test_without_a_driver(llama, tmp_path):
     try:
         cupy_device.driver()
     except MachineError:
-        done = nf4("quantize", llama, tmp_path / "out", "--engine", "cuda")
+        done = nf4_process("quantize", llama, tmp_path / "out", "--engine", "cuda")
         refused(done, MACHINE, "no NVIDIA driver", "--engine cpu")
     else:
         pytest.skip("this machine has an NVIDIA driver")
@@ -110,7 +110,7 @@ def test_devices_that_do_not_exist(llama, tmp_path, with_driver, device, words):
 
 
 def test_a_gpu_for_the_engine_cpu(llama, tmp_path):
-    done = nf4("quantize", llama, tmp_path / "out", "--engine", "cpu", "--device", "cuda")
+    done = nf4_process("quantize", llama, tmp_path / "out", "--engine", "cpu", "--device", "cuda")
     refused(done, USAGE, "not for the engine cpu", "--engine cuda")
 
 

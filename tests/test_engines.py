@@ -12,6 +12,7 @@ from helpers import (
     bnb_dequantize,
     bnb_nested,
     bnb_quantize,
+    hard_values,
     raw,
 )
 from hypothesis import given, settings
@@ -40,24 +41,6 @@ def check_against_bitsandbytes(
     expected_packed, expected_absmax = bnb_quantize(x, blocksize, quant_type)
     np.testing.assert_array_equal(absmax.view(np.uint32), expected_absmax.view(np.uint32))
     np.testing.assert_array_equal(packed, expected_packed)
-
-
-def hard_values(dtype: str, count: int, seed: int) -> torch.Tensor:
-    """Every kind of float: normal, tiny, huge, subnormal, zeros of both signs, whole zero runs."""
-    generator = np.random.default_rng(seed)
-    width = np.uint32 if dtype == "F32" else np.uint16
-    bits = generator.integers(0, np.iinfo(width).max, count, dtype=width, endpoint=True)
-    values = torch.from_numpy(bits.view(np.int32 if dtype == "F32" else np.int16))
-    x = values.view(TORCH_DTYPES[dtype]).clone()
-    x[~torch.isfinite(x)] = 0.0
-    magnitude = 10.0 ** generator.uniform(-42, 38, -(-count // 97))
-    runs = torch.from_numpy(np.repeat(magnitude, 97)[:count])
-    mild = (torch.from_numpy(generator.standard_normal(count)) * runs).to(x.dtype)
-    mild[~torch.isfinite(mild)] = 0.0
-    x = torch.where(torch.from_numpy(generator.random(count) < 0.8), mild, x)
-    x[: count // 5] = 0.0
-    x[count // 10 : count // 8] = -0.0
-    return x
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

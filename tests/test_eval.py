@@ -11,7 +11,6 @@ import torch
 import transformers
 from helpers import nf4, nf4_ok
 from schemas import document
-from test_calibration import made
 
 from nf4cli import texts
 from nf4cli.calibration.text import open_tokenizer
@@ -26,7 +25,7 @@ LIMITS = ("--context", "32", "--tokens", "512")
 def place(tmp_path_factory):
     """A Llama `model`, its 4-bit `out`, a text; never changed by a test."""
     root = tmp_path_factory.mktemp("eval")
-    made("llama", root / "model", torch.bfloat16)
+    text_models.make("llama", root / "model", torch.bfloat16)
     nf4_ok("quantize", root / "model", root / "out")
     (root / "text.txt").write_text(text_models.text(900))
     return root
@@ -162,7 +161,7 @@ def test_two_texts_of_its_own(place, tmp_path):
 
 
 def test_an_encoders_embeddings(tmp_path):
-    made("bert_mlm", tmp_path / "model", torch.bfloat16)
+    text_models.make("bert_mlm", tmp_path / "model", torch.bfloat16)
     nf4_ok("quantize", tmp_path / "model", tmp_path / "out")
     (tmp_path / "text.txt").write_text(text_models.text(600))
     done = nf4("eval", "out", "--source", "model", "--text", "text.txt", "--json", "-q",
@@ -209,7 +208,7 @@ def test_what_is_refused(place, tmp_path, options, code, says):
 
 
 def test_other_models_are_refused(place, tmp_path):
-    made("t5", tmp_path / "t5", torch.bfloat16)
+    text_models.make("t5", tmp_path / "t5", torch.bfloat16)
     done = nf4("eval", "out", "--source", tmp_path / "t5", cwd=place)
     assert (done.returncode, "encoder with a decoder" in done.stderr) == (2, True)
     config = json.loads((place / "model/config.json").read_text())

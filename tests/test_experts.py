@@ -11,7 +11,7 @@ from helpers import (
     LLAMA,
     USAGE,
     bnb_quantize,
-    convert,
+    carry_out,
     llama_tensors,
     nf4_ok,
     read_all,
@@ -84,7 +84,7 @@ def test_llama4_experts_in_small_chunks(tmp_path, all_engines):
     engine = next(iter(all_engines.values()))
     plan = make_plan(open_checkpoint(source), QuantConfig())
     for name, resources in (("a", Resources(2, 8 << 20, 0)), ("b", Resources(3, 1 << 19, 0))):
-        convert(plan, tmp_path / name, engine, resources)
+        carry_out(plan, tmp_path / name, engine, resources)
     a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
     for name, value in slices(source).items():
         packed, _ = bnb_quantize(value, 64, "nf4")

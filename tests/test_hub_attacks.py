@@ -8,11 +8,10 @@ import subprocess
 import time
 
 import pytest
-from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
+from float8_models import CASES, float8_model
+from helpers import LLAMA, full_tmpfs, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 from hub import Fault
 from hub.fixtures import bytes_in
-from test_bad_places import full_tmpfs
-from test_float8 import CASES, float8_model
 
 API = r"GET /api/models/org/model"
 FILE = r"GET /files/.*00007-of"

@@ -16,13 +16,12 @@ import torch
 from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
 from hub import Fault, Hub
 from hub.fixtures import Runner
+from hub.published import REPO, require_published
 from schemas import document
-from test_pipelines import pipe  # noqa: F401 - a fixture
 
 from nf4cli.card import HERE
 from nf4cli.source import MANIFEST
 
-REPO = "me/model-nf4"
 PUT = r"PUT /upload"
 COMMIT = r"POST .*/commit/main"
 
@@ -63,16 +62,6 @@ def push(hub, tmp_path, made) -> Runner:
     runner = Runner(hub, tmp_path)
     shutil.copytree(made, runner.work / "out")
     return runner
-
-
-def require_published(hub: Hub, output: Path, commits: int = 2) -> None:
-    """The head of the repository is the output, made in one commit."""
-    repo = hub.store.repos[REPO]
-    assert len(repo.commits) == commits
-    names = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()}
-    assert repo.head.keys() == names
-    for name in names - {"README.md"}:
-        assert repo.head[name].place.read_bytes() == (output / name).read_bytes()
 
 
 def test_private_by_default_and_the_card_has_the_name(push, hub):
@@ -340,7 +329,7 @@ def test_what_was_pushed_is_good(push, source):
     assert "not checked" not in text
 
 
-def test_a_pipeline(push, hub, pipe):  # noqa: F811
+def test_a_pipeline(push, hub, pipe):
     """All of it, over a checkpoint that was there, and back to the checkpoint."""
     push.ok("push", "out", REPO)
     push.ok("quantize", pipe, "pipeline")

@@ -16,7 +16,6 @@ from helpers import nf4_ok, same_files
 from hub import Fault
 from hub.fixtures import SHARDS, Watch, bytes_in
 from schemas import document
-from test_pipelines import pipe  # noqa: F401 - a fixture
 
 WEIGHTS = r"GET /files/.*safetensors"
 PUSH = ("--push-to", "me/model-nf4", "--max-shard-size", "1MB")
@@ -343,7 +342,7 @@ def test_a_card_that_is_there_stays_unless_it_is_to_be_replaced(nf4_hub, hub):
     nf4_hub.fails(2, "quantize", "org/model", "o", "--replace-card", says=("needs --push-to",))
 
 
-def test_pipelines(nf4_hub, hub, pipe):  # noqa: F811
+def test_pipelines(nf4_hub, hub, pipe):
     source = pipe
     hub.add("org/flux", source)
     plan = json.loads(nf4_hub.ok("quantize", "org/flux", "--plan", "--json"))

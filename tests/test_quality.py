@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from helpers import nf4_ok
 from schemas import document
-from test_loaders import smollm  # noqa: F401 - a fixture
 
 import nf4cli.evaluation
 
@@ -20,7 +19,7 @@ RECIPES = {
 }
 
 
-def test_smollm2_loses_less_by_search_and_half_by_calibration(smollm, tmp_path):  # noqa: F811
+def test_smollm2_loses_less_by_search_and_half_by_calibration(smollm, tmp_path):
     """Bounds well above what was measured (docs/quality.md), for little text and quick."""
     kl, sizes = {}, set()
     for name, options in RECIPES.items():

@@ -17,6 +17,7 @@ from helpers import (
     TORCH_DTYPES,
     bnb_nested,
     bnb_quantize,
+    carry_out,
     llama_tensors,
     nf4,
     nf4_ok,
@@ -24,9 +25,6 @@ from helpers import (
     read_all,
     same_files,
     write_checkpoint_dir,
-)
-from helpers import (
-    convert as carry_out,
 )
 
 from nf4cli import engines

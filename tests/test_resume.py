@@ -17,7 +17,7 @@ from helpers import (
     INPUT,
     LLAMA,
     USAGE,
-    convert,
+    carry_out,
     llama_tensors,
     nf4,
     nf4_ok,
@@ -25,31 +25,15 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
+from stopped_runs import stop
 
 from nf4cli import engines, journal
-from nf4cli.errors import InterruptedRunError, UnfinishedRunError
 from nf4cli.limits import make_resources, workspace_of
 from nf4cli.plan import make_plan
 from nf4cli.records import QuantConfig
 from nf4cli.source import open_checkpoint
 
 INTERRUPTED = 130
-MIDDLE = "model.layers.1.mlp.gate_proj.weight"
-
-
-def stop(source: Path, output: Path, at: str = MIDDLE, resume: bool = False) -> None:
-    """A run that is interrupted when it comes to the weight `at`."""
-
-    def interrupt(what: str, _: int) -> None:
-        if what == at:
-            raise InterruptedRunError("interrupted")
-
-    plan, engine = make_plan(open_checkpoint(source), QuantConfig()), engines.load("cpu")
-    with pytest.raises(UnfinishedRunError, match="--resume"):
-        convert(
-            plan, output, engine, make_resources(engine, 1, None, 1), resume=resume,
-            progress=interrupt,
-        )  # fmt: skip
 
 
 @pytest.fixture
@@ -77,7 +61,7 @@ def test_finished_work_is_not_done_again(stopped, monkeypatch):
     plan, engine = make_plan(open_checkpoint(stopped / "model"), QuantConfig()), engines.load("cpu")
     quantize = engine.quantize
     monkeypatch.setattr(engine, "quantize", lambda *a: (asked.append(1), quantize(*a))[1])
-    convert(
+    carry_out(
         plan, stopped / "out", engine, make_resources(engine, 2, None, 2), resume=True
     )  # fmt: skip
     assert before
@@ -183,7 +167,7 @@ def test_a_source_with_old_times_is_not_read_again(work, monkeypatch):
     )  # fmt: skip
     plan, engine = make_plan(open_checkpoint(work / "model"), QuantConfig()), engines.load("cpu")
     limits = make_resources(engine, 1, None, 1)
-    convert(plan, work / "out", engine, limits, resume=True)
+    carry_out(plan, work / "out", engine, limits, resume=True)
     nf4_ok("verify", "out", "--source", "model", cwd=work)
 
 

@@ -8,12 +8,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import LLAMA, UP, llama_tensors, nf4, nf4_ok, raw, same_files, write_checkpoint_dir
+from helpers import (
+    LLAMA,
+    UP,
+    hard_values,
+    llama_tensors,
+    nf4,
+    nf4_ok,
+    raw,
+    same_files,
+    write_checkpoint_dir,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from test_engines import hard_values
-from test_pipelines import component, denoiser
+from small_pipelines import component, denoiser
 
 from nf4cli.codebook import codebook, ladder
 from nf4cli.engines import GRANULE, Importance, NestedAbsmax

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pyte
 import pytest
-from helpers import LLAMA, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from helpers import LLAMA, llama_tensors, nf4, nf4_ok, nf4_process, write_checkpoint_dir
 from hub import Fault
 from rich.cells import cell_len
-from test_pipelines import BLOCK, pipe  # noqa: F401 - a fixture
+from small_pipelines import BLOCK
 
 from nf4cli.cli.meter import Flow, Meter, Reading
 from nf4cli.cli.progress import bar_lines, count, duration, log_line, of, shorten
@@ -339,10 +339,11 @@ def test_a_heartbeat_before_there_is_a_plan(nf4_hub, hub):
 
 
 def test_the_heartbeat_can_be_left_out_and_has_to_be_a_number(work):
-    done = nf4("quantize", "model", cwd=work, env={**os.environ, "NF4_HEARTBEAT": "0"})
+    done = nf4_process("quantize", "model", cwd=work, env={**os.environ, "NF4_HEARTBEAT": "0"})
     assert done.stderr.count("\n") == 2
     for wrong in ("often", "-1", "nan", "inf"):
-        done = nf4("quantize", "model", "no", cwd=work, env={**os.environ, "NF4_HEARTBEAT": wrong})
+        environment = {**os.environ, "NF4_HEARTBEAT": wrong}
+        done = nf4_process("quantize", "model", "no", cwd=work, env=environment)
         assert done.returncode == 2
         assert f"NF4_HEARTBEAT={wrong!r}" in done.stderr
 
@@ -407,7 +408,7 @@ def test_a_summary_fits_a_screen(tmp_path):
     assert len(re.findall(r"^        0\.\d{4}  model\.layers", terminal.text, re.M)) == 3
 
 
-def test_a_pipelines_summary_fits_a_screen(pipe, tmp_path):  # noqa: F811
+def test_a_pipelines_summary_fits_a_screen(pipe, tmp_path):
     terminal = Terminal(80, 24, "quantize", pipe.name, "out", cwd=tmp_path)
     assert terminal.end() == 0
     lines = terminal.text.splitlines()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_models import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXT = (
@@ -47,3 +48,11 @@ def save(model: Any, root: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     model.to(dtype).save_pretrained(root)
     tokenizer().save_pretrained(root)
     return root
+
+
+def make(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the random model that tiny_models calls `name`, with the tokenizer, to `root`."""
+    tiny = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, tiny.config)(**tiny.arguments)
+    return save(getattr(transformers, tiny.model)(config), root, dtype)

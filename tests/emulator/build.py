@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nf4cli.engines import nvrtc
 from nf4cli.engines.launches import Launch, every_kernel
@@ -17,9 +19,13 @@ from nf4cli.engines.launches import Launch, every_kernel
 from . import ptx
 
 HERE = Path(__file__).parent
+CACHE = HERE.parent.parent / "build" / "emulator"
+"""Compiled libraries, named by what they were made of; git ignores the folder."""
+
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 """Every generation of GPU that is in use, Turing to Blackwell."""
 
+_COMMON = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
 _FLAGS = {
     "": ("-O1",),
     # the .cu would not notice overlaps of types; signed overflow and shifts it would
@@ -95,36 +101,66 @@ def build_shim(
     return _build(f'#include "shim.h"\n{code}{ptx.LAUNCH.format(table=table)}', sanitizer)
 
 
-def parallel(*builds) -> list:
-    """Results of functions without arguments, two at a time: g++ is most of the suite's time."""
+def parallel(*builds: Callable[[], Any]) -> list[Any]:
+    """Return the results of functions without arguments, run two at a time: they wait for g++."""
     with ThreadPoolExecutor(2) as pool:
         return [future.result() for future in [pool.submit(build) for build in builds]]
 
 
 def _build(code: str, sanitizer: str) -> Path:
-    """A shared library, built once for the same code and flags in this run of the tests."""
-    runtime = HERE / "runtime.cpp"
-    key = hashlib.sha256("\0".join([code, sanitizer, *_FLAGS[sanitizer]]).encode())
-    for file in ("runtime.h", "runtime.cpp", "ptx.h", "shim.h"):
-        key.update((HERE / file).read_bytes())
-    directory = Path(tempfile.gettempdir()) / f"nf4-emulator-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    library = directory / f"{key.hexdigest()[:32]}.so"
-    if library.exists():
-        return library
-    source = library.with_suffix(".cpp")
-    source.write_text(code)
-    # TSan must not see the switching of stacks, so the runtime goes without it.
-    switched = [f for f in _FLAGS[sanitizer] if f != "-fsanitize=thread"]
-    common = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}"]
-    objects = []
-    for path, flags in ((source, _FLAGS[sanitizer]), (runtime, switched)):
-        objects.append(f"{library}.{os.getpid()}.{path.stem}.o")
-        subprocess.run(["g++", *common, *flags, "-w", "-c", path, "-o", objects[-1]], check=True)
-    linked = f"{library}.{os.getpid()}"
-    flags = [f for f in _FLAGS[sanitizer] if f.startswith("-fsanitize")]
-    subprocess.run(["g++", "-shared", *flags, *objects, "-o", linked], check=True)
-    Path(linked).replace(library)
-    for path in objects:
-        Path(path).unlink()
+    """Return the shared library of `code`, compiled unless an earlier run left it in CACHE."""
+    flags = [*_COMMON, *_FLAGS[sanitizer]]
+    library = CACHE / f"{_key([code, *flags], 'runtime.h', 'runtime.cpp', 'ptx.h', 'shim.h')}.so"
+    with _made_once(library) as path:
+        if path is not None:
+            source = path.with_suffix(".cpp")
+            source.write_text(code)
+            try:
+                _compile([*flags, "-shared", source, _runtime(sanitizer)], path)
+            finally:
+                source.unlink()
     return library
+
+
+def _runtime(sanitizer: str) -> Path:
+    """Return the object file of runtime.cpp, which all libraries with a sanitizer share."""
+    # TSan must not see the switching of stacks, so the runtime goes without it.
+    flags = [*_COMMON, *(f for f in _FLAGS[sanitizer] if f != "-fsanitize=thread")]
+    made = CACHE / f"{_key(flags, 'runtime.h', 'runtime.cpp')}.o"
+    with _made_once(made) as path:
+        if path is not None:
+            _compile([*flags, "-c", HERE / "runtime.cpp"], path)
+    return made
+
+
+@contextmanager
+def _made_once(result: Path) -> Iterator[Path | None]:
+    """Yield where to make a file of the cache, or None where it lies there already.
+
+    One thread of one process makes it, others wait for that; it appears whole or not at all.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with result.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if result.exists():
+            yield None
+            return
+        unfinished = result.with_name(f"{result.stem}.{os.getpid()}{result.suffix}")
+        try:
+            yield unfinished
+            unfinished.replace(result)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _compile(arguments: list[Any], result: Path) -> None:
+    """Run g++, which must succeed."""
+    subprocess.run(["g++", "-w", *arguments, "-o", result], check=True)
+
+
+def _key(parts: list[str], *files: str) -> str:
+    """Return a name for what is made of these strings and of these files beside this one."""
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for file in files:
+        digest.update((HERE / file).read_bytes())
+    return digest.hexdigest()[:32]
