@@ -4,7 +4,7 @@
 // says a constant of the format; cpu_*.{h,cpp} and gpu_*.{cuh,cu} arrange loops, lanes and memory
 // around it.  There are no tables here: codebook.py owns them and passes them in as nf4_codebook,
 // so that no table is typed twice.  Python holds what it needs of the constants under names of its
-// own; tests/test_native_constants.py has a compiler compare them.
+// own; tests/engines/test_native_constants.py has a compiler compare them.
 //
 // Every float operation is rounded on its own, IEEE binary32, to nearest even: compile with
 // -ffp-contract=off (CPU) or -fmad=false (GPU), never with fast-math, never with flush-to-zero (a

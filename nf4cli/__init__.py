@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import dequantize, inspect, inspect_tensor, plan, quantize, verify
-    from .records import QuantConfig
-    from .watch import Listener
+    from .convert.watch import Listener
+    from .format.config import QuantConfig
 
 __version__ = "0.2.0"
 
@@ -26,11 +26,11 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "QuantConfig":
-        from .records import QuantConfig
+        from .format.config import QuantConfig
 
         return QuantConfig
     if name == "Listener":
-        from .watch import Listener
+        from .convert.watch import Listener
 
         return Listener
     from . import api

@@ -155,14 +155,15 @@ print(sorted(times)[2])
 PROFILE = """
 import json, sys, threading, time
 from pathlib import Path
-from nf4cli import digest, items, reader, writer
+from nf4cli.checkpoint import digest, reader, writer
+from nf4cli.convert import items
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.limits import make_resources
-from nf4cli.plan import make_plan
-from nf4cli.model_plan import ModelPlan
-from nf4cli.quantize import Execution, write_model
-from nf4cli.records import QuantConfig
-from nf4cli.source import open_checkpoint
+from nf4cli.planning.resources import make_resources
+from nf4cli.planning.make_plan import make_plan
+from nf4cli.planning.model_plan import ModelPlan
+from nf4cli.convert.quantize import Execution, write_model
+from nf4cli.format.config import QuantConfig
+from nf4cli.checkpoint.discovery import open_checkpoint
 spent, lock = {}, threading.Lock()
 def watch(owner, name, label):
     real = getattr(owner, name)

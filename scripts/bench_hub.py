@@ -128,7 +128,7 @@ def serving(models: Path, rate: float | None = None) -> Iterator[dict[str, str]]
     Args:
         rate: bytes a second of every connection.
     """
-    command = [sys.executable, "-m", "hub", str(models), "0", *([str(rate)] if rate else [])]
+    command = [sys.executable, "-m", "hub_server", str(models), "0", *([str(rate)] if rate else [])]
     server = subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

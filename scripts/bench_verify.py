@@ -5,8 +5,8 @@
 
 Makes a bf16 checkpoint of random weights in the shape of 24 layers of Llama-3-8B (11 GB), quantizes
 it into one file and into shards of 1 GB, and times in turn, the page cache warm: `nf4 verify OUT`;
-a process that does nothing but digest the same files through nf4cli.digest.digest_file, one thread
-a file; and one that maps each file and lets blake3 use every processor, as `b3sum` does.
+a process that does nothing but digest the same files through nf4cli.checkpoint.digest.digest_file,
+one thread a file; and one that maps each file and lets blake3 use every processor, as `b3sum` does.
 Then memory: of these runs, and of 20,000 tiny tensors.  Prints a table for docs/performance.md.
 
 Peak memory is the kernel's ru_maxrss of each command, which starts from its parent's: this process
@@ -28,7 +28,7 @@ from bench_convert import MAKE, NF4, run, spread
 HASH = """
 import sys, threading
 from pathlib import Path
-from nf4cli.digest import digest_file
+from nf4cli.checkpoint.digest import digest_file
 threads = [threading.Thread(target=digest_file, args=(Path(name), "blake3"))
            for name in sys.argv[1:]]
 for thread in threads: thread.start()
@@ -44,9 +44,9 @@ INSIDE = """
 import json, statistics, sys, threading, time
 from pathlib import Path
 from nf4cli import engines
-from nf4cli.digest import digest_file
-from nf4cli.limits import make_resources
-from nf4cli.verify import verify
+from nf4cli.checkpoint.digest import digest_file
+from nf4cli.planning.resources import make_resources
+from nf4cli.proof.verify import verify
 import os
 out, runs = Path(sys.argv[1]), int(sys.argv[2])
 engine = engines.load("cpu")

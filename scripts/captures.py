@@ -190,7 +190,7 @@ def prepare(work: Path) -> None:
 
 
 def main() -> None:
-    from hub import Fault, Hub
+    from hub_server import Fault, Hub
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)

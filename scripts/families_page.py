@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nf4cli import families
-from nf4cli.records import Checkpoint, Shard, TensorInfo
-from nf4cli.selection import QUANTIZED, RULES, Context, is_transposed, module_path, rule_of
+from nf4cli.checkpoint.types import Checkpoint, Shard, TensorInfo
+from nf4cli.planning import families
+from nf4cli.planning.selection import QUANTIZED, RULES, Context, is_transposed, module_path, rule_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"

@@ -27,18 +27,21 @@ from typing import Any
 
 import numpy as np
 
-from nf4cli import codebook, engines
+from nf4cli import engines
 from nf4cli.api.machine import processors
-from nf4cli.engines import GRANULE, STATS, Float8, NestedAbsmax, launches
+from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.convert.quantize import Execution, write_model
+from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine
+from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
 from nf4cli.errors import Nf4Error
-from nf4cli.limits import make_resources
-from nf4cli.model_plan import ModelPlan
-from nf4cli.plan import make_plan
-from nf4cli.quantize import Execution, write_model
-from nf4cli.records import ITEMSIZE, QuantConfig
-from nf4cli.source import open_checkpoint
+from nf4cli.format import codebook
+from nf4cli.format.config import QuantConfig
+from nf4cli.format.dtypes import ITEMSIZE
+from nf4cli.planning.make_plan import make_plan
+from nf4cli.planning.model_plan import ModelPlan
+from nf4cli.planning.resources import make_resources
 
 CPU = CpuEngine()
 

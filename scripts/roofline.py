@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nf4cli.engines import GRANULE, nvrtc
+from nf4cli.engines import nvrtc
+from nf4cli.engines.protocol import GRANULE
 
 
 @dataclass(frozen=True, slots=True)

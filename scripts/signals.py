@@ -37,8 +37,8 @@ from faults_bench import INTERRUPTED, NF4, ROOT, THERE, BrokenError, contents, m
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub import Hub
-from hub.faults import Fault, Faults
+from hub_server import Hub
+from hub_server.faults import Fault, Faults
 
 REPO = "me/model-nf4"
 STOP = (signal.SIGINT, signal.SIGTERM)

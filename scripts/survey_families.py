@@ -9,8 +9,8 @@ model class of every family is built on the meta device from its default configu
 main one also with each of the configuration's switches turned.  A family follows the rules when
 in no version they quantize a tensor that transformers cannot hold in 4 bit as it is.  (Its own
 default also keeps whatever module comes last, which a skip list overrules: that is no
-difference.)  Writes nf4cli/families.json, with what each family's modules are called in the
-checkpoint and in the model.
+difference.)  Writes nf4cli/planning/families.json, with what each family's modules are called in
+the checkpoint and in the model.
 
 Some families need more libraries to be built: timm, torchvision, pillow, scipy.
 """
@@ -35,7 +35,7 @@ from typing import Any
 from survey_one_family import survey_family
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "nf4cli" / "families.json"
+OUTPUT = ROOT / "nf4cli" / "planning" / "families.json"
 FACTS = ROOT / "tests" / "goldens" / "families.json"
 
 SECONDS = 120  # for one family

@@ -140,7 +140,7 @@ def mended(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def why_not(model: Any, wrong: set[str], rearranged: Collection[str]) -> dict[str, str]:
     """Why transformers cannot hold these in 4 bit; without those that only its default keeps."""
-    from nf4cli.exact import converts, is_linear, targets_of
+    from nf4cli.planning.transformers_answer import converts, is_linear, targets_of
 
     state = model.state_dict()
     targets = targets_of(model, wrong, state)
@@ -171,9 +171,9 @@ def wrongly_quantized(
     model: Any, names: dict[str, tuple[int, ...]], configs: list[dict[str, Any]]
 ) -> tuple[dict[str, str], Counter[str]]:
     """What the rules quantize and transformers cannot; the rules that keep what it could."""
-    from nf4cli.exact import answer_of
-    from nf4cli.records import Checkpoint, Shard, TensorInfo
-    from nf4cli.selection import QUANTIZED, Context, rule_of
+    from nf4cli.checkpoint.types import Checkpoint, Shard, TensorInfo
+    from nf4cli.planning.selection import QUANTIZED, Context, rule_of
+    from nf4cli.planning.transformers_answer import answer_of
 
     answer = answer_of(model, names, NOWHERE)
     shard = Shard(Path("x.safetensors"), 0, 0, ())
@@ -194,7 +194,7 @@ def classes_of(made: Any) -> list[Any]:
     """The model classes of a configuration, likeliest first; parts of models have no Auto class."""
     from transformers import PreTrainedModel
 
-    from nf4cli.meta_model import auto_classes
+    from nf4cli.planning.meta_model import auto_classes
 
     if found := auto_classes(made):
         return found
@@ -216,7 +216,7 @@ def generic(names: Mapping[str, str]) -> dict[str, str]:
 
 def written(made: Any, use_diff: bool) -> dict[str, Any]:
     """A configuration as config.json has it."""
-    from nf4cli.meta_model import structure
+    from nf4cli.planning.meta_model import structure
 
     found: dict[str, Any] = structure(json.loads(made.to_json_string(use_diff=use_diff)))
     return found
@@ -233,7 +233,7 @@ def matrices(names: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def renamings(model: Any, paths: Iterable[str]) -> set[tuple[str, str]]:
     """Leading parts of module paths in a checkpoint -> what they are in the model."""
-    from nf4cli.exact import targets_of
+    from nf4cli.planning.transformers_answer import targets_of
 
     state = model.state_dict()
     prefix = model.base_model_prefix + "."
@@ -292,7 +292,7 @@ def survey_family(model_type: str, older: Mapping[str, list[str]]) -> dict[str, 
     """
     from transformers import CONFIG_MAPPING
 
-    from nf4cli import meta_model
+    from nf4cli.planning import meta_model
 
     config_class = CONFIG_MAPPING[model_type]
     full = mended(written(config_class(), False), MENDED.get(model_type, {}))

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nf4cli import stopping
-from nf4cli.cli import common, main
+from nf4cli.cli import main
+from nf4cli.cli.show import terminal
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 
@@ -83,8 +84,8 @@ def _process_state(words: list[str], cwd: Path | None, out: TextIO, err: TextIO)
 
 def _forget_last_run() -> None:
     """Reset what the package remembers for the life of a process: its console, a result shown."""
-    common.err_console.cache_clear()
-    common.results.begun = False
+    terminal.err_console.cache_clear()
+    terminal.results.begun = False
 
 
 def _restore_environment(before: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
 from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
-from hub.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
+from hub_server.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
 from real_models import minilm, smollm  # noqa: F401 - fixtures
 from small_pipelines import pipe, pipeline  # noqa: F401 - fixtures
 

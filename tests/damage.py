@@ -13,7 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from nf4cli.source import MANIFEST
+from nf4cli.checkpoint.discovery import MANIFEST
 
 INDEX = "model.safetensors.index.json"
 STATE = ".quant_state.bitsandbytes__nf4"

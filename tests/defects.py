@@ -33,7 +33,7 @@ from damage import (
     swap,
 )
 
-from nf4cli.source import MANIFEST
+from nf4cli.checkpoint.discovery import MANIFEST
 
 LAYER, OTHER_LAYER = "model.layers.0.", "model.layers.1."
 UP, OTHER_UP = LAYER + "mlp.up_proj.weight", OTHER_LAYER + "mlp.up_proj.weight"

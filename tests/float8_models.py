@@ -1,4 +1,4 @@
-"""Checkpoints in float8, as the formats in use lay them out."""
+"""Tiny float8 checkpoints in every form that models are published in."""
 
 from __future__ import annotations
 

@@ -247,9 +247,9 @@ def carry_out(plan, output, engine, resources, resume=False, progress=None):
     Returns:
         The manifest of a checkpoint.
     """
-    from nf4cli.model_plan import ModelPlan
-    from nf4cli.quantize import Execution, write_model
-    from nf4cli.watch import Listener
+    from nf4cli.convert.quantize import Execution, write_model
+    from nf4cli.convert.watch import Listener
+    from nf4cli.planning.model_plan import ModelPlan
 
     listener = Listener()
     if progress is not None:

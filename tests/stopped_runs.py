@@ -8,11 +8,11 @@ import pytest
 from helpers import carry_out
 
 from nf4cli import engines
+from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.errors import InterruptedRunError, UnfinishedRunError
-from nf4cli.limits import make_resources
-from nf4cli.plan import make_plan
-from nf4cli.records import QuantConfig
-from nf4cli.source import open_checkpoint
+from nf4cli.format.config import QuantConfig
+from nf4cli.planning.make_plan import make_plan
+from nf4cli.planning.resources import make_resources
 
 MIDDLE = "model.layers.1.mlp.gate_proj.weight"
 

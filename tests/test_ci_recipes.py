@@ -18,7 +18,7 @@ from ci.commands import BIN, stand_in
 from ci.github import Job
 from helpers import nf4_ok, same_files, write_checkpoint_dir
 
-from nf4cli.limits import workspace_of
+from nf4cli.convert.output_place import workspace_of
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "docs" / "recipes"

@@ -48,7 +48,7 @@ def test_what_goes_into_the_image_is_what_the_package_is_made_of(tmp_path):
         "CMakeLists.txt", "LICENSE", "README.md", "cuda", "nf4cli", "pyproject.toml"
     }  # fmt: skip
     assert not [p for p in context.rglob("*") if p.suffix in (".so", ".pyc")]
-    assert (context / "nf4cli" / "families.json").exists()
+    assert (context / "nf4cli" / "planning" / "families.json").exists()
 
 
 def test_it_builds_and_converts(stages, wheel, work, tmp_path):

@@ -18,7 +18,7 @@ from fuzz.targets import TARGETS, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf4cli.records import ITEMSIZE
+from nf4cli.format.dtypes import ITEMSIZE
 
 RUNS = 1500  # executions a target; scripts/fuzz makes 150,000
 HERE = Path(__file__).parent

@@ -16,8 +16,8 @@ from ci.context import alone
 from ci.expressions import evaluate
 from ci.github import Caches, Job
 from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
-from hub import Fault
-from hub.fixtures import SHARDS
+from hub_server import Fault
+from hub_server.fixtures import SHARDS
 
 from nf4cli import __version__
 

@@ -18,11 +18,11 @@ from attacks.running import COMMANDS, CPU, check, job, run
 from fuzz.targets import tiny_model
 from helpers import LLAMA, nf4, nf4_ok
 
-from nf4cli import untrusted
+from nf4cli.checkpoint import untrusted
+from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.checkpoint.reader import read_shard
 from nf4cli.errors import InputError
-from nf4cli.reader import read_shard
-from nf4cli.skip_list import Names, hits_v5, skip_modules
-from nf4cli.source import open_checkpoint
+from nf4cli.planning.skip_list import Names, hits_v5, skip_modules
 
 
 @pytest.fixture
@@ -254,14 +254,14 @@ def test_a_file_that_grows_while_it_is_read(place):
 
 def test_what_we_write_stays_within_the_limits(place, monkeypatch):
     """A file is cut before it has more tensors, or a longer header, than we would read."""
-    monkeypatch.setattr("nf4cli.writer.MAX_TENSORS", 10)
-    from nf4cli.writer import fill_shards
+    monkeypatch.setattr("nf4cli.checkpoint.writer.MAX_TENSORS", 10)
+    from nf4cli.checkpoint.writer import fill_shards
 
     entries = [(f"a.{i}.weight", "F32", (1,)) for i in range(95)]
     assert max(map(len, fill_shards(entries, lambda e: [e], 10**9))) == 10
-    monkeypatch.setattr("nf4cli.writer.MAX_TENSORS", 10**9)
-    monkeypatch.setattr("nf4cli.writer._HEADER_ROOM", 2000)
-    from nf4cli.writer import lay_out
+    monkeypatch.setattr("nf4cli.checkpoint.writer.MAX_TENSORS", 10**9)
+    monkeypatch.setattr("nf4cli.checkpoint.writer._HEADER_ROOM", 2000)
+    from nf4cli.checkpoint.writer import lay_out
 
     for part in fill_shards(entries, lambda e: [e], 10**9):
         assert len(lay_out("x", part, ()).header) <= 2000 + 8 + 100

@@ -2,8 +2,8 @@
 
     import nf4cli
 
-    done = nf4cli.quantize("org/name", "name-nf4")
-    assert nf4cli.verify(done.output, source="org/name").ok
+    done = nf4cli.convert.quantize("org/name", "name-nf4")
+    assert nf4cli.proof.verify(done.output, source="org/name").ok
 
 Everywhere a model is a path, or `org/name` or `org/name@revision` for one of the Hub. Errors are
 those of nf4cli.errors: UsageError for options that make no sense, InputError for input that cannot
@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..records import QuantConfig
-from ..watch import NOBODY, Listener
+from ..convert.watch import NOBODY, Listener
+from ..format.config import QuantConfig
 from .decoding import Dequantized, decode
 from .inspecting import Inspected, look, look_at_tensor
 from .machine import Machine
@@ -26,9 +26,9 @@ from .quantizing import SHARD_BYTES, Quantized, Request, prepared
 from .verifying import Check, Verified, check
 
 if TYPE_CHECKING:
-    from ..calibration.run import Calibrating
-    from ..inspection import TensorView
-    from ..model_plan import ModelPlan
+    from ..output.inspection import TensorView
+    from ..planning.model_plan import ModelPlan
+    from ..quality.calibration.run import Calibrating
 
 __all__ = [
     "Dequantized", "Inspected", "Quantized", "Verified", "dequantize", "inspect", "inspect_tensor",

@@ -1,4 +1,4 @@
-"""nf4cli.dequantize: a 4-bit model back to an ordinary one."""
+"""nf4cli.convert.dequantize: a 4-bit model back to an ordinary one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..dequantize import Summary, plan_decoding, write_decoded
-from ..watch import Stage
+from ..convert.dequantize import Summary, plan_decoding, write_decoded
+from ..convert.watch import Stage
 from . import sources
 from .machine import Machine
 from .quantizing import SHARD_BYTES

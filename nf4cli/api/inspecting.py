@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import engines, inspection
-from ..diffusion import components_of, is_pipeline
+from .. import engines
+from ..checkpoint.discovery import open_checkpoint
+from ..convert.watch import NOBODY, Listener
 from ..errors import InputError, UsageError
-from ..inspection import Overview, TensorView
-from ..source import open_checkpoint
-from ..watch import NOBODY, Listener
+from ..output import inspection
+from ..output.inspection import Overview, TensorView
+from ..planning.pipeline_plan import components_of, is_pipeline
 from . import sources
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .. import engines
-from ..engines import GRANULE, Engine
+from ..convert.watch import NOBODY, Listener
+from ..engines.protocol import GRANULE, Engine
 from ..errors import UsageError
-from ..limits import Resources, make_resources
-from ..watch import NOBODY, Listener
+from ..planning.resources import Resources, make_resources
 
 
 def processors() -> int:

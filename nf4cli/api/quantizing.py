@@ -1,4 +1,5 @@
-"""nf4cli.quantize and nf4cli.plan: find the source, plan, convert, publish."""
+"""nf4cli.convert.quantize and nf4cli.planning.make_plan: find the source, plan, convert,
+publish."""
 
 from __future__ import annotations
 
@@ -10,29 +11,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..diffusion import is_pipeline, make_pipeline_plan
-from ..digest import ALGORITHMS
+from ..checkpoint.digest import ALGORITHMS
+from ..checkpoint.discovery import name_of_directory
+from ..checkpoint.types import Checkpoint
+from ..convert.output_place import check_output, require_place
+from ..convert.quantize import Execution, write_model
+from ..convert.transport import LOCAL
+from ..convert.watch import NOBODY, Listener, Stage
 from ..errors import UsageError
-from ..limits import Resources, check_output, require_place, unit_of
-from ..manifest import Manifest
-from ..model_plan import ModelPlan
-from ..plan import make_plan
-from ..quantize import Execution, write_model
-from ..records import Answer, Checkpoint, QuantConfig
-from ..source import name_of_directory
-from ..transport import LOCAL
-from ..watch import NOBODY, Listener, Stage
+from ..format.config import QuantConfig
+from ..output.manifest import Manifest
+from ..planning.answer import Answer
+from ..planning.make_plan import make_plan
+from ..planning.model_plan import ModelPlan
+from ..planning.pipeline_plan import is_pipeline, make_pipeline_plan
+from ..planning.resources import Resources, unit_of
 from . import sources
 from .machine import Machine
 from .sources import Source, require_repository
 
 if TYPE_CHECKING:
-    from ..calibration.run import Calibrating
+    from ..checkpoint.importance_file import ImportanceFile
+    from ..convert.transfers import Transfers
     from ..hub.carrier import HubTransport, Outlook
     from ..hub.publish import Publication, Published
-    from ..importance import ImportanceFile
-    from ..planned import Plan
-    from ..transfers import Transfers
+    from ..planning.plan import Plan
+    from ..quality.calibration.run import Calibrating
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -121,19 +125,19 @@ class Request:
     @cached_property
     def importance(self) -> ImportanceFile | None:
         """The file that was asked for, read when it is needed."""
-        from ..importance import load
+        from ..checkpoint.importance_file import load
 
         return None if self.importance_file is None else load(self.importance_file)
 
     def oracle(self, model: Checkpoint) -> Answer | None:
         """For `make_plan`: return what transformers says of a model, where it has to be asked."""
-        from ..families import consult
+        from ..planning.families import consult
 
         return consult(model, self.exact, self.trust_remote_code)
 
     def scan(self, preliminary: Plan) -> frozenset[str]:
         """For `make_plan`: return the weights that hold a NaN or an infinity."""
-        from ..nonfinite import nonfinite_weights, scan_bytes
+        from ..convert.find_nonfinite import nonfinite_weights, scan_bytes
 
         limits = self.machine.resources(len(preliminary.tensors))
         stage = Stage("looking for NaN", scan_bytes(preliminary))
@@ -142,8 +146,8 @@ class Request:
 
     def transport(self, source: Source) -> HubTransport | None:
         """Return what moves the files of a run; None for one that neither fetches nor pushes."""
+        from ..convert.transfers import Transfers
         from ..hub.carrier import HubTransport
-        from ..transfers import Transfers
 
         snapshot = source.snapshot if source.outline else None
         if snapshot is None and self.disk is None and self.push_to is None:
@@ -155,7 +159,7 @@ class Request:
         )  # fmt: skip
 
     def _publication(self, transfers: Transfers) -> Publication | None:
-        from ..hub.explaining import report_to
+        from ..hub.errors import report_to
         from ..hub.publish import Publication
 
         if self.push_to is None:
@@ -229,7 +233,7 @@ class Job:
         Raises:
             OSError: the temporary directory is full.
         """
-        from ..trial import bytes_per_second
+        from ..convert.trial import bytes_per_second
 
         if self.transport is None or not self.source.outline:
             return None
@@ -334,7 +338,7 @@ def _planned(
     if calibrating is None:
         yield source, ModelPlan.of(plan), output
         return
-    from ..calibration.run import calibrated
+    from ..quality.calibration.run import calibrated
 
     machine = request.machine
     with calibrated(

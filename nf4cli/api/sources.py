@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import stopping
+from ..convert.watch import NOBODY, Listener, Stage
 from ..errors import InputError, MachineError, Nf4Error, UsageError
-from ..watch import NOBODY, Listener, Stage
 
 if TYPE_CHECKING:
-    from ..engines import Notify
+    from ..callbacks import Notify
+    from ..checkpoint.types import Checkpoint, Origin
     from ..hub.client import Name, Snapshot
-    from ..manifest import Manifest
-    from ..records import Checkpoint, Origin
+    from ..output.manifest import Manifest
 
 
 def named(source: Path) -> Name | None:
@@ -57,10 +57,10 @@ class Source:
         """Find out what the model has.
 
         Raises:
-            InputError: see source.open_checkpoint.
+            InputError: see discovery.open_checkpoint.
         """
+        from ..checkpoint.discovery import open_checkpoint
         from ..hub.outline import open_outline
-        from ..source import open_checkpoint
 
         if self.snapshot is None:
             return open_checkpoint(self.path)
@@ -105,7 +105,7 @@ def found(
         yield Source(source)
         return
     from ..hub import client
-    from ..hub.explaining import report_to
+    from ..hub.errors import report_to
     from ..hub.outline import draw
 
     report_to(notify)
@@ -192,9 +192,9 @@ def shown(asked: Path, path: Path) -> str:
 
 
 def _fetch(snapshot: Snapshot, outline: Path, listener: Listener) -> Path:
+    from ..convert.transfers import Transfers
     from ..hub.fetching import fetch_all
     from ..hub.outline import names_in
-    from ..transfers import Transfers
 
     names = names_in(outline)
     total = sum(snapshot.files[name].size for name in names)
@@ -214,7 +214,7 @@ def _last(name: Name) -> str:
 
 def _as_begun(name: Name, output: Path, notify: Notify) -> Name:
     """The same model at the commit that an unfinished run of it began with."""
-    from ..workspace import earlier_header
+    from ..convert.workspace import earlier_header
 
     part = earlier_header(output).get("parts", {}).get("", {}).get("source", {})
     commit = part.get("commit")

@@ -1,4 +1,4 @@
-"""nf4cli.verify: an output alone, with its manifest, or against its source."""
+"""nf4cli.proof.verify: an output alone, with its manifest, or against its source."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..assembly import part_shards, verify_pipeline
-from ..diffusion import is_pipeline
+from ..checkpoint.discovery import MANIFEST
+from ..checkpoint.file_io import name_of
+from ..checkpoint.reader import read_shard
+from ..convert.watch import Stage
 from ..errors import InputError, UsageError
-from ..fileio import name_of
-from ..manifest import Manifest
-from ..reader import read_shard
-from ..report import Report
-from ..sample import verify_sample
-from ..source import MANIFEST
-from ..verify import verify as verify_checkpoint
-from ..watch import Stage
+from ..output.manifest import Manifest
+from ..output.report import Report
+from ..planning.pipeline_plan import is_pipeline, part_shards
+from ..proof.pipelines import verify_pipeline
+from ..proof.sample import verify_sample
+from ..proof.verify import verify as verify_checkpoint
 from . import sources
 from .machine import Machine
 from .verifying_bounded import Bounded
@@ -113,7 +113,7 @@ def check(asked: Check) -> Verified:
         against = f"{called} against {sources.shown(named, source)}"
     own, parts = _look(asked, path, source, against)
     if asked.calibration and source:
-        from ..calibration.run import prove
+        from ..quality.calibration.run import prove
 
         prove(asked.calibration, path, source, machine.engine, own, machine.listener)
     return Verified(

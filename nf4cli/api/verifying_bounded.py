@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..watch import Stage
+from ..convert.watch import Stage
 from . import sources
 from .machine import Machine
 
 if TYPE_CHECKING:
+    from ..checkpoint.types import Checkpoint
     from ..hub.carrier import HubTransport
-    from ..limits import Resources
-    from ..manifest import Manifest
-    from ..planned import Plan
-    from ..records import Checkpoint
-    from ..report import Report
+    from ..output.manifest import Manifest
+    from ..output.report import Report
+    from ..planning.plan import Plan
+    from ..planning.resources import Resources
     from .sources import Source
 
     Carried = tuple[HubTransport, Resources]
@@ -45,8 +45,8 @@ class Bounded:
             InputError, MachineError: see `found` and `make_again`.
         """
         from ..errors import UsageError
-        from ..hub.explaining import is_offline
-        from ..recipe import why_not_by_digests
+        from ..hub.errors import is_offline
+        from ..output.recipe_words import why_not_by_digests
 
         place, asked = _place(path), path
         if is_offline():  # nobody states anything: the cache's own files are looked at
@@ -64,9 +64,9 @@ class Bounded:
 
     def _prove(self, output: Source, manifest: Manifest, original: Source, place: Path) -> Report:
         from ..errors import InputError
-        from ..hub.explaining import endpoint
-        from ..remade import StatedFile, check_stated, plan_again
-        from ..report import Report
+        from ..hub.errors import endpoint
+        from ..output.report import Report
+        from ..proof.by_digests import StatedFile, check_stated, plan_again
 
         report = Report()
         try:
@@ -93,10 +93,10 @@ class Bounded:
 
     def _carried(self, plan: Plan, original: Source, called: str) -> Carried:
         """How the source comes here; refuses a bound that is too small before the long work."""
+        from ..convert.transfers import Transfers
         from ..hub.carrier import HubTransport
-        from ..limits import unit_of
-        from ..model_plan import ModelPlan
-        from ..transfers import Transfers
+        from ..planning.model_plan import ModelPlan
+        from ..planning.resources import unit_of
 
         limits = self.machine.resources(len(plan.tensors), unit_of(plan.config))
         snapshot = original.snapshot if original.outline else None
@@ -107,7 +107,7 @@ class Bounded:
 
     def _verify_alone(self, checkpoint: Checkpoint, output: Source, found: Report) -> Report:
         """An output that lies here: its own bytes are looked at as well."""
-        from ..verify import verify
+        from ..proof.verify import verify
 
         limits = self.machine.resources(len(checkpoint.tensors) // 8)
         total = sum(shard.size for shard in checkpoint.shards)
@@ -130,8 +130,8 @@ class Bounded:
         place: Path,
         report: Report,
     ) -> None:
-        from ..quantize import Execution
-        from ..remade import check_made, make_again
+        from ..convert.quantize import Execution
+        from ..proof.by_digests import check_made, make_again
 
         transport, limits = carried
         listener = self.machine.listener
@@ -150,9 +150,9 @@ class Bounded:
 
 
 def _manifest_of(output: Source) -> Manifest:
+    from ..checkpoint.discovery import MANIFEST
     from ..errors import InputError
-    from ..manifest import Manifest
-    from ..source import MANIFEST
+    from ..output.manifest import Manifest
 
     _refuse_pipeline(output)
     if not (output.path / MANIFEST).is_file():
@@ -165,8 +165,8 @@ def _manifest_of(output: Source) -> Manifest:
 
 def _refuse_pipeline(source: Source) -> None:
     """Raises UsageError for what is converted one component after another."""
-    from ..diffusion import is_pipeline
     from ..errors import UsageError
+    from ..planning.pipeline_plan import is_pipeline
 
     if is_pipeline(source.path):
         raise UsageError(

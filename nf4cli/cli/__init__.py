@@ -14,14 +14,18 @@ import typer
 
 from .. import __version__, stopping
 from .attest import attest
-from .common import print_json, results
 from .dequantize import dequantize
 from .eval import eval_
 from .inspect import inspect
 from .panels import Command
 from .push import push
 from .quantize import quantize
+from .show.terminal import print_json, results
 from .verify import verify
+
+# NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 app = typer.Typer(
     name="nf4",
@@ -149,7 +153,7 @@ def _fail(message: str, code: int, json: bool) -> None:
     """Say it on stderr, under --json also as the one document on stdout, and end."""
     from rich.console import Console
 
-    from ..untrusted import printable
+    from ..checkpoint.untrusted import printable
 
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
     console.print("[bold red]error:[/]", end=" ")

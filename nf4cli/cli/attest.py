@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, views
-from .common import (
+from . import engine_choice
+from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     JsonOption,
     MemoryOption,
     QuietOption,
     WorkersOption,
-)  # fmt: skip
-from .listener import TerminalListener
-from .progress import ProgressDisplay
+)
+from .show import terminal, views
+from .show.listener import TerminalListener
+from .show.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from ..engines import Engine
-    from ..limits import Resources
-    from ..report import Finding
+    from ..engines.protocol import Engine
+    from ..output.report import Finding
+    from ..planning.resources import Resources
 
 
 def attest(
@@ -64,12 +65,12 @@ def attest(
     Every file is read first. Unless all are what the manifest says, no
     statement is written (exit code 1).
     """
-    from ..assembly import part_shards
-    from ..atomic_file import AtomicFile
-    from ..attest import SELF_ATTESTED, Attestation
-    from ..attest import attest as make_statement
+    from ..checkpoint.atomic_file import AtomicFile
+    from ..checkpoint.file_io import name_of
     from ..errors import UsageError
-    from ..fileio import name_of
+    from ..planning.pipeline_plan import part_shards
+    from ..proof.attest import SELF_ATTESTED, Attestation
+    from ..proof.attest import attest as make_statement
 
     to_stdout = str(file) == "-"
     if to_stdout and json:
@@ -81,7 +82,7 @@ def attest(
         if not to_stdout:
             apart = [p for p in reading if p.is_dir()]
             target = stack.enter_context(AtomicFile(place, "FILE", apart, replace=False))
-        machine = common.machine(
+        machine = engine_choice.machine(
             engine if source else "cpu", device, workers, memory, TerminalListener(quiet)
         )
         chosen, limits = machine.engine, machine.resources()
@@ -101,10 +102,10 @@ def attest(
         if made.statement is not None and target is not None:
             target.write(made.to_bytes())
     for sentence in made.notes:
-        common.note(sentence)
+        terminal.note(sentence)
     ok = made.statement is not None
     if json:
-        common.print_json("attest", {
+        terminal.print_json("attest", {
             "path": str(output),
             "source": str(source) if source else None,
             "ok": ok,
@@ -114,16 +115,16 @@ def attest(
             "findings": views.finding_documents(made.findings),
         })  # fmt: skip
     elif not ok:
-        views.print_verdict(common.out_console(), made.findings, str(output))
+        views.print_verdict(terminal.out_console(), made.findings, str(output))
     elif to_stdout:
         sys.stdout.write(made.to_bytes().decode())
     elif not quiet and made.statement is not None:
-        console = common.out_console()
-        count = common.plural(len(made.statement["subject"]), "file")
-        console.print(f"[bold]{common.plain(place)}[/]: {count}; nobody has signed it yet")
+        console = terminal.out_console()
+        count = terminal.plural(len(made.statement["subject"]), "file")
+        console.print(f"[bold]{terminal.plain(place)}[/]: {count}; nobody has signed it yet")
         console.print(
-            f"next    cosign attest-blob --statement {common.plain(place)} "
-            f"--bundle {common.plain(name_of(output))}.sigstore.json"
+            f"next    cosign attest-blob --statement {terminal.plain(place)} "
+            f"--bundle {terminal.plain(name_of(output))}.sigstore.json"
         )
     raise typer.Exit(0 if ok else 1)
 
@@ -143,9 +144,9 @@ def _proof(
     display: ProgressDisplay,
 ) -> list[Finding]:
     """What nf4 verify --source finds."""
-    from ..assembly import verify_pipeline
-    from ..diffusion import is_pipeline
-    from ..verify import verify
+    from ..planning.pipeline_plan import is_pipeline
+    from ..proof.pipelines import verify_pipeline
+    from ..proof.verify import verify
 
     if is_pipeline(output):
         found = verify_pipeline(output, source, engine, resources, display)

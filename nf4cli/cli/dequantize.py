@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common, completing
-from .common import (
+from . import completion, engine_choice, options
+from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     FsyncOption,
@@ -17,9 +17,10 @@ from .common import (
     QuietOption,
     ShardSizeOption,
     WorkersOption,
-    format_size,
-)  # fmt: skip
-from .listener import TerminalListener
+)
+from .show import terminal
+from .show.listener import TerminalListener
+from .show.terminal import format_size  # fmt: skip
 
 if TYPE_CHECKING:
     from ..api.decoding import Dequantized
@@ -40,7 +41,7 @@ def dequantize(
             metavar="NAME",
             show_default=False,
             help="Of all floats (default auto)",
-            autocompletion=completing.dtypes,
+            autocompletion=completion.dtypes,
         ),
     ] = "auto",
     max_shard_size: ShardSizeOption = "5GB",
@@ -55,18 +56,18 @@ def dequantize(
     """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
     from ..api.decoding import decode
 
-    size = common.parse_size(max_shard_size, "--max-shard-size")
-    asked = common.machine(engine, device, workers, memory, TerminalListener(quiet))
+    size = options.parse_size(max_shard_size, "--max-shard-size")
+    asked = engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet))
     done = decode(source, output, dtype, size, fsync, asked)
     if json:
-        common.print_json("dequantize", _document(done))
+        terminal.print_json("dequantize", _document(done))
     elif not quiet:
-        console = common.out_console()
+        console = terminal.out_console()
         for name, summary in done.parts.items():
             console.print(
-                f"[bold]{common.plain(output / name)}[/]: {summary.decoded} weights decoded, "
+                f"[bold]{terminal.plain(output / name)}[/]: {summary.decoded} weights decoded, "
                 f"{summary.kept} kept, "
-                f"{format_size(summary.nbytes)} in {common.plural(summary.files, 'file')}"
+                f"{format_size(summary.nbytes)} in {terminal.plural(summary.files, 'file')}"
             )
         console.print(f"in {done.seconds:.2f} s ({done.engine})")
 

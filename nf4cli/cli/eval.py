@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import common, completing, panels
-from .common import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
-from .listener import TerminalListener
-from .progress import ProgressDisplay
+from . import completion, engine_choice, options, panels
+from .options import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from .show import terminal
+from .show.listener import TerminalListener
+from .show.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..evaluation.statistics import Figure
+    from ..quality.evaluation.statistics import Figure
 
 _KINDS = {"causal": "language model", "encoder": "encoder"}
 
@@ -52,7 +53,7 @@ def eval_(
             metavar="NAME",
             help="What both models compute in",
             rich_help_panel=panels.RUNNING,
-            autocompletion=completing.dtypes,
+            autocompletion=completion.dtypes,
         ),
     ] = "auto",
     device: Annotated[
@@ -112,10 +113,10 @@ def eval_(
 ) -> None:
     """Measure perplexity, KL divergence, agreement with the source (extra: eval)."""
     from ..api import sources
-    from ..calibration.text import torch_device
-    from ..evaluation.cache import default_directory
-    from ..evaluation.decoded import decoded
-    from ..evaluation.models import kind_of, libraries, require_device
+    from ..quality.calibration.text import torch_device
+    from ..quality.evaluation.cache import default_directory
+    from ..quality.evaluation.decoded import decoded
+    from ..quality.evaluation.models import kind_of, libraries, require_device
 
     if not 8 <= context <= tokens:
         raise UsageError(f"--context {context:,} is below 8, or above --tokens {tokens:,}")
@@ -126,11 +127,11 @@ def eval_(
     asked = Evaluating(
         texts=_texts(text), tokens=tokens, context=context, dtype=dtype,
         device=device or torch_device(None), place=cache_dir or default_directory(),
-        cache_size=common.parse_size(cache_size, "--cache-size"), shows=not quiet,
+        cache_size=options.parse_size(cache_size, "--cache-size"), shows=not quiet,
     )  # fmt: skip
     require_device(asked.device)
     kind = kind_of(source)
-    machine = common.machine(engine, None, workers, memory, listener)
+    machine = engine_choice.machine(engine, None, workers, memory, listener)
     chosen, limits = machine.engine, machine.resources()
     with (
         decoded(source, asked.place, chosen, limits) as original,
@@ -148,10 +149,10 @@ def eval_(
             },
             "failures": failures, "ok": not failures,
         }  # fmt: skip
-        common.print_json("eval", document)
+        terminal.print_json("eval", document)
     elif not quiet or failures:
         against = " against ".join(map(sources.shown, names, (output, source)))
-        _print(common.out_console(), against, kind, results, failures)
+        _print(terminal.out_console(), against, kind, results, failures)
     raise typer.Exit(1 if failures else 0)
 
 
@@ -187,10 +188,10 @@ class Evaluating:
 
     def causal(self, source: Named, output: Named) -> Results:
         """A language model; the source is run over all texts before the output is."""
-        from ..calibration.text import open_tokenizer
-        from ..evaluation.cache import Cache
-        from ..evaluation.causal import Source, vocabulary_of
-        from ..texts import read_documents, sequences
+        from ..quality.calibration.text import open_tokenizer
+        from ..quality.evaluation.cache import Cache
+        from ..quality.evaluation.causal import Source, vocabulary_of
+        from ..quality.texts import read_documents, sequences
 
         tokenizer = open_tokenizer(source.path)
         cache = Cache(self.place, self.cache_size)
@@ -201,7 +202,7 @@ class Evaluating:
                 f"--cache-size leaves no window for each of {len(self.texts)} texts: make it larger"
             )
         if room < count and self.shows:
-            common.note(
+            terminal.note(
                 f"--cache-size leaves room for {room * self.context:,} of {self.tokens:,} tokens "
                 "of each text"
             )
@@ -227,9 +228,9 @@ class Evaluating:
 
     def encoder(self, source: Named, output: Named) -> Results:
         """A model of embeddings."""
-        from ..calibration.text import open_tokenizer
-        from ..evaluation.embeddings import compare, embed, pieces
-        from ..texts import read_documents
+        from ..quality.calibration.text import open_tokenizer
+        from ..quality.evaluation.embeddings import compare, embed, pieces
+        from ..quality.texts import read_documents
 
         tokenizer = open_tokenizer(source.path)
         count = max(1, self.tokens // 64)
@@ -251,7 +252,7 @@ class Evaluating:
     @contextmanager
     def _display(self, steps: int, source: Named, output: Named) -> Iterator[Any]:
         """Steps as bytes of weights, which is what a display counts."""
-        from ..source import open_checkpoint
+        from ..checkpoint.discovery import open_checkpoint
 
         nbytes = sum(shard.size for shard in open_checkpoint(source.path).shards)
         what = f"{output.path} against {source.path}"
@@ -261,7 +262,7 @@ class Evaluating:
 
 def _texts(asked: list[Path] | None) -> dict[str, Path]:
     """Path by name, which is the path's own where two files share one."""
-    from .. import evaluation
+    from ..quality import evaluation
 
     if not asked:
         place = Path(evaluation.__file__).parent / "texts"
@@ -315,13 +316,13 @@ def _print(
     from rich.table import Table
 
     console.print(
-        f"[bold]{common.plain(against)}[/], a {_KINDS[kind]}; in brackets: 95% confidence"
+        f"[bold]{terminal.plain(against)}[/], a {_KINDS[kind]}; in brackets: 95% confidence"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     unit = "positions" if kind == "causal" else "pieces"
     for name, (count, _) in results.items():
-        table.add_column(f"{common.plain(name)}, {count:,} {unit}", justify="right")
+        table.add_column(f"{terminal.plain(name)}, {count:,} {unit}", justify="right")
     for label, figure, shape in _ROWS[kind]:
         cells = []
         for _, found in results.values():
@@ -330,4 +331,4 @@ def _print(
         table.add_row(label, *cells)
     console.print(table)
     for failure in failures:
-        console.print(f"[red]wrong[/]   {common.plain(failure)}")
+        console.print(f"[red]wrong[/]   {terminal.plain(failure)}")

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common, views
-from .common import JsonOption, format_size
-from .listener import TerminalListener
+from .options import JsonOption
+from .show import terminal, views
+from .show.listener import TerminalListener
+from .show.terminal import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..inspection import TensorView
+    from ..output.inspection import TensorView
 
 
 def inspect(
@@ -38,29 +39,29 @@ def inspect(
     if tensor is not None:
         view = look_at_tensor(path, tensor, listener)
         if json:
-            common.print_json("tensor", asdict(view))
+            terminal.print_json("tensor", asdict(view))
         else:
-            _print_tensor(common.out_console(), view)
+            _print_tensor(terminal.out_console(), view)
         return
     seen = look(path, listener)
     if not json:
         for name, part in seen.parts.items():
             called = f"{seen.called}/{name}" if name else seen.called
-            views.print_overview(common.out_console(), part, called)
+            views.print_overview(terminal.out_console(), part, called)
     elif "" in seen.parts:
-        common.print_json("inspect", asdict(seen.parts[""]))
+        terminal.print_json("inspect", asdict(seen.parts[""]))
     else:
         components = {name: asdict(part) for name, part in seen.parts.items()}
-        common.print_json("inspect", {"name": seen.name, "components": components})
+        terminal.print_json("inspect", {"name": seen.name, "components": components})
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:
-    console.print(f"[bold]{common.plain(view.name)}[/] in {common.plain(view.file)}")
+    console.print(f"[bold]{terminal.plain(view.name)}[/] in {terminal.plain(view.file)}")
     if view.state is None:
         what = f"part of the state of {view.owner}" if view.owner else "not in 4 bit"
         reason = f" ({view.reason})" if view.reason else ""
         size = format_size(view.nbytes)
-        console.print(common.plain(f"{view.dtype} {list(view.shape)}, {size}, {what}{reason}"))
+        console.print(terminal.plain(f"{view.dtype} {list(view.shape)}, {size}, {what}{reason}"))
         return
     state = view.state
     nested = (
@@ -69,7 +70,7 @@ def _print_tensor(console: Console, view: TensorView) -> None:
         else "float32"
     )
     console.print(
-        common.plain(
+        terminal.plain(
             f"{state.quant_type}, blocksize {state.blocksize}, decodes to {state.dtype} "
             f"{list(state.shape)}; absmax {nested}"
         )

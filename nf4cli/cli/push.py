@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import stopping
-from . import common, views
-from .common import JsonOption, QuietOption, WorkersOption
-from .progress import ProgressDisplay
+from .options import JsonOption, QuietOption, WorkersOption
+from .show import terminal, views
+from .show.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from ..hub.publish import Published
-    from ..push import Checked
+    from ..hub.push import Checked
 
 
 def push(
@@ -49,16 +49,16 @@ def push(
     from ..api.machine import processors
     from ..api.sources import require_repository
     from ..errors import UsageError
-    from ..hub.explaining import report_to
+    from ..hub.errors import report_to
     from ..hub.publish import Publication
+    from ..hub.push import check
+    from ..hub.push import push as send
     from ..hub.repository import require_access
-    from ..push import check
-    from ..push import push as send
 
     if message is not None and not message.strip():
         raise UsageError("--message is empty: leave it out, or say what the commit is")
     require_repository(repo)
-    notify, show = common.notices(quiet), not (quiet or json)
+    notify, show = terminal.notices(quiet), not (quiet or json)
     report_to(notify)
     require_access(repo)
     total = _bytes_in(output)
@@ -76,7 +76,7 @@ def push(
         with stopping.finishing():
             published = send(checked, publication, message, shown.begun)
     if json:
-        common.print_json("push", {**_document(checked), "pushed": asdict(published)})
+        terminal.print_json("push", {**_document(checked), "pushed": asdict(published)})
     elif not quiet:
         _show(checked, published)
 
@@ -96,17 +96,17 @@ class _Shown:
 
 def _bytes_in(output: Path) -> int:
     """Of the weight files, about all that will be read."""
-    from ..assembly import part_shards
+    from ..planning.pipeline_plan import part_shards
 
     return sum(file.stat().st_size for file in part_shards(output)) if output.is_dir() else 0
 
 
 def _refuse(checked: Checked, json: bool) -> None:
     if json:
-        common.print_json("push", {**_document(checked), "pushed": None})
+        terminal.print_json("push", {**_document(checked), "pushed": None})
     else:
-        views.print_verdict(common.out_console(), checked.findings, str(checked.path))
-        common.note(
+        views.print_verdict(terminal.out_console(), checked.findings, str(checked.path))
+        terminal.note(
             "nothing was pushed; nf4 verify says more of what differs, nf4 quantize makes it anew"
         )
     raise typer.Exit(1)
@@ -124,20 +124,20 @@ def _document(checked: Checked) -> dict[str, object]:
 
 
 def _show(checked: Checked, published: Published) -> None:
-    console = common.out_console()
+    console = terminal.out_console()
     seen = "private" if published.private else "public"
     what = f"commit {published.commit[:12]}" if published.changed else "all of it was there already"
-    files = common.plural(len(checked.sha256), "file")
+    files = terminal.plural(len(checked.sha256), "file")
     console.print(
-        f"[bold]{common.plain(published.url)}[/]: {files}, {common.format_size(checked.nbytes)}, "
-        f"{seen}, {what}"
+        f"[bold]{terminal.plain(published.url)}[/]: {files}, "
+        f"{terminal.format_size(checked.nbytes)}, {seen}, {what}"
     )
     if published.deleted:
-        console.print(f"gone    {common.plain(', '.join(published.deleted))}")
+        console.print(f"gone    {terminal.plain(', '.join(published.deleted))}")
     first = next(iter(checked.manifests.values()))
     source = ""
     if first.source_repo and first.source_commit:
         source = f" --source {first.source_repo}@{first.source_commit}"
-    console.print(f"next    nf4 verify {common.plain(published.repo + source)}")
+    console.print(f"next    nf4 verify {terminal.plain(published.repo + source)}")
     if published.private:
         console.print("        private: its settings on that page make it public")

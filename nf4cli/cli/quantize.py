@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..calibration.run import DAMPING, LENGTH, TOKENS, Calibrating
-from . import common, completing, panels
-from .common import (
+from ..quality.calibration.run import DAMPING, LENGTH, TOKENS, Calibrating
+from . import completion, engine_choice, options, panels
+from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     FsyncOption,
@@ -19,9 +19,9 @@ from .common import (
     SourceArgument,
     VerboseOption,
     WorkersOption,
-)  # fmt: skip
-from .listener import TerminalListener, tell_times
-from .outcome import conclude, show_plan, tell_plan
+)
+from .show.listener import TerminalListener, tell_times
+from .show.outcome import conclude, show_plan, tell_plan
 
 
 def quantize(
@@ -45,7 +45,7 @@ def quantize(
             show_default=False,
             help="Weights per scale (default 64)",
             rich_help_panel=panels.FORMAT,
-            autocompletion=completing.blocksizes,
+            autocompletion=completion.blocksizes,
         ),
     ] = 64,
     quant_type: Annotated[
@@ -55,7 +55,7 @@ def quantize(
             metavar="NAME",
             help="nf4 or fp4",
             rich_help_panel=panels.FORMAT,
-            autocompletion=completing.quant_types,
+            autocompletion=completion.quant_types,
         ),
     ] = "nf4",
     double_quant: Annotated[
@@ -75,7 +75,7 @@ def quantize(
             show_default=False,
             help="Loader: transformers (default), vllm or unsloth",
             rich_help_panel=panels.FORMAT,
-            autocompletion=completing.targets,
+            autocompletion=completion.targets,
         ),
     ] = "transformers",
     compute_dtype: Annotated[
@@ -86,7 +86,7 @@ def quantize(
             show_default=False,
             help="Compute dtype (default auto)",
             rich_help_panel=panels.FORMAT,
-            autocompletion=completing.dtypes,
+            autocompletion=completion.dtypes,
         ),
     ] = "auto",
     quant_storage: Annotated[
@@ -97,7 +97,7 @@ def quantize(
             show_default=False,
             help="Dtype of codes (default uint8)",
             rich_help_panel=panels.FORMAT,
-            autocompletion=completing.storages,
+            autocompletion=completion.storages,
         ),
     ] = "uint8",
     skip_modules: Annotated[
@@ -118,7 +118,7 @@ def quantize(
             metavar="NAME",
             help="Dtype of these floats",
             rich_help_panel=panels.KEPT,
-            autocompletion=completing.dtypes,
+            autocompletion=completion.dtypes,
         ),
     ] = "auto",
     on_nonfinite: Annotated[
@@ -129,7 +129,7 @@ def quantize(
             show_default=False,
             help="NaN or infinity: error (default) or keep",
             rich_help_panel=panels.KEPT,
-            autocompletion=completing.on_nonfinite,
+            autocompletion=completion.on_nonfinite,
         ),
     ] = "error",
     exact: Annotated[
@@ -156,7 +156,7 @@ def quantize(
             show_default=False,
             help="absmax (default), or search: less loss",
             rich_help_panel=panels.SCALES,
-            autocompletion=completing.scales,
+            autocompletion=completion.scales,
         ),
     ] = None,
     calibration: Annotated[
@@ -177,7 +177,7 @@ def quantize(
             show_default=False,
             help="With --calibration: rtn (default) or gptq",
             rich_help_panel=panels.SCALES,
-            autocompletion=completing.methods,
+            autocompletion=completion.methods,
         ),
     ] = None,
     importance: Annotated[
@@ -279,7 +279,7 @@ def quantize(
             show_default=False,
             help="Of files: auto (default), blake3, sha256",
             rich_help_panel=panels.OUTPUT,
-            autocompletion=completing.digests,
+            autocompletion=completion.digests,
         ),
     ] = "auto",
     json: JsonOption = False,
@@ -289,7 +289,7 @@ def quantize(
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..api.quantizing import Request, prepared
     from ..errors import UsageError
-    from ..records import QuantConfig
+    from ..format.config import QuantConfig
 
     if quiet and verbose:
         raise UsageError("--quiet and --verbose do not go together: leave one of them out")
@@ -318,7 +318,7 @@ def quantize(
         exact=exact,
         trust_remote_code=trust_remote_code,
         digest=digest,
-        machine=common.machine(engine, device, workers, memory, listener),
+        machine=engine_choice.machine(engine, device, workers, memory, listener),
         disk=_size(disk, "--disk"),
         push_to=push_to,
         public=public,
@@ -340,7 +340,7 @@ def quantize(
 
 
 def _size(text: str | None, option: str) -> int | None:
-    return None if text is None else common.parse_size(text, option)
+    return None if text is None else options.parse_size(text, option)
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ..errors import UsageError
-from . import common, panels, step_summary, views
-from .common import (
+from . import engine_choice, options, panels, step_summary
+from .junit_file import JUnitFile
+from .options import (
     DeviceOption,
     EngineOption,
     JsonOption,
@@ -17,8 +18,8 @@ from .common import (
     QuietOption,
     WorkersOption,
 )
-from .junit_file import JUnitFile
-from .listener import TerminalListener
+from .show import terminal, views
+from .show.listener import TerminalListener
 
 if TYPE_CHECKING:
     from ..api.verifying import Verified
@@ -89,8 +90,8 @@ def verify(
         tuple(calibration or ()),
         None if sample is None else _amount(sample),
         seed,
-        None if disk is None else common.parse_size(disk, "--disk"),
-        common.machine(engine, device, workers, memory, TerminalListener(quiet)),
+        None if disk is None else options.parse_size(disk, "--disk"),
+        engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet)),
     )
     with JUnitFile(junit, path, source) as report_file:
         found = check(asked)
@@ -105,7 +106,7 @@ def _amount(sample: str) -> float | int:
         UsageError: it is neither.
     """
     if not sample.strip().endswith("%"):
-        return common.parse_size(sample, "--sample")
+        return options.parse_size(sample, "--sample")
     try:
         return float(sample.strip()[:-1]) / 100
     except ValueError as error:
@@ -114,7 +115,7 @@ def _amount(sample: str) -> float | int:
 
 def _conclude(found: Verified, json: bool, quiet: bool) -> NoReturn:
     """Say what was found, and end the command."""
-    from ..summary import verification_section
+    from .step_summary import verification_section
 
     step_summary.append(lambda: verification_section(found.called, found.reports))
     if json:
@@ -128,12 +129,12 @@ def _conclude(found: Verified, json: bool, quiet: bool) -> NoReturn:
             document["components"] = {
                 name: views.report_document(report) for name, report in found.parts.items()
             }
-        common.print_json("verify", document)
+        terminal.print_json("verify", document)
     elif not quiet or not found.ok:
-        console = common.out_console()
+        console = terminal.out_console()
         for name, report in [*found.parts.items(), ("", found.own)]:
             if name and not quiet:
-                console.print(f"[bold]{common.plain(name)}[/]")
+                console.print(f"[bold]{terminal.plain(name)}[/]")
             if not quiet:
                 views.print_checks(console, report)
         findings = [f for r in (found.own, *found.parts.values()) for f in r.findings]

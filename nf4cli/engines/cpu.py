@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import codebook
 from ..errors import MachineError, NonFiniteError
-from ..records import ITEMSIZE
-from . import DTYPE_CODES, GRANULE, STATS, Float8, Importance, NestedAbsmax
+from ..format import codebook
+from ..format.dtypes import ITEMSIZE
+from .protocol import DTYPE_CODES, GRANULE, STATS, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import F32, F64, U8
+    from .protocol import F32, F64, U8
 
 LIBRARY = Path(__file__).with_name("_nf4.so")
 ISAS = ("avx512", "avx2", "generic")

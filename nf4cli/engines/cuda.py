@@ -24,19 +24,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import codebook
+from ..callbacks import Notify, no_notice
 from ..errors import MachineError, NonFiniteError
-from ..records import ITEMSIZE
-from . import GRANULE, OUTLIERS, STATS, Float8, NestedAbsmax, Notify, launches, no_notice
+from ..format import codebook
+from ..format.dtypes import ITEMSIZE
+from . import launches
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
+from .protocol import GRANULE, OUTLIERS, STATS, Float8, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import F32, F64, U8
     from .device import Device, Memory
     from .launches import Launch
+    from .protocol import F32, F64, U8
 
 ARENA = 16 << 20
 """Bytes of device memory that a lane works in: an 8 MiB chunk and what becomes of it."""

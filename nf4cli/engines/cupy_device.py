@@ -19,7 +19,7 @@ from .device import DeviceMemoryError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import U8
+    from .protocol import U8
 
 OLDEST_DRIVER = 12_000
 """The oldest CUDA version, as cuDriverGetVersion has it, that a CuPy of our extras runs on."""

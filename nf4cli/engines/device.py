@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import U8
+    from .protocol import U8
 
 
 class DeviceMemoryError(Exception):

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import codebook
-from . import DTYPE_CODES, GRANULE, SEGMENT
+from ..format import codebook
+from .protocol import DTYPE_CODES, GRANULE, SEGMENT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import U8
+    from .protocol import U8
 
-# The kernels' own constants; tests/test_native_constants.py has a compiler compare them.
+# The kernels' own constants; tests/engines/test_native_constants.py has a compiler compare them.
 _THREADS, _WARP = 256, 32  # of a block, but for fold_errors: one warp
 _OWN = 32  # quantize: elements a thread
 _RUN_LANES = 16  # nested_quantize: threads a run
@@ -74,7 +74,7 @@ class Float8:
 
     Attributes:
         row, column: of the piece's first element; `row` counts from the first row of `scale`.
-        columns, block, scale_columns: as `engines.Float8` has them.
+        columns, block, scale_columns: as `protocol.Float8` has them.
         scale: address of float32 factors.
     """
 

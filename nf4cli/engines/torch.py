@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import codebook
 from ..errors import MachineError, NonFiniteError
-from . import GRANULE, ROW, SEGMENT, Float8, Importance, NestedAbsmax
+from ..format import codebook
+from .protocol import GRANULE, ROW, SEGMENT, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from . import F32, F64, U8
+    from .protocol import F32, F64, U8
 
 # Outlier blocks (cuda/codec.h): a squared absmax as an integer, a hundredth of it, and how many of
 # them a segment counts at most.

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..model_plan import ModelPlan, path_in_model
-from ..records import Shard
-from ..resume import Standing
-from ..transfers import Transfers
+from ..checkpoint.types import Shard
+from ..convert.resume import Standing
+from ..convert.transfers import Transfers
+from ..planning.model_plan import ModelPlan, path_in_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .. import stopping
-from ..engines import Notify
+from ..callbacks import Notify
+from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD
+from ..checkpoint.reader import ByteReader, LocalShards
+from ..checkpoint.types import Shard, TensorInfo
+from ..convert.journal import Journal, Part, Upload
+from ..convert.output_place import base_bytes, room_for
+from ..convert.resume import Standing
+from ..convert.transfers import Transfers
+from ..convert.workspace import Workspace
 from ..errors import InputError, InterruptedRunError, UsageError
-from ..journal import Journal, Part, Upload
-from ..limits import base_bytes, room_for
-from ..manifest import FileRecord, Manifest
-from ..model_plan import ModelPlan, path_in_model
-from ..pipeline_record import Record
-from ..reader import ByteReader, LocalShards
-from ..records import Shard, TensorInfo
-from ..resume import Standing
-from ..source import MANIFEST, PIPELINE_RECORD
-from ..transfers import Transfers
-from ..workspace import Workspace
+from ..output.manifest import FileRecord, Manifest
+from ..output.pipeline_record import Record
+from ..planning.model_plan import ModelPlan, path_in_model
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
-from .explaining import endpoint, in_mid_run
+from .errors import endpoint, in_mid_run
 from .fetching import Fetcher, is_right
 from .publish import LostUploadError, Publication, Published, Uploaded
 from .repository import read_whole

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from ..engines import Notify, no_notice
+from ..callbacks import Notify, no_notice
+from ..checkpoint.types import Origin
+from ..checkpoint.untrusted import JsonLimits, is_plain, parse_json
 from ..errors import InputError, MachineError, UsageError
-from ..records import Origin
-from ..untrusted import JsonLimits, is_plain, parse_json
-from .explaining import endpoint, explained, is_offline
+from .errors import endpoint, explained, is_offline
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines import Notify
+from ..callbacks import Notify
+from ..checkpoint.reader import ByteReader, read_shard
+from ..checkpoint.types import Shard, TensorInfo
+from ..convert.transfers import Transfers
 from ..errors import InputError, InterruptedRunError, MachineError
-from ..reader import ByteReader, read_shard
-from ..records import Shard, TensorInfo
-from ..transfers import Transfers
 from . import client
 from .budget import Budget, Step
 from .client import RemoteFile, Snapshot
-from .explaining import endpoint, in_mid_run, is_offline
+from .errors import endpoint, in_mid_run, is_offline
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,9 +1,9 @@
 """A model of a Hub as a directory: its small files whole, of its weight files only the headers.
 
 A weight file is stood in for by a sparse file of its size that holds nothing but the header, read
-by a range request.  So what decides about a checkpoint on the disk (source.py, plan.py, and the
-safetensors library, which wants to see the file's length) decides about one on a Hub, with the same
-code, and reads no weight.
+by a range request.  So what decides about a checkpoint on the disk (discovery.py, make_plan.py,
+and the safetensors library, which wants to see the file's length) decides about one on a Hub, with
+the same code, and reads no weight.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .. import stopping
-from ..diffusion import is_pipeline
-from ..errors import InputError, InterruptedRunError, MachineError
-from ..records import Checkpoint
-from ..source import (
+from ..checkpoint.discovery import (
     find_shards,
     is_weight_file,
     open_checkpoint,
     sentence_transformers_modules,
 )
-from ..untrusted import MAX_HEADER
+from ..checkpoint.types import Checkpoint
+from ..checkpoint.untrusted import MAX_HEADER
+from ..errors import InputError, InterruptedRunError, MachineError
+from ..planning.pipeline_plan import is_pipeline
 from .client import (
     Chunks,
     RemoteFile,
@@ -39,7 +39,7 @@ from .client import (
     read_range,
     remember,
 )
-from .explaining import endpoint, is_offline
+from .errors import endpoint, is_offline
 from .fetching import expected_digest, new_digest
 
 _FIRST_READ = 1 << 16  # bytes: most headers are shorter

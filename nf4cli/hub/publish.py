@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..card import addressed
-from ..engines import Notify, no_notice
+from ..callbacks import Notify, no_notice
+from ..checkpoint.discovery import CARD, MANIFEST
+from ..checkpoint.file_io import Identity
+from ..checkpoint.untrusted import read_start
 from ..errors import InputError, MachineError, UsageError
-from ..fileio import Identity
-from ..source import CARD, MANIFEST
-from ..untrusted import read_start
+from ..output.card import addressed
 from .client import Name, Snapshot, resolve, waits
-from .explaining import endpoint
+from .errors import endpoint
 from .repository import (
     Expected,
     differences,
@@ -32,7 +32,6 @@ from .repository import (
     refuse_another_model,
     require_access,
 )
-from .storage import reporting
 from .upload import (
     MAX_IN_GIT,
     Sent,
@@ -47,6 +46,7 @@ from .upload import (
     sha256_of,
     translated,
 )
+from .xet_progress import reporting
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

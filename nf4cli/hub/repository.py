@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD, is_weight_file
+from ..checkpoint.untrusted import RECORD
 from ..errors import InputError, MachineError, UsageError
-from ..manifest import Manifest
-from ..pipeline_record import Record
-from ..source import MANIFEST, PIPELINE_RECORD, is_weight_file
-from ..untrusted import RECORD
+from ..output.manifest import Manifest
+from ..output.pipeline_record import Record
 from .client import Snapshot, open_at
-from .explaining import endpoint, is_offline
+from .errors import endpoint, is_offline
 from .upload import response_of
 
 Parsed = TypeVar("Parsed")

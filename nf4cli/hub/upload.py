@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..digest import digests_of_file
+from ..checkpoint.digest import digests_of_file
+from ..checkpoint.untrusted import read_start
 from ..errors import InputError, MachineError
-from ..untrusted import read_start
-from .explaining import endpoint, explained
-from .storage import Position
+from .errors import endpoint, explained
+from .xet_progress import Position
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -51,8 +51,8 @@ def addition(
     Its own constructor would read the whole file for the digest (before 1.0), and wants a file
     where an earlier process has sent the bytes and removed it.  So it is made without bytes, and
     told afterwards what they are.  The names with an underscore are its private ones, the same
-    from 0.34 to 2.x; nothing else of nf4 touches them, and tests/test_hub_publish.py commits with
-    both ends of that range.
+    from 0.34 to 2.x; nothing else of nf4 touches them, and tests/hub/test_hub_publish.py commits
+    with both ends of that range.
 
     Args:
         path: None where an earlier process sent the bytes.

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nf4cli import codebook
-from nf4cli.engines import GRANULE, STATS, Float8, NestedAbsmax, launches
+from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.records import ITEMSIZE
+from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
+from nf4cli.format import codebook
+from nf4cli.format.dtypes import ITEMSIZE
 
 from .build import Kernels
 

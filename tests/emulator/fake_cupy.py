@@ -1,7 +1,7 @@
 """The part of CuPy that cupy_device.py uses, over emulated memory: for tests of that module.
 
 Everything here has the name, the arguments and the errors that CuPy's has
-(tests/test_cupy_device.py compares the names with the real ones).
+(tests/engines/test_cupy_device.py compares the names with the real ones).
 """
 
 from __future__ import annotations

@@ -19,16 +19,18 @@ from pathlib import Path
 
 import safetensors
 
-from nf4cli import bnb_format
-from nf4cli.diffusion import Record, components_of, copies_of
+from nf4cli.checkpoint import bnb_format
+from nf4cli.checkpoint.discovery import find_shards, open_checkpoint
+from nf4cli.checkpoint.reader import ByteReader, read_shard
+from nf4cli.checkpoint.types import TensorInfo
+from nf4cli.checkpoint.untrusted import printable
+from nf4cli.checkpoint.writer import fill_shards, lay_out
 from nf4cli.errors import InputError, Nf4Error
-from nf4cli.manifest import Manifest
-from nf4cli.plan import make_plan
-from nf4cli.reader import ByteReader, read_shard
-from nf4cli.records import ITEMSIZE, QuantConfig, TensorInfo
-from nf4cli.source import find_shards, open_checkpoint
-from nf4cli.untrusted import printable
-from nf4cli.writer import fill_shards, lay_out
+from nf4cli.format.config import QuantConfig
+from nf4cli.format.dtypes import ITEMSIZE
+from nf4cli.output.manifest import Manifest
+from nf4cli.planning.make_plan import make_plan
+from nf4cli.planning.pipeline_plan import Record, components_of, copies_of
 
 HEADER = 8
 

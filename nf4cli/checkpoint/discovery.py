@@ -1,0 +1,369 @@
+"""A directory (or one file) on disk -> a Checkpoint: which files count, and that they agree.
+
+Used for what we read and for what we wrote: quantize, dequantize, inspect and verify all start
+here.  Nothing is unpickled and no code of the checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .reader import read_shard
+from .types import DIFFUSERS_STEM, MODEL_STEM, Checkpoint, Shard, TensorInfo
+from .untrusted import (
+    INDEX,
+    MAX_ALL_TENSORS,
+    home_of,
+    is_plain,
+    is_regular,
+    leads_out,
+    parse_json,
+    read_json,
+    read_start,
+)
+
+MANIFEST = "nf4_manifest.json"
+PIPELINE_RECORD = "nf4_pipeline.json"
+CARD = "README.md"
+"""The model card: a user's to edit, so no record answers for it."""
+REPOSITORYS = (CARD, ".gitattributes", ".gitignore")
+"""Files of a repository rather than of the model in it: an output gets its own."""
+IMPORTANCE = "nf4_importance.dat"
+"""Of an output whose scales were chosen by it. No loader takes it for weights, as some would a
+.safetensors file."""
+_OURS = (MANIFEST, PIPELINE_RECORD, IMPORTANCE)
+
+# Formats that hold the same weights again (or a pickle, which we never read): not copied.
+_WEIGHT_FORMATS = (
+    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
+    "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
+    "*.index.json", "*.index.*.json",
+)  # fmt: skip
+_MODEL_FILES = (
+    "config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_VARIANT = re.compile(
+    rf"({MODEL_STEM}|{DIFFUSERS_STEM})(?:\.[\w-]+?)?(-\d{{5}}-of-\d{{5}})?(?:\.[\w-]+)?\.safetensors"
+)
+"""model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
+model-00001-of-00002.fp16.safetensors as earlier versions of diffusers wrote it."""
+_INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find the shards, read every header, check the index, list the other files.
+
+    Args:
+        path: a model directory, or one .safetensors file (a config.json beside it is used).
+
+    Raises:
+        InputError: not a checkpoint, or a damaged or contradictory one.
+    """
+    if path.is_dir():
+        root, name = path, name_of_directory(path)
+        index, files = find_shards(root)
+        if all(file.name.startswith("adapter_model") for file in files):
+            raise InputError(_not_a_checkpoint(root, "it has no model", root.iterdir()))
+    elif is_regular(path):
+        root, name, index = path.parent, path.stem, None
+        if path.suffix != ".safetensors":
+            raise InputError(
+                _not_a_checkpoint(path, f"{path.name} is no .safetensors file", [path])
+            )
+        files = [path]
+    else:
+        what = "is no regular file" if os.path.lexists(path) else "does not exist"
+        raise InputError(
+            f"{path} {what}: give a model directory, a .safetensors file, or org/name of a model "
+            "on the Hub"
+        )
+    shards = tuple(read_shard(file) for file in files)
+    tensors = _merge(shards)
+    if not tensors:
+        raise InputError(f"{path} holds no tensor: {', '.join(s.path.name for s in shards)}")
+    if index is not None:
+        _check_index(root / index, shards)
+    config = _config(root, files)
+    if path.is_dir():
+        extra, left = other_files(root, files, index)
+    else:
+        extra, left = _companions_of_file(root, files) if config else (), ()
+    return Checkpoint(root, name, shards, tensors, config, not path.is_dir(), extra, left)
+
+
+def name_of_directory(root: Path) -> str:
+    """What a model is called that lies in a directory: in the Hub's cache that is named by its
+    commit, models--ORG--NAME/snapshots/COMMIT."""
+    root = root.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        return root.parent.parent.name.rpartition("--")[2]
+    return root.name
+
+
+def _config(root: Path, files: list[Path]) -> dict[str, Any]:
+    """config.json, {} where there is none.
+
+    Raises:
+        InputError: it is damaged, or a link to a file that is not the model's: the output's
+            config.json is made of it.
+    """
+    path = root / "config.json"
+    if not os.path.lexists(path):
+        return {}
+    if path.is_symlink() and leads_out(path, root, home_of(root, files)):
+        raise InputError(
+            f"{path} is a link to {path.readlink()}, which is not beside the model's weights: "
+            "copy the file itself there"
+        )
+    return read_json(path)
+
+
+def find_shards(root: Path) -> tuple[str | None, list[Path]]:
+    """The index's name (or None) and the shard files, in the loaders' order of preference.
+
+    Files of a variant (model.fp16.safetensors) count where there are no others.
+    """
+    found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and is_regular(p))
+    for stem in (MODEL_STEM, DIFFUSERS_STEM):
+        single, index = root / shard_name(stem, 0, 1), root / index_name(stem)
+        if is_regular(single):
+            return None, [single]
+        if is_regular(index):
+            return index.name, _indexed_files(index)
+    indexes = sorted(p for p in root.glob("*.json") if _INDEX.fullmatch(p.name))
+    if len(indexes) == 1:
+        return indexes[0].name, _indexed_files(indexes[0])
+    if len(indexes) > 1:
+        names = ", ".join(p.name for p in indexes)
+        raise InputError(
+            f"{root} has several indexes ({names}): give one .safetensors file instead"
+        )
+    if not found:
+        here = list(root.iterdir())
+        raise InputError(_not_a_checkpoint(root, "it has no .safetensors file", here))
+    if len(found) == 1:
+        return None, found
+    matches = [_NUMBERED.fullmatch(p.name) for p in found]
+    stems = {(m["stem"], m["count"]) for m in matches if m}
+    if all(matches) and len(stems) == 1:
+        count = int(next(iter(stems))[1])
+        numbers = {int(m["number"]) for m in matches if m}
+        missing = sorted(set(range(1, count + 1)) - numbers)
+        if missing:
+            raise InputError(
+                f"{root} has {len(found)} of {count} shards; missing: "
+                f"{', '.join(f'{n:05d}' for n in missing[:5])}. Download them again"
+            )
+        return None, found
+    raise InputError(
+        f"{root} has {len(found)} .safetensors files and no index that says which belong "
+        f"together: {', '.join(p.name for p in found[:6])}. Give one file instead of the directory"
+    )
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """The file name of shard `number` (from 0) of `count`.
+
+    Args:
+        stem: see `Checkpoint.stem`.
+    """
+    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{part}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """The file name of the index of several shards."""
+    return f"{stem}.safetensors.index.json"
+
+
+def plain_name(name: str) -> str:
+    """A weight file's name without its variant: `model.fp16.safetensors` -> `model.safetensors`."""
+    match = _VARIANT.fullmatch(name)
+    return f"{match[1]}{match[2] or ''}.safetensors" if match else name
+
+
+def plain_index(name: str) -> str:
+    """What the index of a set is called that a weight file belongs to, without its variant."""
+    match = _VARIANT.fullmatch(name)
+    return index_name(match[1] if match else MODEL_STEM)
+
+
+def is_left(directory: str) -> bool:
+    """Whether a directory of that name is no part of a model: caches, and what a run works in."""
+    workspace = directory.startswith(".") and directory.endswith(".partial")
+    return workspace or directory in LEFT_DIRECTORIES
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file's name is one of weights, or of an index of them, in any format."""
+    return any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
+
+
+def shard_count(name: str) -> int:
+    """Files of the set that a file name like model-00001-of-00003.safetensors speaks of, else 1."""
+    match = _NUMBERED.fullmatch(name)
+    return int(match["count"]) if match else 1
+
+
+def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
+    names = sorted(p.name for p in here)
+    message = f"{path} is not a safetensors checkpoint: {why}."
+    if "adapter_config.json" in names:
+        return message + " It is a PEFT adapter: merge it into its base model first"
+    if any(fnmatch(n, pattern) for n in names for pattern in _PICKLES):
+        diffusers = any(n.startswith(DIFFUSERS_STEM) for n in names)
+        library, dtype = ("diffusers", "") if diffusers else ("transformers", ", dtype='auto'")
+        directory = path if path.is_dir() else path.parent
+        return (
+            message
+            + " It has pickled weights, which nf4 never opens because unpickling runs code. "
+            f'If you trust them, convert them once: python -c "from {library} import AutoModel; '
+            f"AutoModel.from_pretrained('{directory}'{dtype})"
+            ".save_pretrained('OUT')\" (with your model's Auto class)"
+        )
+    if any(n.endswith(".gguf") for n in names):
+        return message + (
+            " It has a GGUF file, which is quantized already: start from the original checkpoint"
+        )
+    return message + " Expected model.safetensors, or model.safetensors.index.json and its shards"
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if not is_plain(name):
+            raise InputError(
+                f"{index}: the file name {name!r} leads out of the directory; "
+                "expected plain names of files beside the index"
+            )
+        path = index.parent / name
+        if not is_regular(path):
+            tensors = [t for t, f in weight_map.items() if f == name]
+            what = "is no regular file" if os.path.lexists(path) else "does not exist"
+            raise InputError(
+                f"{index} names {name} (for {len(tensors)} tensors, first {tensors[0]!r}), which "
+                f"{what}: download it again"
+            )
+        files.append(path)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index, INDEX).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise InputError(f'{index} has no "weight_map" of tensor names to file names')
+    return weight_map
+
+
+def _check_index(index: Path, shards: Iterable[Shard]) -> None:
+    held = {shard.path.name: {t.name for t in shard.tensors} for shard in shards}
+    weight_map = _weight_map(index)
+    for tensor, file in weight_map.items():
+        if tensor not in held[file]:
+            raise InputError(
+                f"{index} says that {file} holds {tensor!r}, but its header does not list it: "
+                "index and shard are of different versions. Download both again"
+            )
+    for file, names in held.items():
+        for tensor in sorted(names - weight_map.keys()):
+            raise InputError(
+                f"{file} holds {tensor!r}, which {index} does not list: "
+                "index and shard are of different versions. Download both again"
+            )
+
+
+def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
+    tensors: dict[str, tuple[Shard, TensorInfo]] = {}
+    for shard in shards:
+        if len(tensors) + len(shard.tensors) > MAX_ALL_TENSORS:
+            raise InputError(
+                f"{shard.path.parent} holds more than {MAX_ALL_TENSORS:,} tensors: no model does"
+            )
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                other = tensors[tensor.name][0].path.name
+                raise InputError(
+                    f"tensor {tensor.name!r} is in two shards, {other} and {shard.path.name}: "
+                    "remove the stale one"
+                )
+            tensors[tensor.name] = (shard, tensor)
+    return tensors
+
+
+def other_files(
+    root: Path, shards: Iterable[Path], index: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(to copy, to leave) of everything beside the shards, relative to root, sorted.
+
+    Left are also what is no regular file and links that lead out of the model.
+    """
+    shards = tuple(shards)
+    home = home_of(root, shards)
+    modules = sentence_transformers_modules(root)
+    known = {index, *_OURS, *(path.name for path in shards)}
+    extra, left = [], []
+    for directory, subdirectories, names in os.walk(root):
+        links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
+        left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]
+        subdirectories[:] = sorted(d for d in subdirectories if not is_left(d) and d not in links)
+        for name in names:
+            path = Path(directory) / name
+            relative = path.relative_to(root).as_posix()
+            if relative in known:
+                continue
+            wanted = name.endswith(".safetensors") and path.parent in modules
+            copied = is_regular(path) and (wanted or not is_weight_file(name))
+            copied = copied and relative not in REPOSITORYS
+            if not copied or (path.is_symlink() and leads_out(path, root, home)):
+                left.append(relative)
+            else:
+                extra.append(relative)
+    return tuple(sorted(extra)), tuple(sorted(left))
+
+
+def links_note(root: Path, left: Iterable[str]) -> list[str]:
+    """What to tell of links that are not copied, in a list that is empty where there are none."""
+    links = [name for name in left if (root / name).is_symlink() and not is_weight_file(name)]
+    return links and [
+        "not copied are links that lead to something that is not the model's, which would be "
+        f"published with it: {', '.join(links[:5])}{', ...' if links[5:] else ''}. Copy the files "
+        "themselves there if they belong to it"
+    ]
+
+
+def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
+    """What belongs to a model beside a single file; its directory may hold anything else too."""
+    home = home_of(root, files)
+    names = (
+        p.name
+        for p in root.iterdir()
+        if is_regular(p) and not (p.is_symlink() and leads_out(p, root, home))
+    )
+    return tuple(sorted(n for n in names if any(fnmatch(n, pattern) for pattern in _MODEL_FILES)))
+
+
+def sentence_transformers_modules(root: Path) -> set[Path]:
+    """Subdirectories that modules.json names: their small weights (2_Dense) belong to the model."""
+    try:
+        data, *_ = read_start(root / "modules.json", 1_000_000)
+        # The file is a list.
+        modules = parse_json(b'{"modules":' + data + b"}", "modules.json")["modules"]
+        paths = {str(module["path"]) for module in modules}
+    except (InputError, OSError, TypeError, KeyError):
+        return set()
+    return {root / path for path in paths if path}

@@ -1,0 +1,112 @@
+"""Codes that were chosen elsewhere: by error feedback before a conversion, or in an output that is
+being proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ..engines.protocol import GRANULE, Engine
+from ..format.dtypes import ITEMSIZE
+from .packed import PackedWeight
+from .reader import ByteReader, read_shard
+from .types import Shard, TensorInfo
+
+if TYPE_CHECKING:
+    from ..engines.protocol import F32, F64, U8
+
+PACKED = "packed:"
+"""What the keys of packed codes begin with in the files of a calibration."""
+
+
+class CodeSource(Protocol):
+    """Packed codes by weight; from any thread."""
+
+    def read(self, name: str, start: int, count: int) -> U8 | None:
+        """Packed bytes [start, start + count) of a weight; None where its codes are the nearest.
+
+        Raises:
+            InputError: the file is shorter than it was.
+        """
+        ...
+
+
+class _Placed:
+    """Codes that lie in files."""
+
+    def __init__(self, places: Mapping[str, tuple[Shard, TensorInfo]]) -> None:
+        self._places = places
+
+    def read(self, name: str, start: int, count: int) -> U8 | None:
+        if name not in self._places:
+            return None
+        shard, tensor = self._places[name]
+        with ByteReader(shard.path, shard.size) as reader:
+            return reader.read(tensor.start + start, count)
+
+
+def calibrated(files: Iterable[Path]) -> CodeSource:
+    """Those that a calibration left in safetensors files.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    shards = [read_shard(path) for path in files]
+    return _Placed(
+        {
+            tensor.name.removeprefix(PACKED): (shard, tensor)
+            for shard in shards
+            for tensor in shard.tensors
+            if tensor.name.startswith(PACKED)
+        }
+    )
+
+
+def written(weights: Mapping[str, PackedWeight]) -> CodeSource:
+    """Those of an output."""
+    return _Placed({name: weight.packed for name, weight in weights.items()})
+
+
+def errors_of(
+    codes: U8, values: U8, dtype: str, blocksize: int, quant_type: str, scales: F32, engine: Engine
+) -> tuple[F64, float]:
+    """What these codes lose.
+
+    Args:
+        codes: packed, of n elements.
+        values: raw bytes of n elements of `dtype`, from the start of a granule on.
+        scales: float32 [ceil(n/blocksize)].
+
+    Returns:
+        float64 [ceil(n/GRANULE), 2]: sum of squared error and largest error; and the largest root
+        mean square error of a block, in units of its scale.
+    """
+    itemsize = ITEMSIZE[dtype]
+    n, rows, worst = values.nbytes // itemsize, [], 0.0
+    for start in range(0, n, GRANULE):
+        count = min(GRANULE, n - start)
+        blocks = slice(start // blocksize, -(-(start + count) // blocksize))
+        decoded, source = (np.empty(count, np.float32) for _ in range(2))
+        engine.dequantize(
+            codes[start // 2 : (start + count + 1) // 2], count, blocksize, quant_type,
+            scales[blocks], "F32", decoded.view(np.uint8),
+        )  # fmt: skip
+        part = values[start * itemsize : (start + count) * itemsize]
+        engine.cast(part, dtype, source.view(np.uint8), "F32")
+        error = source - decoded
+        squares = error * error
+        rows.append((engine.sum(squares, 0.0), float(np.abs(error).max())))
+        worst = max(worst, _worst_block(squares, scales[blocks], blocksize))
+    return np.array(rows, np.float64), worst
+
+
+def _worst_block(squares: F32, scales: F32, blocksize: int) -> float:
+    sums = np.add.reduceat(squares.astype(np.float64), np.arange(0, squares.size, blocksize))
+    sizes = np.full(sums.size, blocksize)
+    sizes[-1] = squares.size - blocksize * (sums.size - 1)
+    units = np.abs(scales.astype(np.float64))
+    ratio = np.sqrt(sums / sizes) / np.where(units > 0, units, np.inf)
+    return float(ratio.max())

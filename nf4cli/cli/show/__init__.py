@@ -1,0 +1,1 @@
+"""What a person sees: consoles, progress, tables and JSON documents."""

@@ -1,0 +1,100 @@
+"""A run on the terminal: its stages as bars, what it finishes, counted or told line by line."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from ...convert.watch import Listener, Stage
+from .progress import ProgressDisplay
+from .terminal import err_console, format_size, note, plain
+from .views import WORDS
+
+if TYPE_CHECKING:
+    from ...callbacks import Progress
+    from ...output.manifest import Result
+    from ...planning.plan import TensorPlan
+    from ...planning.resources import Resources
+
+
+class TerminalListener(Listener):
+    """Shows everything on stderr.
+
+    Args:
+        quiet: nothing is shown.
+        verbose: every weight and file gets a line.
+        notes: sentences are shown as well; None where they are unless `quiet`.
+
+    Attributes:
+        nbytes, weights: of the source, that this run converted.
+        earlier: weight tensors that an earlier run had finished.
+    """
+
+    def __init__(
+        self, quiet: bool = False, verbose: bool = False, notes: bool | None = None
+    ) -> None:
+        self._shows, self._verbose = not quiet, verbose
+        self._notes = not quiet if notes is None else notes
+        self._lock = threading.Lock()
+        self._display: ProgressDisplay | None = None
+        self.nbytes = self.weights = self.earlier = 0
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[Progress]:
+        with ProgressDisplay(
+            stage.total, stage.label, self._shows, what=stage.what, weights=stage.weights,
+            transfers=stage.transfers, place=stage.place,
+        ) as self._display:  # fmt: skip
+            yield self._display
+
+    def progress(self, name: str, nbytes: int) -> None:
+        if self._display is not None:
+            self._display(name, nbytes)
+
+    def note(self, sentence: str) -> None:
+        if self._notes:
+            note(sentence)
+
+    def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
+        there = list(plans)
+        self.earlier += len(there)
+        if there and self._display is not None:
+            self._display.skip(sum(plan.source_bytes for plan in there))
+
+    def tensor(self, part: str, plan: TensorPlan, result: Result) -> None:
+        with self._lock:
+            self.nbytes += plan.source_bytes
+            self.weights += plan.numel
+        if self._verbose:
+            name = f"{part}/{plan.name}" if part else plan.name
+            shape = "x".join(map(str, plan.weight.shape)) or "scalar"
+            error = f"{result.error.rel_rmse:.4f}" if result.error else "-"
+            self._tell(
+                f"{WORDS[plan.action]:5}  {shape:>13}  error {error:6}  "
+                f"{format_size(plan.nbytes_out):>9}  {plain(name)}"
+            )
+
+    def file(self, part: str, name: str, size: int) -> None:
+        if self._verbose:
+            whole = f"{part}/{name}" if part else name
+            self._tell(f"file   {plain(whole)}, {format_size(size)}, is complete")
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # nobody reads it: no reason to end the work
+            err_console().print(line, soft_wrap=True)
+
+
+def tell_resources(engine: str, limits: Resources) -> None:
+    """Say what a run may take of the machine."""
+    err_console().print(
+        f"engine {plain(engine)}, {limits.workers} workers, chunks of {format_size(limits.chunk)}, "
+        f"memory at most {format_size(limits.memory)}",
+        soft_wrap=True,
+    )  # fmt: skip
+
+
+def tell_times(planning: float, converting: float) -> None:
+    """Say how many seconds went by before and after the plan stood."""
+    err_console().print(f"times  {planning:.2f} s to plan, {converting:.2f} s to convert and write")

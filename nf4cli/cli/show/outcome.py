@@ -1,0 +1,304 @@
+"""What nf4 quantize says when it is done: one screen of 24 lines and 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import step_summary
+from . import terminal, views
+from .listener import TerminalListener, tell_resources
+from .machine import peak_memory
+from .outlook import outlook_document, show_outlook
+from .progress import count, duration, shorten
+from .rows import Row, print_rows
+from .terminal import format_size, plain, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...api.quantizing import Job, Quantized
+    from ...convert.transfers import Transfers
+    from ...hub.publish import Published
+    from ...output.manifest import Manifest, TensorError
+    from ...planning.plan import Plan
+
+_ROWS = 6  # kinds of weights, and components, that are shown
+_WORST = 3
+_NOTABLE = 0.01  # a share of outlier blocks that is worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        source: as the user named it.
+        parts: by component of a pipeline; "" is a checkpoint that is no part of one.
+        config: config.json of the output, {} of a pipeline.
+        copied: bytes of a pipeline's other files, None for a checkpoint alone.
+        engine, workers: what converted.
+        seconds: that it took.
+        ledger: what this run did itself.
+        transfers: what was moved and held, None for a run that moved nothing.
+        published: where it went to.
+        leaving: no output stayed here.
+        disk: the bound that was asked for.
+    """
+
+    source: str
+    output: Path
+    parts: Mapping[str, tuple[Plan, Manifest]]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+    copied: int | None
+    engine: str
+    workers: int
+    seconds: float
+    ledger: TerminalListener
+    transfers: Transfers | None = None
+    published: Published | None = None
+    leaving: bool = False
+    disk: str | None = None
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [plan for plan, _ in self.parts.values()]
+
+    @property
+    def place(self) -> str:
+        """Where the output is: a repository where none stayed here."""
+        if self.leaving and self.published:
+            return self.published.repo
+        return str(self.output)
+
+    @property
+    def errors(self) -> dict[str, TensorError]:
+        """Of every 4-bit weight, by name; in a pipeline COMPONENT/NAME."""
+        return {
+            f"{part}/{name}" if part else name: record.error
+            for part, (_, manifest) in self.parts.items()
+            for name, record in manifest.tensors.items()
+            if record.error is not None
+        }
+
+
+def tell_plan(job: Job) -> None:
+    """Say what becomes of the weights, and what the run may take of the machine."""
+    console = terminal.err_console()
+    for name, plan in job.model.parts.items():
+        if name:
+            console.print(f"[bold]{plain(name)}[/]")
+        views.print_groups(console, plan)
+    tell_resources(job.request.machine.engine.name, job.limits)
+
+
+def show_plan(job: Job, json: bool) -> None:
+    """Print what would be written."""
+    outlook = outlook_document(job)
+    if json:
+        document = views.model_plan_document(job.model, job.limits, job.stays)
+        document["source"] = job.source.name
+        terminal.print_json("plan", {**document, **({"hub": outlook} if outlook else {})})
+        return
+    views.print_model_plan(terminal.out_console(), job.model, job.limits, job.destination)
+    if outlook:
+        show_outlook(outlook)
+
+
+def conclude(
+    job: Job, done: Quantized, listener: TerminalListener, disk: str | None, json: bool, quiet: bool
+) -> None:
+    """Show the result of a run: as JSON, or as a summary, and on the page of a CI job.
+
+    Args:
+        disk: the bound, as it was asked for.
+    """
+    from ..step_summary import conversion_section
+
+    model = job.model
+    parts = {name: (model.parts[name], manifest) for name, manifest in done.manifests.items()}
+    step_summary.append(lambda: conversion_section(job.destination, parts))
+    if json:
+        run = {"engine": done.engine, "seconds": round(done.seconds, 3)}
+        pushed = {"pushed": asdict(done.published)} if done.published else {}
+        document = views.model_document(model, done.manifests, done.output)
+        terminal.print_json("quantize", {**document, **run, **pushed})
+    elif not quiet:
+        outcome = Outcome(
+            source=job.source.name,
+            output=job.output,
+            parts=parts,
+            config={} if model.is_pipeline else model.parts[""].output_config or {},
+            notes=tuple(model.notes),
+            copied=model.copies.nbytes if model.is_pipeline else None,
+            engine=done.engine,
+            workers=job.limits.workers,
+            seconds=done.seconds,
+            ledger=listener,
+            transfers=job.transport.transfers if job.transport else None,
+            published=done.published,
+            leaving=job.request.leaving,
+            disk=disk if _proved_within_a_bound(job, done) else None,
+        )
+        print_outcome(terminal.out_console(), outcome)
+
+
+def _proved_within_a_bound(job: Job, done: Quantized) -> bool:
+    """Whether what was just made can be proved under the bound that it was made under."""
+    from ...output.recipe_words import why_not_by_digests
+
+    manifest, leaving = done.manifests.get(""), job.request.leaving
+    if manifest is None or (job.source.snapshot is None and not leaving):
+        return False  # a pipeline, or all of it lies here
+    return why_not_by_digests(manifest.config, manifest.digest, leaving) is None
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    """On stdout.  Names and reasons are shortened to the terminal; commands to copy are not."""
+    width = console.width
+    views.print_notes(console, outcome.notes)  # first: what staying experts cost stands there
+    console.print(f"[bold]{plain(outcome.source)}[/] -> [bold]{plain(outcome.place)}[/]")
+    for line in (*_sizes(outcome), *_speeds(outcome)):
+        console.print(plain(line))
+    console.print()
+    if len(outcome.parts) > 1 or "" not in outcome.parts:
+        print_rows(console, _components(outcome))
+    print_rows(console, _kinds(outcome.plans))
+    console.print()
+    for line in _errors(outcome.errors, width):
+        console.print(plain(line))
+    if outcome.published is not None:
+        seen = "private" if outcome.published.private else "public"
+        commit = outcome.published.commit[:12]
+        console.print(
+            f"pushed  {plain(outcome.published.url)} ({seen}, commit {commit})", soft_wrap=True
+        )
+    command = f"nf4 verify {_word(outcome.place)} --source {_word(outcome.source)}"
+    if outcome.disk is not None:
+        command += f" --disk {_word(outcome.disk)}"
+    console.print(f"next    {plain(command)}", soft_wrap=True)
+    if call := _loading(outcome):
+        console.print(f"load    {plain(call)}", soft_wrap=True)
+
+
+def _word(text: str) -> str:
+    """As a shell takes it; what cannot be printed is shown escaped, so not quoted as well."""
+    return shlex.quote(text) if text.isprintable() else text
+
+
+def _sizes(outcome: Outcome) -> Iterator[str]:
+    plans = outcome.plans
+    before = sum(plan.source_bytes for plan in plans)
+    after = sum(plan.shard_bytes for plan in plans)
+    files = plural(sum(len(plan.shards) for plan in plans), "file")
+    copied = f", and {format_size(outcome.copied)} copied" if outcome.copied is not None else ""
+    yield (
+        f"size    {format_size(before)} -> {format_size(after)} ({after / before:.0%}) in "
+        f"{files}{copied}"
+    )
+    yield f"bits    {views.bits(plans)}"
+
+
+def _speeds(outcome: Outcome) -> Iterator[str]:
+    ledger, seconds = outcome.ledger, max(outcome.seconds, 1e-9)
+    took = f"time    {seconds:.2f} s" if seconds < 60 else f"time    {duration(seconds)}"
+    if ledger.nbytes:
+        took += (
+            f", {format_size(ledger.nbytes / seconds)}/s, {count(ledger.weights / seconds)} "
+            "weights/s"
+        )
+        if ledger.earlier:
+            took += f"; {plural(ledger.earlier, 'weight')} were there already"
+    else:
+        took += "; all of it was there already"
+    yield took
+    memory = peak_memory()
+    most = f", memory at most {format_size(memory)}" if memory else ""
+    yield f"engine  {outcome.engine}, {plural(outcome.workers, 'worker')}{most}"
+    moved = outcome.transfers
+    if moved is not None:
+        facts = []
+        if moved.to_download:
+            facts.append(f"{format_size(moved.downloaded)} fetched")
+        if moved.to_upload:
+            facts.append(f"{format_size(moved.uploaded)} uploaded")
+        if moved.disk_limit is not None:
+            facts.append(
+                f"disk at most {format_size(moved.most_disk)} of {format_size(moved.disk_limit)}"
+            )
+        if facts:
+            yield f"moved   {', '.join(facts)}"
+
+
+def _kinds(plans: list[Plan]) -> list[Row]:
+    """What became 4-bit, what was kept and why; the largest first."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for plan in plans:
+        for action, reason, *numbers in plan.groups():
+            what = views.WORDS[action] if action != "cast" else f"to {plan.config.dtype}"
+            known = sums.setdefault((what, reason), [0, 0, 0])
+            for i, number in enumerate(numbers):
+                known[i] += number
+    order = sorted(sums.items(), key=lambda item: (item[0][0] != "4-bit", -item[1][2]))
+    rest = order[_ROWS - 1 :] if len(order) > _ROWS else []
+    rows = [(*key, *_numbers(numbers)) for key, numbers in order[: len(order) - len(rest)]]
+    if rest:
+        kept = [sum(numbers[i] for _, numbers in rest) for i in range(3)]
+        rows.append(("...", f"for {len(rest)} other reasons (--plan has all)", *_numbers(kept)))
+    return [("what", "why", "tensors", "weights", "bytes"), *rows]
+
+
+def _numbers(numbers: list[int]) -> tuple[str, str, str]:
+    return f"{numbers[0]:,}", count(numbers[1]), format_size(numbers[2])
+
+
+def _components(outcome: Outcome) -> list[Row]:
+    rows: list[Row] = [("component", "", "bits", "before", "after", "error")]
+    for name, (plan, manifest) in outcome.parts.items():
+        errors = [r.error.rel_rmse for r in manifest.tensors.values() if r.error is not None]
+        rows.append((
+            name,
+            "",
+            f"{plan.bits_per_weight:.2f}",
+            format_size(plan.source_bytes),
+            format_size(plan.shard_bytes),
+            f"{statistics.median(errors):.4f}" if errors else "-",
+        ))  # fmt: skip
+    if len(rows) > _ROWS + 1:
+        hidden = len(rows) - _ROWS
+        rows[_ROWS:] = [(f"... and {hidden} more", *[""] * 5)]
+    return rows
+
+
+def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
+    """The median, the worst weights, and how many blocks outliers crush."""
+    if not errors:
+        return
+    median = statistics.median(error.rel_rmse for error in errors.values())
+    worst = sorted(errors, key=lambda name: (-errors[name].rel_rmse, name))[:_WORST]
+    yield f"error   relative RMSE {median:.4f} (median weight), the worst:"
+    for name in worst:
+        error = errors[name]
+        notable = f"  ({error.outlier_share:.1%} outlier blocks)" * (
+            error.outlier_share >= _NOTABLE
+        )
+        yield f"        {error.rel_rmse:.4f}  {shorten(name, width - 17 - len(notable))}{notable}"
+    blocks = sum(error.blocks or 0 for error in errors.values())
+    found = sum(error.outlier_blocks or 0 for error in errors.values())
+    if found:
+        most = max(errors, key=lambda name: errors[name].outlier_share)
+        line = f"        outlier blocks {found / max(1, blocks):.2%}, most "
+        line += f"{errors[most].outlier_share:.2%} in "
+        yield f"{line}{shorten(most, max(12, width - len(line) - 1))}"
+
+
+def _loading(outcome: Outcome) -> str | None:
+    from ...output.load_line import loading_call
+
+    manifests = {part: manifest for part, (_, manifest) in outcome.parts.items()}
+    return loading_call(outcome.place, manifests, outcome.config)

@@ -1,0 +1,1 @@
+"""How a plan is carried out, and what is left when it is stopped."""

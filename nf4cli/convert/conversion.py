@@ -1,0 +1,368 @@
+"""A Plan, carried out: chunk after chunk through the engine, into a sink.
+
+The sink is a set of files being written (quantize.py), or a finished output that every byte is
+compared with (verify.py): the proof runs the code that made the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..callbacks import Progress, no_progress
+from ..checkpoint import bnb_format
+from ..checkpoint.digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
+from ..checkpoint.file_io import Identity
+from ..checkpoint.packed import PackedReader
+from ..checkpoint.reader import ByteReader, LocalShards, ShardSource
+from ..checkpoint.types import FileDigests, Scale, Shard
+from ..engines.protocol import Engine
+from ..errors import InputError, NonFiniteError
+from ..format.codebook import NESTED_BLOCKSIZE, codebook, ladder, nested_map
+from ..format.dtypes import ITEMSIZE
+from ..output.manifest import Manifest, Result, TensorError, manifest_of
+from ..planning.plan import Plan, TensorPlan
+from ..planning.resources import Resources, require_chunk, unit_of
+from ..threads import run
+from .items import AbsmaxFile, Item, Job, Reading, nonfinite, unit_of_packed, widest
+from .resume import Standing
+from .worker import Sink, Worker
+
+if TYPE_CHECKING:
+    from ..engines.protocol import F32, U8
+
+
+class Conversion:
+    """One run over a plan.
+
+    Args:
+        digest: algorithm for the source files' digests, None to compute none.
+        scratch: directory for temporary files, None for the system's.
+        standing: finished work that is not done again.
+        source: where the source files come from, None for where they lie.
+        packed: reads the weights to decode.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        resources: Resources,
+        sink: Sink,
+        digest: str | None,
+        scratch: Path | None = None,
+        progress: Progress = no_progress,
+        standing: Standing | None = None,
+        source: ShardSource | None = None,
+        packed: PackedReader | None = None,
+    ) -> None:
+        require_chunk(plan.config, resources)
+        self.plan = plan
+        self._engine = engine
+        self._resources = resources
+        self._sink = sink
+        self._scratch = scratch
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._digests: dict[Path, OrderedDigest] = {}
+        self._algorithm = digest
+        self._digested = dict(standing.sources) if standing else {}
+        self.results: dict[str, Result] = dict(standing.results) if standing else {}
+        self._done = frozenset(self.results)
+        self._jobs: set[Job] = set()
+        self._source = source
+        self._packed = packed
+        self._readers: dict[Path, ByteReader] = {}
+        self._identities: dict[Path, Identity] = {}
+        self._left = self._left_of()
+
+    def run(self) -> None:
+        """Convert everything.
+
+        Raises:
+            InputError: a weight holds NaN or infinity, or a source file changed.
+            OSError: a disk is full or fails.
+        """
+        with LocalShards() as local:
+            self._from: ShardSource = self._source or local
+            try:
+                run(self._items(), self._worker, self._resources.workers, self._abort)
+            finally:
+                for job in self._jobs:
+                    if job.absmax is not None:
+                        job.absmax.close()
+        self._require_consistent()
+
+    def _worker(self) -> Worker:
+        return Worker(
+            self, self._engine, self._sink, self._readers, self._resources.chunk, self._packed
+        )
+
+    def _left_of(self) -> Counter[Path]:
+        """By source file: weights to be made of it, and one more for its digest."""
+        left = Counter(
+            t.weight.shard.path
+            for t in self.plan.tensors
+            if t.outputs and t.name not in self.results
+        )
+        if self._algorithm is not None:
+            shards = self.plan.checkpoint.shards
+            left.update(s.path for s in shards if s.path.name not in self._digested)
+        return left
+
+    def _part_done(self, shard: Shard) -> None:
+        """One of those is; with the last one the file is let go."""
+        with self._lock:
+            self._left[shard.path] -= 1
+            if self._left[shard.path]:
+                return
+            reader = self._readers.pop(shard.path)
+        self._require_unchanged(shard, reader)
+        self._from.close(shard)
+
+    def digest_source(self, shard: Shard, start: int, data: U8) -> None:
+        """Bytes of a source file that stand at `start` in it; each thread waits for its turn."""
+        turns = self._digests[shard.path]
+        if turns.update(start, data) == shard.size:
+            self._digest_done(shard, turns.digest)
+
+    def _digest_done(self, shard: Shard, digest: ShardDigest) -> None:
+        digests = FileDigests(digest.hexdigest(), digest.tensors)
+        self._digested[shard.path.name] = digests
+        self._sink.source_read(shard, digests)
+        self._part_done(shard)
+
+    def _require_unchanged(self, shard: Shard, reader: ByteReader) -> None:
+        """A file that was written to while it was read is no longer what the digests say."""
+        if reader.identity() == self._identities[shard.path]:
+            return
+        known = self._digested.get(shard.path.name)
+        # Its times may change without its bytes (chmod, a new link): only the bytes tell.
+        if known is None or digest_open(reader, shard, self._algorithm or "") != known.digest:
+            raise InputError(_changed(shard.path))
+
+    def _require_consistent(self) -> None:
+        """What was read out of turn, the scales of float8, has to be what was digested later."""
+        files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
+        for result in self.results.values():
+            for name, digest in result.sources.items():
+                known = self._digested.get(files[name].path.name)
+                if known is not None and known.tensors[name] != digest:
+                    raise InputError(_changed(files[name].path))
+
+    def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
+        """The record of this run, after `run`; the caller adds the output's files.
+
+        Args:
+            output_digests: of every output tensor, by key.
+        """
+        return manifest_of(
+            self.plan, self._algorithm or "", self.results, self._digested, output_digests
+        )
+
+    def _open(self, shard: Shard) -> None:
+        """The next file: from here on its tensors are read."""
+        reader = self._readers[shard.path] = self._from.open(shard)
+        self._identities[shard.path] = reader.identity()
+        if self._algorithm is None or shard.path.name in self._digested:
+            return
+        digest = ShardDigest(shard.tensors, self._algorithm)
+        digest.update(reader.read(0, shard.data_start))
+        if shard.data_start == shard.size:  # no tensor has a byte
+            self._digest_done(shard, digest)
+        else:
+            self._digests[shard.path] = OrderedDigest(digest)
+
+    def _abort(self) -> None:
+        self._from.abort()
+        for turns in list(self._digests.values()):  # the next file may just be opened
+            turns.abort()
+        self._sink.abort()
+
+    def _items(self) -> Iterator[Item | Reading]:
+        """Every chunk of every tensor, in the order of the source files."""
+        plans: dict[Path, list[TensorPlan]] = {}
+        for plan in self.plan.tensors:
+            plans.setdefault(plan.weight.shard.path, []).append(plan)
+        for shard in self.plan.checkpoint.shards:
+            if self._left[shard.path]:
+                self._open(shard)
+            stored = groupby(plans.get(shard.path, ()), lambda t: t.weight.stored.name)
+            for _, group in stored:
+                yield from self._items_of_tensor(list(group))
+
+    def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
+        """Every chunk of the weights that one stored tensor becomes."""
+        todo = [p for p in plans if p.outputs and p.name not in self._done]
+        in_order = any(p.view is None for p in todo)
+        if plans[0].weight.shard.path in self._digests and not in_order:
+            yield from self._readings(plans[0])
+        for plan in todo:
+            yield from self._items_of(plan)
+        for plan in plans:
+            if plan.name in self._done:
+                self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
+
+    def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
+        tensor = plan.weight.stored
+        for start in range(tensor.start, tensor.stop, self._resources.chunk):
+            stop = min(start + self._resources.chunk, tensor.stop)
+            yield Reading(plan.weight.shard, start, stop)
+
+    def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
+        unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
+        step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
+        starts = range(0, plan.numel, step)
+        job = Job(plan, len(starts))
+        if plan.state is not None and self.plan.config.scale == "search":
+            job.importance = self.plan.importance_of(plan)
+            job.ladder = ladder(plan.state.nested, job.importance is not None)
+            job.codes = self.plan.codes
+        elif plan.state is not None and plan.state.nested:
+            job.absmax = AbsmaxFile(self._scratch)
+        if plan.weight.scale is not None:
+            job.scale = self._scales(job, plan.weight.scale)
+        self._jobs.add(job)
+        if not starts:  # a tensor without elements
+            self._finish(job)
+        digest = plan.view is None and plan.weight.shard.path in self._digests
+        for start in starts:
+            yield Item(job, start, min(step, plan.numel - start), digest)
+
+    def _scales(self, job: Job, scale: Scale) -> F32:
+        """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
+        tensor = scale.tensor
+        with self._lock:
+            reader = self._readers.get(scale.shard.path)
+            if reader is not None:  # other threads may be at its last weight: it stays open
+                self._left[scale.shard.path] += 1
+        if reader is not None:
+            raw = reader.read(tensor.start, tensor.nbytes)
+            self._part_done(scale.shard)
+        else:
+            raw = self._from.read_tensor(scale.shard, tensor)
+        job.sources[tensor.name] = tensor_digest(raw)
+        values = np.empty(tensor.numel, np.float32)
+        if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
+            exponents = np.where(raw == 255, 0x7FC00000, raw.astype(np.uint32) << 23)
+            values[:] = np.where(raw == 0, 2.0**-127, exponents.astype(np.uint32).view(np.float32))
+        else:
+            self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
+        return values
+
+    def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
+        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes.
+
+        Raises:
+            InputError: always; a scan (find_nonfinite.py) goes on.
+        """
+        dtype = item.job.plan.weight.dtype
+        raise InputError(nonfinite(item, error.index, data, dtype)) from error
+
+    def item_done(self, item: Item) -> None:
+        job = item.job
+        with self._lock:
+            job.pending -= 1
+            last = job.pending == 0
+        if last:
+            self._finish(job)
+        self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
+
+    def _finish(self, job: Job) -> None:
+        """All chunks of a weight are written."""
+        weight = job.plan.weight
+        if job.plan.state is not None:
+            self.finish_state(job)
+        if weight.shard.path in self._digests:
+            tensors: Mapping[str, str] = self._digests[weight.shard.path].digest.tensors
+        else:
+            known = self._digested.get(weight.shard.path.name)
+            tensors = known.tensors if known else {}
+        # The bytes that a view is a part of may still be on their way through another thread.
+        if weight.stored.name in tensors:
+            job.sources[weight.stored.name] = tensors[weight.stored.name]
+        offset = job.state.nested_offset if job.state and job.state.nested else None
+        result = Result(offset, job.error, job.sources)
+        with self._lock:
+            self.results[job.plan.name] = result
+            self._jobs.discard(job)
+        self._sink.finish(job.plan, result)
+        self._part_done(weight.shard)
+
+    def finish_state(self, job: Job) -> None:
+        """Everything about a weight that needs all of it: double quantization, state, errors."""
+        name, state = job.plan.name, job.plan.state
+        assert state is not None
+        if job.absmax is not None:
+            state = replace(state, nested_offset=self._nest(name, job.plan, job.absmax))
+            job.absmax.close()
+            job.absmax = None
+        if job.ladder is not None and state.nested:
+            state = replace(state, nested_offset=0.0)
+            self._write_nested_map(name)
+        table = codebook(state.quant_type).decode
+        self._sink.write(name + bnb_format.QUANT_MAP, 0, table.view(np.uint8))
+        blob = np.frombuffer(bnb_format.encode_state(state), np.uint8)
+        self._sink.write(name + bnb_format.state_suffix(state.quant_type), 0, blob)
+        sums = np.concatenate([job.stats[start] for start in sorted(job.stats)])
+        squares = math.fsum(sums[:, 1].tolist())
+        job.error = TensorError(
+            rel_rmse=math.sqrt(math.fsum(sums[:, 0].tolist()) / squares) if squares else 0.0,
+            max_abs=float(sums[:, 2].max()),
+            blocks=-(-job.plan.numel // state.blocksize),
+            outlier_blocks=int(sums[:, 3].sum()),
+            worst_block=None if job.worst_block is None else float(f"{job.worst_block:.5g}"),
+        )
+        job.state = state
+
+    def _nest(self, name: str, plan: TensorPlan, absmax: AbsmaxFile) -> float:
+        """Double-quantize a weight's absmax vector; returns the offset."""
+        _, (blocks,) = plan.outputs[name + bnb_format.ABSMAX]
+        total = 0.0
+        for _, values in absmax.pieces(blocks):
+            total = self._engine.sum(values, total)
+        offset = self.choose_offset(name, float(np.float32(total / blocks)))
+        for start, values in absmax.pieces(blocks):
+            codes = np.empty(values.size, np.uint8)
+            nested = np.empty(-(-values.size // NESTED_BLOCKSIZE), np.float32)
+            self._engine.nested_quantize(values, offset, codes, nested)
+            self.write_nested(name, start, values, offset, codes, nested)
+        self._write_nested_map(name)
+        return offset
+
+    def _write_nested_map(self, name: str) -> None:
+        self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
+
+    def choose_offset(self, name: str, mean: float) -> float:
+        """nested_offset of a weight whose absmax vector has this mean, rounded to float32."""
+        return mean
+
+    def write_nested(
+        self, name: str, start: int, values: F32, offset: float, codes: U8, nested: F32
+    ) -> None:
+        """A piece of a double-quantized absmax vector, and the float32 `values` it is made from.
+
+        Args:
+            start: block of the first value; a multiple of NESTED_BLOCKSIZE.
+        """
+        self._sink.write(name + bnb_format.ABSMAX, start, codes)
+        self._sink.write(
+            name + bnb_format.NESTED_ABSMAX,
+            4 * (start // NESTED_BLOCKSIZE),
+            nested.view(np.uint8),
+        )
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"{path} changed while it was being read: what was made of it is of no use. Start again "
+        "when nothing writes to it any more"
+    )

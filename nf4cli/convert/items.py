@@ -1,0 +1,164 @@
+"""The pieces of work that a conversion is cut into, and what is known of a weight meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import math
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoint.bnb_format import QuantState
+from ..checkpoint.file_io import read_at, write_at
+from ..checkpoint.given_codes import CodeSource
+from ..checkpoint.types import Scale, Shard
+from ..format.codebook import Ladder
+from ..format.dtypes import ITEMSIZE
+from ..output.manifest import TensorError
+from ..planning.plan import TensorPlan
+from ..planning.selection import module_path
+
+if TYPE_CHECKING:
+    from ..engines.protocol import F32, F64, U8
+
+ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One piece of work: `count` elements of a weight from element `start`.
+
+    Elements count in the order they are written; those of a packed weight as its codes lie.
+
+    Attributes:
+        digest: its bytes are read in file order, and digested on the way.
+    """
+
+    job: Job
+    start: int
+    count: int
+    digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Bytes [start, stop) of a source file that are only digested: what was transposed cannot be
+    digested in the order it is read, and of some tensors nothing is written."""
+
+    shard: Shard
+    start: int
+    stop: int
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A tensor being worked on.
+
+    Attributes:
+        pending: items not done yet.
+        scale: float32 factors of a float8 weight, flat.
+        stats: the engine's error sums by first element.
+        absmax: temporary file of the float32 absmax vector, for double quantization.
+        ladder: the scales to choose from, None where it is absmax.
+        importance: float32 [columns] that weights the choice, None for no data.
+        codes: where its codes come from, None for the nearest.
+        worst_block: of such codes, the largest error of a block, see `given_codes.errors_of`.
+        sources: XXH3-128 of what it was made from, by stored tensor, as far as known.
+    """
+
+    plan: TensorPlan
+    pending: int
+    scale: F32 | None = None
+    stats: dict[int, F64] = field(default_factory=dict)
+    absmax: AbsmaxFile | None = None
+    ladder: Ladder | None = None
+    importance: F32 | None = None
+    codes: CodeSource | None = None
+    worst_block: float | None = None
+    error: TensorError | None = None
+    state: QuantState | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class AbsmaxFile:
+    """A float32 vector on disk: the only thing that grows with a tensor, kept out of memory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close
+
+    def write(self, start: int, values: F32) -> None:
+        write_at(self._file.fileno(), memoryview(values.view(np.uint8)), 4 * start)
+
+    def pieces(self, size: int) -> Iterator[tuple[int, F32]]:
+        """(first element, values), ABSMAX_PIECE at a time."""
+        for start in range(0, size, ABSMAX_PIECE):
+            values = np.empty(min(ABSMAX_PIECE, size - start), np.float32)
+            view = memoryview(values.view(np.uint8))
+            if read_at(self._file.fileno(), view, 4 * start) < view.nbytes:
+                raise OSError(errno.EIO, "a temporary file lost its end")
+            yield start, values
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def widest(plan: TensorPlan) -> int:
+    """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
+    stored = ITEMSIZE[plan.weight.stored.dtype]
+    if plan.packed is not None:
+        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
+    if plan.view is not None:
+        return 4 * stored  # reading it transposed takes a block and its copy as well
+    if plan.weight.scale is not None:
+        return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
+    if plan.action == "cast":  # an upcast writes more than it reads
+        return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
+    return stored
+
+
+def unit_of_packed(plan: TensorPlan) -> int:
+    """Return how many elements of a packed weight are decoded together at least: a block, and
+    whole rows of one that is transposed."""
+    assert plan.packed is not None
+    unit = plan.packed.state.blocksize
+    return unit if plan.view is None else math.lcm(unit, plan.view.columns)
+
+
+def element(item: Item, index: int) -> tuple[int, ...]:
+    """The place in the source tensor of the item's element `index`."""
+    plan, flat = item.job.plan, item.start + index
+    stored = plan.weight.stored
+    if plan.view is not None:
+        column, row = divmod(flat, plan.view.rows)
+        flat = plan.view.start + row * plan.view.stride + column
+    return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
+
+
+def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
+    """What to say of a float8 weight that decodes to no number at the item's element `index`."""
+    weight = item.job.plan.weight
+    return (
+        f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
+        f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
+        f"finite {weight.dtype}: the weight or its scales are damaged. Download both again (no "
+        "option keeps it: an output has no place for float8 as it is stored)"
+    )
+
+
+def nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
+    """What to say of the NaN or infinity at the item's element `index`."""
+    weight = item.job.plan.weight
+    bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
+    mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
+    kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
+    return (
+        f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
+        "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
+        f"with --keep {module_path(weight.name)}, or every such weight with --on-nonfinite keep"
+    )

@@ -1,0 +1,134 @@
+"""A place for an output: free, apart from its source, with enough disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD
+from ..checkpoint.untrusted import is_regular
+from ..errors import MachineError, UsageError
+from ..planning.model_plan import ModelPlan
+from ..planning.resources import _RECORD_ROOM, _beside_shards
+
+_LONGEST_NAME = 255  # bytes
+
+
+def check_output(
+    model: ModelPlan, output: Path, workers: int, resume: bool = False, need: int | None = None
+) -> None:
+    """Refuse an output that exists, overlaps the source, or does not fit on the disk.
+
+    Args:
+        resume: what an unfinished run left may be used.
+        need: bytes of the disk, None for a whole output.
+
+    Raises:
+        UsageError: it exists, or it is the source or inside it.
+        MachineError: not enough free space.
+    """
+    require_place(model.root, output, model.is_file, resume)
+    if not (resume and holds_output(output)):
+        require_disk(output, disk_bytes(model, workers) if need is None else need)
+
+
+def holds_output(output: Path) -> bool:
+    """Whether an output of ours is there, and no other one was begun."""
+    begun = (workspace_of(output) / "files").exists()
+    return not begun and any(is_regular(output / name) for name in (MANIFEST, PIPELINE_RECORD))
+
+
+def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
+    """`refuse_place`, unless `resume` may find something there that it is content with: the run's
+    workspace decides then."""
+    if not resume:
+        refuse_place(root, output, is_file)
+
+
+def workspace_of(output: Path) -> Path:
+    """The directory beside an output that a run works in."""
+    output = output.absolute()
+    name = f".{output.name}.partial"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()}.partial"
+    return output.parent / name
+
+
+def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
+    """Raises UsageError unless `output` is absent or an empty directory, outside of the source.
+
+    Args:
+        root: the source, or the directory of one that `is_file`.
+    """
+    try:
+        source, target = root.resolve(), output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{output} is a loop of symbolic links: choose another output") from error
+    inside = source in target.parents and not is_file
+    if target == source or inside:
+        raise UsageError(
+            f"the output {output} is the source directory or lies inside it: give another place, "
+            f"such as {source.parent / (source.name + '-out')}"
+        )
+    if os.path.ismount(output):
+        raise UsageError(
+            f"{output} is a mount point, and an output takes its place in one rename: give a "
+            f"directory inside it, such as {output / source.name}-nf4"
+        )
+    empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
+    if os.path.lexists(output) and not empty:
+        raise UsageError(f"{output} exists: remove it first, or choose another output")
+
+
+def require_disk(output: Path, need: int) -> None:
+    """Raises MachineError when the disk for `output` has fewer than `need` bytes free, those that
+    an unfinished run has taken counted as free."""
+    free = room_for(output)
+    if free < need:
+        raise MachineError(
+            f"the output needs {need:,} bytes and {_parent_of(output)} has {free:,} free: "
+            "free some space or choose another disk"
+        )
+
+
+def room_for(output: Path) -> int:
+    """Bytes that a run may take on the disk for `output`, with those that an unfinished one has
+    taken."""
+    return shutil.disk_usage(_parent_of(output)).free + _bytes_in(workspace_of(output))
+
+
+def _parent_of(output: Path) -> Path:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _bytes_in(directory: Path) -> int:
+    """Bytes of the disk that the files of a directory take; 0 for what is none of ours."""
+    if directory.is_symlink():
+        return 0
+    total = 0
+    for file in directory.rglob("*"):
+        with suppress(OSError):  # another run may just be removing it
+            status = file.lstat()
+            total += 512 * status.st_blocks if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def disk_bytes(model: ModelPlan, workers: int) -> int:
+    """Return the bytes that a run needs on the output's disk, everything included."""
+    return sum(model.file_sizes.values()) + base_bytes(model, workers)
+
+
+def base_bytes(model: ModelPlan, workers: int) -> int:
+    """Return the same without the output's weight files: what lies there all the time."""
+    parts = sum(_beside_shards(plan, workers) for plan in model.parts.values())
+    if not model.is_pipeline:
+        return parts
+    small = model.copies.nbytes - sum(model.copies.weight_files.values())
+    return parts + small + _RECORD_ROOM * (len(model.copies.files) + 10)

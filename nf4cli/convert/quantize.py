@@ -1,0 +1,268 @@
+"""Writing a 4-bit model: the files, their digests, the manifests, all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import stopping
+from ..checkpoint.digest import digest_file
+from ..checkpoint.discovery import IMPORTANCE, MANIFEST, PIPELINE_RECORD
+from ..checkpoint.untrusted import read_json
+from ..engines.protocol import Engine
+from ..errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
+from ..output.already_there import confirm, differs, is_of_commit
+from ..output.card import write_card
+from ..output.manifest import FileRecord, Manifest
+from ..output.pipeline_record import Record, confirm_pipeline
+from ..planning.model_plan import ModelPlan, path_in_model, place_for
+from ..planning.pipeline_plan import INDEX_FILE
+from ..planning.plan import Plan
+from ..planning.resources import Resources
+from .conversion import Conversion
+from .journal import Part
+from .output_place import check_output
+from .resume import Standing, check, header
+from .shard_files import ShardFiles, file_records
+from .side_files import clear, write_side_files
+from .transport import LOCAL, Carriage, Transport
+from .watch import NOBODY, Listener
+from .workspace import Workspace, earlier_header
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a plan is carried out: nothing of it changes a byte of the weights that are written.
+
+    Attributes:
+        digest: algorithm of the files' digests.
+        fsync: wait for the disk, so that a power failure costs no more than a killed process.
+        resume: continue a run of the same that was stopped, if there is one; be content with an
+            output that is there already, if it is what this would write.
+        listener: told how it goes on.
+        transport: brings the source, and takes the output where it goes to.
+    """
+
+    engine: Engine
+    resources: Resources
+    digest: str = "blake3"
+    fsync: bool = True
+    resume: bool = False
+    listener: Listener = NOBODY
+    transport: Transport = LOCAL
+
+
+def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
+    """Quantize into `output`, which appears complete, with its manifests, or not at all.
+
+    Everything is written in a workspace beside it, whose files become the output in one rename.
+
+    Returns:
+        The manifest of each part.
+
+    Raises:
+        UsageError, MachineError: see `check_output`, `Transport` and `Workspace`.
+        InputError: see `Conversion.run`.
+        OSError: a disk is full or fails.
+        UnfinishedRunError: the same, and the work done so far was kept.
+    """
+    transport, workers = run.transport, run.resources.workers
+    need = transport.disk_needed(model, workers)
+    check_output(model, output, workers, run.resume or transport.scratch, need)
+    transport.prepare(model)
+    if transport.leaving and run.resume and not earlier_header(output):
+
+        def is_same(part: str, found: Manifest) -> bool:
+            plan = model.parts[part]
+            return is_of_commit(plan, found) and not differs(plan, found, run.digest)
+
+        there = transport.published(model, is_same)
+        if there is not None:
+            return there
+    # What is only made for its digests is not what the command is for: a stop is never too late.
+    with stopping.held_back() if transport.scratch else stopping.finishing():
+        manifests = _write_in_workspace(model, output, run)
+        if not transport.leaving:
+            with unpublished(output):
+                transport.publish(model, output, manifests, lambda names: None)
+    return manifests
+
+
+def _write_in_workspace(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
+    """Write everything, and publish it where it does not stay; the manifest of each part."""
+    transport = run.transport
+    recipe = header(model.parts, run.digest, transport.destination)
+    with Workspace(
+        output, (model.root, model.is_file), recipe, model.written, fsync=run.fsync,
+        resume=run.resume, scratch=transport.scratch,
+    ) as work:  # fmt: skip
+        manifests = _confirm(work, model, run) if work.complete else _fill(work, model, run)
+        if transport.leaving:
+
+            def forget(names: tuple[str, ...]) -> None:
+                for part, name in map(model.part_and_name, names):
+                    work.journal.lost(part, [name])
+
+            transport.publish(model, work.directory, manifests, forget)
+            work.discard = True
+    return manifests
+
+
+@contextmanager
+def unpublished(output: Path) -> Iterator[None]:
+    """Have an error say that an output is there, all the same."""
+
+    def told(why: BaseException) -> str:
+        return f"{output} is complete, but was not published: {why}. Publish it with nf4 push"
+
+    try:
+        yield
+    except InterruptedRunError as error:
+        raise InterruptedRunError(told(error), leaves=True) from error
+    except Nf4Error as error:
+        kind = {kind.exit_code: kind for kind in (InputError, UsageError)}
+        raise kind.get(error.exit_code, MachineError)(told(error)) from error
+
+
+def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
+    """Return the manifests of the output that is there, when it is what this run would write."""
+    manifests = {}
+    for part, plan in model.parts.items():
+        place = work.output / part
+        manifests[part] = confirm(plan, place, run.digest, run.resources, run.listener.progress)
+        run.listener.note(f"{place} is complete already, and as this would write it")
+    if model.is_pipeline:
+        confirm_pipeline(work.output, model.root, [*model.parts])
+    return manifests
+
+
+def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
+    """Write everything into a workspace, from wherever an earlier run got to."""
+    standings = {part: _standing(work, part, plan, run) for part, plan in model.parts.items()}
+    carriage = run.transport.carry(work, model, standings, run.digest, run.resources.workers)
+    if model.is_pipeline:
+        ours = {*model.parts, *(name.partition("/")[0] for name in model.copies.files)}
+        clear(work.directory, {work.directory / name for name in ours})
+    for part, plan in model.parts.items():
+        _write_beside(work, part, plan, standings[part])
+    with carriage:
+        manifests = {
+            part: _convert(work, part, plan, standings[part], carriage, run)
+            for part, plan in model.parts.items()
+        }
+        copied = _copy(work, model, carriage, run.digest)
+    if model.is_pipeline:
+        _write_record(work.directory, model, manifests, run.digest, copied)
+        config = read_json(work.directory / INDEX_FILE)
+    else:
+        config = model.parts[""].output_config or {}
+    source = None if model.is_file else model.root
+    write_card(work.directory, source, model.name, manifests, config)
+    return manifests
+
+
+def _standing(work: Workspace, part: str, plan: Plan, run: Execution) -> Standing:
+    """Return what an earlier run finished of a part, checked."""
+    directory = work.directory / part
+    directory.mkdir(exist_ok=True)
+    recorded = work.earlier.parts.get(part, Part())
+    standing = check(
+        plan, directory, recorded, run.digest, run.resources.workers, run.listener.progress
+    )
+    if recorded.weights:
+        run.listener.note(_what_stands(plan, standing))
+    run.listener.resumed(part, (t for t in plan.tensors if t.name in standing.results))
+    return standing
+
+
+def _write_beside(work: Workspace, part: str, plan: Plan, standing: Standing) -> None:
+    """Write everything small of a part anew, and remove what no finished weight lies in."""
+    directory = work.directory / part
+    begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
+    kept = {directory / name for name in begun - standing.uploads.keys()}
+    clear(directory, kept)
+    if plan.checkpoint.origin is None:
+        work.journal.identities(part, plan.checkpoint.shards)
+    write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+    if plan.importance is not None:  # with it every byte can be derived again
+        shutil.copyfile(plan.importance.path, directory / IMPORTANCE)
+
+
+def _convert(
+    work: Workspace, part: str, plan: Plan, standing: Standing, carriage: Carriage, run: Execution
+) -> Manifest:
+    """Write the shards and the manifest of a part."""
+    directory = work.directory / part
+    files = ShardFiles(
+        plan, directory, run.digest, work.journal, part, standing, carriage, run.listener
+    )
+    try:
+        files.open()
+        conversion = Conversion(
+            plan, run.engine, run.resources, files, run.digest, work.root, run.listener.progress,
+            standing, carriage,
+        )  # fmt: skip
+        conversion.run()
+    finally:
+        files.close()
+    shards = {layout.filename: layout.size for layout in plan.shards}
+    known = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
+    manifest = replace(
+        conversion.manifest(files.tensor_digests),
+        output_files=file_records(directory, run.digest, known),
+    )
+    (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _copy(
+    work: Workspace, model: ModelPlan, carriage: Carriage, algorithm: str
+) -> dict[str, FileRecord]:
+    """Write what a pipeline's output has beside its converted components.
+
+    Returns:
+        Size and digest of each file that holds weights, by its path: it may have been taken away.
+    """
+    uploads = work.earlier.parts.get("", Part()).uploads
+    weights, copied = model.copies.weight_files, {}
+    for name, source in model.copies.files.items():
+        if name in weights and name in uploads:
+            copied[name] = FileRecord(uploads[name].size, uploads[name].digest)
+            continue
+        target = place_for(work.directory, name)
+        carriage.copy(source, target)
+        if name in weights:
+            copied[name] = FileRecord(weights[name], digest_file(target, algorithm))
+            carriage.file_done(name, target, copied[name].digest)
+    model.copies.write_texts(work.directory)
+    return copied
+
+
+def _write_record(
+    directory: Path,
+    model: ModelPlan,
+    manifests: Mapping[str, Manifest],
+    algorithm: str,
+    copied: Mapping[str, FileRecord],
+) -> None:
+    """Write nf4_pipeline.json; `copied` is what `_copy` returns."""
+    converted = {
+        path_in_model(part, name): record
+        for part, manifest in manifests.items()
+        for name, record in manifest.output_files.items()
+    }
+    files = file_records(directory, algorithm, {**converted, **copied})
+    beside = {name: record for name, record in files.items() if name not in converted}
+    record = Record(algorithm, tuple(model.parts), beside)
+    (directory / PIPELINE_RECORD).write_text(record.to_json(), "utf-8")
+
+
+def _what_stands(plan: Plan, standing: Standing) -> str:
+    lost = f"; {standing.lost:,} more did not reach the disk" if standing.lost else ""
+    return (
+        f"continuing an earlier run: {len(standing.results):,} of {plan.written:,} weights are "
+        f"there, checked by their digests{lost}"
+    )

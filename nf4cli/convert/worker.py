@@ -1,0 +1,272 @@
+"""One thread's way through a chunk: read it, encode or copy it, write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ..checkpoint import bnb_format
+from ..checkpoint.given_codes import errors_of
+from ..checkpoint.packed import PackedReader, PackedWeight
+from ..checkpoint.reader import ByteReader
+from ..checkpoint.types import FileDigests, Scale, Shard, View
+from ..engines.protocol import Engine, Float8, Importance, NestedAbsmax
+from ..errors import InputError, NonFiniteError
+from ..format.codebook import Ladder
+from ..format.dtypes import ITEMSIZE
+from ..output.manifest import Result
+from ..planning.plan import TensorPlan
+from .items import Item, Reading, damaged, element
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..engines.protocol import F32, F64, U8
+
+
+class Sink(Protocol):
+    """Takes output bytes, from any thread, in any order."""
+
+    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """`data` belongs at `offset` bytes into the output tensor `key`."""
+        ...
+
+    def finish(self, plan: TensorPlan, result: Result) -> None:
+        """Every byte of this tensor and its companions has been written."""
+        ...
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None:
+        """Every byte of this source file has been read and digested."""
+        ...
+
+    def abort(self) -> None:
+        """The run has failed: let go of every thread that waits in `write`."""
+        ...
+
+
+class Run(Protocol):
+    """What a worker tells of its way; from any thread."""
+
+    def digest_source(self, shard: Shard, start: int, data: U8) -> None:
+        """Bytes of a source file that stand at `start` in it; waits for their turn."""
+        ...
+
+    def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
+        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes."""
+        ...
+
+    def item_done(self, item: Item) -> None:
+        """Every byte of an item is written."""
+        ...
+
+
+class Worker:
+    """One thread's buffers and its way through an item.
+
+    Args:
+        run: what it works for.
+        readers: the source files that are open, by path; others open and close them.
+        chunk: bytes of each of its two buffers.
+        packed: reads the weights to decode, None where there are none.
+    """
+
+    def __init__(
+        self, run: Run, engine: Engine, sink: Sink, readers: Mapping[Path, ByteReader], chunk: int,
+        packed: PackedReader | None = None,
+    ) -> None:  # fmt: skip
+        self._packed = packed
+        self._run, self._engine, self._sink, self._readers = run, engine, sink, readers
+        self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
+
+    def __call__(self, item: Item | Reading) -> None:
+        if isinstance(item, Reading):
+            data = self._source[: item.stop - item.start]
+            self._readers[item.shard.path].read_into(data, item.start)
+            self._run.digest_source(item.shard, item.start, data)
+            return
+        plan = item.job.plan
+        if plan.packed is not None:
+            self._unpack(item, plan.packed)
+            self._run.item_done(item)
+            return
+        data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        if plan.action == "quantize" and item.job.ladder is not None:
+            self._search(item, data, item.job.ladder)
+        elif plan.action == "quantize":
+            self._quantize(item, data)
+        else:
+            self._keep(item, data)
+        self._run.item_done(item)
+
+    def _read(self, item: Item) -> U8:
+        """Elements [start, start + count) as they lie, into the start of the buffer."""
+        weight = item.job.plan.weight
+        itemsize = ITEMSIZE[weight.stored.dtype]
+        data = self._source[: item.count * itemsize]
+        position = weight.stored.start + item.start * itemsize
+        self._readers[weight.shard.path].read_into(data, position)
+        if item.digest:
+            self._run.digest_source(weight.shard, position, data)
+        return data
+
+    def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
+        """Float8 -> the weight's dtype, into the rest of the buffer."""
+        weight, float8 = item.job.plan.weight, _float8(item)
+        assert float8 is not None
+        start = -(-item.count // 8) * 8  # aligned for the wider elements
+        out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
+        try:
+            self._engine.decode_float8(data, float8, out, weight.dtype)
+        except NonFiniteError as error:
+            raise InputError(damaged(item, error.index, data, scale)) from error
+        return out
+
+    def _read_transposed(self, item: Item, view: View) -> U8:
+        """Elements [start, start + count) of the transpose of a stored matrix."""
+        weight = item.job.plan.weight
+        itemsize = ITEMSIZE[weight.stored.dtype]
+        first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
+        reader = self._readers[weight.shard.path]
+        block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
+        origin = weight.stored.start + view.start * itemsize
+        if last - first == view.stride:
+            reader.read_into(block.reshape(-1), origin)
+        else:
+            reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
+        elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
+        flat = np.ascontiguousarray(elements.T).reshape(-1)
+        skip = item.start - first * view.rows
+        return flat[skip : skip + item.count].view(np.uint8)
+
+    def _quantize(self, item: Item, data: U8) -> None:
+        plan = item.job.plan
+        weight, state = plan.weight, plan.state
+        assert state is not None
+        packed = self._output[: (item.count + 1) // 2]
+        absmax = np.empty(-(-item.count // state.blocksize), np.float32)
+        try:
+            sums = self._engine.quantize(
+                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax,
+                _float8(item),
+            )  # fmt: skip
+        except NonFiniteError as error:
+            if weight.scale is not None:
+                raise InputError(damaged(item, error.index, data, weight.scale)) from error
+            self._run.not_finite(item, error, data)
+            return
+        item.job.stats[item.start] = sums
+        name, first_block = plan.name, item.start // state.blocksize
+        self._sink.write(name, item.start // 2, packed)
+        if item.job.absmax is not None:
+            item.job.absmax.write(first_block, absmax)
+        else:
+            self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
+
+    def _search(self, item: Item, data: U8, ladder: Ladder) -> None:
+        """Codes under chosen scales, which are final at once: their offset is 0."""
+        plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
+        assert state is not None
+        if weight.scale is not None:
+            data = self._decode(item, data, weight.scale)
+        columns = item.job.importance
+        packed = self._output[: (item.count + 1) // 2]
+        index = np.empty(-(-item.count // state.blocksize), np.uint8)
+        unit = np.empty(-(-index.size // ladder.run), np.float32)
+        try:
+            sums = self._engine.search(
+                data, weight.dtype, state.blocksize, state.quant_type, ladder,
+                None if columns is None else Importance(columns, item.start % columns.size),
+                packed, index, unit,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            self._run.not_finite(item, error, data)
+            return
+        scales = self._engine.nested_dequantize(
+            NestedAbsmax(index, 0, ladder.run, ladder.table, unit, 0.0)
+        )
+        self._take_codes(item, data, packed, scales, sums)
+        item.job.stats[item.start] = sums
+        name, first_block = plan.name, item.start // state.blocksize
+        self._sink.write(name, item.start // 2, packed)
+        if state.nested:
+            self._sink.write(name + bnb_format.ABSMAX, first_block, index)
+            first_run = 4 * (first_block // ladder.run)
+            self._sink.write(name + bnb_format.NESTED_ABSMAX, first_run, unit.view(np.uint8))
+        else:
+            self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, scales.view(np.uint8))
+
+    def _take_codes(self, item: Item, data: U8, packed: U8, scales: F32, sums: F64) -> None:
+        """Replace the nearest codes and what is known of their errors where others were chosen."""
+        job, plan, state = item.job, item.job.plan, item.job.plan.state
+        if job.codes is None or state is None:
+            return
+        there = job.codes.read(plan.name, item.start // 2, packed.nbytes)
+        if there is None:
+            return
+        packed[:] = there
+        errors, worst = errors_of(
+            packed, data, plan.weight.dtype, state.blocksize, state.quant_type, scales, self._engine
+        )
+        sums[:, 0], sums[:, 2] = errors[:, 0], errors[:, 1]
+        with job.lock:
+            job.worst_block = max(worst, job.worst_block or 0.0)
+
+    def _unpack(self, item: Item, weight: PackedWeight) -> None:
+        """Decode elements of a packed weight, and write them, or their transpose."""
+        assert self._packed is not None
+        plan = item.job.plan
+        dtype, _ = plan.outputs[plan.name]
+        itemsize = ITEMSIZE[dtype]
+        fits = item.count * itemsize <= self._output.nbytes  # an item of a large unit may not
+        buffers = (self._source, self._output) if fits else ()
+        data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
+        if plan.view is None:
+            self._sink.write(plan.name, item.start * itemsize, data)
+            return
+        # Rows [first, last) of the decoded matrix are columns of the stored one.
+        rows, columns = plan.view.rows, plan.view.columns
+        first, last = item.start // columns, (item.start + item.count) // columns
+        block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, columns).T)
+        raw = block.view(np.uint8)
+        if last - first == rows:
+            self._sink.write(plan.name, 0, raw.reshape(-1))
+            return
+        for column in range(columns):
+            self._sink.write(plan.name, (column * rows + first) * itemsize, raw[column])
+
+    def _keep(self, item: Item, data: U8) -> None:
+        plan = item.job.plan
+        dtype = plan.weight.stored.dtype
+        if plan.weight.scale is not None:
+            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
+        if plan.outputs[plan.name][0] != dtype:
+            self._cast(item, data, dtype)
+        else:
+            self._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
+
+    def _cast(self, item: Item, data: U8, from_dtype: str) -> None:
+        plan = item.job.plan
+        dtype, _ = plan.outputs[plan.name]
+        out = self._output[: item.count * ITEMSIZE[dtype]]
+        try:
+            self._engine.cast(data, from_dtype, out, dtype)
+        except NonFiniteError as error:
+            place = element(item, error.index)
+            raise InputError(
+                f"{plan.weight.stored.name}{list(place)} in {plan.weight.shard.path} is too large "
+                f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
+            ) from error
+        self._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
+
+
+def _float8(item: Item) -> Float8 | None:
+    """What decodes the item, None for one that is stored in its own dtype."""
+    weight = item.job.plan.weight
+    if weight.scale is None:
+        return None
+    factors = item.job.scale
+    assert factors is not None
+    return Float8(item.start, weight.shape[1], factors, weight.scale.block)

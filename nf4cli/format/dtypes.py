@@ -1,0 +1,24 @@
+"""The dtypes of safetensors: their sizes, and what torch calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ITEMSIZE: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes an element of each safetensors dtype that we copy."""
+
+TORCH_NAME: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes the engines encode from and decode to, by safetensors name, as torch spells them."""
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""The float8 dtypes that weights are stored in, by safetensors name."""
+
+SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.items()}
+
+STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
+"""quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""

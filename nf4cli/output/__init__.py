@@ -1,0 +1,1 @@
+"""What a finished output says of itself: manifest, model card, findings, inspection."""

@@ -1,0 +1,437 @@
+"""The model card of an output, README.md: what it is, how to load it, what it lost.
+
+It is written once and then the user's to edit, so that no manifest lists it.  It depends on the
+manifest, config.json and the source's own card only: the same run writes the same card.
+
+Names come from files that anybody may have made: in text they are escaped, in code they are only
+used where they are plain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
+from ..checkpoint.untrusted import printable
+from ..planning.diffusers_rules import converts
+from .front_matter import Metadata, read_metadata, written
+from .manifest import Manifest, TensorError, TensorRecord
+from .markdown import ACTIONS, escape, table
+from .recipe_words import how, options_of, why_not_by_digests
+
+HERE = "your-name/this-model"
+"""What a card calls the repository that it will lie in; publishing puts the real name there."""
+
+_WORST = 5
+_FILES = 20
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_IN_CODE = re.compile(r"[\w./@:+-]{1,200}", re.ASCII)
+_CLASS = re.compile(r"[A-Za-z]\w{0,100}", re.ASCII)
+_HEADS = (
+    "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
+    "MultipleChoice", "ImageClassification", "AudioClassification", "CTC",
+)  # fmt: skip
+_LIBRARIES = ("transformers", "diffusers", "sentence-transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        name: of the source.
+        metadata: of the source's own card.
+        parts: manifests by component of a pipeline; "" is a checkpoint that is no part of one.
+        config: config.json of the output, or model_index.json of a pipeline.
+    """
+
+    name: str
+    metadata: Metadata
+    parts: Mapping[str, Manifest]
+    config: Mapping[str, Any]
+
+    @property
+    def is_pipeline(self) -> bool:
+        return "" not in self.parts
+
+    @property
+    def first(self) -> Manifest:
+        """The manifest of the part that says most: they share source and recipe."""
+        return max(self.parts.values(), key=lambda manifest: manifest.quantized_parameters)
+
+    @property
+    def library(self) -> str:
+        """That loads it, "" for a checkpoint without a config.json, which none does."""
+        if self.is_pipeline or "_diffusers_version" in self.config:
+            return "diffusers"
+        if not self.config:
+            return ""
+        if "modules.json" in self.first.output_files:
+            return "sentence-transformers"
+        return "transformers"
+
+    @property
+    def base(self) -> str | None:
+        """The source with its commit, where it came from a Hub."""
+        repo, commit = self.first.source_repo, self.first.source_commit
+        return f"{repo}@{commit}" if repo and commit and _NAME.fullmatch(repo) else None
+
+
+_REPEATED = "The same version of nf4 gives the same bytes, on any machine:"
+_BOUNDED = (
+    "With `--disk SIZE` it takes no more of the disk than that, and of this model it fetches only "
+    "what is small."
+)
+_CALIBRATED = (
+    f"With the same text (its SHA-256 is in `{IMPORTANCE}`); torch's sums differ in their last "
+    "digits between machines, and some codes with them:"
+)
+
+
+def write_card(
+    directory: Path,
+    source: Path | None,
+    name: str,
+    parts: Mapping[str, Manifest],
+    config: Mapping[str, Any],
+) -> None:
+    """Write the card of a finished output.
+
+    Args:
+        source: the directory of what it was made from, whose card's metadata is carried over;
+            None for a single file, beside which any card may lie.
+        name, parts, config: see `Subject`.
+    """
+    subject = Subject(name, read_metadata(source) if source else {}, parts, config)
+    (directory / CARD).write_text(card(subject), "utf-8")
+
+
+def addressed(text: bytes, repo: str) -> bytes:
+    """A card with the name of the repository that it goes to."""
+    return text.replace(HERE.encode(), repo.encode())
+
+
+def card(subject: Subject) -> str:
+    """A model card as GitHub-flavoured Markdown, with its head of metadata."""
+    sections = [
+        written(_metadata(subject)),
+        f"# {escape(subject.name)}, 4-bit {subject.first.config.quant_type.upper()}\n",
+        *_introduction(subject),
+        *_loading(subject),
+        *_contents(subject),
+        *_errors(subject),
+        *_checking(subject),
+        *_making(subject),
+    ]
+    return "\n".join(sections).rstrip("\n") + "\n"
+
+
+# -- metadata ---------------------------------------------------------------------------------
+
+
+def _metadata(subject: Subject) -> dict[str, Any]:
+    """In the order in which the Hub's own cards have it."""
+    theirs, first = subject.metadata, subject.first
+    found: dict[str, Any] = {}
+    if subject.base:
+        found["base_model"] = first.source_repo
+        found["base_model_relation"] = "quantized"
+    if subject.library in _LIBRARIES:
+        found["library_name"] = subject.library
+    for field in ("pipeline_tag", "license", "license_name", "license_link", "language",
+                  "datasets"):  # fmt: skip
+        if field in theirs:
+            found[field] = theirs[field]
+    ours = ["bitsandbytes", "4-bit", first.config.quant_type, "nf4cli"]
+    found["tags"] = list(dict.fromkeys([*theirs.get("tags", []), *ours]))
+    return found
+
+
+# -- what it is, how to load it ---------------------------------------------------------------
+
+
+def _introduction(subject: Subject) -> list[str]:
+    first = subject.first
+    parameters = sum(m.parameters for m in subject.parts.values())
+    packed = sum(m.quantized_parameters for m in subject.parts.values())
+    before = sum(f.size for m in subject.parts.values() for f in m.source_files.values())
+    after = sum(_weight_bytes(m) for m in subject.parts.values())
+    bits = sum(m.bits_per_weight * m.parameters for m in subject.parts.values()) / parameters
+    if subject.base:
+        source = f"{_code(first.source_repo)} at commit {_code(first.source_commit)}"
+    else:
+        source = _code(subject.name)
+    what = "The 4-bit parts" if subject.is_pipeline else "Its weights"
+    return [
+        f"{source} in bitsandbytes' 4-bit format ({first.config.quant_type.upper()}, blocks of "
+        f"{first.config.blocksize}"
+        f"{', scales in 8 bits' if first.config.double_quant else ''}{how(first.config)}), "
+        f"converted by nf4 {escape(first.tool_version)}. {what} take {_size(after)}, from "
+        f"{_size(before)}: {bits:.2f} bits a weight. {packed / parameters:.1%} of "
+        f"{parameters:,} weights are 4-bit; the others are kept as listed below.",
+        "",
+    ]
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    files = {record.output_file for record in manifest.tensors.values()} - {""}
+    return sum(manifest.output_files[name].size for name in files if name in manifest.output_files)
+
+
+def _size(count: int) -> str:
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}" if units[0] != "bytes" else f"{count} bytes"
+
+
+def _loading(subject: Subject) -> list[str]:
+    target = subject.first.config.target
+    if not subject.library:
+        return []
+    lines = ["## Loading it", ""]
+    if target == "vllm":
+        return [*lines, *_fenced("sh", f"pip install vllm bitsandbytes\nvllm serve {HERE}")]
+    if target == "unsloth":
+        return [*lines, *_fenced("python", _UNSLOTH)]
+    if subject.library == "diffusers":
+        lines += _fenced("sh", "pip install diffusers transformers accelerate bitsandbytes")
+        return [*lines, *_fenced("python", _diffusers_code(subject))]
+    if subject.library == "sentence-transformers":
+        lines += _fenced("sh", "pip install sentence-transformers accelerate bitsandbytes")
+        return [*lines, *_fenced("python", _SENTENCES)]
+    kind = auto_class(subject.config)
+    lines += _fenced("sh", "pip install transformers accelerate bitsandbytes")
+    lines += _fenced("python", _transformers_code(subject, kind))
+    if kind == "AutoModelForCausalLM":
+        lines += ["To train it with LoRA (QLoRA; `pip install peft`):", ""]
+        lines += _fenced("python", _PEFT)
+    return lines
+
+
+_UNSLOTH = f"""from unsloth import FastLanguageModel
+
+model, tokenizer = FastLanguageModel.from_pretrained("{HERE}", load_in_4bit=True)"""
+_SENTENCES = f"""from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{HERE}")
+embeddings = model.encode(["a sentence", "another one"])"""
+_PEFT = """from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+model = prepare_model_for_kbit_training(model)
+model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))"""
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads it: an Auto class where one is sure to know it."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or not _CLASS.fullmatch(name):
+        return "AutoModel"
+    head = next((head for head in _HEADS if name.endswith(f"For{head}")), None)
+    if head:
+        return f"AutoModelFor{head}"
+    # Others have their Auto class by family, not by name; remote code has no class of that name.
+    return name if "For" in name and "auto_map" not in config else "AutoModel"
+
+
+def _transformers_code(subject: Subject, kind: str) -> str:
+    files = subject.first.output_files
+    remote = ", trust_remote_code=True" if "auto_map" in subject.config else ""
+    processor = ""
+    if "preprocessor_config.json" in files or "processor_config.json" in files:
+        processor = "AutoProcessor"
+    elif any(re.match(r"tokenizer|vocab\.|merges\.txt|spiece", name) for name in files):
+        processor = "AutoTokenizer"
+    names = sorted(filter(None, {kind, processor}))
+    lines = [
+        f"from transformers import {', '.join(names)}",
+        "",
+        f'model = {kind}.from_pretrained("{HERE}", device_map="auto"{remote})',
+    ]
+    if processor:
+        own = "processor" if processor == "AutoProcessor" else "tokenizer"
+        lines.append(f'{own} = {processor}.from_pretrained("{HERE}"{remote})')
+    if (kind, processor) == ("AutoModelForCausalLM", "AutoTokenizer"):
+        lines += [
+            'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        ]
+    return "\n".join(lines)
+
+
+def diffusers_class(subject: Subject) -> tuple[str, str]:
+    """The class of diffusers that loads it, and the dtype to load it in."""
+    dtype = subject.first.config.compute_dtype
+    dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "bfloat16"
+    if subject.is_pipeline:
+        return "DiffusionPipeline", dtype
+    name = str(subject.config.get("_class_name"))
+    return (name if _CLASS.fullmatch(name) else "AutoModel"), dtype
+
+
+def _diffusers_code(subject: Subject) -> str:
+    name, dtype = diffusers_class(subject)
+    own = "pipeline" if subject.is_pipeline else "model"
+    lines = [
+        "import torch",
+        f"from diffusers import {name}",
+        "",
+        f'{own} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
+    ]
+    if subject.is_pipeline:
+        lines.append("pipeline.enable_model_cpu_offload()")
+    return "\n".join(lines)
+
+
+# -- what is in it ----------------------------------------------------------------------------
+
+
+def _contents(subject: Subject) -> list[str]:
+    lines = ["## What is 4-bit, and what is kept", ""]
+    for name, manifest in subject.parts.items():
+        shared = Counter((t.source_file, t.source_tensor) for t in manifest.tensors.values())
+        groups: dict[tuple[str, str], list[int]] = {}
+        for record in manifest.tensors.values():
+            group = groups.setdefault((record.action, record.reason), [0, 0])
+            group[0] += 1
+            group[1] += _elements(record, shared[record.source_file, record.source_tensor])
+        rows = [
+            (ACTIONS[action], escape(reason), f"{count:,}", f"{elements:,}")
+            for (action, reason), (count, elements) in sorted(
+                groups.items(), key=lambda item: (item[0][0] != "quantize", -item[1][1], item[0])
+            )
+        ]
+        lines += _component(name)
+        lines += table(("what", "why", "tensors", "weights"), rows, "llrr")
+    if subject.is_pipeline:
+        lines += ["The other components of the pipeline are as they were.", ""]
+    return lines
+
+
+def _elements(record: TensorRecord, sharing: int) -> int:
+    """Weights of a record; several may be made of one stored tensor."""
+    if record.state is not None:
+        return prod(record.state.shape)
+    return prod(record.source_shape) // sharing
+
+
+def _component(name: str) -> list[str]:
+    return [f"### {escape(name)}", ""] if name else []
+
+
+def _errors(subject: Subject) -> list[str]:
+    lines = ["## What rounding to 4 bits cost", ""]
+    for name, manifest in subject.parts.items():
+        errors = {n: t.error for n, t in manifest.tensors.items() if t.error is not None}
+        if not errors:
+            continue
+        lines += _component(name)
+        median = statistics.median(error.rel_rmse for error in errors.values())
+        lines += [_sentence(median, errors), ""]
+        worst = sorted(errors, key=lambda tensor: (-errors[tensor].rel_rmse, tensor))[:_WORST]
+        rows = [
+            (
+                escape(tensor),
+                f"{errors[tensor].rel_rmse:.4f}",
+                f"{errors[tensor].max_abs:.3g}",
+                f"{errors[tensor].outlier_blocks or 0:,}",
+            )
+            for tensor in worst
+        ]
+        lines += table(
+            ("worst weights", "relative RMSE", "largest error", "outlier blocks"), rows, "lrrr"
+        )
+    return [
+        *lines,
+        "The relative RMSE is the root of (sum of squared error / sum of squared value) of a "
+        "weight. An outlier block is one where a single value is above 10 times the root mean "
+        "square of the others, which then have few codes left. "
+        f"{_code(MANIFEST)} has the figures of every weight.",
+        "",
+    ]
+
+
+def _sentence(median: float, errors: Mapping[str, TensorError]) -> str:
+    blocks = sum(error.blocks or 0 for error in errors.values())
+    outliers = sum(error.outlier_blocks or 0 for error in errors.values())
+    counted = f"; {outliers:,} of {blocks:,} blocks have an outlier" if blocks else ""
+    return f"Relative RMSE of the median weight: {median:.4f}{counted}."
+
+
+# -- how to check it, how it was made ---------------------------------------------------------
+
+
+def _checking(subject: Subject) -> list[str]:
+    lines = ["## Checking it", "", "That every byte is the one that was written:", ""]
+    lines += _fenced("sh", f"pip install nf4cli\nnf4 verify {HERE}")
+    origin = subject.base or "DIRECTORY"
+    what = "" if subject.base else f", a directory with {escape(subject.name)}"
+    lines += [f"And that those are the bytes which the source gives{what}, by converting it again:"]
+    lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}")]
+    unbounded = why_not_by_digests(subject.first.config, subject.first.digest, True)
+    if subject.base and not subject.is_pipeline and not unbounded:
+        lines += [_BOUNDED, ""]
+    rows = []
+    for name, manifest in subject.parts.items():
+        prefix = f"{name}/" if name else ""
+        own = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        rows.append((escape(prefix + MANIFEST), "sha256", own))
+        shards = sorted({t.output_file for t in manifest.tensors.values()} - {""})
+        rows += [
+            (escape(prefix + shard), manifest.digest, manifest.output_files[shard].digest)
+            for shard in shards[:_FILES]
+        ]
+    lines += table(("file", "algorithm", "digest"), rows, "lll")
+    return [*lines, f"{_code(MANIFEST)} has the digests of every file and tensor.", ""]
+
+
+def _making(subject: Subject) -> list[str]:
+    source = subject.base or subject.name
+    if not subject.base and not _NAME.fullmatch(source):
+        source = "DIRECTORY"
+    words = ["nf4", "quantize", source, *options_of(subject.first.config), *_kept(subject)]
+    if subject.first.digest != ("sha256" if subject.base else "blake3"):
+        words += ["--digest", subject.first.digest]
+    command = " ".join(shlex.quote(printable(word)) for word in words)
+    return [
+        "## Making it again",
+        "",
+        _REPEATED if subject.first.config.method == "rtn" else _CALIBRATED,
+        "",
+        *_fenced("sh", f"pip install nf4cli=={printable(subject.first.tool_version)}\n{command}"),
+    ]
+
+
+def _kept(subject: Subject) -> Iterable[str]:
+    """Options for what was kept by choice: modules, and whole components of a pipeline."""
+    for name, manifest in sorted(subject.parts.items()):
+        for pattern in sorted(manifest.config.keep):
+            yield from ("--keep", f"{name}.{pattern}" if name else pattern)
+    if subject.is_pipeline:
+        for name, entry in sorted(subject.config.items()):
+            known = (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and all(isinstance(word, str) for word in entry)
+            )
+            if known and name not in subject.parts and converts(name, *entry):
+                yield from ("--keep", name)
+
+
+def _code(text: object) -> str:
+    plain = _IN_CODE.fullmatch(str(text))
+    return f"`{text}`" if plain else f"<code>{escape(text)}</code>"
+
+
+def _fenced(language: str, text: str) -> list[str]:
+    return [f"```{language}", *text.splitlines(), "```", ""]

@@ -1,0 +1,273 @@
+"""What a checkpoint holds, from its headers and states; one tensor in depth from its bytes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoint import bnb_format
+from ..checkpoint.discovery import MANIFEST
+from ..checkpoint.packed import PackedReader, PackedWeight, find_weights
+from ..checkpoint.reader import ShardReaders
+from ..checkpoint.types import Checkpoint
+from ..checkpoint.untrusted import is_regular
+from ..engines.protocol import Engine
+from ..errors import InputError, UsageError
+from ..format.codebook import codebook
+from ..format.dtypes import FLOAT8, TORCH_NAME
+from .manifest import Manifest, TensorError
+
+if TYPE_CHECKING:
+    from ..engines.protocol import F32
+
+_PIECE = 1 << 20  # elements decoded or blocks read at a time
+_BINS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of one kind.
+
+    Attributes:
+        kind: "nf4, blocksize 64, nested, decodes to bfloat16", or a dtype.
+        packed: whether they are 4-bit weights.
+        tensors: weights (with all companions) or tensors.
+        elements: weights.
+        nbytes: bytes of all their tensors.
+        example: one name.
+    """
+
+    kind: str
+    packed: bool
+    tensors: int
+    elements: int
+    nbytes: int
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A checkpoint at a glance.
+
+    Attributes:
+        files: shards.
+        model_type: of config.json, or the class of a component of a diffusers pipeline.
+        nbytes: bytes of all shards.
+        parameters: floating-point weights, packed ones counted as what they decode to.
+        quantized_parameters: those in 4 bit.
+        bits_per_weight: bits of all tensors for each parameter.
+        groups: the largest first.
+        quant_method: as config.json says, None where it says nothing.
+        skip_modules: llm_int8_skip_modules.
+        kept_modules: those of them that name a module of this checkpoint, each once, the numbers
+            of layers as `*`.
+        errors: by weight, where a manifest knows them.
+        problems: what is wrong with incomplete states (`nf4 verify` checks more).
+    """
+
+    name: str
+    files: int
+    nbytes: int
+    parameters: int
+    quantized_parameters: int
+    bits_per_weight: float
+    groups: tuple[Group, ...]
+    model_type: str | None
+    quant_method: str | None
+    skip_modules: tuple[str, ...]
+    kept_modules: tuple[str, ...]
+    errors: dict[str, TensorError]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One tensor in depth; the fields behind `nbytes` are for packed weights.
+
+    Attributes:
+        codes: how often each of the 16 codes occurs, by code.
+        code_values: what each code stands for.
+        absmax_edges: 13 edges of 12 equal bins.
+        absmax_counts: blocks in each bin.
+        nbytes: bytes of all its tensors.
+        owner: the packed weight whose state this tensor is part of.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    state: bnb_format.QuantState | None = None
+    bits_per_weight: float = 0.0
+    codes: tuple[int, ...] = ()
+    code_values: tuple[float, ...] = ()
+    absmax_edges: tuple[float, ...] = ()
+    absmax_counts: tuple[int, ...] = ()
+    error: TensorError | None = None
+    reason: str | None = None
+    owner: str | None = None
+
+
+def overview(checkpoint: Checkpoint) -> Overview:
+    """Everything that headers, states, config.json and the manifest say."""
+    with ShardReaders(checkpoint.shards) as readers:
+        weights, problems = find_weights(checkpoint, readers)
+    parts = {part[1].name for weight in weights.values() for part in weight.parts()}
+    kinds: dict[tuple[str, bool], list[tuple[str, int, int]]] = {}
+    for weight in weights.values():
+        kinds.setdefault((_kind(weight), True), []).append(
+            (weight.name, weight.numel, weight.nbytes)
+        )
+    for name, (_, tensor) in checkpoint.tensors.items():
+        if name not in parts:
+            kinds.setdefault((tensor.dtype, False), []).append((name, tensor.numel, tensor.nbytes))
+    groups = [
+        Group(kind, packed, len(rows), sum(r[1] for r in rows), sum(r[2] for r in rows), rows[0][0])
+        for (kind, packed), rows in kinds.items()
+    ]
+    parameters = sum(g.elements for g in groups if g.packed or g.kind in (*TORCH_NAME, *FLOAT8))
+    manifest = _manifest(checkpoint)
+    model_type = checkpoint.config.get("model_type", checkpoint.config.get("_class_name"))
+    return Overview(
+        name=checkpoint.name,
+        files=len(checkpoint.shards),
+        nbytes=sum(shard.size for shard in checkpoint.shards),
+        parameters=parameters,
+        quantized_parameters=sum(g.elements for g in groups if g.packed),
+        bits_per_weight=8 * sum(g.nbytes for g in groups) / max(1, parameters),
+        groups=tuple(sorted(groups, key=lambda g: (not g.packed, -g.nbytes))),
+        model_type=model_type if isinstance(model_type, str) else None,
+        quant_method=bnb_format.quant_method(checkpoint.config),
+        skip_modules=tuple(bnb_format.skip_list(checkpoint.config)),
+        kept_modules=_kept_modules(checkpoint),
+        errors={
+            name: record.error
+            for name, record in (manifest.tensors.items() if manifest else ())
+            if record.error is not None
+        },
+        problems=tuple(problem for _, problem in problems),
+    )
+
+
+def _kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
+    modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
+    present = [
+        key
+        for key in bnb_format.skip_list(checkpoint.config)
+        if any(f".{module}.".endswith(f".{key}.") for module in modules)
+    ]
+    shortest = [k for k in present if not any(k != o and k.endswith("." + o) for o in present)]
+    numbered = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key) for key in shortest)
+    return tuple(dict.fromkeys(numbered))
+
+
+def _kind(weight: PackedWeight) -> str:
+    state = weight.state
+    storage = bnb_format.storage_of(weight.packed[1])
+    return ", ".join(
+        (
+            state.quant_type,
+            f"blocksize {state.blocksize}",
+            "nested" if state.nested else "float32 absmax",
+            *((f"stored as {storage}",) if storage != "uint8" else ()),
+            f"decodes to {state.dtype}",
+        )
+    )
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest | None:
+    path = checkpoint.root / MANIFEST
+    return Manifest.from_file(path) if is_regular(path) else None
+
+
+def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView:
+    """One tensor, every byte of it read.
+
+    Args:
+        name: its key, or the module's path.
+
+    Raises:
+        UsageError: there is no such tensor.
+        InputError: its quantization state is incomplete.
+    """
+    if name not in checkpoint.tensors and f"{name}.weight" in checkpoint.tensors:
+        name = f"{name}.weight"
+    if name not in checkpoint.tensors:
+        near = [key for key in checkpoint.tensors if name in key and key.endswith(".weight")][:3]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UsageError(f"{checkpoint.root} has no tensor {name!r}{hint}")
+    shard, tensor = checkpoint.tensors[name]
+    manifest = _manifest(checkpoint)
+    record = manifest.tensors.get(name) if manifest else None
+    with ShardReaders(checkpoint.shards) as readers:
+        weights, problems = find_weights(checkpoint, readers)
+        weight = weights.get(name)
+        if weight is None:
+            for owner, problem in problems:
+                if owner == name:
+                    raise InputError(problem)
+            return TensorView(
+                name, shard.path.name, tensor.dtype, tensor.shape, tensor.nbytes,
+                reason=record.reason if record else None,
+                owner=bnb_format.companion_owner(name),
+            )  # fmt: skip
+        reader = PackedReader(readers, engine)
+        codes = _count_codes(reader, weight)
+        edges, counts = _absmax_histogram(reader, weight)
+    return TensorView(
+        name=name,
+        file=shard.path.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        nbytes=weight.nbytes,
+        state=weight.state,
+        bits_per_weight=8 * weight.nbytes / weight.numel,
+        codes=codes,
+        code_values=tuple(codebook(weight.state.quant_type).decode.tolist()),
+        absmax_edges=edges,
+        absmax_counts=counts,
+        error=record.error if record else None,
+        reason=record.reason if record else None,
+    )
+
+
+def _count_codes(reader: PackedReader, weight: PackedWeight) -> tuple[int, ...]:
+    pairs = np.zeros(256, np.int64)
+    last = 0
+    for start in range(0, weight.numel, _PIECE):
+        data = reader.packed(weight, start, min(_PIECE, weight.numel - start))
+        pairs += np.bincount(data, minlength=256)
+        last = int(data[-1])
+    table = pairs.reshape(16, 16)
+    counts = table.sum(axis=1) + table.sum(axis=0)
+    if weight.numel % 2:
+        counts[last & 15] -= 1  # the nibble that pads an odd weight
+    return tuple(int(c) for c in counts)
+
+
+def _absmax_histogram(
+    reader: PackedReader, weight: PackedWeight
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    def pieces() -> list[tuple[int, int]]:
+        return [(i, min(_PIECE, weight.blocks - i)) for i in range(0, weight.blocks, _PIECE)]
+
+    def read(first: int, count: int) -> F32:
+        return reader.absmax(weight, first, count)
+
+    low = min(float(read(*piece).min()) for piece in pieces())
+    high = max(float(read(*piece).max()) for piece in pieces())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"{weight.name}: absmax is not finite; nf4 verify names the block")
+    if high <= low:
+        return (low, high), (weight.blocks,)
+    counts: Counter[int] = Counter()
+    edges = np.linspace(low, high, _BINS + 1)
+    for piece in pieces():
+        histogram, _ = np.histogram(read(*piece), bins=edges)
+        counts.update({i: int(n) for i, n in enumerate(histogram)})
+    return tuple(edges.tolist()), tuple(counts[i] for i in range(_BINS))

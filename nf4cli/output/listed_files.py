@@ -1,0 +1,135 @@
+"""The files that an output's manifests answer for, and whether they are what was written."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..callbacks import Progress
+from ..checkpoint.digest import digests_of_file
+from ..checkpoint.discovery import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
+from ..errors import InputError
+from ..threads import run
+from .manifest import FileRecord, Manifest
+from .pipeline_record import Record
+from .report import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A file as a manifest lists it: where it lies, what it should be, in which algorithm."""
+
+    path: Path
+    record: FileRecord | None
+    algorithm: str
+
+
+def listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, Listed]]:
+    """The manifests by component ("" for a checkpoint), and every file that they answer for.
+
+    Raises:
+        InputError: there is none, one is damaged, or names a file outside of `path`.
+    """
+    record_place = path / PIPELINE_RECORD
+    if record_place.is_file():
+        record = Record.from_file(record_place)
+        files = {n: Listed(path / n, r, record.digest) for n, r in record.files.items()}
+        files[PIPELINE_RECORD] = Listed(record_place, None, record.digest)
+        manifests = {name: _manifest(path / name) for name in record.components}
+    elif path.is_dir():
+        files, manifests = {}, {"": _manifest(path)}
+    else:
+        raise InputError(f"{path} is no directory: give one that nf4 quantize wrote")
+    for component, manifest in manifests.items():
+        for name, file in manifest.output_files.items():
+            files[joined(component, name)] = Listed(path / component / name, file, manifest.digest)
+        own = joined(component, MANIFEST)
+        files.setdefault(own, Listed(path / own, None, manifest.digest))
+    for name, listed in files.items():
+        if not _lies_in(listed.path, path):
+            raise InputError(f"{path}: {name[:200]!r} in a manifest leads out of the directory")
+    return manifests, dict(sorted(files.items()))
+
+
+def _lies_in(file: Path, directory: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a NUL
+        return False
+
+
+def _manifest(directory: Path) -> Manifest:
+    if not (directory / MANIFEST).is_file():
+        raise InputError(
+            f"{directory} has no {MANIFEST}: expected a directory that nf4 quantize wrote, "
+            "and a finished run has one"
+        )
+    return Manifest.from_file(directory / MANIFEST)
+
+
+def joined(component: str, name: str) -> str:
+    """A file of a component as the output names it."""
+    return f"{component}/{name}" if component else name
+
+
+def strays(root: Path, known: Mapping[str, object]) -> Iterable[str]:
+    """Files that no manifest lists, but for the model card, and for what git and caches keep."""
+    for place, directories, files in os.walk(root):
+        here = Path(place)
+        links = [d for d in directories if (here / d).is_symlink()]
+        directories[:] = sorted(set(directories) - set(LEFT_DIRECTORIES) - set(links))
+        for file in sorted([*files, *links]):
+            name = (here / file).relative_to(root).as_posix()
+            if name not in known and not file.startswith(".git") and name != CARD:
+                yield name
+
+
+def read_listed(
+    files: Mapping[str, Listed], workers: int, progress: Progress
+) -> tuple[dict[str, str], list[Finding], list[str]]:
+    """Read every file once.
+
+    Args:
+        files: by name; the name of a file of the source begins with "source:".
+
+    Returns:
+        (SHA-256 by name of what is as its manifest says, what is not, cards that were edited).
+    """
+    digests: dict[str, str] = {}
+    findings: list[Finding] = []
+    edited: list[str] = []
+    lock = threading.Lock()
+
+    def check(item: tuple[str, Listed]) -> None:
+        key, listed = item
+        name = key.removeprefix("source:")
+        found, message = None, None
+        if not os.path.isfile(listed.path):  # noqa: PTH113 - False also for a name too long
+            message = f"{listed.path} is missing: the manifest lists it"
+        else:
+            size, both = digests_of_file(
+                listed.path, {"sha256", listed.algorithm}, lambda count: progress(name, count)
+            )
+            found, record = both["sha256"], listed.record
+            if record not in (None, FileRecord(size, both[listed.algorithm])):
+                if key == name == CARD or key.endswith(f"/{CARD}"):
+                    with lock:
+                        edited.append(name)
+                    return
+                assert record is not None
+                message = (
+                    f"{listed.path} is not what the manifest says: {listed.algorithm} is "
+                    f"{both[listed.algorithm]}, expected {record.digest}"
+                )
+        with lock:
+            if message is None and found is not None:
+                digests[key] = found
+            else:
+                level = "source" if key != name else "manifest"
+                findings.append(Finding(level, name, message or ""))
+
+    run(files.items(), lambda: check, min(workers, max(1, len(files))), lambda: None)
+    return digests, sorted(findings, key=lambda finding: finding.where), sorted(edited)

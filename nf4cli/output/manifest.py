@@ -1,0 +1,396 @@
+"""The quantization-state manifest, `nf4_manifest.json`: what was done, to what, with which result.
+
+docs/manifest.md describes the format and manifest.schema.json is its JSON Schema.  It is a function
+of the source's bytes, the recipe and the tool's version: two runs on two machines with two engines
+write the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.bnb_format import QuantState, decode_state, encode_state
+from ..checkpoint.digest import ALGORITHMS, TENSOR_ALGORITHM
+from ..checkpoint.types import FileDigests
+from ..checkpoint.untrusted import RECORD, read_json
+from ..errors import InputError
+from ..format.config import QuantConfig
+from ..planning.plan import Plan, TensorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class TensorError:
+    """What rounding to 4 bits cost, under each block's own float32 absmax.
+
+    Double quantization moves the decoded scales by another few thousandths of themselves; that
+    is not in these figures.
+
+    Attributes:
+        rel_rmse: root of (sum of squared error / sum of squared value).
+        max_abs: largest error of one element.
+        blocks: how many share an absmax each; None where a manifest does not say.
+        outlier_blocks: those whose absmax is above 10 times the root mean square of their other
+            elements, which then have few codes left.
+        worst_block: of codes that are not the nearest, the largest root mean square error of a
+            block, in units of its scale; None for the nearest.
+    """
+
+    rel_rmse: float
+    max_abs: float
+    blocks: int | None = None
+    outlier_blocks: int | None = None
+    worst_block: float | None = None
+
+    @property
+    def outlier_share(self) -> float:
+        """Outlier blocks among all, 0 where they are not known."""
+        return (self.outlier_blocks or 0) / max(1, self.blocks or 0)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What is known of a weight of the output when all of its bytes are written.
+
+    Attributes:
+        nested_offset: of its quantization state, None where there is no nested state.
+        error: of a quantized weight.
+        sources: XXH3-128 of the stored tensors that it was made from, by name; without those
+            that no digest is known of yet.
+    """
+
+    nested_offset: float | None
+    error: TensorError | None
+    sources: Mapping[str, str]
+
+
+VERSION = 1
+"""Of the format; a reader refuses what is newer than it knows."""
+
+
+ACTIONS = ("quantize", "cast", "copy", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Attributes:
+    size: bytes.
+    digest: hexadecimal, in the manifest's algorithm.
+    """
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One weight of the output, or a source tensor that nothing was written for.
+
+    Attributes:
+        action: "quantize", "cast", "copy" or "drop".
+        rule, reason: why, see selection.py.
+        transposed: written as the transpose of the stored matrix.
+        source_tensor: the stored tensor it was made from; several may share a fused one.
+        source_digest: XXH3-128 of its bytes in the source.
+        outputs: XXH3-128 of the bytes of every tensor written for it, by key.
+        state, error: for "quantize".
+    """
+
+    action: str
+    rule: str
+    reason: str
+    transposed: bool
+    source_tensor: str
+    source_file: str
+    source_dtype: str
+    source_shape: tuple[int, ...]
+    source_digest: str
+    output_file: str
+    outputs: Mapping[str, str]
+    state: QuantState | None
+    error: TensorError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """See the module.  `to_json` and `from_file` are inverses, but for the tool's version.
+
+    Attributes:
+        source_repo, source_commit: where on a Hub the source comes from, None for a local one.
+    """
+
+    config: QuantConfig
+    digest: str
+    source_name: str
+    source_files: Mapping[str, FileRecord]
+    output_files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord]
+    parameters: int
+    quantized_parameters: int
+    bits_per_weight: float
+    source_repo: str | None = None
+    source_commit: str | None = None
+    tool_version: str = __version__
+
+    def to_json(self) -> str:
+        """Indented, sorted where order has no meaning."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
+            return [{"name": name, **asdict(records[name])} for name in sorted(records)]
+
+        return {
+            "nf4_manifest": VERSION,
+            "tool": {"name": "nf4cli", "version": self.tool_version},
+            "digests": {"files": self.digest, "tensors": TENSOR_ALGORITHM},
+            "recipe": self.config.as_dict(),
+            "source": {
+                "name": self.source_name,
+                **_known({"repo": self.source_repo, "commit": self.source_commit}),
+                "files": files(self.source_files),
+            },
+            "output": {
+                "files": files(self.output_files),
+                "parameters": self.parameters,
+                "quantized_parameters": self.quantized_parameters,
+                "bits_per_weight": round(self.bits_per_weight, 4),
+            },
+            "tensors": {
+                name: _tensor_dict(name, self.tensors[name]) for name in sorted(self.tensors)
+            },
+        }
+
+    @staticmethod
+    def from_file(path: Path) -> Manifest:
+        """Read a manifest of this or an earlier version of the format.
+
+        Raises:
+            InputError: not a manifest, damaged, or of a newer format.
+        """
+        document = read_json(path, RECORD)
+        version = document.get("nf4_manifest")
+        if version != VERSION:
+            raise InputError(
+                f"{path} has manifest format {version!r}; this version of nf4 reads {VERSION}"
+                + (": install a newer nf4cli" if type(version) is int and version > VERSION else "")
+            )
+        try:
+            return _manifest_of(document)
+        except (
+            KeyError, TypeError, ValueError, AttributeError, OverflowError, InputError
+        ) as error:  # fmt: skip
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:500]}): it was "
+                "edited by hand, or is incomplete. Quantize again, or remove it to check the files "
+                "without it"
+            ) from error
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "action": record.action,
+        "rule": record.rule,
+        "reason": record.reason,
+        "source": {
+            "file": record.source_file,
+            "dtype": record.source_dtype,
+            "shape": list(record.source_shape),
+            "digest": record.source_digest,
+        },
+    }
+    if record.source_tensor != name:
+        fields["source"]["tensor"] = record.source_tensor
+    if record.outputs:
+        fields["output"] = {
+            "file": record.output_file,
+            "digests": dict(sorted(record.outputs.items())),
+        }
+    if record.transposed:
+        fields["transposed"] = True
+    if record.state is not None:
+        fields["quant_state"] = {**asdict(record.state), "shape": list(record.state.shape)}
+    if record.error is not None:
+        fields["error"] = record.error.as_dict()
+    return fields
+
+
+def _manifest_of(document: Mapping[str, Any]) -> Manifest:
+    if document["digests"]["files"] not in ALGORITHMS:
+        raise ValueError(f"digest algorithm {document['digests']['files']!r}")
+    for name, value in document["recipe"].items():
+        wanted = list if name == "keep" else type(getattr(QuantConfig(), name))
+        if type(value) is not wanted:
+            raise TypeError(f"recipe.{name} is {value!r}")
+    if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
+        raise TypeError("recipe.keep holds something else than strings")
+    return Manifest(
+        config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
+        digest=document["digests"]["files"],
+        source_name=_string(document["source"]["name"]),
+        source_files=_file_records(document["source"]["files"]),
+        output_files=_file_records(document["output"]["files"]),
+        tensors={
+            name: _tensor_record(name, fields) for name, fields in document["tensors"].items()
+        },
+        parameters=_count(document["output"]["parameters"]),
+        quantized_parameters=_count(document["output"]["quantized_parameters"]),
+        bits_per_weight=_number(document["output"]["bits_per_weight"]),
+        source_repo=_optional(document["source"].get("repo")),
+        source_commit=_optional(document["source"].get("commit")),
+        tool_version=_string(document["tool"]["version"]),
+    )
+
+
+def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
+    return {
+        _string(file["name"]): FileRecord(_count(file["size"]), _string(file["digest"]))
+        for file in files
+    }
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:100]!r} where a string belongs")
+    return value
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else _string(value)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{str(value)[:100]!r} where a number of something belongs")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not isfinite(float(str(value))):
+        raise TypeError(f"{str(value)[:100]!r} where a number belongs")
+    return float(str(value))
+
+
+def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
+    state, error = fields.get("quant_state"), fields.get("error")
+    source = fields["source"]
+    if fields["action"] not in ACTIONS:
+        raise ValueError(f"the action {fields['action']!r} of {name}")
+    if fields["action"] == "drop":
+        output: dict[str, Any] = {"file": "", "digests": {}}
+    else:
+        output = fields["output"]
+        if not output["digests"]:
+            raise ValueError(f"no digest of {name}")
+    return TensorRecord(
+        action=_string(fields["action"]),
+        rule=_string(fields["rule"]),
+        reason=_string(fields["reason"]),
+        transposed=fields.get("transposed", False) is True,
+        source_tensor=_string(source.get("tensor", name)),
+        source_file=_string(source["file"]),
+        source_dtype=_string(source["dtype"]),
+        source_shape=tuple(map(_count, source["shape"])),
+        source_digest=_string(source["digest"]),
+        output_file=_string(output["file"]),
+        outputs={key: _string(digest) for key, digest in output["digests"].items()},
+        state=None if state is None else _state(name, state),
+        error=None if error is None else _error(error),
+    )
+
+
+def _state(name: str, fields: dict[str, Any]) -> QuantState:
+    """A state of the manifest, which has to be one that a checkpoint may have."""
+    state = QuantState(**{**fields, "shape": tuple(fields["shape"])})
+    if decode_state(encode_state(state), f"the state of {name}") != state:
+        raise ValueError(f"the state of {name} is {state}")
+    return state
+
+
+def _error(fields: dict[str, Any]) -> TensorError:
+    counts = {name: fields.get(name) for name in ("blocks", "outlier_blocks")}
+    for count in counts.values():
+        if count is not None and (type(count) is not int or not 0 <= count < 1 << 63):
+            raise ValueError(f"error has {counts}")
+    worst = fields.get("worst_block")
+    return TensorError(
+        _number(fields["rel_rmse"]),
+        _number(fields["max_abs"]),
+        **counts,
+        worst_block=None if worst is None else _number(worst),
+    )
+
+
+_NOTHING = Result(None, None, {})
+
+
+def manifest_of(
+    plan: Plan,
+    algorithm: str,
+    results: Mapping[str, Result],
+    sources: Mapping[str, FileDigests],
+    outputs: Mapping[str, str],
+) -> Manifest:
+    """The record of a finished conversion, but for the output's files.
+
+    Args:
+        algorithm: of the source files' digests.
+        results: by weight.
+        sources: digests of every source file, by name.
+        outputs: digests of every output tensor, by key.
+    """
+    origin = plan.checkpoint.origin
+    stored = {name: digest for file in sources.values() for name, digest in file.tensors.items()}
+    return Manifest(
+        config=plan.config,
+        digest=algorithm,
+        source_name=plan.checkpoint.name,
+        source_files={
+            shard.path.name: FileRecord(shard.size, sources[shard.path.name].digest)
+            for shard in plan.checkpoint.shards
+        },
+        source_repo=origin.repo if origin else None,
+        source_commit=origin.commit if origin else None,
+        output_files={},
+        tensors={
+            t.name: TensorRecord(
+                action=t.action,
+                rule=t.rule,
+                reason=t.reason,
+                transposed=t.view is not None,
+                source_tensor=t.weight.stored.name,
+                source_file=t.weight.shard.path.name,
+                source_dtype=t.weight.stored.dtype,
+                source_shape=t.weight.stored.shape,
+                source_digest=stored[t.weight.stored.name],
+                output_file=plan.shards[t.file].filename if t.outputs else "",
+                outputs={key: outputs.get(key, "") for key in t.outputs},
+                state=_planned_state(t, results.get(t.name, _NOTHING)),
+                error=results.get(t.name, _NOTHING).error,
+            )
+            for t in plan.tensors
+        },
+        parameters=plan.parameters,
+        quantized_parameters=plan.quantized_parameters,
+        bits_per_weight=plan.bits_per_weight,
+    )
+
+
+def _planned_state(plan: TensorPlan, result: Result) -> QuantState | None:
+    """The quantization state as it is written."""
+    if plan.state is None or result.nested_offset is None:
+        return plan.state
+    return replace(plan.state, nested_offset=result.nested_offset)

@@ -1,0 +1,145 @@
+"""nf4_pipeline.json: the files beside the components of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoint.digest import ALGORITHMS, digest_file
+from ..checkpoint.discovery import PIPELINE_RECORD
+from ..checkpoint.untrusted import is_plain, is_regular, read_json
+from ..errors import InputError
+from ..planning.pipeline_plan import components_of, copies_of, stray_weights
+from .against_manifest import check_other_file
+from .already_there import require_none
+from .manifest import FileRecord
+from .report import Report
+
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """nf4_pipeline.json: what an output holds beside its converted components.
+
+    Attributes:
+        digest: algorithm.
+        components: those that were converted; their own manifests have the rest.
+        files: every other file, and the manifests of the components.
+    """
+
+    digest: str
+    components: tuple[str, ...]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> str:
+        document = {
+            "nf4_pipeline": RECORD_VERSION,
+            "tool": {"name": "nf4cli", "version": __version__},
+            "digest": self.digest,
+            "components": sorted(self.components),
+            "files": [
+                {"name": name, "size": record.size, "digest": record.digest}
+                for name, record in sorted(self.files.items())
+            ],
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @staticmethod
+    def from_file(path: Path) -> Record:
+        """Raises InputError: not such a record, damaged, or of a newer format."""
+        document = read_json(path)
+        version = document.get("nf4_pipeline")
+        if version != RECORD_VERSION:
+            raise InputError(
+                f"{path} has format {version!r}; this version of nf4 reads {RECORD_VERSION}: "
+                "install the nf4cli that wrote it, or quantize again"
+            )
+        files, components = document.get("files"), document.get("components")
+        if (
+            document.get("digest") not in ALGORITHMS
+            or not isinstance(components, list)
+            or not all(isinstance(name, str) and is_plain(name) for name in components)
+            or not isinstance(files, list)
+            or not all(_is_file_entry(file) for file in files)
+        ):
+            raise InputError(
+                f"{path} is damaged: it was edited by hand, or is incomplete. Quantize again, or "
+                "remove it to check the files without it"
+            )
+        return Record(
+            digest=str(document["digest"]),
+            components=tuple(components),
+            files={file["name"]: FileRecord(file["size"], file["digest"]) for file in files},
+        )
+
+
+def _is_file_entry(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and "\0" not in value["name"]
+        and type(value.get("size")) is int
+        and isinstance(value.get("digest"), str)
+    )
+
+
+def read_record(path: Path, report: Report) -> Record | None:
+    try:
+        return (
+            Record.from_file(path / PIPELINE_RECORD) if is_regular(path / PIPELINE_RECORD) else None
+        )
+    except InputError as error:
+        report.add("manifest", PIPELINE_RECORD, str(error))
+        return None
+
+
+def check_recorded(path: Path, record: Record | None, packed: list[str], report: Report) -> None:
+    """Every file beside the converted components, and their manifests, by the digests we wrote."""
+    if record is None:
+        report.unchecked.append(
+            f"that the files beside {', '.join(packed)} are the ones written: there is no "
+            f"{PIPELINE_RECORD} that can be read"
+        )
+        return
+    for name, file in sorted(record.files.items()):
+        check_other_file(path, name, file, record.digest, report)
+    for name in stray_weights(path, record.files.keys(), packed):
+        report.add("manifest", name, f"{name} is not in {PIPELINE_RECORD}: it is of another run")
+    report.check(
+        "manifest", f"{len(record.files)} files beside them are the ones written ({record.digest})"
+    )
+
+
+def check_copies(path: Path, source: Path, packed: list[str], report: Report) -> None:
+    copies = copies_of(source, components_of(source), packed)
+    for name, original in copies.files.items():
+        here = path / name
+        if not is_regular(here):
+            report.add("source", name, f"{name} is missing: the source has {original}")
+        elif digest_file(here, "blake3") == digest_file(source / original, "blake3"):
+            continue
+        elif here.name == "README.md":
+            report.unchecked.append(f"{name}: it was edited since, as a model card may be")
+        else:
+            report.add("source", name, f"{name} is not the file {source / original}")
+    for name, text in copies.texts.items():
+        if not is_regular(path / name) or (path / name).read_bytes() != text.encode():
+            report.add("source", name, f"{name} is not the index that the source gives")
+    report.check("source", f"{len(copies.files)} copied files are those of the source")
+
+
+def confirm_pipeline(output: Path, root: Path, converted: list[str]) -> None:
+    """Raise UsageError unless what lies beside an output's components is what a run would write.
+
+    Args:
+        root: the source.
+        converted: components.
+    """
+    report = Report()
+    check_recorded(output, read_record(output, report), converted, report)
+    check_copies(output, root, converted, report)
+    require_none(output, report)

@@ -1,0 +1,1 @@
+"""What will be done: which weights become 4-bit and why, exact sizes, resources."""

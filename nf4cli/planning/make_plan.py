@@ -1,0 +1,280 @@
+"""Checkpoint + QuantConfig -> Plan: everything that will be written, before a byte is read.
+
+From headers alone: each tensor's fate and why, every output file with the place of every tensor,
+the exact sizes, config.json.  Everything that can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import bnb_format
+from ..checkpoint.bnb_format import QuantState
+from ..checkpoint.discovery import shard_count, shard_name
+from ..checkpoint.importance_file import ImportanceFile
+from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
+from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
+from ..errors import InputError, UsageError
+from ..format.codebook import BLOCKSIZES, QUANT_TYPES
+from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
+from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
+from . import kept_with, model_config, selection
+from .answer import Answer
+from .families import consult, names_of
+from .notes import importance_notes, notes_of
+from .plan import Plan, TensorPlan
+from .weights import Contents, contents
+
+if TYPE_CHECKING:
+    pass
+
+
+Oracle = Callable[[Checkpoint], Answer | None]
+"""Given the source as the model holds it, what transformers says of it, or None for the rules."""
+
+
+Scan = Callable[[Plan], Collection[str]]
+"""Given a plan, those of its weights to quantize that hold a NaN or an infinity
+(find_nonfinite.py)."""
+
+
+def no_scan(plan: Plan) -> Collection[str]:
+    """The Scan that reads nothing: a conversion will refuse what it meets."""
+    return ()
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    oracle: Oracle = consult,
+    scan: Scan = no_scan,
+    importance: ImportanceFile | None = None,
+) -> Plan:
+    """Decide the whole conversion.
+
+    Args:
+        oracle: see `families.consult`.
+        scan: asked where config.on_nonfinite is "keep"; it reads all that would be quantized.
+        importance: weights the loss of `--scale search`.
+
+    Raises:
+        UsageError: an option has an impossible value, or a pattern matches nothing.
+        InputError: the source is already quantized, or is of a kind that nf4 cannot convert; or
+            the importance is that of another model.
+    """
+    _check_options(config)
+    if checkpoint.is_diffusers and config.quant_storage != "uint8":
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not go with {checkpoint.name}: diffusers "
+            "reads uint8 only"
+        )
+    _refuse_part_of_a_set(checkpoint)
+    _refuse_packed(checkpoint)
+    model_dtype = model_config.dtype_of(checkpoint, config.dtype)
+    found = contents(checkpoint, model_dtype)
+    model = found.as_checkpoint(checkpoint)
+    model_config.check_headers(model)
+    answer = oracle(model)
+    torch_dtype = TORCH_NAME[model_dtype]
+    config = replace(
+        config,
+        dtype=torch_dtype,
+        compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
+        asked=f"transformers {answer.version}" if answer else "",
+        importance=importance.digest if importance else "",
+    )
+
+    def decide(nonfinite: Collection[str]) -> Plan:
+        choices = selection.select(model, config.keep, config.target, answer, nonfinite)
+        skip = kept_with.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
+        selection.refuse_nothing(checkpoint, choices)  # more may be kept now than was selected
+        return _plan(checkpoint, config, model_dtype, found, choices, skip, importance)
+
+    plan = decide(())
+    nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
+    return decide(nonfinite) if nonfinite else plan
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    config: QuantConfig,
+    model_dtype: str,
+    found: Contents,
+    choices: dict[str, selection.Choice],
+    skip: list[str],
+    importance: ImportanceFile | None,
+) -> Plan:
+    tensors = [
+        _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
+    ] + [_drop(*checkpoint.tensors[name], reason) for name, reason in found.left.items()]
+    _refuse_key_clashes(tensors)
+    tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
+    return Plan(
+        checkpoint=checkpoint,
+        config=config,
+        tensors=tuple(tensors),
+        shards=tuple(shards),
+        index=index_of(shards),
+        output_config=_output_config(checkpoint, config, skip),
+        notes=(
+            *notes_of(checkpoint, config, tensors),
+            *(importance_notes(importance, tensors) if importance else ()),
+        ),
+        importance=importance,
+    )
+
+
+def _check_options(config: QuantConfig) -> None:
+    for option, value, allowed in (
+        ("--quant-type", config.quant_type, QUANT_TYPES),
+        ("--blocksize", config.blocksize, BLOCKSIZES),
+        ("--quant-storage", config.quant_storage, tuple(STORAGE_NAME)),
+        ("--compute-dtype", config.compute_dtype, ("auto", *SAFETENSORS_NAME)),
+        ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
+        ("--target", config.target, TARGETS),
+        ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
+        ("--scale", config.scale, SCALES),
+        ("--method", config.method, METHODS),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
+    if config.target == "vllm" and config.quant_storage != "uint8":
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not go with --target vllm, which reads "
+            "uint8 only"
+        )
+    check_shard_size(config.max_shard_size)
+
+
+def check_shard_size(size: int) -> None:
+    """Raises UsageError for less than 1 MB."""
+    if size < 1_000_000:
+        raise UsageError(f"--max-shard-size {size:,} bytes is below 1 MB")
+
+
+def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
+    """One shard of several is no model, though the config.json beside it says it is."""
+    path = checkpoint.shards[0].path
+    count = shard_count(path.name)
+    if checkpoint.is_file and count > 1:
+        raise InputError(
+            f"{path} is one of {count} shards of a model: give its directory, {path.parent}"
+        )
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    if bnb_format.quant_method(checkpoint.config) is not None:
+        return  # float8.py reads it or refuses it by name
+    packed = bnb_format.find_quantized(checkpoint)
+    if packed:
+        raise InputError(
+            f"{checkpoint.root} already holds packed 4-bit weights ({next(iter(packed))!r} and "
+            f"{len(packed) - 1} more), though config.json does not say so: undo them first with "
+            "nf4 dequantize"
+        )
+
+
+def _plan_weight(
+    weight: Weight, choice: selection.Choice, config: QuantConfig, model_dtype: str
+) -> TensorPlan:
+    rule, view = choice.rule, weight.view
+    if not choice.quantize:
+        cast = (
+            weight.dtype in TORCH_NAME
+            and weight.stored.dtype != model_dtype
+            and rule not in (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
+        )
+        outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
+        action = "cast" if cast else "copy"
+        return TensorPlan(weight, action, rule.name, rule.reason, view, None, outputs)
+    shape = weight.shape
+    if choice.transposed:
+        rows, columns = shape
+        shape, view = (columns, rows), View(0, rows, columns, columns)
+    packed_bytes = (prod(shape) + 1) // 2
+    if packed_bytes % ITEMSIZE[STORAGE_NAME[config.quant_storage]]:
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not fit {weight.name!r}, whose "
+            f"{packed_bytes:,} packed bytes are no multiple of its size: use uint8, or keep the "
+            f"module with --keep {selection.module_path(weight.name)}"
+        )
+    state = QuantState(
+        quant_type=config.quant_type,
+        blocksize=config.blocksize,
+        dtype=TORCH_NAME[weight.dtype],
+        shape=shape,
+        nested=config.double_quant,
+    )
+    outputs = bnb_format.expected_tensors(weight.name, state, config.quant_storage)
+    return TensorPlan(weight, "quantize", rule.name, rule.reason, view, state, outputs)
+
+
+def _drop(shard: Shard, tensor: TensorInfo, reason: str) -> TensorPlan:
+    weight = Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor)
+    return TensorPlan(weight, "drop", "scale", reason, None, None, {})
+
+
+def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
+    owners: dict[str, str] = {}
+    for plan in tensors:
+        for key in plan.outputs:
+            if key in owners:
+                raise InputError(
+                    f"the output key {key!r} is wanted by both {owners[key]!r} and "
+                    f"{plan.name!r}: rename the tensor in the source"
+                )
+            owners[key] = plan.name
+
+
+def _place(
+    tensors: list[TensorPlan], checkpoint: Checkpoint, max_shard_size: int
+) -> tuple[list[TensorPlan], list[ShardLayout]]:
+    """Fill output files in source order; a weight and its companions stay together."""
+    written = [plan for plan in tensors if plan.outputs]
+    files = fill_shards(
+        written, lambda plan: [(key, *spec) for key, spec in plan.outputs.items()], max_shard_size
+    )
+    layouts = []
+    for number, members in enumerate(files):
+        name = shard_name(checkpoint.stem, number, len(files))
+        entries = [[(key, *spec) for key, spec in plan.outputs.items()] for plan in members]
+        layouts.append(
+            lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
+        )
+    placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
+    placed += [plan for plan in tensors if not plan.outputs]
+    # Read in the order of the source: its files are digested on the way.
+    order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
+    placed.sort(key=lambda plan: (order[plan.weight.shard.path], plan.weight.stored.start))
+    return placed, layouts
+
+
+def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
+    """The index's content; None for a single file, which needs none."""
+    if len(shards) == 1:
+        return None
+    return {
+        "metadata": {
+            "total_size": sum(t.nbytes for layout in shards for t in layout.tensors.values())
+        },
+        "weight_map": {
+            key: layout.filename
+            for key, layout in sorted((k, layout) for layout in shards for k in layout.tensors)
+        },
+    }
+
+
+def _output_config(
+    checkpoint: Checkpoint, config: QuantConfig, skip: list[str]
+) -> dict[str, Any] | None:
+    if not checkpoint.config:
+        return None
+    output = model_config.without_quantization(checkpoint.config)
+    model_config.set_dtype(output, config.dtype)
+    output["quantization_config"] = bnb_format.quantization_config(
+        config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
+    )
+    return output

@@ -1,0 +1,97 @@
+"""What a user should know of a plan, a sentence each."""
+
+from __future__ import annotations
+
+from ..checkpoint.discovery import links_note
+from ..checkpoint.importance_file import ImportanceFile
+from ..checkpoint.types import Checkpoint
+from ..errors import InputError
+from ..format.config import QuantConfig
+from ..format.dtypes import TORCH_NAME
+from . import kept_with, selection
+from .plan import TensorPlan
+
+
+def _some(names: list[str]) -> str:
+    """The first five of a list, in words."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> list[str]:
+    """What the importance says nothing of.
+
+    Raises:
+        InputError: it says something of weights that these are not.
+    """
+    missing = []
+    for tensor in tensors:
+        if tensor.state is None:
+            continue
+        found = importance.columns.get(tensor.name)
+        if found is None:
+            missing.append(tensor.name)
+        elif found.size != tensor.state.shape[-1]:
+            raise InputError(
+                f"{importance.path} has {found.size:,} columns of {tensor.name}, the model has "
+                f"{tensor.state.shape[-1]:,}: it was measured on another model"
+            )
+    quantized = sum(tensor.state is not None for tensor in tensors)
+    if quantized and len(missing) == quantized:
+        raise InputError(
+            f"{importance.path} knows none of the {quantized:,} weights to quantize, such as "
+            f"{missing[0]}: it was measured on another model"
+        )
+    if not missing:
+        return []
+    return [
+        f"nothing is known of the inputs of {_some(missing)}: {'their' if missing[1:] else 'its'} "
+        "scales were chosen without data"
+    ]
+
+
+def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
+    notes = []
+    nonfinite = [t.name for t in tensors if t.rule == selection.NONFINITE.name]
+    if nonfinite:
+        along = [t.name for t in tensors if t.rule in kept_with.FOLLOWING]
+        notes.append(
+            f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
+            f"{'stay' if nonfinite[1:] else 'stays'} in {config.dtype}"
+            + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
+            + ". Whatever the model computes with it is not finite either: repair the source"
+        )
+    experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
+    if experts:
+        weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]
+        total = sum(t.numel for t in weights)
+        bits = 8 * sum(t.nbytes_out for t in tensors) / total
+        fused = all(t.rule == "fused-experts" for t in experts)
+        notes.append(
+            f"the experts stay in {config.dtype}: {sum(t.numel for t in experts) / total:.0%} of "
+            f"all weights, so the output has {bits:.2f} bits a weight. "
+            + (
+                "They lie in 3-D parameters, which no loader holds in 4 bit"
+                if fused
+                else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
+                "--target vllm, --target unsloth"
+            )
+        )
+    if not checkpoint.config:
+        notes.append(
+            "there is no config.json: the output holds tensors only, and heads or embeddings with "
+            "unusual names were not recognised by their vocabulary size"
+        )
+    if config.asked:
+        notes.append(
+            f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
+            "the manifest)"
+        )
+    notes += links_note(checkpoint.root, checkpoint.left_files)
+    needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
+    if needed:
+        notes.append(
+            f"{needed[0]} is a pickle that sentence-transformers needs and nf4 does not copy: save "
+            "the model again with safetensors first"
+        )
+    return notes

@@ -1,0 +1,310 @@
+"""A diffusers pipeline: its components, which of them become 4-bit, what is copied as it is.
+
+Each component that is converted is a checkpoint like any other, with its own config.json and
+manifest; this module knows the directory around them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import bnb_format
+from ..checkpoint.discovery import (
+    MANIFEST,
+    PIPELINE_RECORD,
+    REPOSITORYS,
+    find_shards,
+    is_left,
+    is_weight_file,
+    links_note,
+    name_of_directory,
+    open_checkpoint,
+    other_files,
+    plain_index,
+    plain_name,
+)
+from ..checkpoint.types import Checkpoint, Origin
+from ..checkpoint.untrusted import INDEX, home_of, is_plain, is_regular, leads_out, read_json
+from ..errors import InputError, NothingToQuantizeError, UsageError
+from ..format.config import QuantConfig
+from .diffusers_rules import converts
+from .families import consult
+from .make_plan import Oracle, Scan, make_plan, no_scan
+from .model_plan import Copies, ModelPlan
+from .plan import Plan
+from .selection import matches, module_path
+
+INDEX_FILE = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One entry of model_index.json.
+
+    Attributes:
+        name: its key, and its directory.
+        library, class_name: its value.
+    """
+
+    name: str
+    library: str
+    class_name: str
+
+    @property
+    def converts(self) -> bool:
+        """Whether nf4 makes it 4-bit."""
+        return converts(self.name, self.library, self.class_name)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether a path is a directory with a model_index.json."""
+    return is_regular(path / INDEX_FILE)
+
+
+def components_of(root: Path) -> dict[str, Component]:
+    """The components of a pipeline, by name.
+
+    Raises:
+        InputError: model_index.json is not what diffusers writes, or names a component that is
+            not there.
+    """
+    path = root / INDEX_FILE
+    index = read_json(path)
+    if not isinstance(index.get("_class_name"), (str, list)):
+        raise InputError(
+            f'{path} has no "_class_name": expected the index of a diffusers pipeline. Download '
+            "it again"
+        )
+    found = {}
+    for name, value in index.items():
+        if name.startswith("_") or not _is_component(value):
+            continue
+        if not is_plain(name):
+            raise InputError(
+                f"{path}: the component {name!r} leads out of the directory; expected the plain "
+                "name of a directory beside it"
+            )
+        if not _is_own_directory(root, name):
+            raise InputError(
+                f"{path} names the component {name} ({value[1]}), but {root / name} is no "
+                "directory of its own: download it again, or set the entry to [null, null]"
+            )
+        found[name] = Component(name, value[0], value[1])
+    return found
+
+
+def _is_own_directory(root: Path, name: str) -> bool:
+    """Whether a directory is in the pipeline, not a link to one elsewhere."""
+    path = root / name
+    try:
+        return path.is_dir() and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a name that is too long, a loop of links
+        return False
+
+
+def _is_component(value: object) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    )
+
+
+def packed_components(root: Path, components: Mapping[str, Component]) -> list[str]:
+    """The components that hold packed weights, or should: what a finished output is made of."""
+    return [name for name, c in components.items() if c.converts and _says_packed(root / name)]
+
+
+def _says_packed(directory: Path) -> bool:
+    config = directory / "config.json"
+    if (directory / MANIFEST).is_file() or not config.is_file():
+        return (directory / MANIFEST).is_file()
+    try:
+        return bnb_format.quant_method(read_json(config)) == "bitsandbytes"
+    except InputError:
+        return True  # whoever opens it says what is wrong
+
+
+def _no_origin(component: str) -> None:
+    """The origin of what comes from no Hub."""
+
+
+def make_pipeline_plan(
+    root: Path,
+    config: QuantConfig,
+    oracle: Oracle = consult,
+    scan: Scan = no_scan,
+    origin_of: Callable[[str], Origin | None] = _no_origin,
+) -> ModelPlan:
+    """Decide the whole conversion of a pipeline.
+
+    Args:
+        config: `keep` patterns may begin with a component's name, or be one.
+        oracle, scan: see `make_plan`.
+        origin_of: of a component, where it comes from.
+
+    Raises:
+        UsageError, InputError: see `make_plan`; no component has anything to quantize.
+    """
+    if config.target != "transformers":
+        raise UsageError(
+            f"--target {config.target} does not load diffusers pipelines: leave the option out"
+        )
+    components = components_of(root)
+    wanted = [name for name, component in components.items() if component.converts]
+    if not wanted:
+        names = ", ".join(f"{c.name} ({c.class_name})" for c in components.values())
+        raise InputError(
+            f"{root / INDEX_FILE} names no denoiser and no text encoder of diffusers' or "
+            f"transformers' own classes, only {names or 'nothing'}: there is nothing to quantize"
+        )
+    kept = {name for name in components if name in config.keep}
+    checkpoints = {
+        name: replace(open_checkpoint(root / name), origin=origin_of(name))
+        for name in wanted
+        if name not in kept
+    }
+    for name, checkpoint in checkpoints.items():
+        if not checkpoint.config:
+            raise InputError(
+                f"{root / name} has no config.json with content, without which diffusers cannot "
+                f"load it: download it again, or leave it as it is with --keep {name}"
+            )
+    patterns = _keep_patterns(config.keep, components, checkpoints)
+    parts: dict[str, Plan] = {}
+    notes = [f"{name} is kept as it is, by --keep" for name in wanted if name in kept]
+    for name, checkpoint in checkpoints.items():
+        try:
+            plan = make_plan(checkpoint, replace(config, keep=patterns[name]), oracle, scan)
+        except NothingToQuantizeError as error:
+            notes.append(f"{name} is copied as it is: {error}")
+            continue
+        parts[name] = plan
+        notes += [f"{name}: {note}" for note in plan.notes]
+    if not parts:
+        raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
+    copies = copies_of(root, components, parts)
+    notes += links_note(root, copies.left)
+    whole = ", ".join(
+        f"{c.name} ({c.class_name}, {nbytes:,} bytes)"
+        for c in components.values()
+        if not c.converts and (nbytes := _weight_bytes(copies, c.name))
+    )
+    if whole:
+        notes.append(f"in full precision stays {whole}")
+    return ModelPlan(root, False, name_of_directory(root), parts, copies, tuple(notes))
+
+
+def _weight_bytes(copies: Copies, component: str) -> int:
+    return sum(
+        (copies.root / source).stat().st_size
+        for source in copies.files.values()
+        if source.startswith(f"{component}/") and is_weight_file(source.rpartition("/")[2])
+    )
+
+
+def _keep_patterns(
+    keep: Collection[str], components: Collection[str], checkpoints: Mapping[str, Checkpoint]
+) -> dict[str, tuple[str, ...]]:
+    """Each component's own --keep patterns.
+
+    Raises:
+        UsageError: a pattern matches no module of any component.
+    """
+    modules = {n: {module_path(t) for t in c.tensors} for n, c in checkpoints.items()}
+    found: dict[str, list[str]] = {name: [] for name in checkpoints}
+    for pattern in keep:
+        if pattern in components:
+            continue
+        hits = [
+            (name, own)
+            for name, paths in modules.items()
+            for own in _own_patterns(pattern, name)
+            if any(matches(own, path) for path in paths)
+        ]
+        if not hits:
+            raise UsageError(
+                f"--keep {pattern!r} matches no module of {', '.join(checkpoints) or 'any part'}: "
+                "give a component (text_encoder), a component and a module of it "
+                "(transformer.proj_out), or a pattern for all of them ('*.to_q')"
+            )
+        for name, own in hits:
+            found[name].append(own)
+    return {name: tuple(dict.fromkeys(patterns)) for name, patterns in found.items()}
+
+
+def _own_patterns(pattern: str, component: str) -> list[str]:
+    """A pattern as a component sees it: `transformer.proj_out` is `proj_out` to transformer."""
+    head, dot, rest = pattern.partition(".")
+    own = dot and rest and fnmatchcase(component, head) and not head.startswith("*")
+    return [rest] if own else [pattern]
+
+
+def copies_of(root: Path, components: Collection[str], converted: Collection[str]) -> Copies:
+    """Everything of a pipeline but its converted components."""
+    copies = Copies(root, {}, {}, [])
+    home = home_of(root)
+    for path in sorted(root.iterdir()):
+        if path.is_symlink() and leads_out(path, root, home):
+            copies.left.append(path.name)
+        elif path.is_dir():
+            if path.name not in converted and not is_left(path.name):
+                _add_directory(copies, path, path.name in components)
+        elif path.name == PIPELINE_RECORD:
+            continue
+        elif is_regular(path) and not is_weight_file(path.name) and path.name not in REPOSITORYS:
+            copies.files[path.name] = path.name
+        else:
+            copies.left.append(path.name)
+    return copies
+
+
+def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
+    """A part that stays as it is: one set of its weights, under plain names, and the rest."""
+    try:
+        index, shards = find_shards(directory)
+    except InputError:
+        index, shards = None, []
+    extra, left = other_files(directory, shards, index)
+    if not shards and component:  # pickles, or what else its loader reads: not for us to judge
+        extra, left = tuple(sorted((*extra, *left))), ()
+    if (directory / MANIFEST).is_file():
+        extra = (*extra, MANIFEST)
+    prefix = directory.name + "/"
+    copies.files.update({prefix + name: prefix + name for name in extra})
+    copies.left.extend(prefix + name for name in left)
+    copies.files.update({prefix + plain_name(s.name): prefix + s.name for s in shards})
+    if index is None:
+        return
+    if all(plain_name(shard.name) == shard.name for shard in shards):
+        copies.files[prefix + index] = prefix + index
+        return
+    content: dict[str, Any] = read_json(directory / index, INDEX)
+    weight_map = {tensor: plain_name(file) for tensor, file in content["weight_map"].items()}
+    text = json.dumps({**content, "weight_map": weight_map}, indent=2) + "\n"
+    copies.texts[prefix + plain_index(shards[0].name)] = text
+
+
+def stray_weights(root: Path, known: Collection[str], converted: Collection[str]) -> list[str]:
+    """Weight files of an output that nobody put there, outside of its converted components."""
+    here = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    return sorted(
+        name
+        for name in here
+        if name not in known
+        and name.partition("/")[0] not in converted
+        and not re.search(r"(^|/)\.", name)
+        and is_weight_file(name.rpartition("/")[2])
+    )
+
+
+def part_shards(path: Path) -> list[Path]:
+    """The weight files directly in a checkpoint, or in the components of a pipeline."""
+    if path.is_file():
+        return [path]
+    pattern = "*/*.safetensors" if is_pipeline(path) else "*.safetensors"
+    return [file for file in path.glob(pattern) if is_regular(file)]

@@ -1,0 +1,165 @@
+"""What a plan decided, as everything behind it takes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.bnb_format import QuantState
+from ..checkpoint.importance_file import ImportanceFile
+from ..checkpoint.packed import PackedWeight
+from ..checkpoint.types import Checkpoint, View, Weight
+from ..checkpoint.writer import ShardLayout
+from ..format.config import QuantConfig
+from ..format.dtypes import ITEMSIZE, TORCH_NAME
+
+if TYPE_CHECKING:
+    from ..checkpoint.given_codes import CodeSource
+    from ..engines.protocol import F32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one weight, or to a stored tensor that becomes none.
+
+    Attributes:
+        weight: what it is and where it lies.
+        action: "quantize", "decode", "cast", "copy", or "drop" for a tensor that nothing is
+            written for.
+        rule: the name of the selection rule that decided.
+        reason: the same in words.
+        view: the stored matrix whose transpose is written (Conv1D, fused experts), None for
+            the tensor as it lies; of a packed weight, the matrix that its codes decode to.
+        state: for "quantize": the quantization state, its offset not known yet.
+        outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
+        file: index of the output shard it goes to.
+        packed: for "decode": where the codes and their scales lie.
+    """
+
+    weight: Weight
+    action: str
+    rule: str
+    reason: str
+    view: View | None
+    state: QuantState | None
+    outputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    file: int = 0
+    packed: PackedWeight | None = None
+
+    @property
+    def name(self) -> str:
+        """Its key in the output."""
+        return self.weight.name
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.weight.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source that it is made of."""
+        return self.numel * ITEMSIZE[self.weight.stored.dtype]
+
+    @property
+    def nbytes_out(self) -> int:
+        return sum(_nbytes(dtype, shape) for dtype, shape in self.outputs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole conversion, decided.
+
+    Attributes:
+        checkpoint: the source.
+        config: as asked, with every "auto" resolved.
+        tensors: in the order they will be read.
+        shards: output files.
+        index: content of the index, None for a single output file.
+        output_config: content of the new config.json, None where the source has none.
+        notes: what the user should know, one sentence each.
+        importance: what the loss is weighted by, None for no data.
+        codes: those that are not the nearest, None where all are.
+    """
+
+    checkpoint: Checkpoint
+    config: QuantConfig
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[ShardLayout, ...]
+    index: dict[str, Any] | None
+    output_config: dict[str, Any] | None
+    notes: tuple[str, ...]
+    importance: ImportanceFile | None = None
+    codes: CodeSource | None = None
+
+    def importance_of(self, tensor: TensorPlan) -> F32 | None:
+        """float32 [columns] of a weight's matrix, None where nothing is known of it."""
+        found = self.importance.columns.get(tensor.name) if self.importance else None
+        return found if found is not None and found.any() else None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all source shards."""
+        return sum(shard.size for shard in self.checkpoint.shards)
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of the source that a run reports as it converts them."""
+        return sum(t.source_bytes for t in self.tensors if t.outputs)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all output shards, exactly."""
+        return sum(layout.size for layout in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all floating-point weights."""
+        return sum(
+            t.numel for t in self.tensors if t.weight.dtype in TORCH_NAME and t.action != "drop"
+        )
+
+    @property
+    def written(self) -> int:
+        """Weights of the output."""
+        return sum(bool(t.outputs) for t in self.tensors)
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(t.numel for t in self.tensors if t.action == "quantize")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the output's tensors for each source parameter."""
+        return 8 * sum(t.nbytes_out for t in self.tensors) / max(1, self.parameters)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Largest temporary file: the float32 absmax of the biggest weight."""
+        return max(
+            (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
+            default=0,
+        )
+
+    def groups(self) -> list[tuple[str, str, int, int, int]]:
+        """(action, reason, tensors, elements, bytes out), the largest first."""
+        count: Counter[tuple[str, str]] = Counter()
+        elements: Counter[tuple[str, str]] = Counter()
+        nbytes: Counter[tuple[str, str]] = Counter()
+        for t in self.tensors:
+            key = (t.action, t.reason)
+            count[key] += 1
+            elements[key] += t.numel
+            nbytes[key] += t.nbytes_out
+        order = sorted(count, key=lambda key: (key[0] != "quantize", -nbytes[key], key))
+        return [(*key, count[key], elements[key], nbytes[key]) for key in order]
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    n = ITEMSIZE[dtype]
+    for dimension in shape:
+        n *= dimension
+    return n

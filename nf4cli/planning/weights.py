@@ -1,0 +1,90 @@
+"""What the files store -> the weights that a model holds.
+
+Most tensors are a weight as they lie.  A float8 weight comes with its scales, and Llama 4 stores
+all experts of a layer in two 3-D tensors, of which every quantized loader wants the matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
+from ..format.dtypes import TORCH_NAME
+from . import float8
+
+_LLAMA4 = ("llama4", "llama4_text")
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Attributes:
+    weights: in the order of their stored tensors.
+    left: stored tensors that no weight is written for, with the reason.
+    """
+
+    weights: tuple[Weight, ...]
+    left: dict[str, str]
+
+    def as_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The source as if it stored these weights: what the selection looks at."""
+        tensors = {
+            w.name: (w.shard, TensorInfo(w.name, w.dtype, w.shape, w.stored.start))
+            for w in self.weights
+        }
+        return replace(checkpoint, tensors=tensors)
+
+
+def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
+    """Every weight of a source.
+
+    Args:
+        float8_dtype: what float8 weights are decoded to ("BF16").
+
+    Raises:
+        InputError: it is quantized in a way that cannot be read, or its scales do not fit.
+    """
+    scales, left = float8.find_scales(checkpoint)
+    weights: list[Weight] = []
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            if tensor.name in left:
+                continue
+            if tensor.name in scales:
+                scale = scales[tensor.name]
+                weights.append(
+                    Weight(tensor.name, float8_dtype, tensor.shape, shard, tensor, scale=scale)
+                )
+            elif _is_fused(checkpoint.config, tensor):
+                weights += _experts(shard, tensor)
+            else:
+                weights.append(Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor))
+    return Contents(tuple(weights), left)
+
+
+def _is_fused(config: Any, tensor: TensorInfo) -> bool:
+    """Whether this is `...feed_forward.experts.gate_up_proj` of a Llama 4, [experts, in, out]."""
+    path, _, leaf = tensor.name.rpartition(".")
+    return (
+        config.get("model_type") in _LLAMA4
+        and path.endswith("feed_forward.experts")
+        and leaf in _FUSED
+        and len(tensor.shape) == 3
+        and tensor.shape[2] % len(_FUSED[leaf]) == 0
+        and tensor.dtype in TORCH_NAME
+        and tensor.numel > 0
+    )
+
+
+def _experts(shard: Shard, tensor: TensorInfo) -> Iterator[Weight]:
+    path, _, leaf = tensor.name.rpartition(".")
+    experts, rows, width = tensor.shape
+    columns = width // len(_FUSED[leaf])
+    for expert in range(experts):
+        for part, name in enumerate(_FUSED[leaf]):
+            view = View(expert * rows * width + part * columns, rows, columns, width)
+            yield Weight(
+                f"{path}.{expert}.{name}.weight", tensor.dtype, (columns, rows), shard, tensor, view
+            )

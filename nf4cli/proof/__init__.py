@@ -1,0 +1,1 @@
+"""How an output is proved: against its manifest, its source, or a sample of both."""

@@ -1,0 +1,155 @@
+"""The proof within a bound on the disk: an output made again, file by file, for its digests.
+
+Neither the source nor the output has to be here.  The source's files pass through as in a
+conversion; what is made of them is compared by the digests of the manifest and removed.  Of an
+output on a Hub nothing is fetched but the manifest, the small files and the headers: the Hub states
+the SHA-256 of every weight file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint.discovery import CARD, MANIFEST
+from ..checkpoint.types import Checkpoint
+from ..convert.quantize import Execution, write_model
+from ..engines.protocol import Engine
+from ..errors import InputError, UsageError
+from ..output.against_manifest import check_lists
+from ..output.against_source import compare_beside
+from ..output.manifest import Manifest
+from ..output.recorded_choices import recorded_answer, recorded_importance
+from ..output.report import LEVELS, Report
+from ..planning.make_plan import make_plan
+from ..planning.model_plan import ModelPlan
+from ..planning.plan import Plan
+from .from_source import compare_manifest
+
+
+class StatedFile(NamedTuple):
+    """What a Hub says of a file.
+
+    Attributes:
+        size: bytes.
+        sha256: hexadecimal; None for a file that lies in git and not in LFS.
+    """
+
+    size: int
+    sha256: str | None
+
+
+def plan_again(
+    output: Checkpoint, manifest: Manifest, original: Checkpoint, report: Report
+) -> Plan | None:
+    """The plan that would make `output`, as its manifest has the recipe, from `original`; None, and
+    why in the report.
+
+    Raises:
+        InputError: `original` cannot be quantized.
+    """
+    importance = recorded_importance(output, manifest.config, report)
+    if manifest.config.importance and importance is None:
+        return None
+    try:
+        return make_plan(
+            original, manifest.config, lambda _: recorded_answer(manifest), importance=importance
+        )
+    except UsageError as error:
+        report.add("source", original.name, f"{original.name} does not fit the recipe: {error}")
+        return None
+
+
+def check_stated(
+    output: Checkpoint,
+    manifest: Manifest,
+    stated: Mapping[str, StatedFile],
+    hub: str,
+    report: Report,
+) -> None:
+    """Every file of an output on a Hub, without the bytes of its weights.
+
+    Args:
+        output: its outline: small files whole, of weight files the headers.
+        stated: what the Hub says of its files, by name.
+        hub: its address.
+    """
+    listed = check_lists(output, {}, manifest, report)
+    for shard in listed:
+        name, file = shard.path.name, stated[shard.path.name]
+        record = manifest.output_files[name]
+        if file.sha256 is None:
+            raise InputError(
+                f"{hub} states no SHA-256 of {name}, which lies in git and not in LFS: verify "
+                "without --disk"
+            )
+        if (file.size, file.sha256) != (record.size, record.digest):
+            report.add(
+                "manifest",
+                name,
+                f"{name} has {file.size:,} bytes and the SHA-256 {file.sha256} on {hub}, the "
+                f"manifest has {record.size:,} and {record.digest}",
+            )
+    report.check(
+        "manifest",
+        f"every file is the one written: {hub} states the SHA-256 of the manifest, and the small "
+        "files have theirs",
+    )
+    report.unchecked.append(
+        f"the bytes of the weight files, which were not fetched: that they have the SHA-256 which "
+        f"{hub} states is its word"
+    )
+
+
+def make_again(plan: Plan, place: Path, run: Execution) -> Manifest:
+    """Convert a plan's source, keep nothing, and return the manifest of what it made.
+
+    A run that is stopped leaves its workspace, and the next one goes on from there.
+
+    Args:
+        place: where an output would be; the workspace lies beside it.
+        run: its transport takes the output for nowhere.
+
+    Raises:
+        UsageError: the bound is too small, or another run is at work on the same.
+        InputError, MachineError: see `write_model`.
+    """
+    return write_model(ModelPlan.of(plan), place, run)[""]
+
+
+def check_made(
+    output: Checkpoint,
+    manifest: Manifest,
+    plan: Plan,
+    made: Manifest,
+    source: Path,
+    engine: Engine,
+    report: Report,
+) -> None:
+    """Compare an output with what was made again.
+
+    Args:
+        manifest: of the output; `made`, of what was made.
+        source: that it was made from, for messages.
+        engine: that made it.
+    """
+    compare_manifest(output, manifest, made, source, report)
+    for name, record in sorted(made.output_files.items()):
+        found = manifest.output_files.get(name)
+        if found != record and name != CARD:
+            there = "no such file" if found is None else f"{found.size:,} bytes, {found.digest}"
+            report.add(
+                "source",
+                name,
+                f"{name}: the source gives {record.size:,} bytes with the {made.digest} "
+                f"{record.digest}, {MANIFEST} has {there}",
+            )
+    compare_beside(output, plan, manifest, report)
+    total = sum(record.size for record in made.output_files.values())
+    report.check(
+        "source",
+        f"every file is the one the source gives, by its {made.digest} ({total:,} bytes, made "
+        f"again with {engine.name})",
+    )
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))

@@ -1,0 +1,72 @@
+"""The sink that compares what a conversion would write with what is there."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoint import bnb_format
+from ..checkpoint.packed import Placed, read_state
+from ..checkpoint.reader import ShardReaders
+from ..checkpoint.types import Checkpoint, FileDigests, Shard
+from ..errors import InputError
+from ..output.manifest import Result
+from ..planning.plan import TensorPlan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PIECE = 1 << 19  # bytes compared at a time
+
+
+class Comparison:
+    """The sink that compares: what a conversion would write, with what is there."""
+
+    def __init__(self, checkpoint: Checkpoint, readers: ShardReaders) -> None:
+        self._checkpoint = checkpoint
+        self._readers = readers
+        self._lock = threading.Lock()
+        self.first: dict[str, int] = {}  # key -> the first byte that differs
+        self.states: dict[str, str] = {}  # key -> what is wrong with a quant_state
+        self.compared = 0
+
+    def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        placed = self._checkpoint.tensors.get(key)
+        if placed is not None and bnb_format.is_state_key(key):
+            self._compare_states(key, placed, data)
+            return
+        if placed is None or offset + data.nbytes > placed[1].nbytes:
+            return  # reported by the comparison of the headers
+        shard, tensor = placed
+        with self._lock:
+            self.compared += data.nbytes
+        for start in range(0, data.nbytes, _PIECE):
+            piece = data[start : start + _PIECE]
+            there = self._readers[shard].read(tensor.start + offset + start, piece.nbytes)
+            if not np.array_equal(there, piece):
+                place = offset + start + int(np.argmax(there != piece))
+                with self._lock:
+                    self.first[key] = min(place, self.first.get(key, place))
+                return
+
+    def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
+        """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
+        expected = bnb_format.decode_state(data.tobytes(), key)
+        there = b""
+        try:
+            there = read_state(self._readers, placed)
+            same = bnb_format.decode_state(there, key) == expected
+        except InputError:
+            same = False
+        with self._lock:
+            self.compared += data.nbytes
+            if not same:
+                self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
+
+    def finish(self, plan: TensorPlan, result: Result) -> None: ...
+
+    def source_read(self, shard: Shard, digests: FileDigests) -> None: ...
+
+    def abort(self) -> None: ...

@@ -1,0 +1,202 @@
+"""A quick look at a large or remote checkpoint: everything small, and some of the tensors.
+
+Headers, index, configuration and the completeness of every quantization state are checked as
+`verify` does.  Of the bytes, only those of tensors chosen at random are read: their statistics,
+their digests against the manifest, and with a source their quantization, repeated and compared.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..callbacks import Progress, no_progress
+from ..checkpoint.digest import digest_tensor
+from ..checkpoint.packed import PackedReader, PackedWeight, Placed, by_shard
+from ..checkpoint.reader import ShardReaders
+from ..checkpoint.types import Checkpoint
+from ..engines.protocol import Engine
+from ..errors import UsageError
+from ..output.against_manifest import check_lists, read_manifest, recorded_digests, tensor_findings
+from ..output.against_source import compare_beside
+from ..output.manifest import Manifest
+from ..output.report import LEVELS, Report, Sample
+from ..planning.resources import Resources
+from ..threads import run
+from .from_source import add_differences, compare, plan_of
+from .verify import check_config, check_states, check_structure, open_or_report
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is looked at as a whole: a packed weight with its companions, or a kept tensor."""
+
+    name: str
+    parts: tuple[Placed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(tensor.nbytes for _, tensor in self.parts)
+
+
+def verify_sample(
+    path: Path,
+    source: Path | None,
+    size: float | int,
+    seed: int,
+    engine: Engine,
+    resources: Resources,
+    progress: Progress = no_progress,
+) -> Report:
+    """Check a sample of a 4-bit checkpoint; `Report.sample` says how much that was.
+
+    Args:
+        size: how much to look at: a float from 0 to 1 for a share of the bytes, an int for bytes.
+            At least one tensor is.
+        seed: of the random choice.
+        source: as of `verify`; only what the sample needs of it is read.
+
+    Raises:
+        InputError: `path` or `source` is not a checkpoint at all.
+        UsageError: `size` is not positive, or a share above 1.
+    """
+    if not size > 0 or (isinstance(size, float) and size > 1):  # a NaN is not
+        raise UsageError("--sample must be more than nothing and at most 100%")
+    report = Report()
+    checkpoint = open_or_report(path, report)
+    if checkpoint is None:
+        return report
+    with ShardReaders(checkpoint.shards) as readers:
+        weights = check_structure(checkpoint, readers, report)
+        check_config(checkpoint, weights, report)
+        units = units_of(checkpoint, weights)
+        total = sum(unit.nbytes for unit in units)
+        chosen = choose(units, int(size * total) if isinstance(size, float) else size, seed)
+        report.sample = Sample(
+            seed,
+            sum(len(unit.parts) for unit in chosen),
+            sum(unit.nbytes for unit in chosen),
+            sum(len(unit.parts) for unit in units),
+            total,
+        )
+        names = {unit.name for unit in chosen}
+        sampled = {name: weight for name, weight in weights.items() if name in names}
+        check_states(
+            PackedReader(readers, engine),
+            by_shard(sampled),
+            resources.workers,
+            report,
+            zeros_are_wrong=False,
+            where=" in the sample",
+        )
+        manifest = read_manifest(checkpoint, report)
+        if manifest is not None:
+            check_lists(checkpoint, weights, manifest, report)
+            _check_digests(chosen, readers, manifest, resources, report, progress)
+    if source is None:
+        report.unchecked.append(
+            "that the bytes are what the source gives: run again with --source DIRECTORY"
+        )
+    else:
+        _check_source(
+            checkpoint, weights, names, manifest, source, engine, resources, report, progress
+        )
+        if manifest is not None:
+            report.unchecked.append("that the whole source is the one that the manifest names")
+    report.unchecked.append(
+        f"{1 - report.sample.share:.1%} of the bytes, and the digests of whole files: this was a "
+        "sample; without --sample all are checked"
+    )
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return report
+
+
+def units_of(checkpoint: Checkpoint, weights: Mapping[str, PackedWeight]) -> list[Unit]:
+    """Everything that can be chosen; companions of incomplete weights count as tensors."""
+    units = [Unit(name, weight.parts()) for name, weight in weights.items()]
+    taken = {tensor.name for unit in units for _, tensor in unit.parts}
+    units += [
+        Unit(name, (placed,)) for name, placed in checkpoint.tensors.items() if name not in taken
+    ]
+    return units
+
+
+def choose(units: list[Unit], nbytes: int, seed: int) -> list[Unit]:
+    """At random, from every file in turn, as many as `nbytes` hold, and at least one."""
+    chance = random.Random(seed)
+    files: dict[Path, list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: unit.name):
+        files.setdefault(unit.parts[0][0].path, []).append(unit)
+    queues = list(files.values())
+    for queue in queues:
+        chance.shuffle(queue)
+    chance.shuffle(queues)
+    chosen: list[Unit] = []
+    left = nbytes
+    while queues:
+        for queue in queues:
+            unit = queue.pop()
+            if unit.nbytes <= left or not chosen:
+                chosen.append(unit)
+                left -= unit.nbytes
+        queues = [queue for queue in queues if queue and left > 0]
+    return chosen
+
+
+def _check_digests(
+    chosen: list[Unit],
+    readers: ShardReaders,
+    manifest: Manifest,
+    resources: Resources,
+    report: Report,
+    progress: Progress,
+) -> None:
+    expected = recorded_digests(manifest)
+    lock = threading.Lock()
+
+    def check(placed: Placed) -> None:
+        shard, tensor = placed
+        name = shard.path.name
+        digest = digest_tensor(readers[shard], tensor, lambda count: progress(name, count))
+        found = {tensor.name: digest}
+        # A tensor that the manifest does not list was told of already.
+        if found[tensor.name] != expected.get(tensor.name, found[tensor.name]):
+            with lock:
+                report.findings += tensor_findings(name, found, found, expected)
+
+    parts = [placed for unit in chosen for placed in unit.parts]
+    run(parts, lambda: check, resources.workers, lambda: None)
+    report.check("manifest", "the sampled tensors are the ones written (xxh3_128 of the manifest)")
+
+
+def _check_source(
+    checkpoint: Checkpoint,
+    weights: dict[str, PackedWeight],
+    names: set[str],
+    manifest: Manifest | None,
+    source: Path,
+    engine: Engine,
+    resources: Resources,
+    report: Report,
+    progress: Progress,
+) -> None:
+    plan = plan_of(checkpoint, weights, manifest, source, engine, resources, report)
+    if plan is None:
+        return
+    part = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names))
+    _, sink = compare(
+        checkpoint, weights, part, engine, resources, report, progress, foreign=manifest is None
+    )
+    add_differences(checkpoint, weights, sink, report)
+    compare_beside(checkpoint, plan, manifest, report)
+    if manifest is not None and manifest.config.method == "gptq":
+        report.unchecked.append("what the codes that gptq chose lose: run without --sample")
+    report.check(
+        "source",
+        f"the sampled tensors are those the source gives ({sink.compared:,} bytes, quantized again "
+        f"with {engine.name})",
+    )

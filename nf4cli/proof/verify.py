@@ -1,0 +1,293 @@
+"""Is this output what it should be?  Three levels, each needing more than the one before.
+
+Alone: every file opens, every quantization state is complete and sane, config.json says what the
+tensors need.  With the manifest beside it: every byte is the one that was written.  With the
+source: every byte is the one that the source gives, by quantizing again in memory, with the same
+code that writes, and comparing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..callbacks import Progress, no_progress
+from ..checkpoint import bnb_format
+from ..checkpoint.discovery import MANIFEST, index_name, open_checkpoint
+from ..checkpoint.packed import (
+    PackedReader,
+    PackedWeight,
+    by_shard,
+    find_weights,
+    has_chosen_scales,
+    standard_nested_map,
+)
+from ..checkpoint.reader import ShardReaders
+from ..checkpoint.types import Checkpoint
+from ..engines.protocol import Engine
+from ..errors import InputError
+from ..format.codebook import codebook
+from ..output.against_manifest import check_manifest
+from ..output.report import LEVELS, Report
+from ..planning import selection, skip_list
+from ..planning.families import names_of
+from ..planning.resources import Resources
+from ..threads import run
+from .from_source import check_source
+
+if TYPE_CHECKING:
+    from ..engines.protocol import F32
+
+_BLOCKS_AT_A_TIME = 1 << 18
+_SIGNED_SHARE = 0.1  # of negative scales; about half of those that are chosen are
+_NESTED_ROUNDING = 0.01  # of nested_absmax: what 8-bit codes round by, half their widest step
+
+
+def verify(
+    path: Path,
+    source: Path | None,
+    engine: Engine,
+    resources: Resources,
+    progress: Progress = no_progress,
+    elsewhere: bool = False,
+) -> Report:
+    """Check a 4-bit checkpoint, written by nf4 or not.
+
+    Args:
+        path: the checkpoint.
+        source: the full-precision checkpoint that it was made from, for the proof.
+        elsewhere: the bytes are compared with the source in another way.
+
+    Raises:
+        InputError: `path` or `source` is not a checkpoint at all.
+    """
+    report = Report()
+    checkpoint = open_or_report(path, report)
+    if checkpoint is None:
+        return report
+    with ShardReaders(checkpoint.shards) as readers:
+        weights = check_structure(checkpoint, readers, report)
+        check_config(checkpoint, weights, report)
+        recorded = (checkpoint.root / MANIFEST).is_file()
+        check_states(
+            PackedReader(readers, engine),
+            by_shard(weights),
+            resources.workers,
+            report,
+            zeros_are_wrong=source is None and not (recorded or elsewhere),
+        )
+    manifest = check_manifest(checkpoint, weights, resources, report, progress)
+    if manifest is None:
+        _say_what_is_kept(checkpoint, weights, report)
+    if source is None and not elsewhere:
+        report.unchecked.append(
+            "that the bytes are what the source gives: run again with --source DIRECTORY"
+        )
+    if source is not None:
+        check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return report
+
+
+def open_or_report(path: Path, report: Report) -> Checkpoint | None:
+    """A checkpoint to verify; None where it is damaged, which the report then says.
+
+    Raises:
+        InputError: it is not a checkpoint at all.
+    """
+    try:
+        return open_checkpoint(path)
+    except InputError as error:
+        if not path.is_dir() or not any(path.glob("*.safetensors")):
+            raise
+        report.add("structure", str(path), str(error))
+        return None
+
+
+# -- alone ------------------------------------------------------------------------------------
+
+
+def check_structure(
+    checkpoint: Checkpoint, readers: ShardReaders, report: Report
+) -> dict[str, PackedWeight]:
+    weights, problems = find_weights(checkpoint, readers)
+    for owner, problem in problems:
+        report.add("structure", owner, problem)
+    if not weights and not problems:
+        raise InputError(
+            f"{checkpoint.root} holds no bitsandbytes 4-bit weight: there is nothing to verify. "
+            "Make one with nf4 quantize"
+        )
+    parts = {part[1].name for weight in weights.values() for part in weight.parts()}
+    for name, (_, tensor) in checkpoint.tensors.items():
+        stateless = name not in parts and bnb_format.companion_owner(name) is None
+        if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
+            report.add("structure", name, f"{name} looks packed but has no quant_state")
+    index = index_name(checkpoint.stem)
+    if len(checkpoint.shards) > 1 and not (checkpoint.root / index).is_file():
+        report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
+    report.check(
+        "structure",
+        f"every file opens, {len(weights)} quantization states are complete",
+    )
+    return weights
+
+
+def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
+    if not checkpoint.config:
+        report.unchecked.append("config.json: there is none")
+        return
+    for problem in bnb_format.config_problems(
+        checkpoint.config,
+        (weight.state for weight in weights.values()),
+        {bnb_format.storage_of(weight.packed[1]) or "" for weight in weights.values()},
+    ):
+        report.add("config", "config.json", problem)
+    if not bnb_format.has_skip_list(checkpoint.config):
+        report.unchecked.append(
+            "which modules are not packed: config.json has no llm_int8_skip_modules, so each "
+            "version of transformers derives its own list"
+        )
+        report.check("config", "config.json says what the tensors need")
+        return
+    keys = bnb_format.skip_list(checkpoint.config)
+    context = selection.Context.of(checkpoint)
+    hits = skip_list.hits_v4 if context.diffusers else skip_list.hits
+    packed = {selection.module_path(name) for name in weights}
+    for module in sorted(packed):
+        key = next((key for key in keys if hits(key, module)), None)
+        if key is not None:
+            report.add(
+                "config",
+                "config.json",
+                f"llm_int8_skip_modules has {key!r}, which some loader takes to mean {module}, "
+                "whose weight is packed",
+            )
+    names = names_of(checkpoint.config)
+    for name, (_, tensor) in checkpoint.tensors.items():
+        if name in weights or bnb_format.companion_owner(name) in weights:
+            continue
+        rule = selection.rule_of(context, tensor)
+        module = selection.module_path(name)
+        # No bare model holds a head, so that a head has no name inside of one.
+        own = replace(names, base_prefix="") if rule.name == "head" else names
+        if rule.name in ("linear", "head") and not any(
+            skip_list.means(key, module, own) for key in keys
+        ):
+            report.add(
+                "config",
+                name,
+                f"{name} is full precision but no entry of llm_int8_skip_modules means it: loaders "
+                "expect it in 4 bit and fail at the first forward",
+            )
+    report.check("config", "config.json says what the tensors need")
+
+
+def check_states(
+    reader: PackedReader,
+    weights: Iterable[PackedWeight],
+    workers: int,
+    report: Report,
+    zeros_are_wrong: bool,
+    where: str = "",
+) -> None:
+    """Tables and statistics of every one of `weights`.
+
+    Args:
+        zeros_are_wrong: whether a weight of nothing but zeros is a finding: there are models with
+            such weights, but where nothing else proves the bytes it is likely to be a loss.
+        where: for the report: what `weights` are, where they are not all.
+    """
+    lock = threading.Lock()
+
+    def check(weight: PackedWeight) -> None:
+        problems = list(_state_problems(reader, weight, zeros_are_wrong))
+        with lock:
+            for message in problems:
+                report.add("state", weight.name, message)
+
+    run(weights, lambda: check, workers, lambda: None)
+    report.check("state", f"tables are bitsandbytes' own, statistics are finite{where}")
+
+
+def _state_problems(
+    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool
+) -> Iterable[str]:
+    table = reader.floats(weight.quant_map)
+    if not np.array_equal(table, codebook(weight.state.quant_type).decode):
+        yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
+    if weight.nested_quant_map is not None and not standard_nested_map(
+        reader.floats(weight.nested_quant_map)
+    ):
+        yield f"{weight.name}: nested_quant_map is not bitsandbytes' dynamic map"
+    least = 0.0
+    if weight.nested_absmax is not None:
+        nested = reader.floats(weight.nested_absmax)
+        if not np.isfinite(nested).all() or (nested < 0).any():
+            yield f"{weight.name}: nested_absmax holds a value that is negative or not finite"
+            return
+        least = -float(nested.max()) * _NESTED_ROUNDING
+        unscaled = next(_unscaled_runs(reader, weight, nested), None)
+        if unscaled is not None:
+            yield (
+                f"{weight.name}: nested_absmax[{unscaled}] is zero, but the codes that it scales "
+                "differ: it was overwritten"
+            )
+    all_zero = True
+    for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
+        absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
+        signed = has_chosen_scales(weight) or _are_signed(absmax)
+        good = np.isfinite(absmax) & (signed | (absmax >= least))
+        if not good.all():
+            bad = int(np.argmin(good))
+            yield (
+                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected "
+                + (
+                    "a finite scale"
+                    if signed
+                    else "the largest magnitude of a block, which is finite and not negative"
+                )
+            )
+            return
+        all_zero = all_zero and not absmax.any()
+    if all_zero and zeros_are_wrong:
+        yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
+
+
+def _are_signed(absmax: F32) -> bool:
+    """Whether these are chosen scales, of either sign, and not one that was overwritten."""
+    return bool((absmax < 0).mean() > _SIGNED_SHARE)
+
+
+def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:
+    """Runs of double-quantized scales that differ although their own scale is zero."""
+    size = weight.state.nested_blocksize
+    for number in np.flatnonzero(nested == 0).tolist():
+        start = number * size
+        codes = reader.read(weight.absmax, start, min(size, weight.blocks - start))
+        if (codes != codes[0]).any():
+            yield number
+
+
+def _say_what_is_kept(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
+) -> None:
+    """Weights in full precision that could be packed: kept on purpose, or left behind?"""
+    context = selection.Context.of(checkpoint)
+    left = [
+        (name, selection.rule_of(context, tensor).name)
+        for name, (_, tensor) in checkpoint.tensors.items()
+        if name not in weights and bnb_format.companion_owner(name) not in weights
+    ]
+    for rule, what in (("linear", "linear weights"), ("experts", "weights of experts")):
+        kept = [name for name, found in left if found == rule]
+        if kept:
+            report.unchecked.append(
+                f"whether {len(kept)} {what} were meant to stay in full precision "
+                f"({kept[0]}{', ...' if kept[1:] else ''})"
+            )

@@ -1,0 +1,1 @@
+"""What 4 bits lose, and how to lose less: calibration and evaluation."""

@@ -1,0 +1,69 @@
+"""A matrix under chosen scales, with the engine that writes: its scales, and the nearest codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...engines.protocol import Engine, Importance, NestedAbsmax
+from ...format.codebook import codebook, ladder
+from ...format.config import QuantConfig
+
+if TYPE_CHECKING:
+    from ...engines.protocol import F32, U8
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Attributes:
+    scale: float32 [rows, columns], what each element's value is multiplied by.
+    ranks: uint8 [rows, columns], of the nearest values.
+    """
+
+    scale: F32
+    ranks: U8
+
+
+def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConfig) -> Rounded:
+    """The scales that a conversion will choose for a matrix [rows, columns], and its codes.
+
+    Args:
+        importance: float32 [columns].
+    """
+    n, blocksize = weight.size, config.blocksize
+    weighted = bool(importance.any())
+    steps = ladder(config.double_quant, weighted)
+    packed = np.empty((n + 1) // 2, np.uint8)
+    index = np.empty(-(-n // blocksize), np.uint8)
+    unit = np.empty(-(-index.size // steps.run), np.float32)
+    engine.search(
+        weight.reshape(-1).view(np.uint8), "F32", blocksize, config.quant_type, steps,
+        Importance(importance, 0) if weighted else None, packed, index, unit,
+    )  # fmt: skip
+    scales = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
+    return Rounded(
+        scale=np.repeat(scales, blocksize)[:n].reshape(weight.shape),
+        ranks=rank_of_code(config.quant_type)[codes].reshape(weight.shape),
+    )
+
+
+def rank_of_code(quant_type: str) -> U8:
+    """uint8 [16]: the place of each code's value among the ascending ones."""
+    return np.argsort(codebook(quant_type).codes).astype(np.uint8)
+
+
+def pack(ranks: U8, quant_type: str) -> U8:
+    """uint8 [(n+1)//2]: the codes of these ranks, the first in the high nibble."""
+    codes = codebook(quant_type).codes[ranks.reshape(-1)]
+    if codes.size % 2:
+        zero = codebook(quant_type).codes[np.searchsorted(codebook(quant_type).values, 0.0)]
+        codes = np.append(codes, zero)
+    return (codes[::2] << np.uint8(4)) | codes[1::2]
+
+
+def decode(rounded_scale: Any, ranks: Any, values: Any) -> Any:
+    """values[ranks] * scale, tensors or arrays."""
+    return values[ranks] * rounded_scale

@@ -1,0 +1,38 @@
+"""Text as a model's own tokenizer has it, and where torch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, MachineError
+
+
+def open_tokenizer(model: Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        MachineError: transformers is missing.
+        InputError: there is none that transformers can read.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MachineError(
+            "text needs transformers: pip install 'nf4cli[calibrate]'. --scale search and "
+            "--importance FILE need neither torch nor text"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{model} has no tokenizer that transformers can read ({str(error).splitlines()[0]}): "
+            "text cannot be turned into tokens. Put the model's tokenizer files beside it"
+        ) from error
+
+
+def torch_device(asked: str | None) -> str:
+    """A GPU where there is one, unless the CPU was asked for."""
+    import torch
+
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"

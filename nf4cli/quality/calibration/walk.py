@@ -1,0 +1,310 @@
+"""A model on the disk, walked through block by block.
+
+transformers builds it without weights and says which stored tensor each parameter is; a block's
+weights are read when it is its turn and dropped after it. So memory holds one block, whatever the
+model's size. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import InputError, MachineError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BATCH = 8  # sequences whose embeddings are looked up at a time
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the first block's input is known
+    pass
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a block is called, but for its first argument: the same for every sequence."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Walk:
+    """A model and the list of its blocks.
+
+    Args:
+        directory: the checkpoint.
+        scratch: for weights that transformers stores in another form than the checkpoint has.
+        device: a torch device.
+
+    Attributes:
+        blocks: names of the modules that hand their hidden states on, in order.
+
+    Raises:
+        MachineError: torch, transformers or accelerate is missing.
+        UsageError: the model is not a chain of blocks.
+        InputError: transformers cannot open it.
+    """
+
+    def __init__(self, directory: Path, scratch: Path, device: str = "cpu") -> None:
+        self._torch, self._transformers = _libraries()
+        self._device = device
+        self._model = self._open(directory, scratch)
+        self._list, self._blocks = self._find_blocks()
+        self.blocks = tuple(f"{self._list}.{i}" for i in range(len(self._blocks)))
+        self._calls: list[_Call] = []
+
+    def _open(self, directory: Path, scratch: Path) -> Any:
+        transformers = self._transformers
+        transformers.utils.logging.set_verbosity_error()  # all weights are on the meta device: yes
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory)
+            names = config.architectures or ["AutoModel"]
+            kind = getattr(transformers, names[0], transformers.AutoModel)
+            if getattr(config, "is_encoder_decoder", False):
+                raise UsageError(
+                    f"{directory} is an encoder with a decoder, which calibration cannot walk "
+                    "through: use --scale search, which needs no data"
+                )
+            model = kind.from_pretrained(
+                directory, device_map={"": "disk"}, offload_folder=scratch, dtype="auto"
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"transformers cannot open {directory}: {str(error).splitlines()[0]}. Use --scale "
+                "search, which does not ask it"
+            ) from error
+        return model.eval()
+
+    def _find_blocks(self) -> tuple[str, list[Any]]:
+        """The list of modules of one class that holds the most parameters."""
+        torch = self._torch
+
+        def size(modules: Any) -> int:
+            return sum(p.numel() for p in modules.parameters())
+
+        lists = [
+            (name, module)
+            for name, module in self._model.named_modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module)
+        ]
+        # Experts are lists as well, inside of a block.
+        outer = [(n, m) for n, m in lists if not any(n.startswith(f"{o}.") for o, _ in lists)]
+        if not outer:
+            raise UsageError(
+                f"{type(self._model).__name__} has no list of blocks that calibration could walk "
+                "through: use --scale search, which needs no data"
+            )
+        name, found = max(outer, key=lambda pair: size(pair[1]))
+        return name, list(found)
+
+    # -- what enters the first block, and how each is called -------------------------------------
+
+    def record(self, tokens: NDArray[np.int64]) -> None:
+        """Run one sequence [length] through the whole model, to see how each block is called.
+
+        Raises:
+            UsageError: its blocks are no chain.
+        """
+        torch = self._torch
+        calls: dict[int, _Call] = {}
+        inputs: dict[int, Any] = {}
+        outputs: dict[int, Any] = {}
+
+        def before(number: int) -> Any:
+            def hook(module: Any, args: Any, kwargs: Any) -> None:
+                hidden, rest, named = _split(args, kwargs)
+                calls[number] = _Call(rest, named)
+                inputs[number] = hidden
+
+            return hook
+
+        def after(number: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                outputs[number] = _hidden(output)
+
+            return hook
+
+        handles = []
+        for number, block in enumerate(self._blocks):
+            handles.append(block.register_forward_pre_hook(before(number), with_kwargs=True))
+            handles.append(block.register_forward_hook(after(number)))
+        try:
+            with torch.no_grad():
+                self._forward(torch.from_numpy(tokens[None]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        chain = len(calls) == len(self._blocks) and all(
+            inputs[i] is outputs[i - 1] or torch.equal(inputs[i], outputs[i - 1])
+            for i in range(1, len(self._blocks))
+        )
+        if not chain:
+            raise UsageError(
+                f"the blocks of {type(self._model).__name__} do not hand their states straight on "
+                "to the next, so calibration cannot walk through them: use --scale search"
+            )
+        self._calls = [
+            _Call(
+                tuple(map(self._widened, call.args)),
+                {key: self._widened(value) for key, value in call.kwargs.items()},
+            )
+            for _, call in sorted(calls.items())
+        ]
+
+    def _forward(self, tokens: Any) -> None:
+        base = getattr(self._model, self._model.base_model_prefix, self._model)
+        kwargs = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
+        base(input_ids=tokens, **kwargs)
+
+    def _widened(self, value: Any) -> Any:
+        torch = self._torch
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._widened, value))
+        if not torch.is_tensor(value):
+            return value
+        value = value.to(self._device)
+        return value.float() if value.is_floating_point() else value
+
+    def first_inputs(self, tokens: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(number of the first, float32 [sequences, length, hidden]): what enters the first block.
+
+        Args:
+            tokens: int64 [sequences, length].
+        """
+        torch, found = self._torch, []
+
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            found.append(_split(args, kwargs)[0])
+            raise _Reached
+
+        handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+        # Before accelerate's own, which would read the block.
+        try:
+            with torch.no_grad():
+                for start in range(0, len(tokens), _BATCH):
+                    try:
+                        self._forward(torch.from_numpy(tokens[start : start + _BATCH]))
+                    except _Reached:
+                        yield start, found.pop().float().cpu().numpy()
+        finally:
+            handle.remove()
+
+    # -- one block ------------------------------------------------------------------------------
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[Any]:
+        """The module with its weights in float32; they are dropped at the end."""
+        from accelerate.hooks import remove_hook_from_module
+
+        torch, module = self._torch, self._blocks[number]
+        for part in module.modules():
+            hook = getattr(part, "_hf_hook", None)
+            weights = getattr(hook, "weights_map", None)
+            if weights is None:
+                continue
+            values = {name: weights[name] for name, _ in part.named_parameters(recurse=False)}
+            remove_hook_from_module(part)
+            for name, value in values.items():
+                part._parameters[name] = torch.nn.Parameter(
+                    value.to(self._device, torch.float32), requires_grad=False
+                )
+        for _, buffer in module.named_buffers():
+            buffer.data = buffer.data.to(self._device)
+        try:
+            yield module
+        finally:
+            for part in module.modules():
+                for name, value in list(part.named_parameters(recurse=False)):
+                    part._parameters[name] = torch.nn.Parameter(
+                        value.to("meta"), requires_grad=False
+                    )
+
+    def run(self, number: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """One sequence [length, hidden] through a block whose weights are there.
+
+        Raises:
+            InputError: what comes out is not finite.
+        """
+        torch, call = self._torch, self._calls[number]
+        given = torch.from_numpy(np.array(hidden[None])).to(self._device)
+        with torch.no_grad():
+            out = _hidden(self._blocks[number](given, *call.args, **call.kwargs))
+        if not torch.isfinite(out).all():
+            raise InputError(
+                f"what comes out of {self.blocks[number]} is not finite: the weights are damaged, "
+                "or the model needs more than float32"
+            )
+        states: NDArray[np.float32] = out[0].float().cpu().numpy()
+        return states
+
+    def nbytes(self, number: int) -> int:
+        """Of a block's weights in float32."""
+        return 4 * int(sum(p.numel() for p in self._blocks[number].parameters()))
+
+    def linears(self, number: int) -> dict[str, Any]:
+        """The linear modules of a block by the name of their weight in the checkpoint."""
+        torch, prefix = self._torch, self.blocks[number]
+        kinds = (torch.nn.Linear, self._transformers.pytorch_utils.Conv1D)
+        stored = self._stored_names()
+        found = {}
+        for name, module in self._blocks[number].named_modules():
+            if isinstance(module, kinds):
+                key = f"{prefix}.{name}.weight"
+                found[stored.get(key, key)] = module
+        return found
+
+    def _stored_names(self) -> Mapping[str, str]:
+        """Name in the model -> name in the checkpoint, where accelerate knows it."""
+        if not hasattr(self, "_names"):
+            self._names: dict[str, str] = {}
+            for part in self._model.modules():
+                weights = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+                index = getattr(getattr(weights, "dataset", None), "index", None)
+                if index:
+                    self._names = {
+                        name: entry["weight_name"]
+                        for name, entry in index.items()
+                        if "weight_name" in entry
+                    }
+                    break
+        return self._names
+
+
+def _split(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A block's call: its hidden states, and the rest."""
+    if args:
+        return args[0], tuple(args[1:]), dict(kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _hidden(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import accelerate  # noqa: F401
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MachineError(
+            f"calibration needs {error.name}: pip install 'nf4cli[calibrate]'. --scale search and "
+            "--importance FILE need neither torch nor text"
+        ) from error
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MachineError(
+            f"calibration needs transformers 5 (here is {transformers.__version__}): pip install "
+            "'nf4cli[calibrate]'. What it writes loads in transformers 4 as well"
+        )
+    return torch, transformers

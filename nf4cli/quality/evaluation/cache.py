@@ -1,0 +1,106 @@
+"""The source's log-probabilities on the disk, within a bound.
+
+They are float16, half of float32's room, and are normalised again when they are read: so the
+divergence of a model from itself is 3e-7 (SmolLM2-135M, measured).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BYTES = 2
+"""Of a log-probability."""
+
+
+def default_directory() -> Path:
+    """Where caches lie on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4" / "eval"
+
+
+class Cache:
+    """Args:
+    directory: made when something is written.
+    most: bytes of all entries together.
+    """
+
+    def __init__(self, directory: Path, most: int) -> None:
+        self._directory, self._most = directory, most
+
+    def windows(self, length: int, vocabulary: int) -> int:
+        """How many windows of `length` positions one entry may hold.
+
+        Raises:
+            UsageError: not one.
+        """
+        one = BYTES * length * vocabulary
+        if self._most < one:
+            raise UsageError(
+                f"--cache-size {self._most:,} bytes is less than one window takes: {length:,} "
+                f"positions times {vocabulary:,} tokens are {one:,}"
+            )
+        return self._most // one
+
+    def find(self, key: str) -> NDArray[np.float16] | None:
+        """float16 [windows, length, vocabulary] of an earlier run, None where there is none."""
+        path = self._path(key)
+        try:
+            found: NDArray[np.float16] = np.lib.format.open_memmap(path, "r")
+        except (OSError, ValueError):
+            return None
+        os.utime(path)
+        return found
+
+    @contextmanager
+    def writing(self, key: str, shape: tuple[int, int, int]) -> Iterator[NDArray[np.float16]]:
+        """An entry to fill; it is there once this is over, and older ones gone that do not fit.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._make_room(BYTES * shape[0] * shape[1] * shape[2])
+        fresh = self._directory / f".{key}.{os.getpid()}.partial"
+        try:
+            values: Any = np.lib.format.open_memmap(fresh, "w+", np.float16, shape)
+            yield values
+            values.flush()
+            fresh.replace(self._path(key))
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}.npy"
+
+    def _make_room(self, nbytes: int) -> None:
+        entries = sorted(self._directory.glob("*.npy"), key=lambda p: p.stat().st_mtime)
+        total = sum(p.stat().st_size for p in entries) + nbytes
+        for path in entries:
+            if total <= self._most:
+                return
+            total -= path.stat().st_size
+            with suppress(OSError):
+                path.unlink()
+
+
+def key_of(source: Path, tokens: NDArray[np.int64], settings: dict[str, Any]) -> str:
+    """Of everything that decides what the source says."""
+    weights = [p for p in source.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")]
+    files = [
+        [p.relative_to(source).as_posix(), p.stat().st_size, p.stat().st_mtime_ns]
+        for p in sorted(weights)
+    ]
+    text = json.dumps([str(source.resolve()), files, settings], sort_keys=True)
+    return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]

@@ -1,0 +1,132 @@
+"""Text for calibration and evaluation: files or directories -> documents -> token sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.untrusted import is_regular, open_regular
+from ..errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PLAIN = (".txt", ".md", ".rst")
+_LINES, _LIST = ".jsonl", ".json"
+_MOST_BYTES = 1_000_000_000  # of a file: tokens that are used number in the tens of thousands
+
+
+def read_documents(paths: Sequence[Path]) -> list[str]:
+    """The documents of text files, or of all of them in a directory, in the order of their names.
+
+    A .jsonl file has an object with "text" (or a string) a line, a .json file a list of such; any
+    other file is one document.
+
+    Raises:
+        InputError: a file is not UTF-8, not JSON, has no text, or is no file.
+    """
+    documents = [text for path in paths for file in _files(path) for text in _documents(file)]
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise InputError(f"there is no text in {', '.join(map(str, paths))}")
+    return documents
+
+
+def digest_of(documents: Iterable[str]) -> str:
+    """SHA-256 over all documents."""
+    digest = hashlib.sha256()
+    for text in documents:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def sequences(
+    documents: Iterable[str], tokenizer: Any, length: int, count: int
+) -> NDArray[np.int64]:
+    """int64 [at most `count`, `length`]: documents one after another, each closed by the
+    tokenizer's end-of-text token where it has one, cut into windows; of too many windows those that
+    are taken lie evenly apart.
+
+    Args:
+        tokenizer: of transformers.
+
+    Raises:
+        UsageError: the text does not fill one window.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    for text in documents:
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+    windows = len(tokens) // length
+    if windows < 1:
+        raise UsageError(
+            f"the text has {len(tokens):,} tokens, fewer than one window of {length:,}: give more "
+            "text, or a smaller window"
+        )
+    found = np.array(tokens[: windows * length], np.int64).reshape(windows, length)
+    chosen = np.unique(np.linspace(0, windows - 1, min(count, windows)).round().astype(np.int64))
+    return found[chosen]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    suffixes = (*_PLAIN, _LINES, _LIST)
+    found = sorted(p for p in path.rglob("*") if p.suffix in suffixes and is_regular(p))
+    if found:
+        return found
+    columns = [p.name for p in path.rglob("*") if p.suffix in (".parquet", ".arrow")]
+    raise InputError(
+        f"{path} has no file with one of the endings {' '.join(suffixes)}"
+        + (
+            f"; {columns[0]} is a table: write its texts out first, one JSON object with "
+            '"text" a line'
+            if columns
+            else ""
+        )
+    )
+
+
+def _documents(path: Path) -> Iterator[str]:
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise InputError(f"{path} has more than {_MOST_BYTES:,} bytes: give a part of it")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: byte {error.start:,} is not") from error
+    if path.suffix == _LINES:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield _text_of(_parsed(line, path, number), path, number)
+    elif path.suffix == _LIST:
+        found = _parsed(text, path, 1)
+        for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
+            yield _text_of(entry, path, number)
+    else:
+        yield text
+
+
+def _parsed(text: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number:,}, is not valid JSON: {error}") from error
+
+
+def _text_of(entry: Any, path: Path, number: int) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise InputError(
+            f'{path}: entry {number:,} has no "text" that is a string; expected objects such as '
+            '{"text": "..."}'
+        )
+    return text

@@ -1,0 +1,170 @@
+"""The GPU kernels on the CPU: NVIDIA's own PTX for every generation, and the .cu under g++."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from emulator import build, exercise, ptx
+from emulator.sanitize import exercise_apart
+
+from nf4cli.engines import launches
+from nf4cli.format import codebook
+
+pytestmark = pytest.mark.gpu
+
+PARTS = (
+    "quantize<2, 2, 1",
+    "quantize<3, 2, 1",
+    "quantize<0, 0, 2",
+    "nested_quantize",
+    "dequantize<2",
+)
+SAMPLE = tuple(
+    kernel
+    for kernel in launches.every_kernel()
+    if kernel == "fold_errors" or any(part in kernel for part in PARTS)
+)
+"""A kernel of every shape; the others differ in a constant or a conversion."""
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, tuple[str, dict[str, str]]]:
+    """NVRTC's PTX of the sample by generation."""
+    return {arch: build.compile_ptx(arch, SAMPLE) for arch in build.ARCHS}
+
+
+def code_of(text: str) -> str:
+    """PTX without what only names its target."""
+    return re.sub(r"^\.(target|version).*|//.*", "", text, flags=re.M)
+
+
+@pytest.mark.parametrize("order", [None, "reversed", "7"])
+def test_every_kernel_as_nvrtc_compiles_it(emulated_ptx, monkeypatch, order):
+    if order:
+        monkeypatch.setenv("EMU_ORDER", order)
+    assert exercise.exercise(emulated_ptx) > 1000
+
+
+@pytest.mark.parametrize("order", [None, "reversed", "7"])
+def test_every_kernel_as_gcc_compiles_it(emulated_shim, monkeypatch, order):
+    if order:
+        monkeypatch.setenv("EMU_ORDER", order)
+    assert exercise.exercise(emulated_shim) > 1000
+
+
+def test_kernels_for_every_generation(texts):
+    """Generations whose code equals that of sm_80 ran above; the others run here."""
+    ran = {code_of(texts["80"][0])}
+    others = []
+    for arch, (text, _) in texts.items():
+        if code_of(text) not in ran:
+            ran.add(code_of(text))
+            others.append(arch)
+    libraries = build.parallel(
+        *(lambda arch=arch: build.build_ptx(*texts[arch]) for arch in others)
+    )
+    for library in libraries:
+        assert exercise.exercise(build.Kernels(library), quick=True, parts=PARTS) > 90
+    assert len(others) >= 2, "Turing and Blackwell used to have code of their own"
+
+
+@pytest.mark.parametrize("arch", build.ARCHS)
+def test_every_operation_rounds_on_its_own(texts, arch):
+    operations = ptx.instructions(texts[arch][0])
+    names = {op for op, _ in operations}
+    assert not {op for op in names if re.search(r"ftz|approx|\bsat\b|full", op)}
+    for op in ("mul.f32", "add.f32", "sub.f32", "mul.f64", "add.f64", "div.full.f32"):
+        assert op not in names  # without .rn, a later stage may fuse it
+    assert {"mul.rn.f32", "add.rn.f32", "div.rn.f32", "mul.rn.f64", "add.rn.f64"} <= names
+    # Only the search for a cell is fused, which decides no byte: 15.25 x + 2097167.25.
+    for kernel in texts[arch][0].split(".entry")[1:]:
+        moved = dict(re.findall(r"mov\.[bf]32\s+(%\w+), 0f([0-9A-F]{8});", kernel))
+        fused = [arguments for op, arguments in ptx.instructions(kernel) if op.startswith("fma")]
+        assert len(fused) == (32 if "8quantizeI" in kernel.split("(")[0] else 0)
+        for arguments in fused:
+            factors = {moved.get(a, a.removeprefix("0f")) for a in arguments[2:]}
+            assert factors == {"41740000", "4A00003D"}, arguments
+
+
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_kernels_under_sanitizers(texts, sanitizer):
+    libraries = build.parallel(
+        lambda: build.build_ptx(*texts["90"], sanitizer),
+        lambda: build.build_shim(SAMPLE, sanitizer),
+    )
+    for library in libraries:
+        assert exercise_apart(library, sanitizer, PARTS) == ""
+
+
+def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
+    """A block far out of what 32 bits count, with its data put where the kernel looks for them."""
+    block, n = (1 << 27) + 1, 8192  # elements a block of quantize and of dequantize
+    first = block * n
+    for kernels in (emulated_ptx, emulated_shim):
+        src = exercise.values("BF16", n, 5)
+        packed, absmax, _ = exercise.on_cpu(src, "BF16", 64, "nf4")
+        book = launches.book("nf4").copy()
+        codes, scales = np.empty_like(packed), np.empty_like(absmax)
+        sums, worst = np.empty(2 * n // 64, np.float32), np.empty(n // 64, np.float32)
+
+        def far(array: np.ndarray, bytes_an_element: float) -> int:
+            return (exercise.address(array) - int(first * bytes_an_element)) % 2**64
+
+        launch, _ = launches.quantize(
+            first + n, "BF16", 64, "nf4", exercise.address(book), far(src, 2), far(codes, 0.5),
+            far(scales, 4 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0,
+        )  # fmt: skip
+        kernels.run(launch, first=block)
+        exercise.same("quantize", (codes, scales), (packed, absmax))
+        out, expected = np.empty(2 * n, np.uint8), np.empty(2 * n, np.uint8)
+        place = launches.Scales(absmax=far(absmax, 4 / 64))
+        (launch,) = launches.dequantize(
+            first + n, "BF16", 64, exercise.address(book), far(packed, 0.5), place, far(out, 2)
+        )
+        kernels.run(launch, first=block)
+        exercise.CPU.dequantize(packed, n, 64, "nf4", absmax, "BF16", expected)
+        exercise.same("dequantize", (out,), (expected,))
+
+
+@pytest.mark.parametrize("quant_type", codebook.QUANT_TYPES)
+def test_the_search_finds_every_rank(quant_type):
+    """The table of cells against plain counting, on every midpoint and its neighbours."""
+    book = np.frombuffer(launches.book(quant_type).tobytes(), launches._BOOK)[0]
+    points = codebook.codebook(quant_type).midpoints
+    around = np.concatenate([points, np.nextafter(points, 2, dtype=np.float32),
+                             np.nextafter(points, -2, dtype=np.float32),
+                             np.linspace(-1, 1, 100_001, dtype=np.float32)])  # fmt: skip
+    cell = ((around * np.float32(15.25) + np.float32(2097167.25)).astype(np.float32)
+            .view(np.uint32) & 0x7C) // 4  # fmt: skip
+    rank = (book["start"][cell] // 8).astype(int)
+    middle = book["midpoints"]["value"]
+    if launches.STEPS[quant_type] == 2:
+        rank += 2 * (around > middle[rank + 1])
+    rank += around > middle[rank]
+    assert np.array_equal(rank, np.searchsorted(points, around, side="left"))
+
+
+def test_float8_bytes_decode_as_the_table_has_them(emulated_shim):
+    """Each of the 254 finite values, alone in its block of zeros."""
+    for dtype in ("F32", "BF16"):
+        finite = np.flatnonzero((np.arange(256) & 127) != 127).astype(np.uint8)
+        src = np.zeros((len(finite), 32), np.uint8)
+        src[:, 5] = finite
+        from nf4cli.engines.protocol import Float8
+
+        float8 = Float8(0, 32, np.ones(len(finite), np.float32), (1, 32))
+        _, absmax, _ = exercise.quantize(emulated_shim, src.reshape(-1), dtype, 32, "nf4", float8)
+        assert np.array_equal(absmax, np.abs(codebook.float8_e4m3()[finite]))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_not_a_number_reaches_the_error_sums(emulated_ptx, dtype):
+    infinity = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype]
+    for bits in (infinity, infinity + 1, infinity | infinity >> 1):
+        for place in (0, 63, 8191, 8200):
+            src = exercise.values(dtype, 8201, 3)
+            src.view("u4" if dtype == "F32" else "u2")[place] = bits
+            _, _, stats = exercise.quantize(emulated_ptx, src, dtype, 64, "nf4")
+            assert np.isnan(stats[0, 0]), (bits, place)

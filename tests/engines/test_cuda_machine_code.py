@@ -1,0 +1,114 @@
+"""The machine code that NVIDIA's assembler makes for seven generations of GPUs, taken apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator.build import ARCHS
+
+from nf4cli.engines.launches import every_kernel
+
+pytestmark = pytest.mark.gpu
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "roofline.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("roofline", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["roofline"] = module  # its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+roofline = load_script()
+BUDGET = {
+    "quantize<2, 2, 1, false, false>": 24,  # bf16 to NF4
+    "quantize<1, 1, 1, false, false>": 24,
+    "quantize<0, 0, 1, false, false>": 24,
+    "quantize<2, 2, 2, false, false>": 28,  # FP4: one comparison more
+    "quantize<3, 2, 1, false, false>": 48,  # float8, decoded on the way
+    "dequantize<2, true>": 18,
+    "dequantize<1, true>": 25,
+    "dequantize<0, true>": 14,
+    "fold_errors": 3,
+    "nested_quantize<false>": 1,
+}
+"""Instructions a weight.  At its 2.75 bytes, an H100 is bound by its memory up to 27 of them."""
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """Every kernel for one generation; those of the table for the others."""
+    table = tuple(kind.kernel for kind in roofline.KINDS)
+    return {
+        arch: roofline.machine_code(arch, every_kernel() if arch == "90" else table)
+        for arch in ARCHS
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_is_spilled(codes, arch):
+    for kernel, code in codes[arch].items():
+        assert (code.stack, code.local) == (0, 0), kernel
+        assert code.count("LDL") == code.count("STL") == 0, kernel
+        assert code.registers <= 80, kernel  # three CTAs of 256 threads on 65,536 registers
+        assert code.shared <= 8192, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_memory_is_accessed_16_bytes_at_a_time(codes, arch):
+    for kernel, code in codes[arch].items():
+        tail = kernel.startswith(("quantize", "nested")) and kernel.endswith("true>")
+        if not tail and kernel != "fold_errors":
+            assert code.widest("LDG") == 16, kernel
+            assert code.widest("STG") == 16, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_multiplication_is_fused_with_an_addition(codes, arch):
+    """FFMA only where the search looks for a cell, and in divisions, which are exact with it."""
+    for kernel, code in codes[arch].items():
+        # ("DFMA.FTZ" does not exist; FFMA.FTZ and .RM, .RP are parts of divisions)
+        assert code.count("DFMA") == 0, kernel
+        fused = [rest for _, op, rest in code.instructions if op == "FFMA"]
+        if kernel.startswith("dequantize") or kernel == "fold_errors":
+            assert not fused, kernel
+            continue
+        tail = kernel.endswith("true>")
+        divisions = (16 if kernel.startswith("nested") else 32) + 2 if tail else 2
+        cells = 0 if kernel.startswith("nested") else 32
+        assert len(fused) <= cells + 7 * divisions, kernel
+        assert code.count("MUFU.RCP") <= 3 * divisions + 12, kernel
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_instructions_a_weight(codes, arch):
+    for kind in roofline.KINDS:
+        count = codes[arch][kind.kernel].longest_path(kind.trips) / kind.weights
+        assert count <= BUDGET[kind.kernel], kind.title
+        # a path that leaves the work out would be shorter than what each weight needs
+        assert count > BUDGET[kind.kernel] / 2, kind.title
+
+
+def test_an_h100_is_bound_by_memory(tmp_path):
+    """The script itself; the table of docs/performance.md is what it prints."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--json", tmp_path / "table.json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "not measured" in done.stdout.splitlines()[0]
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert len(table) == len(roofline.KINDS) * len(roofline.GPUS)
+    bounds = {(row["kernel"], row["arch"]): row["bound"] for row in table}
+    for arch in ("80", "90"):
+        assert bounds["quantize bf16 to NF4", arch] == "memory"
+        assert bounds["dequantize to bf16, nested", arch] == "memory"
+    documented = (SCRIPT.parent.parent / "docs" / "performance.md").read_text()
+    for line in done.stdout.splitlines():
+        assert line in documented, line

@@ -1,0 +1,390 @@
+"""Calibration: what is measured, what error feedback does with it, and the command around it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import text_models
+import torch
+import transformers
+from helpers import nf4, nf4_ok, same_files
+from tiny_models import V
+
+from nf4cli.checkpoint.discovery import IMPORTANCE, MANIFEST, open_checkpoint
+from nf4cli.checkpoint.importance_file import load
+from nf4cli.engines.cpu import CpuEngine
+from nf4cli.format.codebook import codebook
+from nf4cli.format.config import QuantConfig
+from nf4cli.output.manifest import Manifest
+from nf4cli.quality.calibration.gptq import Feedback, feed_back, relative_loss
+from nf4cli.quality.calibration.passes import Calibration, Settings
+from nf4cli.quality.calibration.rounding import pack, round_matrix
+
+RECIPE = QuantConfig(scale="search")
+VALUES, MIDPOINTS = (
+    torch.from_numpy(t) for t in (codebook("nf4").values, codebook("nf4").midpoints)
+)
+TEXT = ("--calibration", "text.txt", "--calibration-tokens", "512", "--calibration-length", "32")
+
+
+def tokens(count=6, length=16):
+    return torch.randint(
+        5, V - 5, (count, length), generator=torch.Generator().manual_seed(2)
+    ).numpy()
+
+
+def measured(root, scratch, names, seen, **settings):
+    found = Calibration(root, seen, scratch, names, RECIPE, CpuEngine(), Settings(**settings), {})
+    found.run()
+    return found
+
+
+def hooked(root, seen):
+    """The mean squares of every linear layer's inputs, from the whole model in memory."""
+    config = transformers.AutoConfig.from_pretrained(root)
+    kind = getattr(transformers, config.architectures[0])
+    model = kind.from_pretrained(root, dtype=torch.float32).eval()
+    sums, kinds = {}, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: sums.setdefault(f"{name}.weight", []).append(
+                    args[0].detach().double().reshape(-1, args[0].shape[-1]).square()
+                )
+            )
+    with torch.no_grad():
+        for window in seen:
+            model(input_ids=torch.from_numpy(window[None]))
+    return {name: torch.cat(parts).mean(0).numpy() for name, parts in sums.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", "opt", "bloom", "gemma3_text", "qwen3", "gpt_neox", "phi3", "bert_mlm"],
+)
+def test_importance_is_what_the_whole_model_gives(name, tmp_path):
+    root, seen = text_models.make(name, tmp_path / "model"), tokens()
+    expected = hooked(root, seen)
+    found = measured(root, tmp_path / "scratch", expected, seen, upstream="full").importance
+    assert len(found) >= 8
+    for key, values in found.items():
+        np.testing.assert_allclose(values, expected[key], rtol=2e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_measured_each_by_its_own_tokens(name, tmp_path, monkeypatch):
+    """Under the names that the checkpoint has, from the tokens that the router sends."""
+    from nf4cli.quality.calibration import experts
+
+    root, seen = text_models.make(name, tmp_path / "model"), tokens(12, 16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+    inputs: dict[int, list[torch.Tensor]] = {}
+    block = model.model.layers[1].mlp
+
+    def look(module, args):
+        for expert in range(4):
+            chosen = (args[1] == expert).any(-1)
+            inputs.setdefault(expert, []).append(args[0][chosen].double())
+
+    block.experts.register_forward_pre_hook(look)
+    with torch.no_grad():
+        for window in seen:
+            model(torch.from_numpy(window[None]))
+    stored = [t.name for s in open_checkpoint(root).shards for t in s.tensors if "proj" in t.name
+              or ".w" in t.name]  # fmt: skip
+    found = measured(root, tmp_path / "a", stored, seen, upstream="full").importance
+    up = "w3" if name == "mixtral" else "up_proj"
+    counts = []
+    for expert in range(4):
+        rows = torch.cat(inputs[expert])
+        (key,) = (n for n in found if ".layers.1." in n and f".experts.{expert}.{up}." in n)
+        counts.append(len(rows))
+        pooled = torch.cat([torch.cat(p) for p in inputs.values()]).square().mean(0)
+        expected = rows.square().mean(0) if len(rows) >= experts.FEWEST else pooled
+        np.testing.assert_allclose(found[key], expected.numpy(), rtol=2e-3)
+    assert sum(counts) == 2 * seen.size
+    down = [n for n in found if ".experts." in n and (".down_proj." in n or ".w2." in n)]
+    assert len(down) == 8
+    assert all(found[n].size == (128 if name == "mixtral" else 64) for n in down)
+    monkeypatch.setattr(experts, "FEWEST", 10**6)
+    notes: list[str] = []
+    pooled_only = Calibration(
+        root, seen, tmp_path / "b", stored, RECIPE, CpuEngine(), Settings(), {}, notify=notes.append
+    )
+    pooled_only.run()
+    assert len(notes) == 2
+    assert "4 of model.layers.0" in notes[0]
+    one = [v for n, v in pooled_only.importance.items() if f".{up}." in n and "layers.0" in n]
+    assert all(np.array_equal(one[0], other) for other in one)
+
+
+def test_experts_of_four_bits_are_calibrated_by_the_command(tmp_path):
+    text_models.make("mixtral", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    for method in ("rtn", "gptq"):
+        done = nf4("quantize", "model", method, *TEXT, "--method", method, "--target", "vllm",
+                   cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "nothing is known" not in done.stdout
+        nf4_ok("verify", method, "--source", "model", "--calibration", "text.txt", cwd=tmp_path)
+
+
+def problem(rows=24, columns=160, seed=0, samples=400):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = torch.randn(samples, columns, generator=generator) @ mix
+    inputs *= torch.rand(columns, generator=generator) * 4
+    weight = torch.randn(rows, columns, generator=generator) * 0.1
+    hessian = inputs.T @ inputs / samples
+    rounded = round_matrix(weight.numpy(), hessian.diagonal().numpy().copy(), CpuEngine(), RECIPE)
+    return weight, hessian, torch.from_numpy(rounded.scale), torch.from_numpy(rounded.ranks)
+
+
+def choose(weight, hessian, scale, notes=None, **how):
+    note = notes.append if notes is not None else (lambda said: None)
+    return feed_back(weight, hessian, scale, VALUES, MIDPOINTS, Feedback(**how), note).long()
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_error_feedback_is_the_plain_algorithm(act_order):
+    """Against one column after another with the inverse itself (Optimal Brain Quantization)."""
+    weight, hessian, scale, _ = problem()
+    damping = 0.02
+    ours = choose(weight, hessian, scale, damping=damping, act_order=act_order)
+    matrix = hessian.double().clone()
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    order = torch.arange(160)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    left = list(order.tolist())
+    work = weight.double().clone()
+    ranks = torch.zeros_like(ours)
+    while left:
+        inverse = torch.linalg.inv(matrix[left][:, left])
+        column = left.pop(0)
+        rank = torch.bucketize((work[:, column] / scale[:, column].double()).float(), MIDPOINTS)
+        ranks[:, column] = rank
+        error = (work[:, column] - VALUES[rank].double() * scale[:, column].double()) / inverse[
+            0, 0
+        ]
+        work[:, left] -= error[:, None] * inverse[0, 1:][None]
+    assert (ranks != ours).double().mean() < 0.002  # float32 against float64, at a midpoint
+    found, expected = (relative_loss(weight, VALUES[r] * scale, hessian) for r in (ours, ranks))
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_it_loses_less_than_rounding():
+    weight, hessian, scale, nearest = problem()
+    plain = relative_loss(weight, VALUES[nearest.long()] * scale, hessian)
+    fed = relative_loss(weight, VALUES[choose(weight, hessian, scale)] * scale, hessian)
+    assert fed < 0.6 * plain
+
+
+def test_columns_without_input_are_rounded_to_the_nearest():
+    weight, hessian, scale, _ = problem()
+    dead = torch.tensor([0, 7, 159])
+    hessian[dead, :] = hessian[:, dead] = 0
+    ranks = choose(weight, hessian, scale)
+    expected = torch.bucketize(weight / scale, MIDPOINTS)
+    assert torch.equal(ranks[:, dead], expected[:, dead])
+    nothing = choose(weight, torch.zeros_like(hessian), scale)
+    assert torch.equal(nothing, expected)
+
+
+def test_moments_of_few_tokens_and_worse_ones():
+    weight, hessian, scale, _ = problem(samples=3)  # rank 3 of 160
+    notes: list[str] = []
+    assert (
+        relative_loss(weight, VALUES[choose(weight, hessian, scale, notes)] * scale, hessian) < 0.02
+    )
+    broken = hessian - 5 * torch.eye(160) * hessian.diagonal().mean()
+    broken.diagonal().abs_()
+    ranks = choose(weight, broken, scale, notes, damping=1e-6)
+    assert len(notes) == 1
+    assert "no positive matrix" in notes[0]
+    assert ranks.max() < 16
+
+
+def test_codes_are_packed_as_they_are_stored():
+    ranks = np.array([[1, 2, 3], [15, 0, 7]], np.uint8)
+    assert pack(ranks, "nf4").tolist() == [0x12, 0x3F, 0x07]
+    assert pack(ranks[:, :1], "nf4").tolist() == [0x1F]
+    assert pack(np.array([[3]], np.uint8), "nf4").tolist() == [0x37]  # and the code of 0.0
+
+
+def test_gptq_loses_less_than_rtn_and_the_layers_before_count(tmp_path):
+    root, seen = text_models.make("llama", tmp_path / "model"), tokens(12, 32)
+    names = hooked(root, seen[:1]).keys() - {"lm_head.weight"}
+    losses = {}
+    for method in ("rtn", "gptq"):
+        found = measured(root, tmp_path / method, names, seen, method=method)
+        assert found.losses.keys() == names
+        losses[method] = found.losses
+    assert sum(losses["gptq"].values()) < 0.8 * sum(losses["rtn"].values())
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path):
+    text_models.make("llama", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_calibrated_verified_and_measured_again(work, method):
+    told = nf4("quantize", "model", "out", *TEXT, "--method", method, cwd=work)
+    assert told.returncode == 0, told.stderr
+    assert "calibrating model" in told.stderr
+    assert not list(work.glob(".out*")), "what was kept meanwhile is gone"
+    about = load(work / "out" / IMPORTANCE).about
+    assert (about["tokens"], about["length"], about["method"]) == (512, 32, method)
+    assert len(about["losses"]) == 14
+    manifest = Manifest.from_file(work / "out" / MANIFEST)
+    assert manifest.config.method == method
+    errors = [t.error for t in manifest.tensors.values() if t.error]
+    assert all((e.worst_block is not None) == (method == "gptq") for e in errors)
+    nf4_ok("verify", "out", cwd=work)
+    said = nf4_ok("verify", "out", "--source", "model", "--calibration", "text.txt", cwd=work)
+    assert ("every byte but the codes is" in said) == (method == "gptq")
+    assert "importance and loss of 14 weights are those that the text gives" in said
+    if method == "rtn":  # without text or torch, the same bytes
+        nf4_ok("quantize", "model", "again", "--importance", f"out/{IMPORTANCE}", cwd=work)
+        assert same_files(work / "out", work / "again")
+
+
+def test_codes_that_were_changed_are_found(work):
+    """With the digests forged as well, what the codes lose is no more what the manifest says."""
+    from nf4cli.checkpoint.digest import digest_file, digest_shard
+    from nf4cli.checkpoint.reader import read_shard
+
+    nf4_ok("quantize", "model", "out", *TEXT, "--method", "gptq", cwd=work)
+    (path,) = (work / "out").glob("*.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    (tensor,) = (t for t in read_shard(path).tensors if t.name == name)
+    data = bytearray(path.read_bytes())
+    data[tensor.start + 5] ^= 0x10
+    path.write_bytes(data)
+    document = json.loads((work / "out" / MANIFEST).read_text())
+    _, tensors = digest_shard(read_shard(path), "blake3")
+    for file in document["output"]["files"]:
+        file["digest"] = digest_file(work / "out" / file["name"], "blake3")
+    document["tensors"][name]["output"]["digests"][name] = tensors[name]
+    (work / "out" / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+    nf4_ok("verify", "out", cwd=work)
+    done = nf4("verify", "out", "--source", "model", cwd=work)
+    assert done.returncode == 1
+    assert "another record than the source gives" in done.stdout
+    assert name in done.stdout
+
+
+def test_another_text_is_named(work):
+    nf4_ok("quantize", "model", "out", *TEXT, cwd=work)
+    (work / "other.txt").write_text(text_models.text(600, seed=9))
+    done = nf4("verify", "out", "--source", "model", "--calibration", "other.txt", cwd=work)
+    assert done.returncode == 1
+    assert "was measured on another text" in done.stdout
+    done = nf4("verify", "out", "--calibration", "text.txt", cwd=work)
+    assert (done.returncode, "--calibration needs --source" in done.stderr) == (2, True)
+    nf4_ok("quantize", "model", "plain", cwd=work)
+    done = nf4("verify", "plain", "--source", "model", "--calibration", "text.txt", cwd=work)
+    assert (done.returncode, "was not calibrated" in done.stderr) == (2, True)
+
+
+def test_stopped_and_resumed_it_is_the_same(work):
+    command = ["quantize", "model", "out", *TEXT, "--method", "gptq"]
+    nf4_ok(*command[:2], "whole", *command[3:], cwd=work)
+    script = (
+        "import nf4cli.quality.calibration.passes as p, os\n"
+        "keep = p.Calibration._keep\n"
+        "def once(self, *args):\n"
+        "    keep(self, *args)\n"
+        "    os._exit(7)\n"
+        "p.Calibration._keep = once\n"
+        "from nf4cli.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script, *command], cwd=work, check=False,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 7
+    assert not (work / "out").exists()
+    told = nf4(*command, "--resume", cwd=work)
+    assert told.returncode == 0, told.stderr
+    assert "continuing an earlier calibration: 1 blocks are done" in told.stderr
+    assert same_files(work / "whole", work / "out")
+    assert not list(work.glob(".out*"))
+    again = nf4(*command, "--resume", cwd=work)
+    assert again.returncode == 0, again.stderr
+    assert "calibrating" not in again.stderr
+    assert "out is complete already" in again.stderr
+
+
+def test_interrupted_it_says_so(work):
+    script = (
+        "import nf4cli.quality.calibration.walk as w, time\n"
+        "w.Walk.run = lambda *a: time.sleep(30)\n"
+        "from nf4cli.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", script, "quantize", "model", "out", *TEXT],
+        cwd=work, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if "calibrating" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not list(work.glob(".out*")), "nothing was done yet, so nothing is kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        (lambda w: (w / "text.txt").write_text("few words"), 2, "fewer than one window"),
+        (lambda w: (w / "text.txt").write_bytes(b"\xff\xfe\x00bad"), 3, "is no UTF-8 text"),
+        (lambda w: (w / "text.txt").unlink(), 3, "does not exist"),
+        (lambda w: [p.unlink() for p in (w / "model").glob("token*")], 3, "has no tokenizer"),
+        (lambda w: (w / "text.txt").write_text("  \n"), 3, "there is no text"),
+    ],
+)
+def test_what_a_user_may_give(work, change, code, says):
+    change(work)
+    done = nf4("quantize", "model", "out", *TEXT, cwd=work)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert not (work / "out").exists()
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path):
+    text_models.make("t5", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    done = nf4("quantize", "model", "out", *TEXT, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "use --scale search" in done.stderr
+
+
+def test_text_in_directories_and_lines(work):
+    (work / "data").mkdir()
+    lines = [json.dumps({"text": text_models.text(60, i)}) for i in range(8)]
+    (work / "data/a.jsonl").write_text("\n".join(lines))
+    (work / "data/b.md").write_text(text_models.text(60, 99))
+    nf4_ok("quantize", "model", "out", "--calibration", "data", *TEXT[2:], cwd=work)
+    (work / "data/a.jsonl").write_text('{"text": 3}')
+    done = nf4("quantize", "model", "no", "--calibration", "data", *TEXT[2:], cwd=work)
+    assert (done.returncode, '"text"' in done.stderr) == (3, True)
+    shutil.rmtree(work / "data")
+    (work / "data").mkdir()
+    (work / "data/x.parquet").write_bytes(b"PAR1")
+    done = nf4("quantize", "model", "no", "--calibration", "data", *TEXT[2:], cwd=work)
+    assert (done.returncode, "x.parquet is a table" in done.stderr) == (3, True)
