@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import dequantize, inspect, inspect_tensor, plan, quantize, verify
-    from .convert.watch import Listener
+    from .convert.listener import Listener
     from .format.config import QuantConfig
 
 __version__ = "0.2.0"
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
         return QuantConfig
     if name == "Listener":
-        from .convert.watch import Listener
+        from .convert.listener import Listener
 
         return Listener
     from . import api

@@ -161,7 +161,7 @@ from nf4cli.engines.cpu import CpuEngine
 from nf4cli.planning.resources import make_resources
 from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.model_plan import ModelPlan
-from nf4cli.convert.quantize import Execution, write_model
+from nf4cli.convert.write_model import Execution, write_model
 from nf4cli.format.config import QuantConfig
 from nf4cli.checkpoint.discovery import open_checkpoint
 spent, lock = {}, threading.Lock()

@@ -30,7 +30,7 @@ import numpy as np
 from nf4cli import engines
 from nf4cli.api.machine import processors
 from nf4cli.checkpoint.discovery import open_checkpoint
-from nf4cli.convert.quantize import Execution, write_model
+from nf4cli.convert.write_model import Execution, write_model
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine

@@ -247,8 +247,8 @@ def carry_out(plan, output, engine, resources, resume=False, progress=None):
     Returns:
         The manifest of a checkpoint.
     """
-    from nf4cli.convert.quantize import Execution, write_model
-    from nf4cli.convert.watch import Listener
+    from nf4cli.convert.listener import Listener
+    from nf4cli.convert.write_model import Execution, write_model
     from nf4cli.planning.model_plan import ModelPlan
 
     listener = Listener()

@@ -2,7 +2,7 @@
 
     import nf4cli
 
-    done = nf4cli.convert.quantize("org/name", "name-nf4")
+    done = nf4cli.convert.write_model("org/name", "name-nf4")
     assert nf4cli.proof.verify(done.output, source="org/name").ok
 
 Everywhere a model is a path, or `org/name` or `org/name@revision` for one of the Hub. Errors are
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..convert.watch import NOBODY, Listener
+from ..convert.listener import NOBODY, Listener
 from ..format.config import QuantConfig
 from .decoding import Dequantized, decode
 from .inspecting import Inspected, look, look_at_tensor

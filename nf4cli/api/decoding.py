@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..convert.dequantize import Summary, plan_decoding, write_decoded
-from ..convert.watch import Stage
+from ..convert.listener import Stage
 from . import sources
 from .machine import Machine
 from .quantizing import SHARD_BYTES

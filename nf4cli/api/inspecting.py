@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import engines
 from ..checkpoint.discovery import open_checkpoint
-from ..convert.watch import NOBODY, Listener
+from ..convert.listener import NOBODY, Listener
 from ..errors import InputError, UsageError
 from ..output import inspection
 from ..output.inspection import Overview, TensorView

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .. import engines
-from ..convert.watch import NOBODY, Listener
+from ..convert.listener import NOBODY, Listener
 from ..engines.protocol import GRANULE, Engine
 from ..errors import UsageError
 from ..planning.resources import Resources, make_resources

@@ -1,4 +1,4 @@
-"""nf4cli.convert.quantize and nf4cli.planning.make_plan: find the source, plan, convert,
+"""nf4cli.convert.write_model and nf4cli.planning.make_plan: find the source, plan, convert,
 publish."""
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 from ..checkpoint.digest import ALGORITHMS
 from ..checkpoint.discovery import name_of_directory
 from ..checkpoint.types import Checkpoint
+from ..convert.listener import NOBODY, Listener, Stage
 from ..convert.output_place import check_output, require_place
-from ..convert.quantize import Execution, write_model
 from ..convert.transport import LOCAL
-from ..convert.watch import NOBODY, Listener, Stage
+from ..convert.write_model import Execution, write_model
 from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..output.manifest import Manifest

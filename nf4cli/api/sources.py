@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import stopping
-from ..convert.watch import NOBODY, Listener, Stage
+from ..convert.listener import NOBODY, Listener, Stage
 from ..errors import InputError, MachineError, Nf4Error, UsageError
 
 if TYPE_CHECKING:

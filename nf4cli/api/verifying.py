@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.discovery import MANIFEST
 from ..checkpoint.file_io import name_of
 from ..checkpoint.reader import read_shard
-from ..convert.watch import Stage
+from ..convert.listener import Stage
 from ..errors import InputError, UsageError
 from ..output.manifest import Manifest
 from ..output.report import Report

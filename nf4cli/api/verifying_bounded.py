@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..convert.watch import Stage
+from ..convert.listener import Stage
 from . import sources
 from .machine import Machine
 
@@ -130,7 +130,7 @@ class Bounded:
         place: Path,
         report: Report,
     ) -> None:
-        from ..convert.quantize import Execution
+        from ..convert.write_model import Execution
         from ..proof.by_digests import check_made, make_again
 
         transport, limits = carried

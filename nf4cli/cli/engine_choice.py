@@ -8,7 +8,7 @@ from .options import parse_size
 
 if TYPE_CHECKING:
     from ..api.machine import Machine
-    from ..convert.watch import Listener
+    from ..convert.listener import Listener
 
 
 def machine(

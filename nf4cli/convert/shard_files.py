@@ -17,9 +17,9 @@ from ..output.manifest import FileRecord, Result
 from ..planning.model_plan import path_in_model
 from ..planning.plan import Plan, TensorPlan
 from .journal import Journal
+from .listener import Listener
 from .resume import Standing
 from .transport import Carriage
-from .watch import Listener
 
 if TYPE_CHECKING:
     import numpy as np

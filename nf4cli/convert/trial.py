@@ -16,7 +16,7 @@ from ..format.config import QuantConfig
 from ..planning.make_plan import make_plan
 from ..planning.model_plan import ModelPlan
 from ..planning.resources import Resources
-from .quantize import Execution, write_model
+from .write_model import Execution, write_model
 
 _WEIGHTS, _SHAPE = 16, (2048, 1024)  # 64 MiB of bfloat16: a few hundredths of a second
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..checkpoint.discovery import CARD, MANIFEST
 from ..checkpoint.types import Checkpoint
-from ..convert.quantize import Execution, write_model
+from ..convert.write_model import Execution, write_model
 from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..output.against_manifest import check_lists

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from ...convert.watch import Listener, Stage
+from ...convert.listener import Listener, Stage
 from .progress import ProgressDisplay
 from .terminal import err_console, format_size, note, plain
 from .views import WORDS

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ...convert.watch import Listener, Stage
+from ...convert.listener import Listener, Stage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,12 +24,12 @@ from ..planning.plan import Plan
 from ..planning.resources import Resources
 from .conversion import Conversion
 from .journal import Part
+from .listener import NOBODY, Listener
 from .output_place import check_output
 from .resume import Standing, check, header
 from .shard_files import ShardFiles, file_records
 from .side_files import clear, write_side_files
 from .transport import LOCAL, Carriage, Transport
-from .watch import NOBODY, Listener
 from .workspace import Workspace, earlier_header
 
 

@@ -1,3 +1,0 @@
-"""A whole diffusers pipeline, written or decoded component by component."""
-
-from __future__ import annotations
