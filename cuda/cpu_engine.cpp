@@ -288,18 +288,18 @@ template <int kFrom, int kTo>
 i64 cast(const void* src, void* dst, i64 n) {
   const auto* in = static_cast<const typename Element<kFrom>::Raw*>(src);
   auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  const auto overflows = [&](i64 i) {
-    return (int)is_finite(Element<kFrom>::load(in[i])) &
-           (int)!is_finite(Element<kTo>::load(out[i]));
+  const auto overflows = [](float value, typename Element<kTo>::Raw stored) {
+    return (uint32_t)is_finite(value) & (uint32_t)!is_finite(Element<kTo>::load(stored));
   };
-  int overflow = 0;
+  uint32_t overflow = 0;
   for (i64 i = 0; i < n; i++) {
-    out[i] = Element<kTo>::store(Element<kFrom>::load(in[i]));
-    overflow |= overflows(i);
+    const float value = Element<kFrom>::load(in[i]);
+    out[i] = Element<kTo>::store(value);
+    overflow |= overflows(value, out[i]);
   }
   if (!overflow) return -1;
   i64 i = 0;
-  while (!overflows(i)) i++;
+  while (!overflows(Element<kFrom>::load(in[i]), out[i])) i++;
   return i;
 }
 
