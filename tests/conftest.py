@@ -12,7 +12,7 @@ import pytest
 from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
-from helpers import LLAMA, llama_tensors, nf4_ok, write_checkpoint_dir
+from helpers import LLAMA, llama_tensors, nf4_ok, nf4_process, write_checkpoint_dir
 from hub_server.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
 from real_models import minilm, smollm  # noqa: F401 - fixtures
 from small_pipelines import pipe, pipeline  # noqa: F401 - fixtures
@@ -143,9 +143,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_nf4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, quantized by the real command; never changed by a test."""
+    """The same, quantized by the installed command; never changed by a test."""
     output = tmp_path_factory.mktemp("output") / "llama-nf4"
-    nf4_ok("quantize", llama, output)
+    nf4_ok("quantize", llama, output, run=nf4_process)
     return output
 
 
