@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BEGIN = """
 import gc, os, signal, sys, threading, time
 from nf4cli import stopping
 from nf4cli.errors import InterruptedRunError, MachineError
-from nf4cli.pipeline import run
+from nf4cli.threads import run
 
 def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import nf4_ok
 
-OUTPUTS = Path(__file__).parent / "goldens" / "outputs"
+OUTPUTS = Path(__file__).parents[1] / "goldens" / "outputs"
 """Made by nf4 0.2.0, before its modules were rearranged, from `source`."""
 
 OPTIONS = {
