@@ -81,6 +81,8 @@ struct nf4_ladder {
   float low, high;
 };
 
+// Return the float of these bits, the bits of a float, and the place of the highest bit of a value
+// that is not 0.
 #if defined(__CUDACC_RTC__)
 static NF4_FN float nf4_float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 static NF4_FN uint32_t nf4_bits_of_float(float value) { return __float_as_uint(value); }
@@ -98,7 +100,6 @@ static NF4_FN uint32_t nf4_bits_of_float(float value) {
   return bits;
 }
 
-// Return the place of the highest bit of a value that is not 0.
 static NF4_FN int nf4_log2(uint32_t value) { return 31 - __builtin_clz(value); }
 #endif
 

@@ -29,7 +29,7 @@ NF4_EXPORT int64_t nf4_read_rows(int fd, int64_t offset, int64_t rows, int64_t s
   return total;
 }
 
-// Return whether this processor has the level that the -march flag of CMakeLists.txt names.
+// Return whether this processor has the level that the -march flag in CMakeLists.txt names.
 NF4_EXPORT int nf4_can_run_generic(void) { return 1; }
 
 #if defined(NF4_X86_ISAS)

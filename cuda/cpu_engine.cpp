@@ -9,8 +9,8 @@
 
 #include <cfenv>
 #include <cstdint>
-#include <type_traits>
 
+#include "cpu_elements.h"
 #include "cpu_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
@@ -32,40 +32,7 @@ struct DefaultFloatEnvironment {
   ~DefaultFloatEnvironment() { fesetenv(&saved); }
 };
 
-// How the elements of a dtype are stored: exact to float32, rounded to nearest even from it.
-template <int kDtype>
-struct Element;
-template <>
-struct Element<NF4_F32> {
-  typedef float Raw;
-  static NF4_FN float load(Raw raw) { return raw; }
-  static NF4_FN Raw store(float value) { return value; }
-};
-template <>
-struct Element<NF4_F16> {
-  typedef uint16_t Raw;
-  static NF4_FN float load(Raw raw) { return nf4_f32_of_f16(raw); }
-  static NF4_FN Raw store(float value) { return nf4_f16_of_f32(value); }
-};
-template <>
-struct Element<NF4_BF16> {
-  typedef uint16_t Raw;
-  static NF4_FN float load(Raw raw) { return nf4_f32_of_bf16(raw); }
-  static NF4_FN Raw store(float value) { return nf4_bf16_of_f32(value); }
-};
-
-// Return function(dtype), its number as a type: one copy of the function for each.
-template <class Function>
-auto with_dtype(int dtype, Function function) {
-  switch (dtype) {
-    case NF4_F32: return function(std::integral_constant<int, NF4_F32>());
-    case NF4_F16: return function(std::integral_constant<int, NF4_F16>());
-    default: return function(std::integral_constant<int, NF4_BF16>());
-  }
-}
-
-inline bool is_finite(float value) { return nf4_magnitude(value) < kInfinityBits; }
-
+// Return the smaller one, which is no larger than a block.
 inline int smaller(i64 a, i64 b) { return (int)(a < b ? a : b); }
 
 // Return n elements in whole rows, which the loops of cpu_search.h take.
@@ -126,7 +93,8 @@ i64 first_nonfinite(const typename Element<kDtype>::Raw* src, i64 from) {
   return i;
 }
 
-// kBlocksize: 0 for any.
+// Quantize n elements, granule by granule; kBlocksize: 0 for any_blocksize.  Return as
+// nf4_quantize.
 template <int kDtype, int kBlocksize>
 i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blocksize,
                     const nf4_codebook& book, uint8_t* packed, float* absmax, double* stats) {
@@ -147,6 +115,7 @@ i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blo
   return -1;
 }
 
+// Quantize n elements.  Return as nf4_quantize.
 template <int kDtype>
 i64 quantize(const void* src, i64 n, i64 blocksize, const nf4_codebook* book, uint8_t* packed,
              float* absmax, double* stats) {
@@ -189,6 +158,8 @@ i64 measure_run(const typename Element<kDtype>::Raw* src, i64 n, int blocksize, 
   return -1;
 }
 
+// Quantize n elements under chosen scales, run by run; kPlain: without importance.  Return as
+// nf4_quantize.
 template <int kDtype, bool kPlain>
 i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize,
                   const nf4_codebook& book, const Ladder& ladder, Importance importance,
@@ -227,7 +198,7 @@ i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize
 
 // -- 4-bit dequantization --
 
-// kBlocksize: 0 for any.
+// Write n elements, block by block; kBlocksize: 0 for any_blocksize.
 template <int kDtype, int kBlocksize>
 void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lookup& lookup,
                        const float* absmax, typename Element<kDtype>::Raw* out) {
@@ -247,6 +218,7 @@ void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lo
   }
 }
 
+// Write n elements.
 template <int kDtype>
 void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book,
                 const float* absmax, void* out) {
@@ -288,18 +260,18 @@ template <int kFrom, int kTo>
 i64 cast(const void* src, void* dst, i64 n) {
   const auto* in = static_cast<const typename Element<kFrom>::Raw*>(src);
   auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  const auto overflows = [&](i64 i) {
-    return (int)is_finite(Element<kFrom>::load(in[i])) &
-           (int)!is_finite(Element<kTo>::load(out[i]));
+  const auto overflows = [](float value, typename Element<kTo>::Raw stored) {
+    return (uint32_t)is_finite(value) & (uint32_t)!is_finite(Element<kTo>::load(stored));
   };
-  int overflow = 0;
+  uint32_t overflow = 0;
   for (i64 i = 0; i < n; i++) {
-    out[i] = Element<kTo>::store(Element<kFrom>::load(in[i]));
-    overflow |= overflows(i);
+    const float value = Element<kFrom>::load(in[i]);
+    out[i] = Element<kTo>::store(value);
+    overflow |= overflows(value, out[i]);
   }
   if (!overflow) return -1;
   i64 i = 0;
-  while (!overflows(i)) i++;
+  while (!overflows(Element<kFrom>::load(in[i]), out[i])) i++;
   return i;
 }
 

@@ -81,7 +81,7 @@ ROUTES = (
 
 
 class Trigger(Faults):
-    """Calls back at one of the requests; the Hub is as slow to answer as it is told."""
+    """Call back at one of the requests; answer a commit as late as told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Round:
         return contents(self.work / self.route.output) if self.route.output else {}
 
     def done(self) -> int:
-        """Weights that the journal says are finished."""
+        """Return how many weights the journal says are finished."""
         journal = self.workspace / "journal"
         if not self.route.workspace or not journal.exists():
             return 0
@@ -205,7 +205,7 @@ class Round:
 
     def interrupt(self, *options: str) -> bool:
         """Start, stop at a random moment, look; returns whether it was stopped, not finished."""
-        bench, before, there = self.bench, self.done(), self.left()
+        bench, before, there = self.bench, self.done(), self.left() or bool(self.here())
         process = self.start(*options)
         moment, sent = Moment(self, process), -1.0
         try:
@@ -236,14 +236,20 @@ class Round:
         return process.returncode != 0
 
     def left(self) -> bool:
-        """Whether unfinished work is kept."""
+        """Return whether unfinished work is kept."""
         return bool(self.route.workspace) and self.workspace.exists()
 
     def check(
         self, code: int, stderr: str, stdout: str, before: int, there: bool, what: str
     ) -> None:
-        """Whether what a signal left is as it must be."""
-        what = f"{what}\n{stdout}{stderr}"
+        """Raise BrokenError unless what a signal left is as it must be.
+
+        Args:
+            before: finished weights that were kept when the run began.
+            there: whether anything was.
+        """
+        left = [str(path.relative_to(self.work.parent)) for path in self.temporary.rglob("*")]
+        what = f"{what}\nleft: {left}\n{stdout}{stderr}"
         require(code in (0, INTERRUPTED), what)
         require(not re.search("Traceback|Exception|Aborted|Fatal", stderr), f"noise: {what}")
         published, here = self.published(), self.here()
@@ -259,9 +265,12 @@ class Round:
         told = "same command and --resume" in stderr
         require(kept == told or there, f"kept: {kept}, before: {there}: {what}")
         if "nothing was left behind" in stderr:
-            require(not here and (there or not kept), f"something was left: {what}")
+            require(there or not (here or kept), f"something was left: {what}")
         if here:
-            require("Publish it with nf4 push" in stderr, f"it does not say how to go on: {what}")
+            require(
+                "Publish it with nf4 push" in stderr or there,
+                f"it does not say how to go on: {what}",
+            )
         elif not published:
             require(self.done() >= before, f"finished weights are lost: {what}")
 
@@ -319,7 +328,7 @@ class Moment:
         return f"{self.number.name} {self.phase} + {self.delay:.3f} s, then {self.second}"
 
     def wait(self) -> None:
-        """Until it has come, or the process has ended."""
+        """Wait until it has come, or the process has ended."""
         while self._process.poll() is None and not _catches(self._process.pid):
             time.sleep(0.001)
         while self._process.poll() is None and not self._due.wait(0.01):
@@ -337,8 +346,8 @@ class Moment:
 
 
 def _catches(pid: int) -> bool:
-    """Whether a process has set a handler of its own for SIGTERM: before that Python itself begins,
-    and nothing is there to be lost."""
+    """Return whether a process takes SIGTERM itself; before that Python itself begins, and nothing
+    is there to be lost."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -374,7 +383,7 @@ def new_round(bench: Bench, route: Route, chance: random.Random, name: str) -> I
 
 
 def lane(bench: Bench, number: int, seed: int) -> None:
-    """Round after round, until enough signals were sent."""
+    """Run round after round, until enough signals were sent."""
     chance = random.Random(f"{seed} {number}")
     while bench.sent < bench.wanted:
         route = chance.choice((*ROUTES[:1], *ROUTES))  # the first twice as often
@@ -394,7 +403,7 @@ def lane(bench: Bench, number: int, seed: int) -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Processes that do nothing but take the processors."""
+    """Run processes that do nothing but take the processors."""
     burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
