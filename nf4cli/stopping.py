@@ -140,15 +140,16 @@ class finishing(held_back):  # noqa: N801
 
 
 class whole(Generic[Answer]):  # noqa: N801
-    """Enter and leave a context manager with signals held back: what it makes, it removes."""
+    """Make, enter and leave a context manager with signals held back: what it makes, it removes."""
 
-    def __init__(self, inner: AbstractContextManager[Answer]) -> None:
-        self._inner = inner
+    def __init__(self, make: Callable[[], AbstractContextManager[Answer]]) -> None:
+        self._make = make
 
     def __enter__(self) -> Answer:
         entered = False
         try:
             with held_back():
+                self._inner = self._make()
                 made = self._inner.__enter__()
                 entered = True
         except InterruptedRunError:

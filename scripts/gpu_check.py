@@ -5,11 +5,11 @@
     .venv/bin/python scripts/gpu_check.py [--device cuda:0] [--json FILE]
 
 First correctness: every kind of work on random and on hard values, the CUDA engine against the CPU
-engine and, where torch is installed, the torch engine, byte for byte; and against bitsandbytes'
-own CUDA kernels, where those are installed, whose approximate arithmetic makes a few codes differ:
-they are counted.  Then speed: each kernel by the GPU's clock, as a share of what copying within its
-memory reaches, and whole conversions of a checkpoint of random weights.  Prints a table for
-docs/performance.md; exits with 1 when bytes differ.
+engine and, where torch is installed, the torch engine (on the GPU, too), byte for byte; and against
+bitsandbytes' own CUDA kernels, where those are installed, whose approximate arithmetic makes a few
+codes differ: they are counted.  Then speed: each kernel by the GPU's clock, as a share of what
+copying within its memory reaches, and whole conversions of a checkpoint of random weights.  Prints
+a table for docs/performance.md; exits with 1 when bytes differ.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ Work = Callable[[Any, Buffer], tuple[np.ndarray, ...]]
 
 def works(largest: int) -> Iterator[tuple[str, Work]]:
     """(what it is, what an engine makes of it)."""
-    sizes = (1, 63, 65, 8193, min(largest, GRANULE + 4097), largest)
+    sizes = [n for n in (1, 63, 65, 8193, GRANULE + 4097) if n < largest] + [largest]
     for dtype in ("F32", "F16", "BF16"):
-        for n in dict.fromkeys(sizes):
+        for n in sizes:
             src = hard_values(dtype, n)
             for quant_type in codebook.QUANT_TYPES:
                 for blocksize in codebook.BLOCKSIZES:
@@ -142,11 +142,12 @@ def pageable(nbytes: int) -> np.ndarray:
 def compare(engine: CudaEngine, largest: int) -> tuple[dict[str, int], list[str]]:
     """({engine: checks on one GPU}, what differs)."""
     others: dict[str, Any] = {CPU.name: CPU}
-    try:
-        torch_engine = engines.load("torch")
-        others[torch_engine.name] = torch_engine
-    except Nf4Error:
-        print("torch is not installed: its engine is not compared", file=sys.stderr)
+    for where in ("cpu", "cuda"):
+        try:
+            torch_engine = engines.load("torch", where)
+            others[torch_engine.name] = torch_engine
+        except Nf4Error as error:
+            print(f"torch's engine on {where} is not compared: {error}", file=sys.stderr)
     done, wrong = dict.fromkeys(others, 0), []
     for what, work in works(largest):
         found = {"pinned": work(engine, engine.buffer), "pageable": work(engine, pageable)}

@@ -267,7 +267,10 @@ class Round:
         if "nothing was left behind" in stderr:
             require(there or not (here or kept), f"something was left: {what}")
         if here:
-            require("Publish it with nf4 push" in stderr, f"it does not say how to go on: {what}")
+            require(
+                "Publish it with nf4 push" in stderr or there,
+                f"it does not say how to go on: {what}",
+            )
         elif not published:
             require(self.done() >= before, f"finished weights are lost: {what}")
 

@@ -12,6 +12,7 @@ import pytest
 from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
+from emulator.real import DeviceKernels, RecordingDevice, open_gpu
 from helpers import LLAMA, llama_tensors, nf4_ok, nf4_process, write_checkpoint_dir
 from hub_server.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
 from real_models import minilm, smollm  # noqa: F401 - fixtures
@@ -28,10 +29,28 @@ for _name in ("COLUMNS", "LINES"):
 
 REAL_ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in available()},
            "torch": TorchEngine}  # fmt: skip
-ENGINES = (*REAL_ENGINES, "cuda")
-"""The CUDA engine runs over an emulated device: NVRTC's PTX for sm_80, on the CPU."""
+ENGINES = (*REAL_ENGINES, pytest.param("cuda", marks=pytest.mark.gpu))
+"""The CUDA engine runs over an emulated device: NVRTC's PTX for sm_80, on the CPU; or over the GPU
+that is here, with --real-gpu."""
 
-LONGEST = ("test_model_architectures", "test_hub_faults", "test_hub_quantize", "test_hub_push")
+EMULATION = "about the emulated GPU itself, and --real-gpu was given"
+WITHOUT_A_GPU = {
+    "test_cuda_machine_code": "takes the kernels' machine code apart, which no GPU runs",
+    "test_cuda_missing": "simulates drivers that are missing, broken or old",
+    "test_cuda_mutations": "seeds bugs that the emulated GPU's checks must find",
+}
+"""Modules that --real-gpu skips, and why."""
+
+LONGEST = (
+    "test_model_architectures",
+    "test_hub_faults",
+    "test_hub_push",
+    "test_hub_quantize",
+    "test_cuda_mutations",
+    "test_faults",
+    "test_signed_scales",
+    "test_scale_search",
+)
 """Files of tests that take the most time, the longest first."""
 
 
@@ -45,15 +64,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-verify-page", action="store_true", help="write the table of docs/verify.md anew"
     )
+    parser.addoption(
+        "--real-gpu", action="store_true",
+        help="run the tests of the CUDA engine on this machine's GPU (scripts/gpu_day does)",
+    )  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernels" in metafunc.fixturenames:
+        ways = ["real"] if metafunc.config.getoption("--real-gpu") else ["ptx", "shim"]
+        metafunc.parametrize("kernels", ways, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long tests to scripts/nightly; put files first that take long, so that the
-    processes which share the files (scripts/test) end together."""
+    """Leave the long tests to scripts/nightly, and the emulator's own to machines without a GPU.
+
+    Files that take long come first, so that the processes which share them (scripts/test) end
+    together.
+    """
     if not config.getoption("--long"):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+    if config.getoption("--real-gpu"):
+        for item in items:
+            if reason := WITHOUT_A_GPU.get(item.path.stem):
+                item.add_marker(pytest.mark.skip(reason=f"{reason}, and --real-gpu was given"))
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
@@ -83,8 +119,16 @@ def all_engines(cuda_engine):
 
 
 @pytest.fixture(scope="session")
-def emulated_libraries() -> list[Path]:
+def real_gpu(request: pytest.FixtureRequest):
+    """The GPU of this machine where --real-gpu asks for it, None where GPUs are emulated."""
+    return open_gpu() if request.config.getoption("--real-gpu") else None
+
+
+@pytest.fixture(scope="session")
+def emulated_libraries(real_gpu) -> list[Path]:
     """Every GPU kernel for the CPU: NVRTC's PTX for sm_80 in two parts, the .cu as g++ has it."""
+    if real_gpu is not None:
+        pytest.skip(EMULATION)
     text, names = build.compile_ptx("80")
     parts = [dict(list(names.items())[i::2]) for i in range(2)]
     return build.parallel(
@@ -102,10 +146,36 @@ def emulated_shim(emulated_libraries) -> build.Kernels:
     return build.Kernels(emulated_libraries[2])
 
 
+@pytest.fixture(scope="session")
+def kernels(request: pytest.FixtureRequest, real_gpu):
+    """The kernels, by themselves: emulated in both ways, or those of the GPU."""
+    if real_gpu is not None:
+        return DeviceKernels(real_gpu)
+    return request.getfixturevalue(f"emulated_{request.param}")
+
+
+@pytest.fixture(scope="session")
+def new_device(request: pytest.FixtureRequest, real_gpu):
+    """Make a GPU of so much memory: emulated, the .cu as g++ has it, or the one that is here."""
+    if real_gpu is not None:
+        return lambda memory=1 << 30, name="GPU": RecordingDevice(real_gpu, memory, name)
+    shim = request.getfixturevalue("emulated_shim")
+    return lambda memory=1 << 30, name="GPU": EmulatedDevice(shim, memory, name)
+
+
+@pytest.fixture(scope="session")
+def gpu_arch(real_gpu) -> str:
+    """The compute capability of the tests' GPUs: "80"."""
+    return EmulatedDevice.arch if real_gpu is None else real_gpu.arch
+
+
 @pytest.fixture
-def gpu_nf4(emulated_libraries):
-    """Run nf4 with emulated GPUs; returns the finished process."""
-    here = Path(__file__).parent
+def gpu_nf4(request: pytest.FixtureRequest, real_gpu):
+    """Run nf4 with emulated GPUs, or the one that is here; returns the finished process."""
+    here, where = Path(__file__).parent, "gpu"
+    if real_gpu is None:
+        where = ":".join(map(str, request.getfixturevalue("emulated_libraries")[:2]))
+    paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def run(
         *arguments: object,
@@ -114,11 +184,10 @@ def gpu_nf4(emulated_libraries):
         code: int = 0,
         cwd: Path | None = None,
     ):
-        libraries = ":".join(map(str, emulated_libraries[:2]))
         done = subprocess.run(
-            [sys.executable, "-m", "emulator.cli", libraries, str(gpus), str(memory),
+            [sys.executable, "-m", "emulator.cli", where, str(gpus), str(memory),
              *map(str, arguments)],
-            cwd=cwd or here, env={**os.environ, "PYTHONPATH": str(here)},
+            cwd=cwd or here, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
@@ -128,8 +197,10 @@ def gpu_nf4(emulated_libraries):
 
 
 @pytest.fixture(scope="session")
-def cuda_engine(emulated_ptx) -> CudaEngine:
-    return CudaEngine(devices=[EmulatedDevice(emulated_ptx)])
+def cuda_engine(request: pytest.FixtureRequest, real_gpu) -> CudaEngine:
+    if real_gpu is not None:
+        return CudaEngine(devices=[real_gpu])
+    return CudaEngine(devices=[EmulatedDevice(request.getfixturevalue("emulated_ptx"))])
 
 
 @pytest.fixture(scope="session")

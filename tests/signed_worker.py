@@ -1,8 +1,9 @@
 """What bitsandbytes and transformers make of signed scales, in the environment it runs in.
 
-    signed_worker.py OUTPUT DECODED
+    signed_worker.py FOLDER NAME...
 
-OUTPUT is a 4-bit Llama, DECODED the same by nf4 dequantize. Prints a JSON object.
+FOLDER has a 4-bit Llama of each NAME, and, as NAME-decoded, the same by nf4 dequantize. Prints a
+JSON object of what was found by name.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def repacked(module: Any) -> tuple[float, float]:
     return tuple(float((x - before).norm() / before.norm()) for x in (there, after))
 
 
-def main(output: str, decoded: str) -> None:
+def look(output: str, decoded: str) -> dict[str, Any]:
+    """Return how a 4-bit model differs from the decoded one, and what its scales are."""
     auto = transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(output, dtype="auto", output_loading_info=True)
     plain = auto.from_pretrained(decoded, dtype="auto")
@@ -79,6 +81,11 @@ def main(output: str, decoded: str) -> None:
     }  # fmt: skip
     moved = [repacked(m) for m in linears(auto.from_pretrained(output, dtype="auto")).values()]
     found["layout"], found["back"] = (max(one) for one in zip(*moved, strict=True))
+    return found
+
+
+def main(folder: str, *names: str) -> None:
+    found = {name: look(f"{folder}/{name}", f"{folder}/{name}-decoded") for name in names}
     print(json.dumps(found))
 
 

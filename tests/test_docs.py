@@ -26,7 +26,12 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("README.md", 8), ("docs/quantize.md", 8), ("docs/quality.md", 1)]
+    ("page", "least"),
+    [
+        ("README.md", 8),
+        pytest.param("docs/quantize.md", 8, marks=pytest.mark.gpu),
+        ("docs/quality.md", 1),
+    ],
 )
 def test_every_command_of_a_page_runs(page, least, tmp_path, gpu_nf4):
     lines = re.findall(r"^\$ (nf4 .*)$", (ROOT / page).read_text(), re.M)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator.device import EmulatedDevice
 
 from nf4cli.engines import cuda, cupy_device, launches
 from nf4cli.errors import MachineError
@@ -29,11 +28,11 @@ def gpu_check():
     return module
 
 
-def test_it_runs_and_finds_nothing_wrong(gpu_check, emulated_shim, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cuda, "open_devices", lambda indices: [EmulatedDevice(emulated_shim)])
+def test_it_runs_and_finds_nothing_wrong(gpu_check, new_device, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cuda, "open_devices", lambda indices: [new_device()])
     assert gpu_check.main([*SMALL, "--json", str(tmp_path / "out.json")]) == 0
     table = capsys.readouterr().out
-    for words in ("emulated GPU", "torch (cpu)", "copy within device memory", "quantize BF16",
+    for words in ("GPU", "torch (cpu)", "copy within device memory", "quantize BF16",
                   "dequantize F32, nested", "double quantization",
                   "| files of both engines | equal |"):  # fmt: skip
         assert words in table
@@ -43,7 +42,7 @@ def test_it_runs_and_finds_nothing_wrong(gpu_check, emulated_shim, monkeypatch, 
     assert min(document["checks"].values()) > 100
 
 
-def test_it_notices_wrong_bytes(gpu_check, emulated_shim, monkeypatch, capsys):
+def test_it_notices_wrong_bytes(gpu_check, new_device, monkeypatch, capsys):
     right = launches.book
 
     def wrong(quant_type: str) -> np.ndarray:
@@ -52,7 +51,7 @@ def test_it_notices_wrong_bytes(gpu_check, emulated_shim, monkeypatch, capsys):
         return table.view(np.uint8)
 
     monkeypatch.setattr(launches, "book", wrong)
-    monkeypatch.setattr(cuda, "open_devices", lambda indices: [EmulatedDevice(emulated_shim)])
+    monkeypatch.setattr(cuda, "open_devices", lambda indices: [new_device()])
     assert gpu_check.main([*SMALL]) == 1
     out = capsys.readouterr().out
     assert "WRONG  quantize BF16 to nf4" in out

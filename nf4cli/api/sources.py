@@ -111,8 +111,8 @@ def found(
     report_to(notify)
     if continued is not None and name.revision is None:
         name = _as_begun(name, continued(_last(name)), notify)
-    temporary = tempfile.TemporaryDirectory(prefix="nf4-", ignore_cleanup_errors=True)
-    with stopping.whole(temporary) as place:
+    make = partial(tempfile.TemporaryDirectory, prefix="nf4-", ignore_cleanup_errors=True)
+    with stopping.whole(make) as place:
         directory = Path(place) / _last(name)
         directory.mkdir()
         with _called(name, directory):

@@ -115,7 +115,9 @@ def check(asked: Check) -> Verified:
     if asked.calibration and source:
         from ..quality.calibration.run import prove
 
-        prove(asked.calibration, path, source, machine.engine, own, machine.listener)
+        prove(
+            asked.calibration, path, source, machine.engine, machine.device, own, machine.listener
+        )
     return Verified(
         path, source, called, name_of(path) if path == asked.path else called, own, parts
     )

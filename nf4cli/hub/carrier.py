@@ -162,7 +162,7 @@ class HubTransport:
         Raises:
             InputError: there is none, or it is damaged.
         """
-        with tempfile.TemporaryDirectory(prefix="nf4-") as place:
+        with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as place:
             path = Path(place) / name.rpartition("/")[2]
             path.write_bytes(client.persist(lambda: read_whole(head, name), self.notify))
             return parse(path)

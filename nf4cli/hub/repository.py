@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from .. import stopping
 from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD, is_weight_file
 from ..checkpoint.untrusted import RECORD
 from ..errors import InputError, MachineError, UsageError
@@ -60,7 +61,7 @@ def files_of_earlier_output(
     """
 
     def parsed(name: str, parse: Callable[[Path], Parsed]) -> Parsed:
-        with tempfile.TemporaryDirectory(prefix="nf4-") as directory:
+        with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as directory:
             place = Path(directory) / name.rpartition("/")[2]
             place.write_bytes(read(name))
             return parse(place)

@@ -183,7 +183,7 @@ def test_what_a_context_manager_makes_it_removes():
             def __exit__(self, *_):
                 print("removed")
         try:
-            with stopping.hearing(), stopping.whole(Place()):
+            with stopping.hearing(), stopping.whole(Place):
                 print("never")
         except InterruptedRunError as error:
             print(error)

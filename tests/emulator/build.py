@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nf4cli.engines import nvrtc
 from nf4cli.engines.launches import Launch, every_kernel
 
@@ -46,6 +48,13 @@ class Kernels:
         self._loaded = [ctypes.CDLL(str(library)) for library in libraries]
         for library in self._loaded:
             library.emu_error.restype = ctypes.c_char_p
+
+    def address(self, array: np.ndarray) -> int:
+        """Return where the kernels find an array: where it lies."""
+        return array.ctypes.data
+
+    def finish(self) -> None:
+        """Wait until all that was launched is done: `run` does so already."""
 
     def run(self, launch: Launch, first: int = 0) -> None:
         """Run one launch to its end, of its grid the blocks from `first` on.

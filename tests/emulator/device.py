@@ -80,11 +80,15 @@ class EmulatedMemory:
         assert (after == _FENCE).all(), "a kernel wrote behind device memory"
 
 
-class EmulatedStream:
-    """See `nf4cli.engines.device.Stream`."""
+class WatchedStream:
+    """What the tests' streams have in common, over an emulated device and over a real one."""
 
     waiting = None
     """A function that every `synchronize` calls first, for tests that look at the schedule."""
+
+
+class EmulatedStream(WatchedStream):
+    """See `nf4cli.engines.device.Stream`."""
 
     def __init__(self, device: EmulatedDevice) -> None:
         self._device = device

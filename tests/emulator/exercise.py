@@ -2,7 +2,8 @@
 
     python -m emulator.exercise LIBRARY [--quick] [--kernel PART]...
 
-is the same as a program, for runs under a sanitizer.  Exits with 1 and says where bytes differ.
+is the same as a program, for runs under a sanitizer; "gpu" in place of LIBRARY is the GPU that is
+here.  Exits with 1 and says where bytes differ.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
 from nf4cli.format import codebook
 from nf4cli.format.dtypes import ITEMSIZE
 
+from . import real
 from .build import Kernels
 
 CPU = CpuEngine()
@@ -83,11 +85,11 @@ def address(array: np.ndarray) -> int:
 
 
 def quantize(
-    kernels: Kernels, src: np.ndarray, dtype: str, blocksize: int, quant_type: str,
-    float8: Float8 | None = None,
+    kernels: Kernels | real.DeviceKernels, src: np.ndarray, dtype: str, blocksize: int,
+    quant_type: str, float8: Float8 | None = None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """(packed, absmax, stats) by the kernels."""
-    n = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1)
+    n, at = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1), kernels.address
     book = launches.book(quant_type).copy()
     rows = launches.entries(n, blocksize)
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
@@ -97,14 +99,13 @@ def quantize(
     if float8 is not None:
         wide = -(-float8.columns // float8.block[1])
         row, column = divmod(float8.first, float8.columns)
-        place = launches.Float8(
-            row, column, float8.columns, float8.block, wide, address(float8.scale)
-        )
+        place = launches.Float8(row, column, float8.columns, float8.block, wide, at(float8.scale))
     for launch in launches.quantize(
-        n, dtype, blocksize, quant_type, address(book), address(src), address(packed),
-        address(absmax), address(sums), address(worst), address(stats), place,
+        n, dtype, blocksize, quant_type, at(book), at(src), at(packed),
+        at(absmax), at(sums), at(worst), at(stats), place,
     ):  # fmt: skip
         kernels.run(launch)
+    kernels.finish()
     return packed, absmax, stats
 
 
@@ -191,7 +192,7 @@ def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> 
 
 
 def check_nested(kernels, n) -> None:
-    random = np.random.default_rng(n)
+    random, at = np.random.default_rng(n), kernels.address
     for absmax in (
         random.uniform(0, 1, n).astype(np.float32),
         (10.0 ** random.uniform(-44, 38, n)).astype(np.float32),
@@ -202,15 +203,16 @@ def check_nested(kernels, n) -> None:
         found, expected = ((np.empty(n, np.uint8), np.empty(-(-n // 256), np.float32))
                            for _ in range(2))  # fmt: skip
         for launch in launches.nested_quantize(
-            n, offset, address(midpoints), address(absmax), *map(address, found)
+            n, offset, at(midpoints), at(absmax), *map(at, found)
         ):
             kernels.run(launch)
+        kernels.finish()
         CPU.nested_quantize(absmax, offset, *expected)
         same(f"nested_quantize of {n}", found, expected)
 
 
 def check_dequantize(kernels, dtype, blocksize, nested, n) -> None:
-    random = np.random.default_rng(n)
+    random, at = np.random.default_rng(n), kernels.address
     packed = random.integers(0, 256, (n + 1) // 2, np.uint8)
     blocks, out = -(-n // blocksize), np.empty(n * ITEMSIZE[dtype], np.uint8)
     book = launches.book("nf4").copy()
@@ -222,23 +224,24 @@ def check_dequantize(kernels, dtype, blocksize, nested, n) -> None:
         absmax = NestedAbsmax(codes, skip, run, codebook.nested_map().copy(), units, offset)
         codes = absmax.codes[skip:].copy()
         scales = launches.Scales(
-            0, address(codes), address(absmax.map), address(absmax.absmax), absmax.offset, run, skip
+            0, at(codes), at(absmax.map), at(absmax.absmax), absmax.offset, run, skip
         )
     else:
         absmax = (random.uniform(-1, 1, blocks) * 10.0 ** random.integers(-44, 4, blocks)).astype(
             np.float32
         )
-        scales = launches.Scales(absmax=address(absmax))
-    for launch in launches.dequantize(
-        n, dtype, blocksize, address(book), address(packed), scales, address(out)
-    ):
+        scales = launches.Scales(absmax=at(absmax))
+    for launch in launches.dequantize(n, dtype, blocksize, at(book), at(packed), scales, at(out)):
         kernels.run(launch)
+    kernels.finish()
     expected = np.empty_like(out)
     CPU.dequantize(packed, n, blocksize, "nf4", absmax, dtype, expected)
     same(f"dequantize to {dtype}, {n} elements, nested {nested}", (out,), (expected,))
 
 
-def exercise(kernels: Kernels, quick: bool = False, parts: tuple[str, ...] = ("",)) -> int:
+def exercise(
+    kernels: Kernels | real.DeviceKernels, quick: bool = False, parts: tuple[str, ...] = ("",)
+) -> int:
     """Check all that is asked for; returns how many checks there were.
 
     Args:
@@ -258,12 +261,13 @@ def exercise(kernels: Kernels, quick: bool = False, parts: tuple[str, ...] = (""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", type=Path)
+    parser.add_argument("library", type=Path, help='built by build.py, or "gpu"')
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kernel", action="append")
     options = parser.parse_args()
+    kernels = real.bare_kernels() if str(options.library) == "gpu" else Kernels(options.library)
     try:
-        done = exercise(Kernels(options.library), options.quick, tuple(options.kernel or [""]))
+        done = exercise(kernels, options.quick, tuple(options.kernel or [""]))
     except AssertionError as error:
         sys.exit(f"FAILED {error}")
     print(f"{done} checks")

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from emulator import exercise
-from emulator.device import EmulatedDevice, EmulatedStream
+from emulator.device import WatchedStream
 
 from nf4cli.engines import cuda
 from nf4cli.engines.cuda import ARENA, CudaEngine
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def device(emulated_shim) -> EmulatedDevice:
-    return EmulatedDevice(emulated_shim)
+def device(new_device):
+    return new_device()
 
 
 def by(engine, src, dtype="BF16", blocksize=64, float8=None, buffer=None):
@@ -135,7 +135,7 @@ def test_two_threads_have_work_on_the_gpu_at_once(device, monkeypatch):
 
     lanes = [engine._new_lane(), engine._new_lane()]
     engine._lanes.extend(lanes)
-    monkeypatch.setattr(EmulatedStream, "waiting", lambda self: meeting.wait(timeout=30))
+    monkeypatch.setattr(WatchedStream, "waiting", lambda self: meeting.wait(timeout=30))
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -144,8 +144,8 @@ def test_two_threads_have_work_on_the_gpu_at_once(device, monkeypatch):
     assert not failed  # BrokenBarrierError: one had waited for the other's end
 
 
-def test_lanes_are_used_again_and_devices_take_turns(emulated_shim):
-    devices = [EmulatedDevice(emulated_shim, name=str(i)) for i in range(2)]
+def test_lanes_are_used_again_and_devices_take_turns(new_device):
+    devices = [new_device(name=str(i)) for i in range(2)]
     engine = CudaEngine(devices=devices)
     src = exercise.values("BF16", 6400, 1)
     for _ in range(5):
@@ -163,11 +163,11 @@ def test_a_lane_that_failed_is_not_lent_again(device, monkeypatch):
     src = exercise.values("BF16", 6400, 1)
     expected = by(engine, src)
 
-    def broken(self, launch, first=0):
+    def broken(self):
         raise MachineError("the GPU failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(device.kernels), "run", broken)
+        patch.setattr(WatchedStream, "waiting", broken)
         with pytest.raises(MachineError, match="failed"):
             by(engine, src)
     assert not engine._lanes
@@ -175,9 +175,9 @@ def test_a_lane_that_failed_is_not_lent_again(device, monkeypatch):
     exercise.same("after a failure", by(engine, src), expected)
 
 
-def test_memory_runs_short_in_the_middle(emulated_shim):
+def test_memory_runs_short_in_the_middle(new_device):
     """The second lane finds less than the first: it takes half, and half again."""
-    device, told = EmulatedDevice(emulated_shim, memory=ARENA + (5 << 20)), []
+    device, told = new_device(memory=ARENA + (5 << 20)), []
     engine = CudaEngine(devices=[device], notify=told.append)
     src = exercise.values("F32", 30 * GRANULE, 1)
     expected = exercise.on_cpu(src, "F32", 64, "nf4")
@@ -186,8 +186,8 @@ def test_memory_runs_short_in_the_middle(emulated_shim):
     assert [sentence.split("chunks of ")[1] for sentence in told] == ["4 MiB"]
 
 
-def test_where_one_gpu_is_full_the_others_work(emulated_shim):
-    devices = [EmulatedDevice(emulated_shim, memory, str(memory)) for memory in (1000, 1 << 25)]
+def test_where_one_gpu_is_full_the_others_work(new_device):
+    devices = [new_device(memory, str(memory)) for memory in (1000, 1 << 25)]
     engine = CudaEngine(devices=devices)
     engine.try_out()
     src = exercise.values("BF16", 6400, 1)
@@ -196,8 +196,8 @@ def test_where_one_gpu_is_full_the_others_work(emulated_shim):
     assert not devices[0].launched
 
 
-def test_where_no_lane_is_left_a_thread_waits_for_one(emulated_shim):
-    engine = CudaEngine(devices=[EmulatedDevice(emulated_shim, ARENA + 1000)])
+def test_where_no_lane_is_left_a_thread_waits_for_one(new_device):
+    engine = CudaEngine(devices=[new_device(ARENA + 1000)])
     src, results = exercise.values("BF16", 6400, 1), []
     with engine._lane():
         thread = threading.Thread(target=lambda: results.append(by(engine, src)))
@@ -209,8 +209,8 @@ def test_where_no_lane_is_left_a_thread_waits_for_one(emulated_shim):
     assert engine._made == 1
 
 
-def test_gpus_take_turns(emulated_shim):
-    devices = [EmulatedDevice(emulated_shim, name=str(i)) for i in range(3)]
+def test_gpus_take_turns(new_device):
+    devices = [new_device(name=str(i)) for i in range(3)]
     engine = CudaEngine(devices=devices)
     engine.try_out()
     for device in devices:
@@ -255,7 +255,7 @@ def test_pinned_memory_is_forgotten_with_its_buffer(device):
     assert not engine._pinned
 
 
-def test_the_engine_names_its_devices(emulated_shim):
-    devices = [EmulatedDevice(emulated_shim, name="X") for _ in range(2)]
-    assert CudaEngine(devices=devices[:1]).name == "cuda (X, sm_80)"
-    assert CudaEngine(devices=devices).name == "cuda (2 GPUs, X, sm_80)"
+def test_the_engine_names_its_devices(new_device, gpu_arch):
+    devices = [new_device(name="X") for _ in range(2)]
+    assert CudaEngine(devices=devices[:1]).name == f"cuda (X, sm_{gpu_arch})"
+    assert CudaEngine(devices=devices).name == f"cuda (2 GPUs, X, sm_{gpu_arch})"

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from emulator import build, exercise, ptx
+from emulator.real import DeviceKernels
 from emulator.sanitize import exercise_apart
 
 from nf4cli.engines import launches
@@ -30,8 +31,10 @@ SAMPLE = tuple(
 
 
 @pytest.fixture(scope="module")
-def texts() -> dict[str, tuple[str, dict[str, str]]]:
+def texts(real_gpu) -> dict[str, tuple[str, dict[str, str]]]:
     """NVRTC's PTX of the sample by generation."""
+    if real_gpu is not None:
+        pytest.skip("looks at PTX, or runs it on the emulated GPU, and --real-gpu was given")
     return {arch: build.compile_ptx(arch, SAMPLE) for arch in build.ARCHS}
 
 
@@ -52,6 +55,15 @@ def test_every_kernel_as_gcc_compiles_it(emulated_shim, monkeypatch, order):
     if order:
         monkeypatch.setenv("EMU_ORDER", order)
     assert exercise.exercise(emulated_shim) > 1000
+
+
+def test_every_kernel_in_memory_of_its_exact_size(new_device, real_gpu):
+    """All of the checks on a real GPU; on an emulated one, which looks at guards around each array,
+    some."""
+    if real_gpu is not None:
+        assert exercise.exercise(DeviceKernels(real_gpu)) > 1000
+    else:
+        assert exercise.exercise(DeviceKernels(new_device()), quick=True, parts=PARTS) > 90
 
 
 def test_kernels_for_every_generation(texts):
@@ -128,6 +140,41 @@ def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
         exercise.same("dequantize", (out,), (expected,))
 
 
+def test_a_real_gpu_counts_to_more_than_32_bits(real_gpu):
+    """4,294,967,296 weights and some: the last 8,192 of them are looked at."""
+    if real_gpu is None:
+        pytest.skip("needs 12 GB of a GPU's memory (--real-gpu); emulated above, at far addresses")
+    n, last = (1 << 32) + 8192, 8192
+    src = exercise.values("BF16", last, 5)
+    packed, absmax, _ = exercise.on_cpu(src, "BF16", 64, "nf4")
+    sizes = {"src": 2 * n, "packed": n // 2, "absmax": n // 16, "sums": n // 8, "worst": n // 16}
+    memory = {name: real_gpu.allocate(size) for name, size in sizes.items()}
+    at = {name: place.address for name, place in memory.items()}
+    book = real_gpu.host_buffer(launches.book("nf4").nbytes)
+    book[:] = launches.book("nf4")
+    table, staged = real_gpu.allocate(book.nbytes), real_gpu.host_buffer(src.nbytes)
+    staged[:] = src
+    stream = real_gpu.stream()
+    stream.upload(table.address, book)
+    stream.upload(at["src"] + 2 * (n - last), staged)
+    launch, _ = launches.quantize(n, "BF16", 64, "nf4", table.address, *at.values(), 0)
+    stream.launch(launch.kernel, launch.blocks, launch.threads, launch.arguments)
+    codes, scales = real_gpu.host_buffer(packed.nbytes), real_gpu.host_buffer(absmax.nbytes)
+    stream.download(codes, at["packed"] + (n - last) // 2)
+    stream.download(scales, at["absmax"] + 4 * (n - last) // 64)
+    stream.synchronize()
+    exercise.same("quantize", (codes, scales), (packed, absmax))
+    (launch,) = launches.dequantize(
+        n, "BF16", 64, table.address, at["packed"], launches.Scales(absmax=at["absmax"]), at["src"]
+    )
+    stream.launch(launch.kernel, launch.blocks, launch.threads, launch.arguments)
+    stream.download(staged, at["src"] + 2 * (n - last))
+    stream.synchronize()
+    expected = np.empty(2 * last, np.uint8)
+    exercise.CPU.dequantize(packed, last, 64, "nf4", absmax, "BF16", expected)
+    exercise.same("dequantize", (staged,), (expected,))
+
+
 @pytest.mark.parametrize("quant_type", codebook.QUANT_TYPES)
 def test_the_search_finds_every_rank(quant_type):
     """The table of cells against plain counting, on every midpoint and its neighbours."""
@@ -146,7 +193,7 @@ def test_the_search_finds_every_rank(quant_type):
     assert np.array_equal(rank, np.searchsorted(points, around, side="left"))
 
 
-def test_float8_bytes_decode_as_the_table_has_them(emulated_shim):
+def test_float8_bytes_decode_as_the_table_has_them(kernels):
     """Each of the 254 finite values, alone in its block of zeros."""
     for dtype in ("F32", "BF16"):
         finite = np.flatnonzero((np.arange(256) & 127) != 127).astype(np.uint8)
@@ -155,16 +202,16 @@ def test_float8_bytes_decode_as_the_table_has_them(emulated_shim):
         from nf4cli.engines.protocol import Float8
 
         float8 = Float8(0, 32, np.ones(len(finite), np.float32), (1, 32))
-        _, absmax, _ = exercise.quantize(emulated_shim, src.reshape(-1), dtype, 32, "nf4", float8)
+        _, absmax, _ = exercise.quantize(kernels, src.reshape(-1), dtype, 32, "nf4", float8)
         assert np.array_equal(absmax, np.abs(codebook.float8_e4m3()[finite]))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_not_a_number_reaches_the_error_sums(emulated_ptx, dtype):
+def test_not_a_number_reaches_the_error_sums(kernels, dtype):
     infinity = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype]
     for bits in (infinity, infinity + 1, infinity | infinity >> 1):
         for place in (0, 63, 8191, 8200):
             src = exercise.values(dtype, 8201, 3)
             src.view("u4" if dtype == "F32" else "u2")[place] = bits
-            _, _, stats = exercise.quantize(emulated_ptx, src, dtype, 64, "nf4")
+            _, _, stats = exercise.quantize(kernels, src, dtype, 64, "nf4")
             assert np.isnan(stats[0, 0]), (bits, place)

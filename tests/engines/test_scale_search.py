@@ -189,7 +189,8 @@ def test_the_same_bytes_by_every_way(outputs, llama, importance, options, tmp_pa
     assert same_files(outputs / "importance", tmp_path / "out")
 
 
-def test_the_emulated_gpu_too(outputs, llama, gpu_nf4, tmp_path):
+@pytest.mark.gpu
+def test_the_gpu_too(outputs, llama, gpu_nf4, tmp_path):
     gpu_nf4("quantize", llama, tmp_path / "out", "--device", "cuda", "--scale", "search")
     assert same_files(outputs / "search", tmp_path / "out")
 

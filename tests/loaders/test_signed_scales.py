@@ -57,21 +57,23 @@ def outputs(wide, tmp_path_factory):
     return root
 
 
-def look(outputs, name, python):
+@pytest.fixture(scope="module", params=PYTHONS)
+def seen(outputs, request):
+    """Output -> what a version of transformers makes of it; all in one process, which has imported
+    it once."""
+    python = PYTHONS[request.param]
     if not python:
         pytest.skip("NF4_TRANSFORMERS4_PYTHON names no Python with transformers 4")
     done = subprocess.run(
-        [python, WORKER, outputs / name, outputs / f"{name}-decoded"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [python, WORKER, outputs, *OPTIONS], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("version", PYTHONS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loaders_take_them_as_they_are(outputs, name, version):
-    found = look(outputs, name, PYTHONS[version])
+def test_loaders_take_them_as_they_are(seen, name):
+    found = seen[name]
     assert found["missing"] == []
     assert found["modules"] == 14
     # FP4's table is symmetric: there the negative scale of equal loss comes second.

@@ -26,6 +26,8 @@ from nf4cli.output.manifest import Manifest
 from nf4cli.quality.calibration.gptq import Feedback, feed_back, relative_loss
 from nf4cli.quality.calibration.passes import Calibration, Settings
 from nf4cli.quality.calibration.rounding import pack, round_matrix
+from nf4cli.quality.calibration.text import torch_device
+from nf4cli.quality.calibration.walk import Walk
 
 RECIPE = QuantConfig(scale="search")
 VALUES, MIDPOINTS = (
@@ -76,6 +78,31 @@ def test_importance_is_what_the_whole_model_gives(name, tmp_path):
     assert len(found) >= 8
     for key, values in found.items():
         np.testing.assert_allclose(values, expected[key], rtol=2e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text", "qwen3", "phi3"])
+def test_a_block_computes_on_the_device_that_is_asked_for(name, tmp_path):
+    """torch's device "meta" stands in for a GPU: it refuses what lies on the CPU, as that does."""
+    walk = Walk(text_models.make(name, tmp_path / "model"), tmp_path / "offload", "meta")
+    walk.record(tokens()[0])
+    call = walk._calls[0]
+    with walk.block(0) as block:
+        assert {p.device.type for p in block.parameters()} == {"meta"}
+        width = walk._model.config.get_text_config().hidden_size
+        given = torch.empty(1, 16, width, device="meta")
+        out = block(given, *call.args, **call.kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    assert out.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "expected"),
+    [(None, True, "cuda"), ("cuda", True, "cuda"), ("cuda:1", True, "cuda:1"),
+     ("cuda:2,0", True, "cuda:2"), ("cpu", True, "cpu"), (None, False, "cpu")],
+)  # fmt: skip
+def test_the_device_that_is_asked_for_computes(monkeypatch, asked, there, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert torch_device(asked) == expected
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

@@ -220,10 +220,13 @@ def _pass(
 
 
 def prove(
-    texts: Sequence[Path], path: Path, source: Path, engine: Engine, report: Report,
-    listener: Listener,
+    texts: Sequence[Path], path: Path, source: Path, engine: Engine, device: str | None,
+    report: Report, listener: Listener,
 ) -> None:  # fmt: skip
     """Measure again, with this text, what an output records of its calibration.
+
+    Args:
+        device: as `--device` says it.
 
     Raises:
         UsageError: it was not calibrated.
@@ -261,7 +264,7 @@ def prove(
     with ShardReaders(output.shards) as readers, TemporaryDirectory(prefix="nf4-") as scratch:
         fixed = matrices(load_weights(output, readers), readers, engine)
         again = _pass(
-            asked, model, manifest.config, names, Path(scratch), engine, None,
+            asked, model, manifest.config, names, Path(scratch), engine, device,
             listener.note, fixed,
         )  # fmt: skip
         _run(again, model.name, listener)

@@ -32,7 +32,13 @@ def open_tokenizer(model: Path) -> Any:
 
 
 def torch_device(asked: str | None) -> str:
-    """A GPU where there is one, unless the CPU was asked for."""
+    """Return where torch computes: a GPU where there is one, unless the CPU was asked for.
+
+    Args:
+        asked: as `--device` says it; of several GPUs ("cuda:1,2") the first one computes.
+    """
     import torch
 
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+    if asked == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return asked.split(",")[0] if asked is not None and asked.startswith("cuda:") else "cuda"

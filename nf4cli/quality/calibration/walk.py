@@ -209,10 +209,13 @@ class Walk:
         torch, module = self._torch, self._blocks[number]
         for part in module.modules():
             hook = getattr(part, "_hf_hook", None)
-            weights = getattr(hook, "weights_map", None)
-            if weights is None:
+            if hook is None:
                 continue
-            values = {name: weights[name] for name, _ in part.named_parameters(recurse=False)}
+            weights = getattr(hook, "weights_map", None)
+            names = [name for name, _ in part.named_parameters(recurse=False)]
+            values = {} if weights is None else {name: weights[name] for name in names}
+            # Those without weights go as well: accelerate has them send what they are given back
+            # to the CPU, where it would compute.
             remove_hook_from_module(part)
             for name, value in values.items():
                 part._parameters[name] = torch.nn.Parameter(
