@@ -12,10 +12,12 @@ from report import Part, main
 from running import run as run_command
 
 FILES = (
-    "test_cuda_kernels.py", "test_cuda_engine.py", "test_cupy_device.py", "test_gpu_check.py",
-    "test_engines.py", "test_cuda_cli.py", "test_scale_search.py", "test_cuda_machine_code.py",
-    "test_cuda_missing.py", "test_cuda_mutations.py",
+    "engines/test_cuda_kernels.py", "engines/test_cuda_engine.py", "engines/test_cupy_device.py",
+    "test_gpu_check.py", "engines/test_engines.py", "engines/test_cuda_cli.py",
+    "engines/test_scale_search.py", "engines/test_cuda_machine_code.py",
+    "engines/test_cuda_missing.py", "engines/test_cuda_mutations.py",
 )  # fmt: skip
+"""Of tests/, where the command runs."""
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("quantize<2, 2, 1", "quantize<3, 2, 1", "dequantize<2", "nested_quantize")
 """A kernel of every shape, as test_cuda_kernels.py has them."""
@@ -26,7 +28,7 @@ def tests(part: Part) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--junit-xml", junit, "-o",
                "junit_family=xunit2", "--timeout", "120", "-p", "no:cacheprovider"]  # fmt: skip
     if part.dry:
-        command += ["test_cuda_engine.py", "-k", "names_its_devices"]
+        command += ["engines/test_cuda_engine.py", "-k", "names_its_devices"]
     else:
         command += ["--real-gpu", "-n", "4", "--dist", "loadfile", *FILES]
     error, limit = "", 0.55 * part.left
