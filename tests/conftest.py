@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,12 @@ from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
 from emulator.real import DeviceKernels, RecordingDevice, open_gpu
-from helpers import LLAMA, llama_tensors, nf4_ok, nf4_process, write_checkpoint_dir
+from helpers import LLAMA, llama_tensors, nf4, nf4_ok, nf4_process, write_checkpoint_dir
 from hub_server.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
 from real_models import minilm, smollm  # noqa: F401 - fixtures
 from small_pipelines import pipe, pipeline  # noqa: F401 - fixtures
 
+from nf4cli.engines import cuda, cupy_device
 from nf4cli.engines.cpu import CpuEngine, available
 from nf4cli.engines.cuda import CudaEngine
 from nf4cli.engines.torch import TorchEngine
@@ -170,12 +169,16 @@ def gpu_arch(real_gpu) -> str:
 
 
 @pytest.fixture
-def gpu_nf4(request: pytest.FixtureRequest, real_gpu):
-    """Run nf4 with emulated GPUs, or the one that is here; returns the finished process."""
-    here, where = Path(__file__).parent, "gpu"
-    if real_gpu is None:
-        where = ":".join(map(str, request.getfixturevalue("emulated_libraries")[:2]))
-    paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+def gpu_nf4(request: pytest.FixtureRequest, real_gpu, tmp_path):
+    """Run nf4 with emulated GPUs (NVRTC's PTX), or with the one that is here.
+
+    Returns what it printed, and last on stderr what the GPUs did.
+    """
+
+    def device(memory: int, name: str):
+        if real_gpu is not None:
+            return RecordingDevice(real_gpu, memory, name)
+        return EmulatedDevice(request.getfixturevalue("emulated_ptx"), memory, name)
 
     def run(
         *arguments: object,
@@ -184,12 +187,15 @@ def gpu_nf4(request: pytest.FixtureRequest, real_gpu):
         code: int = 0,
         cwd: Path | None = None,
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "emulator.cli", where, str(gpus), str(memory),
-             *map(str, arguments)],
-            cwd=cwd or here, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+        devices = [device(memory, f"GPU {i}") for i in range(gpus)]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(cupy_device, "driver", lambda: (gpus, 13_000))
+            patched.setattr(
+                cuda, "open_devices", lambda indices: [devices[i] for i in indices or range(gpus)]
+            )
+            done = nf4(*arguments, cwd=cwd or tmp_path)
+        counts = {device.name: len(device.launched) for device in devices if device.launched}
+        done.stderr += f"launched: {counts}\n"
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
