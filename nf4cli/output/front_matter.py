@@ -64,7 +64,7 @@ def parse_metadata(text: str) -> Metadata:
 
 
 def _blocks(text: str) -> dict[str, str]:
-    """Return the lines of each is_wanted field; where a field occurs twice, those of the first."""
+    """Return the lines of each known field; where a field occurs twice, those of the first."""
     lines_of: dict[str, list[str]] = {}
     current, room = [""], 0
     for line in text.splitlines():

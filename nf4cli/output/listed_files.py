@@ -26,7 +26,7 @@ class Listed:
 
     Attributes:
         path: where it lies.
-        record: its size and digest; None for the manifest itself, which lists no digest of its own.
+        record: its size and digest; None for a manifest or record whose digest no file lists.
         algorithm: of the digest.
     """
 

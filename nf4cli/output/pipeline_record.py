@@ -94,7 +94,7 @@ def _is_file_entry(value: object) -> bool:
 
 
 def read_record(path: Path, report: Report) -> Record | None:
-    """Return the record of an output; report a damaged one, and return None as if there were none."""
+    """Return the record of an output; None if there is none or it is damaged (then reported)."""
     try:
         return (
             Record.from_file(path / PIPELINE_RECORD) if is_regular(path / PIPELINE_RECORD) else None

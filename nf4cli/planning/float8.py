@@ -111,7 +111,7 @@ def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str
     """Return the scale of every float8 weight, and the tensors that belong to float8 only.
 
     Returns:
-        (weight name -> its scale, name of a tensor that is no weight -> why it is unused out).
+        (weight name -> its scale, name of a tensor that is no weight -> why it is left out).
 
     Raises:
         InputError: see `is_float8`; a float8 tensor has no scale, or one of the wrong shape or

@@ -37,7 +37,7 @@ _AUTO_ORDER = (
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep huggingface_hub off the network meanwhile, whether or not it is imported already."""
+    """Keep huggingface_hub off the network inside a with block, imported already or not."""
     variable_before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants: Any = None
@@ -59,8 +59,10 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and all loggers meanwhile, and send what is printed to stderr: stdout is for
-    nf4's own document."""
+    """Silence warnings and all loggers inside a with block, and send what is printed to stderr.
+
+    stdout is for nf4's own document.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -73,7 +75,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def failures_explained(root: Path, version: str) -> Iterator[None]:
-    """Turn whatever transformers raises meanwhile into an error that names its cause.
+    """Turn whatever transformers raises inside a with block into an error that names its cause.
 
     A constructor that is given a wrong config may raise anything.
 

@@ -17,7 +17,8 @@ _LAYER = re.compile(
     r"(?:(?:model|transformer|language_model|language_model\.model|model\.language_model)\.)?"
     r"(?:layers|h)\.(\d+)\.(.+)"
 )
-"""Name of a tensor in a numbered layer of a decoder; the layer's index is the first group."""
+"""Name of a tensor in a numbered layer of a decoder; the first group is the layer's index, the
+second the rest of the name."""
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _EXTRA_LAYERS = re.compile(r"nextn|mtp")  # keys that announce layers beyond the count
@@ -69,7 +70,7 @@ def set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy without any quantization_config, also none in its sub-configs."""
+    """Return a copy without quantization_config, in sub-configs as well."""
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -168,7 +169,7 @@ def _check_hidden_size(
 
 
 def _first_integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int]:
-    """Return the first of `keys` that has an integer, and that; ("", 0) where none has."""
+    """Return the first key with an integer, and this integer; ("", 0) where no key has one."""
     return next(((k, config[k]) for k in keys if type(config.get(k)) is int), ("", 0))
 
 

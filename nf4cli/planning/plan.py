@@ -83,8 +83,8 @@ class Plan:
         index: content of the index, None for a single output file.
         output_config: content of the new config.json, None where the source has none.
         notes: what the user should know, one sentence each.
-        importance: of the input columns, which weights the loss; None for no data.
-        codes: where codes come from that are not the nearest ones; None where all are nearest.
+        importance: of input columns, by which the loss is weighted; None for no data.
+        codes: source of the codes that error feedback chose; None where all are the nearest.
     """
 
     checkpoint: Checkpoint
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def work_bytes(self) -> int:
-        """Bytes of the source that a run converts: the end of its progress display."""
+        """Bytes of the source that a run converts, and counts as progress."""
         return sum(t.source_bytes for t in self.tensors if t.outputs)
 
     @property
@@ -154,7 +154,7 @@ class Plan:
     def groups(self) -> list[tuple[str, str, int, int, int]]:
         """Return (action, reason, tensors, elements, output bytes) of each group of tensors.
 
-        The quantized group comes first; the others follow by size, the largest first.
+        Quantized groups come first, then the others; each by output bytes, the largest first.
         """
         count: Counter[tuple[str, str]] = Counter()
         elements: Counter[tuple[str, str]] = Counter()

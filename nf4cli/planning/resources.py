@@ -16,7 +16,7 @@ DEFAULT_CHUNK = 8 << 20
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
 RECORD_BYTES = 300
-"""Bytes in nf4_pipeline.json for each file that it lists, at most."""
+"""Bytes of nf4_pipeline.json reckoned for each file that it lists."""
 
 
 @dataclass(frozen=True, slots=True)
