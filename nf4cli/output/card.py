@@ -262,8 +262,8 @@ def _transformers_code(subject: Subject, kind: str) -> str:
         f'model = {kind}.from_pretrained("{HERE}", device_map="auto"{remote})',
     ]
     if processor:
-        own = "processor" if processor == "AutoProcessor" else "tokenizer"
-        lines.append(f'{own} = {processor}.from_pretrained("{HERE}"{remote})')
+        variable = "processor" if processor == "AutoProcessor" else "tokenizer"
+        lines.append(f'{variable} = {processor}.from_pretrained("{HERE}"{remote})')
     if (kind, processor) == ("AutoModelForCausalLM", "AutoTokenizer"):
         lines += [
             'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)',
@@ -284,12 +284,12 @@ def diffusers_class(subject: Subject) -> tuple[str, str]:
 
 def _diffusers_code(subject: Subject) -> str:
     name, dtype = diffusers_class(subject)
-    own = "pipeline" if subject.is_pipeline else "model"
+    variable = "pipeline" if subject.is_pipeline else "model"
     lines = [
         "import torch",
         f"from diffusers import {name}",
         "",
-        f'{own} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
+        f'{variable} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
     ]
     if subject.is_pipeline:
         lines.append("pipeline.enable_model_cpu_offload()")
@@ -391,8 +391,8 @@ def _checking(subject: Subject) -> list[str]:
     rows = []
     for name, manifest in subject.parts.items():
         prefix = f"{name}/" if name else ""
-        own = hashlib.sha256(manifest.to_json().encode()).hexdigest()
-        rows.append((escape(prefix + MANIFEST), "sha256", own))
+        digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        rows.append((escape(prefix + MANIFEST), "sha256", digest))
         shards = sorted({t.output_file for t in manifest.tensors.values()} - {""})
         rows += [
             (escape(prefix + shard), manifest.digest, manifest.output_files[shard].digest)

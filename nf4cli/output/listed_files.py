@@ -61,8 +61,8 @@ def listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, Listed]]:
         for name, file in manifest.output_files.items():
             name_in_output = path_in_model(component, name)
             files[name_in_output] = Listed(path / name_in_output, file, manifest.digest)
-        own = path_in_model(component, MANIFEST)
-        files.setdefault(own, Listed(path / own, None, manifest.digest))
+        manifest_name = path_in_model(component, MANIFEST)
+        files.setdefault(manifest_name, Listed(path / manifest_name, None, manifest.digest))
     for name, listed in files.items():
         if not _lies_in(listed.path, path):
             raise InputError(f"{path}: {name[:200]!r} in a manifest leads out of the directory")

@@ -163,7 +163,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the document as docs/manifest.md describes it."""
 
-        def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
+        def file_list(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
             return [{"name": name, **asdict(records[name])} for name in sorted(records)]
 
         return {
@@ -174,10 +174,10 @@ class Manifest:
             "source": {
                 "name": self.source_name,
                 **_without_none({"repo": self.source_repo, "commit": self.source_commit}),
-                "files": files(self.source_files),
+                "files": file_list(self.source_files),
             },
             "output": {
-                "files": files(self.output_files),
+                "files": file_list(self.output_files),
                 "parameters": self.parameters,
                 "quantized_parameters": self.quantized_parameters,
                 "bits_per_weight": round(self.bits_per_weight, 4),

@@ -291,14 +291,14 @@ def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
         index, shards = find_shards(directory)
     except InputError:
         index, shards = None, []
-    extra, left = other_files(directory, shards, index)
+    extra, not_copied = other_files(directory, shards, index)
     if not shards and component:  # pickles, or what else its loader reads: not for us to judge
-        extra, left = tuple(sorted((*extra, *left))), ()
+        extra, not_copied = tuple(sorted((*extra, *not_copied))), ()
     if (directory / MANIFEST).is_file():
         extra = (*extra, MANIFEST)
     prefix = directory.name + "/"
     copies.files.update({prefix + name: prefix + name for name in extra})
-    copies.left.extend(prefix + name for name in left)
+    copies.left.extend(prefix + name for name in not_copied)
     copies.files.update({prefix + plain_name(s.name): prefix + s.name for s in shards})
     if index is None:
         return

@@ -49,11 +49,11 @@ def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
     Raises:
         InputError: it is quantized in a way that cannot be read, or its scales do not fit.
     """
-    scales, left = float8.find_scales(checkpoint)
+    scales, unused = float8.find_scales(checkpoint)
     weights: list[Weight] = []
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
-            if tensor.name in left:
+            if tensor.name in unused:
                 continue
             if tensor.name in scales:
                 scale = scales[tensor.name]
@@ -64,7 +64,7 @@ def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
                 weights += _experts(shard, tensor)
             else:
                 weights.append(Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor))
-    return Contents(tuple(weights), left)
+    return Contents(tuple(weights), unused)
 
 
 def _is_fused(config: Any, tensor: TensorInfo) -> bool:
