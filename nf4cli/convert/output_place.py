@@ -13,7 +13,7 @@ from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD
 from ..checkpoint.untrusted import is_regular
 from ..errors import MachineError, UsageError
 from ..planning.model_plan import ModelPlan
-from ..planning.resources import _RECORD_ROOM, _beside_shards
+from ..planning.resources import RECORD_BYTES, bytes_beside_shards
 
 _LONGEST_NAME = 255  # bytes
 
@@ -127,8 +127,8 @@ def disk_bytes(model: ModelPlan, workers: int) -> int:
 
 def base_bytes(model: ModelPlan, workers: int) -> int:
     """Return the same without the output's weight files: what lies there all the time."""
-    parts = sum(_beside_shards(plan, workers) for plan in model.parts.values())
+    parts = sum(bytes_beside_shards(plan, workers) for plan in model.parts.values())
     if not model.is_pipeline:
         return parts
     small = model.copies.nbytes - sum(model.copies.weight_files.values())
-    return parts + small + _RECORD_ROOM * (len(model.copies.files) + 10)
+    return parts + small + RECORD_BYTES * (len(model.copies.files) + 10)

@@ -1,1 +1,2 @@
-"""What a finished output says of itself: manifest, model card, findings, inspection."""
+"""Describe a finished output, and check it against its own records: manifest, model card, findings
+of a verification, inspection."""

@@ -1,4 +1,4 @@
-"""With the manifest: is every byte the one that was written?"""
+"""Check an output against its manifest: whether every byte is the one that was written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .manifest import FileRecord, Manifest
 from .report import Finding, Report
 
 _CODE = (".py", ".so", ".pkl")
-"""What a loader could run: never a harmless addition to an output."""
+"""Endings of files that a loader could run: one that was added later is a finding."""
 
 
 def read_manifest(checkpoint: Checkpoint, report: Report) -> Manifest | None:
-    """The manifest beside the shards, None (and why, in the report) where there is none."""
+    """Return the manifest beside the shards; report and return None if there is none to read."""
     path = checkpoint.root / MANIFEST
     if not is_regular(path):
         report.unchecked.append(
@@ -44,28 +44,36 @@ def check_manifest(
     report: Report,
     progress: Progress,
 ) -> Manifest | None:
-    """Every file and tensor by the digests that were written down, and nothing else is there."""
+    """Check that every file and tensor has the digest of the manifest, and that nothing was added.
+
+    Args:
+        weights: packed weights of the checkpoint, by name.
+        report: takes the findings.
+
+    Returns:
+        The manifest, None where none can be read.
+    """
     manifest = read_manifest(checkpoint, report)
     if manifest is None:
         return None
     shards = check_lists(checkpoint, weights, manifest, report)
     expected = recorded_digests(manifest)
-    found = digest_shards(shards, manifest.digest, resources.workers, progress, tensors=False)
+    digests = digest_shards(shards, manifest.digest, resources.workers, progress, tensors=False)
     wrong = [
         shard
-        for shard, (digest, _) in zip(shards, found, strict=True)
+        for shard, (digest, _) in zip(shards, digests, strict=True)
         if manifest.output_files[shard.path.name] != FileRecord(shard.size, digest)
     ]
     # Only where a file is not as it was written do its tensors' digests say more.
-    found = digest_shards(wrong, manifest.digest, resources.workers, progress)
-    for shard, (digest, tensors) in zip(wrong, found, strict=True):
+    digests = digest_shards(wrong, manifest.digest, resources.workers, progress)
+    for shard, (digest, tensors) in zip(wrong, digests, strict=True):
         report.findings += _digest_findings(shard, digest, tensors, manifest, expected)
     report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
     return manifest
 
 
 def recorded_digests(manifest: Manifest) -> dict[str, str]:
-    """The digest of every output tensor, by key."""
+    """Return the digest of every output tensor, by key."""
     return {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
 
 
@@ -75,12 +83,16 @@ def check_lists(
     manifest: Manifest,
     report: Report,
 ) -> list[Shard]:
-    """All of the manifest that needs no shard's bytes; returns the shards that it lists."""
-    here = {shard.path.name: shard for shard in checkpoint.shards}
+    """Check everything in the manifest that needs no bytes of the shards.
+
+    Returns:
+        The shards that the manifest lists.
+    """
+    shards = {shard.path.name: shard for shard in checkpoint.shards}
     for name, file in sorted(manifest.output_files.items()):
-        if name not in here:
+        if name not in shards:
             check_other_file(checkpoint.root, name, file, manifest.digest, report)
-    for name in sorted(here.keys() - manifest.output_files.keys()):
+    for name in sorted(shards.keys() - manifest.output_files.keys()):
         report.add("manifest", name, f"{name} is not in the manifest: it is of another run")
     _check_additions(checkpoint, manifest, report)
     _check_recipe(weights, manifest, report)
@@ -98,11 +110,11 @@ def check_lists(
         report.add("manifest", key, f"{key} is missing: the manifest lists it")
     for key in sorted(checkpoint.tensors.keys() - recorded.keys()):
         report.add("manifest", key, f"{key} is there, but the manifest does not list it")
-    return [shard for name, shard in here.items() if name in manifest.output_files]
+    return [shard for name, shard in shards.items() if name in manifest.output_files]
 
 
 def _check_additions(checkpoint: Checkpoint, manifest: Manifest, report: Report) -> None:
-    """Files that were added later: weights and code are wrong, others are somebody's notes."""
+    """Report files that were added later: weights and code as findings, others as unchecked."""
     if checkpoint.is_file:
         return  # its directory may hold anything
     added = {*checkpoint.extra_files, *checkpoint.left_files} - manifest.output_files.keys()
@@ -114,18 +126,19 @@ def _check_additions(checkpoint: Checkpoint, manifest: Manifest, report: Report)
 
 
 def _check_recipe(weights: Mapping[str, PackedWeight], manifest: Manifest, report: Report) -> None:
+    """Report the first weight that is packed otherwise than the manifest's recipe says."""
     recipe = manifest.config
-    wanted = (recipe.quant_type, recipe.blocksize, recipe.double_quant, recipe.quant_storage)
+    recorded = (recipe.quant_type, recipe.blocksize, recipe.double_quant, recipe.quant_storage)
     for weight in weights.values():
         state = weight.state
         storage = bnb_format.storage_of(weight.packed[1])
-        found = (state.quant_type, state.blocksize, state.nested, storage)
-        if found != wanted:
+        actual = (state.quant_type, state.blocksize, state.nested, storage)
+        if actual != recorded:
             report.add(
                 "manifest",
                 MANIFEST,
-                f"{weight.name} has (quant_type, blocksize, double_quant, quant_storage) {found}, "
-                f"the manifest's recipe says {wanted}",
+                f"{weight.name} has (quant_type, blocksize, double_quant, quant_storage) {actual}, "
+                f"the manifest's recipe says {recorded}",
             )
             return
 
@@ -133,20 +146,27 @@ def _check_recipe(weights: Mapping[str, PackedWeight], manifest: Manifest, repor
 def check_other_file(
     root: Path, name: str, record: FileRecord, algorithm: str, report: Report
 ) -> None:
-    """A file beside the shards: configuration, tokenizer, code."""
+    """Check a file beside the shards, such as configuration, tokenizer or code, by its digest.
+
+    Args:
+        root: directory of the output.
+        name: of the file, relative to `root`.
+        algorithm: of the digest in `record`.
+    """
     path = root / name
     if leads_out(path, root, home_of(root)):
         report.add("manifest", name, f"{name} leads out of the directory")
     elif not is_regular(path):
         report.add("manifest", name, f"{name} is missing: the manifest lists it")
-    elif (found := digest_file(path, algorithm)) != record.digest:
+    elif (digest := digest_file(path, algorithm)) != record.digest:
         if name == CARD:  # of an output of nf4 0.2
             report.unchecked.append(f"{CARD}: it was edited since, as a model card may be")
         else:
             report.add(
                 "manifest",
                 name,
-                f"{name} is not what was written: {algorithm} is {found}, expected {record.digest}",
+                f"{name} is not what was written: {algorithm} is {digest}, expected "
+                f"{record.digest}",
             )
 
 
@@ -157,6 +177,13 @@ def _digest_findings(
     manifest: Manifest,
     expected: Mapping[str, str],
 ) -> Iterable[Finding]:
+    """Yield what is wrong with a shard that is not as the manifest says.
+
+    Args:
+        digest: of the shard.
+        tensors: digests of its tensors, by key.
+        expected: digests of all output tensors, by key.
+    """
     name = shard.path.name
     record = manifest.output_files[name]
     if shard.size != record.size:
@@ -175,13 +202,19 @@ def _digest_findings(
 
 
 def tensor_findings(
-    name: str, wrong: Iterable[str], found: Mapping[str, str], expected: Mapping[str, str]
+    name: str, wrong: Iterable[str], digests: Mapping[str, str], expected: Mapping[str, str]
 ) -> Iterable[Finding]:
-    """Of the tensors `wrong` in file `name`, digests by key."""
+    """Yield a finding for each tensor that is not what was written.
+
+    Args:
+        name: of the file that they lie in.
+        wrong: their keys.
+        digests, expected: digests by key.
+    """
     for key in wrong:
         yield Finding(
             "manifest",
             key,
-            f"{key} in {name} is not what was written: its digest is {found[key]}, expected "
+            f"{key} in {name} is not what was written: its digest is {digests[key]}, expected "
             f"{expected[key]}",
         )

@@ -1,4 +1,5 @@
-"""Headers, index, configuration and copies of an output, against what its source gives."""
+"""Check the headers, index, configuration and copied files of an output against what its source
+gives."""
 
 from __future__ import annotations
 
@@ -15,13 +16,20 @@ from .manifest import Manifest
 from .report import Report
 
 _WRITERS_OWN = {"quantization_config", "transformers_version", "dtype", "torch_dtype"}
-"""Fields of config.json that say something of the writer, not of the model."""
+"""Fields of config.json that describe the program that wrote it, not the model."""
 
 
 def compare_beside(
     checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
 ) -> None:
-    """Everything but the tensors' bytes: headers, index, configuration, copied files."""
+    """Check everything but the tensors' bytes: headers, index, configuration, copied files.
+
+    Args:
+        checkpoint: the output.
+        plan: of its conversion from the source.
+        manifest: None for the output of another program.
+        report: takes the findings.
+    """
     if manifest is not None:
         _compare_layout(checkpoint, plan, report)
     _compare_headers(checkpoint, plan, report)
@@ -30,10 +38,11 @@ def compare_beside(
 
 
 def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
-    """Our own shards begin with the planned header, and the index says where everything is."""
-    here = {shard.path.name: shard for shard in checkpoint.shards}
+    """Check that each of our own shards begins with the planned header, and that the index is the
+    planned one."""
+    shards = {shard.path.name: shard for shard in checkpoint.shards}
     for layout in plan.shards:
-        shard = here.pop(layout.filename, None)
+        shard = shards.pop(layout.filename, None)
         if shard is None:
             report.add(
                 "source", layout.filename, f"{layout.filename} is missing: the source gives it"
@@ -47,7 +56,7 @@ def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
                 layout.filename,
                 f"{layout.filename}: its header is not the one that the source gives",
             )
-    for name in sorted(here):
+    for name in sorted(shards):
         report.add("source", name, f"{name} is there, but the source gives no such file")
     if plan.index is None or checkpoint.is_file:
         return
@@ -58,6 +67,7 @@ def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
 
 
 def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
+    """Check that the tensors have the planned keys, dtypes and shapes."""
     expected = {key: spec for t in plan.tensors for key, spec in t.outputs.items()}
     for key, (dtype, shape) in expected.items():
         placed = checkpoint.tensors.get(key)
@@ -80,58 +90,65 @@ def _compare_headers(checkpoint: Checkpoint, plan: Plan, report: Report) -> None
 def _compare_config(
     checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
 ) -> None:
-    """Our own config.json must be the one the source gives; of others, what both say."""
+    """Check that config.json is the planned one.
+
+    Of another program's only the fields that both have are compared.
+    """
     expected = plan.output_config
     if expected is None:
         return
     if not checkpoint.config:
         report.add("source", "config.json", "config.json is missing: the source has one")
         return
-    found = dict(checkpoint.config)
+    actual = dict(checkpoint.config)
     if manifest is not None and manifest.config.asked:
-        # The names in its skip list are transformers' answer, which is not asked for again.
-        expected, found = (bnb_format.without_skip_list(config) for config in (expected, found))
-    keys = set(expected) | set(found)
+        # Its skip list has names that transformers answered, and it is not asked again.
+        expected, actual = (bnb_format.without_skip_list(config) for config in (expected, actual))
+    keys = set(expected) | set(actual)
     if not manifest:
-        keys = set(expected) & set(found) - _WRITERS_OWN
-        said = {key for key, value in expected.items() if value is not None}
-        lacking = sorted(said - set(found) - _WRITERS_OWN)
+        keys = set(expected) & set(actual) - _WRITERS_OWN
+        stated = {key for key, value in expected.items() if value is not None}
+        lacking = sorted(stated - set(actual) - _WRITERS_OWN)
         if lacking:
             report.unchecked.append(
                 f"fields of the source's config.json that this one lacks: {', '.join(lacking)} "
                 "(another version of its writer may spell them otherwise)"
             )
     for key in sorted(keys):
-        if json.dumps(found.get(key)) != json.dumps(expected.get(key)):  # a NaN equals itself
+        if json.dumps(actual.get(key)) != json.dumps(expected.get(key)):  # a NaN equals itself
             report.add(
                 "source",
                 "config.json",
-                f"config.json: {key} is {found.get(key)!r}, the source gives {expected.get(key)!r}",
+                f"config.json: {key} is {actual.get(key)!r}, the source gives "
+                f"{expected.get(key)!r}",
             )
 
 
 def _compare_copies(
     checkpoint: Checkpoint, plan: Plan, manifest: Manifest | None, report: Report
 ) -> None:
-    """Tokenizer, chat template and so on: nf4 copies them, others write them anew."""
+    """Check that tokenizer, chat template and so on are the source's files.
+
+    A difference is a finding only in our own output: other programs write these files anew.
+    """
     if checkpoint.is_file:
         return
     changed = []
     for name in plan.checkpoint.extra_files:
         if name == "config.json":
             continue
-        here = checkpoint.root / name
-        if not here.is_file():
-            what = f"{name} is missing: the source has it"
-        elif digest_file(here, "blake3") == digest_file(plan.checkpoint.root / name, "blake3"):
+        copy = checkpoint.root / name
+        if not copy.is_file():
+            message = f"{name} is missing: the source has it"
+        elif digest_file(copy, "blake3") == digest_file(plan.checkpoint.root / name, "blake3"):
             continue
         elif Path(name).name == "README.md":
             continue  # a model card is edited; the manifest's check says so
         else:
-            what = f"{name} is not the source's file"
+            message = f"{name} is not the source's file"
         changed.append(name)
         if manifest is not None:
-            report.add("source", name, what)
+            report.add("source", name, message)
     if changed and manifest is None:
         report.unchecked.append(
             f"files that are not, byte for byte, the source's: {', '.join(changed[:10])} (another "

@@ -1,4 +1,4 @@
-"""Is the output that is there what this run would write?"""
+"""Tell whether an output that already exists is the one that a run would write."""
 
 from __future__ import annotations
 
@@ -21,75 +21,97 @@ from .report import Report
 def confirm(
     plan: Plan, output: Path, algorithm: str, resources: Resources, progress: Progress
 ) -> Manifest:
-    """The manifest of a finished output, when it is what `plan` would write.
+    """Return the manifest of a finished output, which has to be what `plan` would write.
 
-    Every file of it is digested, and every file of the source; nothing is quantized.
+    Every file of the output is digested, and every file of a source that comes from no Hub.
+    Nothing is quantized.
+
+    Args:
+        algorithm: of the digests of files that the run would write.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the output is another one, or cannot be read.
         InputError: the source cannot be read.
     """
     try:
-        found = Manifest.from_file(output / MANIFEST)
+        manifest = Manifest.from_file(output / MANIFEST)
         checkpoint = open_checkpoint(output)
     except InputError as error:
-        raise another(output, str(error)) from error
-    if (why := differs(plan, found, algorithm)) is not None:
-        raise another(output, why)
-    _require_source(plan, output, found, resources, progress)
+        raise unlike_planned(output, str(error)) from error
+    if (why := differs(plan, manifest, algorithm)) is not None:
+        raise unlike_planned(output, why)
+    _require_source(plan, output, manifest, resources, progress)
     report = Report()
     check_manifest(checkpoint, {}, resources, report, progress)
-    compare_beside(checkpoint, plan, found, report)
-    require_none(output, report)
-    return found
+    compare_beside(checkpoint, plan, manifest, report)
+    require_no_finding(output, report)
+    return manifest
 
 
-def differs(plan: Plan, found: Manifest, algorithm: str) -> str | None:
-    """In which option an output is another than the one that `plan` would write."""
-    wanted = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
-    there = {"tool": found.tool_version, "digest": found.digest, **asdict(found.config)}
-    for name, value in wanted.items():
-        if there[name] != value:
-            return f"its {name} is {there[name]!r}, not {value!r}"
+def differs(plan: Plan, manifest: Manifest, algorithm: str) -> str | None:
+    """Return how an output's recipe differs from the one that a run would use; None if it does not.
+
+    Args:
+        manifest: of the output.
+        algorithm: of the digests of files that the run would write.
+    """
+    planned = {"tool": __version__, "digest": algorithm, **asdict(plan.config)}
+    recorded = {
+        "tool": manifest.tool_version, "digest": manifest.digest, **asdict(manifest.config)
+    }  # fmt: skip
+    for name, value in planned.items():
+        if recorded[name] != value:
+            return f"its {name} is {recorded[name]!r}, not {value!r}"
     return None
 
 
-def is_of_commit(plan: Plan, found: Manifest) -> bool:
-    """Whether an output was made of the files that `plan` reads, of the same commit of a Hub."""
+def is_of_commit(plan: Plan, manifest: Manifest) -> bool:
+    """Return whether an output was made of the files that `plan` reads, from the same commit.
+
+    Args:
+        manifest: of the output.
+    """
     origin = plan.checkpoint.origin
     names = {shard.path.name for shard in plan.checkpoint.shards}
     return (
         origin is not None
-        and (found.source_repo, found.source_commit) == (origin.repo, origin.commit)
-        and names == found.source_files.keys()
+        and (manifest.source_repo, manifest.source_commit) == (origin.repo, origin.commit)
+        and names == manifest.source_files.keys()
     )
 
 
 def _require_source(
-    plan: Plan, output: Path, found: Manifest, resources: Resources, progress: Progress
+    plan: Plan, output: Path, manifest: Manifest, resources: Resources, progress: Progress
 ) -> None:
-    """Raises UsageError unless `found` was made of the files that `plan` reads."""
+    """Raise UsageError unless an output was made of the files that `plan` reads.
+
+    Args:
+        manifest: of the output.
+    """
     shards, origin = plan.checkpoint.shards, plan.checkpoint.origin
-    if {shard.path.name for shard in shards} != found.source_files.keys():
-        raise another(output, "it was made of other files")
+    if {shard.path.name for shard in shards} != manifest.source_files.keys():
+        raise unlike_planned(output, "it was made of other files")
     if origin is not None:  # a commit does not change
-        if (found.source_repo, found.source_commit) != (origin.repo, origin.commit):
-            made_of = f"{found.source_repo or found.source_name}@{found.source_commit}"
-            raise another(output, f"it was made of {made_of}, not {origin.repo}@{origin.commit}")
+        if (manifest.source_repo, manifest.source_commit) != (origin.repo, origin.commit):
+            made_of = f"{manifest.source_repo or manifest.source_name}@{manifest.source_commit}"
+            raise unlike_planned(
+                output, f"it was made of {made_of}, not {origin.repo}@{origin.commit}"
+            )
         return
-    digests = digest_shards(shards, found.digest, resources.workers, progress, tensors=False)
+    digests = digest_shards(shards, manifest.digest, resources.workers, progress, tensors=False)
     for shard, (digest, _) in zip(shards, digests, strict=True):
-        if digest != found.source_files[shard.path.name].digest:
-            raise another(output, f"{shard.path} is not the file that it was made of")
+        if digest != manifest.source_files[shard.path.name].digest:
+            raise unlike_planned(output, f"{shard.path} is not the file that it was made of")
 
 
-def require_none(output: Path, report: Report) -> None:
-    """Raises UsageError when the report has a finding."""
+def require_no_finding(output: Path, report: Report) -> None:
+    """Raise UsageError if the report has a finding."""
     if report.findings:
-        raise another(output, report.findings[0].message)
+        raise unlike_planned(output, report.findings[0].message)
 
 
-def another(output: Path, why: str) -> UsageError:
+def unlike_planned(output: Path, why: str) -> UsageError:
+    """Return the error for an output that is not what a run would write."""
     return UsageError(
         f"{output} exists, and is not what this would write: {why}. Remove it first, or choose "
         "another output"

@@ -1,10 +1,10 @@
-"""The model card of an output, README.md: what it is, how to load it, what it lost.
+"""Write the model card of an output, README.md: what it is, how to load it, what it lost.
 
-It is written once and then the user's to edit, so that no manifest lists it.  It depends on the
-manifest, config.json and the source's own card only: the same run writes the same card.
+The card is the user's to edit, so no manifest lists it.  It depends only on the manifest,
+config.json and the source's own card: the same run writes the same card.
 
-Names come from files that anybody may have made: in text they are escaped, in code they are only
-used where they are plain.
+Names come from files that anybody may have made.  In text they are escaped; in code they are used
+only where they are plain.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
 from ..checkpoint.untrusted import printable
 from ..planning.diffusers_rules import converts
-from .front_matter import Metadata, read_metadata, written
+from .front_matter import Metadata, format_metadata, read_metadata
 from .manifest import Manifest, TensorError, TensorRecord
 from .markdown import ACTIONS, escape, table
-from .recipe_words import how, options_of, why_not_by_digests
+from .recipe_words import how_chosen, options_of, why_not_by_digests
 
 HERE = "your-name/this-model"
-"""What a card calls the repository that it will lie in; publishing puts the real name there."""
+"""Stands in a card for the name of its repository, until the output is published."""
 
 _WORST = 5
 _FILES = 20
@@ -48,9 +48,9 @@ class Subject:
     """What a card is about.
 
     Attributes:
-        name: of the source.
-        metadata: of the source's own card.
-        parts: manifests by component of a pipeline; "" is a checkpoint that is no part of one.
+        name: name of the source.
+        metadata: metadata of the source's own card.
+        parts: component of a pipeline -> its manifest; "" alone for a single checkpoint.
         config: config.json of the output, or model_index.json of a pipeline.
     """
 
@@ -61,16 +61,17 @@ class Subject:
 
     @property
     def is_pipeline(self) -> bool:
+        """Whether the parts are components of a diffusers pipeline."""
         return "" not in self.parts
 
     @property
     def first(self) -> Manifest:
-        """The manifest of the part that says most: they share source and recipe."""
+        """Manifest of the largest part.  All parts have the same source and recipe."""
         return max(self.parts.values(), key=lambda manifest: manifest.quantized_parameters)
 
     @property
     def library(self) -> str:
-        """That loads it, "" for a checkpoint without a config.json, which none does."""
+        """Library that loads the output; "" without a config.json, since none does then."""
         if self.is_pipeline or "_diffusers_version" in self.config:
             return "diffusers"
         if not self.config:
@@ -81,7 +82,7 @@ class Subject:
 
     @property
     def base(self) -> str | None:
-        """The source with its commit, where it came from a Hub."""
+        """Repository and commit of the source, REPO@COMMIT; None if it came from no Hub."""
         repo, commit = self.first.source_repo, self.first.source_commit
         return f"{repo}@{commit}" if repo and commit and _NAME.fullmatch(repo) else None
 
@@ -107,8 +108,8 @@ def write_card(
     """Write the card of a finished output.
 
     Args:
-        source: the directory of what it was made from, whose card's metadata is carried over;
-            None for a single file, beside which any card may lie.
+        source: directory of the source, whose card's metadata is carried over; None where the
+            source is a single file, since the card beside it may be of something else.
         name, parts, config: see `Subject`.
     """
     subject = Subject(name, read_metadata(source) if source else {}, parts, config)
@@ -116,14 +117,14 @@ def write_card(
 
 
 def addressed(text: bytes, repo: str) -> bytes:
-    """A card with the name of the repository that it goes to."""
+    """Return a card with the name of its repository put in."""
     return text.replace(HERE.encode(), repo.encode())
 
 
 def card(subject: Subject) -> str:
-    """A model card as GitHub-flavoured Markdown, with its head of metadata."""
+    """Return a model card: metadata and GitHub-flavoured Markdown."""
     sections = [
-        written(_metadata(subject)),
+        format_metadata(_metadata(subject)),
         f"# {escape(subject.name)}, 4-bit {subject.first.config.quant_type.upper()}\n",
         *_introduction(subject),
         *_loading(subject),
@@ -139,27 +140,28 @@ def card(subject: Subject) -> str:
 
 
 def _metadata(subject: Subject) -> dict[str, Any]:
-    """In the order in which the Hub's own cards have it."""
+    """Return the metadata of the card, in the order that is usual on the Hub."""
     theirs, first = subject.metadata, subject.first
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if subject.base:
-        found["base_model"] = first.source_repo
-        found["base_model_relation"] = "quantized"
+        metadata["base_model"] = first.source_repo
+        metadata["base_model_relation"] = "quantized"
     if subject.library in _LIBRARIES:
-        found["library_name"] = subject.library
+        metadata["library_name"] = subject.library
     for field in ("pipeline_tag", "license", "license_name", "license_link", "language",
                   "datasets"):  # fmt: skip
         if field in theirs:
-            found[field] = theirs[field]
-    ours = ["bitsandbytes", "4-bit", first.config.quant_type, "nf4cli"]
-    found["tags"] = list(dict.fromkeys([*theirs.get("tags", []), *ours]))
-    return found
+            metadata[field] = theirs[field]
+    tags = ["bitsandbytes", "4-bit", first.config.quant_type, "nf4cli"]
+    metadata["tags"] = list(dict.fromkeys([*theirs.get("tags", []), *tags]))
+    return metadata
 
 
 # -- what it is, how to load it ---------------------------------------------------------------
 
 
 def _introduction(subject: Subject) -> list[str]:
+    """Return the lines that say what was made of what, and how small it is."""
     first = subject.first
     parameters = sum(m.parameters for m in subject.parts.values())
     packed = sum(m.quantized_parameters for m in subject.parts.values())
@@ -174,7 +176,7 @@ def _introduction(subject: Subject) -> list[str]:
     return [
         f"{source} in bitsandbytes' 4-bit format ({first.config.quant_type.upper()}, blocks of "
         f"{first.config.blocksize}"
-        f"{', scales in 8 bits' if first.config.double_quant else ''}{how(first.config)}), "
+        f"{', scales in 8 bits' if first.config.double_quant else ''}{how_chosen(first.config)}), "
         f"converted by nf4 {escape(first.tool_version)}. {what} take {_size(after)}, from "
         f"{_size(before)}: {bits:.2f} bits a weight. {packed / parameters:.1%} of "
         f"{parameters:,} weights are 4-bit; the others are kept as listed below.",
@@ -232,7 +234,7 @@ model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
-    """The class of transformers that loads it: an Auto class where one is sure to know it."""
+    """Return the class of transformers that loads a model: an Auto class, or the model's own."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or not _CLASS.fullmatch(name):
@@ -240,7 +242,8 @@ def auto_class(config: Mapping[str, Any]) -> str:
     head = next((head for head in _HEADS if name.endswith(f"For{head}")), None)
     if head:
         return f"AutoModelFor{head}"
-    # Others have their Auto class by family, not by name; remote code has no class of that name.
+    # Which Auto class knows another model depends on its family, so the model's own class is named.
+    # transformers has no class of that name where the model comes with its own code.
     return name if "For" in name and "auto_map" not in config else "AutoModel"
 
 
@@ -259,8 +262,8 @@ def _transformers_code(subject: Subject, kind: str) -> str:
         f'model = {kind}.from_pretrained("{HERE}", device_map="auto"{remote})',
     ]
     if processor:
-        own = "processor" if processor == "AutoProcessor" else "tokenizer"
-        lines.append(f'{own} = {processor}.from_pretrained("{HERE}"{remote})')
+        variable = "processor" if processor == "AutoProcessor" else "tokenizer"
+        lines.append(f'{variable} = {processor}.from_pretrained("{HERE}"{remote})')
     if (kind, processor) == ("AutoModelForCausalLM", "AutoTokenizer"):
         lines += [
             'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)',
@@ -270,7 +273,7 @@ def _transformers_code(subject: Subject, kind: str) -> str:
 
 
 def diffusers_class(subject: Subject) -> tuple[str, str]:
-    """The class of diffusers that loads it, and the dtype to load it in."""
+    """Return the class of diffusers that loads an output, and the torch dtype to load it in."""
     dtype = subject.first.config.compute_dtype
     dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "bfloat16"
     if subject.is_pipeline:
@@ -281,12 +284,12 @@ def diffusers_class(subject: Subject) -> tuple[str, str]:
 
 def _diffusers_code(subject: Subject) -> str:
     name, dtype = diffusers_class(subject)
-    own = "pipeline" if subject.is_pipeline else "model"
+    variable = "pipeline" if subject.is_pipeline else "model"
     lines = [
         "import torch",
         f"from diffusers import {name}",
         "",
-        f'{own} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
+        f'{variable} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
     ]
     if subject.is_pipeline:
         lines.append("pipeline.enable_model_cpu_offload()")
@@ -319,7 +322,11 @@ def _contents(subject: Subject) -> list[str]:
 
 
 def _elements(record: TensorRecord, sharing: int) -> int:
-    """Weights of a record; several may be made of one stored tensor."""
+    """Return the elements of a weight.
+
+    Args:
+        sharing: how many weights are made of the same stored tensor.
+    """
     if record.state is not None:
         return prod(record.state.shape)
     return prod(record.source_shape) // sharing
@@ -384,8 +391,8 @@ def _checking(subject: Subject) -> list[str]:
     rows = []
     for name, manifest in subject.parts.items():
         prefix = f"{name}/" if name else ""
-        own = hashlib.sha256(manifest.to_json().encode()).hexdigest()
-        rows.append((escape(prefix + MANIFEST), "sha256", own))
+        digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+        rows.append((escape(prefix + MANIFEST), "sha256", digest))
         shards = sorted({t.output_file for t in manifest.tensors.values()} - {""})
         rows += [
             (escape(prefix + shard), manifest.digest, manifest.output_files[shard].digest)
@@ -413,18 +420,18 @@ def _making(subject: Subject) -> list[str]:
 
 
 def _kept(subject: Subject) -> Iterable[str]:
-    """Options for what was kept by choice: modules, and whole components of a pipeline."""
+    """Yield the --keep options of the run: for modules, and for whole components of a pipeline."""
     for name, manifest in sorted(subject.parts.items()):
         for pattern in sorted(manifest.config.keep):
             yield from ("--keep", f"{name}.{pattern}" if name else pattern)
     if subject.is_pipeline:
         for name, entry in sorted(subject.config.items()):
-            known = (
+            is_component = (
                 isinstance(entry, list)
                 and len(entry) == 2
                 and all(isinstance(word, str) for word in entry)
             )
-            if known and name not in subject.parts and converts(name, *entry):
+            if is_component and name not in subject.parts and converts(name, *entry):
                 yield from ("--keep", name)
 
 

@@ -1,8 +1,8 @@
-"""The metadata at the head of a model card: read from anybody's, written into ours.
+"""Read and write the metadata at the head of a model card.
 
-A source's card is a text that anybody may have made.  Only the lines of a few known fields are
-parsed, each alone and of a bounded length, into strings and lists of strings; YAML's aliases, tags
-and types are not followed.
+A source's card is a text that anybody may have made.  So only the lines of a few known fields are
+parsed, each field alone and of a bounded length, into strings and lists of strings.  Aliases, tags
+and types of YAML are not followed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_ITEMS = 100  # of a list; a few multilingual models name as many languages
 
 
 def read_metadata(root: Path) -> Metadata:
-    """What the card of a source says of it, {} where it has none that can be read."""
+    """Return the metadata of a source's card, {} where there is no card that can be read."""
     path = root / CARD
     if path.is_symlink() and leads_out(path, root, home_of(root)):
         return {}
@@ -45,37 +45,44 @@ def read_metadata(root: Path) -> Metadata:
 
 
 def parse_metadata(text: str) -> Metadata:
-    """The known fields of a card's head, without what is none of theirs."""
-    found: Metadata = {}
+    """Return the known fields at a card's head, without values that are none of theirs.
+
+    Args:
+        text: YAML, without the lines of dashes around it.
+    """
+    metadata: Metadata = {}
     for key, block in _blocks(text).items():
         value = _value(block).get(key)
         if key in STRINGS and isinstance(value, list) and len(value) == 1:
             value = value[0]  # the Hub takes `license: [mit]`
         if isinstance(value, str) and _is_clean(value):
-            found[key] = value if key in STRINGS else [value]
+            metadata[key] = value if key in STRINGS else [value]
         elif isinstance(value, list) and key not in STRINGS:
             items = [item for item in value[:_MAX_ITEMS] if isinstance(item, str)]
-            found[key] = list(dict.fromkeys(filter(_is_clean, items)))
-    return {key: value for key, value in found.items() if value}
+            metadata[key] = list(dict.fromkeys(filter(_is_clean, items)))
+    return {key: value for key, value in metadata.items() if value}
 
 
 def _blocks(text: str) -> dict[str, str]:
-    """The lines of each known field; the first of two."""
-    found: dict[str, list[str]] = {}
+    """Return the lines of each known field; where a field occurs twice, those of the first."""
+    lines_of: dict[str, list[str]] = {}
     current, room = [""], 0
     for line in text.splitlines():
         if (match := _KEY.match(line)) is not None:
-            known = match[1] in (*STRINGS, *_LISTS) and match[1] not in found
-            current, room = found.setdefault(match[1], []) if known else [], _MAX_FIELD
+            is_wanted = match[1] in (*STRINGS, *_LISTS) and match[1] not in lines_of
+            current, room = lines_of.setdefault(match[1], []) if is_wanted else [], _MAX_FIELD
         if room > 0:
             current.append(line[:room])
             room -= len(line) + 1
-    return {key: "\n".join(lines) for key, lines in found.items()}
+    return {key: "\n".join(lines) for key, lines in lines_of.items()}
 
 
 def _value(block: str) -> dict[str, Any]:
-    """The base loader makes strings, lists and mappings (`no` is Norwegian, not false), no objects;
-    of aliases a few lines can make gigabytes, so that there are none."""
+    """Return the parsed lines of one field, {} where they are no mapping or could be an attack.
+
+    YAML's base loader makes only strings, lists and mappings: no objects, and `no` is Norwegian,
+    not false.  Aliases are refused: with them a few lines can grow to gigabytes.
+    """
     if block.count("[") + block.count("{") > _MAX_BRACKETS:
         return {}
     try:
@@ -91,8 +98,8 @@ def _is_clean(text: str) -> bool:
     return 0 < len(text) <= _MAX_STRING and text.isprintable() and text == text.strip()
 
 
-def written(metadata: Mapping[str, Any]) -> str:
-    """A card's head, the same for the same metadata."""
+def format_metadata(metadata: Mapping[str, Any]) -> str:
+    """Return the head of a card, the same text for the same metadata."""
     body = yaml.safe_dump(
         dict(metadata), sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000
     )

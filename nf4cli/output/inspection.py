@@ -1,4 +1,5 @@
-"""What a checkpoint holds, from its headers and states; one tensor in depth from its bytes."""
+"""Show what a checkpoint holds, from headers and states alone, and one tensor in depth, from its
+bytes."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ _BINS = 12
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors of one kind.
+    """The tensors of one kind.
 
     Attributes:
-        kind: "nf4, blocksize 64, nested, decodes to bfloat16", or a dtype.
+        kind: "nf4, blocksize 64, nested, decodes to bfloat16", or a safetensors dtype.
         packed: whether they are 4-bit weights.
-        tensors: weights (with all companions) or tensors.
-        elements: weights.
-        nbytes: bytes of all their tensors.
-        example: one name.
+        tensors: how many there are; a packed weight with its companions counts once.
+        elements: elements of all, of packed weights as they decode.
+        nbytes: bytes of all, companions included.
+        example: name of one of them.
     """
 
     kind: str
@@ -54,18 +55,19 @@ class Overview:
     """A checkpoint at a glance.
 
     Attributes:
-        files: shards.
-        model_type: of config.json, or the class of a component of a diffusers pipeline.
+        name: what the user would call it.
+        files: how many shards it has.
         nbytes: bytes of all shards.
-        parameters: floating-point weights, packed ones counted as what they decode to.
-        quantized_parameters: those in 4 bit.
-        bits_per_weight: bits of all tensors for each parameter.
-        groups: the largest first.
-        quant_method: as config.json says, None where it says nothing.
+        parameters: elements of all floating-point weights, of packed ones as they decode.
+        quantized_parameters: those of them in 4 bit.
+        bits_per_weight: bits of all tensors divided by `parameters`.
+        groups: the packed ones first, both by bytes, the largest first.
+        model_type: of config.json, or the class of a component of a diffusers pipeline.
+        quant_method: of config.json, None where it says nothing.
         skip_modules: llm_int8_skip_modules.
-        kept_modules: those of them that name a module of this checkpoint, each once, the numbers
-            of layers as `*`.
-        errors: by weight, where a manifest knows them.
+        kept_modules: the entries of skip_modules that name a module of this checkpoint, each once,
+            with `*` for the numbers of layers.
+        errors: weight -> error of rounding, where a manifest has it.
         problems: what is wrong with incomplete states (`nf4 verify` checks more).
     """
 
@@ -86,15 +88,23 @@ class Overview:
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """One tensor in depth; the fields behind `nbytes` are for packed weights.
+    """One tensor in depth.  `state` to `error` are for packed weights.
 
     Attributes:
+        name: its key.
+        file: name of the shard that it lies in.
+        dtype: safetensors dtype.
+        shape: as stored.
+        nbytes: bytes of the tensor, of a packed weight with its companions.
+        state: its quantization state.
+        bits_per_weight: bits of the weight, companions included, divided by its elements.
         codes: how often each of the 16 codes occurs, by code.
-        code_values: what each code stands for.
-        absmax_edges: 13 edges of 12 equal bins.
-        absmax_counts: blocks in each bin.
-        nbytes: bytes of all its tensors.
-        owner: the packed weight whose state this tensor is part of.
+        code_values: value that each code stands for.
+        absmax_edges: 13 edges of 12 equal bins; two edges where all values are equal.
+        absmax_counts: number of blocks in each bin.
+        error: of rounding, where a manifest has it.
+        reason: why it is packed or kept, where a manifest says so.
+        owner: the packed weight that this tensor is a companion of, None for none.
     """
 
     name: str
@@ -114,7 +124,7 @@ class TensorView:
 
 
 def overview(checkpoint: Checkpoint) -> Overview:
-    """Everything that headers, states, config.json and the manifest say."""
+    """Return what headers, states, config.json and manifest say of a checkpoint."""
     with ShardReaders(checkpoint.shards) as readers:
         weights, problems = find_weights(checkpoint, readers)
     parts = {part[1].name for weight in weights.values() for part in weight.parts()}
@@ -155,6 +165,10 @@ def overview(checkpoint: Checkpoint) -> Overview:
 
 
 def _kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the entries of the skip list that name a module of this checkpoint, each once.
+
+    Of entries that end alike only the shortest is given, with `*` for the numbers of layers.
+    """
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     present = [
         key
@@ -167,6 +181,7 @@ def _kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _kind(weight: PackedWeight) -> str:
+    """Return in words how a weight is packed."""
     state = weight.state
     storage = bnb_format.storage_of(weight.packed[1])
     return ", ".join(
@@ -186,14 +201,15 @@ def _manifest(checkpoint: Checkpoint) -> Manifest | None:
 
 
 def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView:
-    """One tensor, every byte of it read.
+    """Return one tensor in depth, having read every byte of it.
 
     Args:
-        name: its key, or the module's path.
+        name: its key, or the path of its module.
+        engine: decodes the scales.
 
     Raises:
         UsageError: there is no such tensor.
-        InputError: its quantization state is incomplete.
+        InputError: its quantization state is incomplete, or an absmax is not finite.
     """
     if name not in checkpoint.tensors and f"{name}.weight" in checkpoint.tensors:
         name = f"{name}.weight"
@@ -237,6 +253,7 @@ def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView
 
 
 def _count_codes(reader: PackedReader, weight: PackedWeight) -> tuple[int, ...]:
+    """Return how often each of the 16 codes occurs in a packed weight."""
     pairs = np.zeros(256, np.int64)
     last = 0
     for start in range(0, weight.numel, _PIECE):
@@ -246,13 +263,18 @@ def _count_codes(reader: PackedReader, weight: PackedWeight) -> tuple[int, ...]:
     table = pairs.reshape(16, 16)
     counts = table.sum(axis=1) + table.sum(axis=0)
     if weight.numel % 2:
-        counts[last & 15] -= 1  # the nibble that pads an odd weight
+        counts[last & 15] -= 1  # pads a weight with an odd number of elements
     return tuple(int(c) for c in counts)
 
 
 def _absmax_histogram(
     reader: PackedReader, weight: PackedWeight
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return (edges, counts) of the histogram of a weight's absmax.
+
+    The scales are read twice, piece by piece: for their range, and for the counts.
+    """
+
     def pieces() -> list[tuple[int, int]]:
         return [(i, min(_PIECE, weight.blocks - i)) for i in range(0, weight.blocks, _PIECE)]
 

@@ -1,4 +1,5 @@
-"""The files that an output's manifests answer for, and whether they are what was written."""
+"""List the files that the manifests of an output answer for, and check that they are what was
+written."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from ..callbacks import Progress
 from ..checkpoint.digest import digests_of_file
 from ..checkpoint.discovery import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
 from ..errors import InputError
+from ..planning.model_plan import path_in_model
 from ..threads import run
 from .manifest import FileRecord, Manifest
 from .pipeline_record import Record
@@ -20,7 +22,13 @@ from .report import Finding
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A file as a manifest lists it: where it lies, what it should be, in which algorithm."""
+    """A file that a manifest lists.
+
+    Attributes:
+        path: where it lies.
+        record: its size and digest; None for a manifest or record whose digest no file lists.
+        algorithm: of the digest.
+    """
 
     path: Path
     record: FileRecord | None
@@ -28,7 +36,13 @@ class Listed:
 
 
 def listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, Listed]]:
-    """The manifests by component ("" for a checkpoint), and every file that they answer for.
+    """Return the manifests of an output, and every file that they answer for.
+
+    Args:
+        path: directory of the output.
+
+    Returns:
+        (component, "" for a single checkpoint -> manifest; name in the output -> file).
 
     Raises:
         InputError: there is none, one is damaged, or names a file outside of `path`.
@@ -45,9 +59,10 @@ def listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, Listed]]:
         raise InputError(f"{path} is no directory: give one that nf4 quantize wrote")
     for component, manifest in manifests.items():
         for name, file in manifest.output_files.items():
-            files[joined(component, name)] = Listed(path / component / name, file, manifest.digest)
-        own = joined(component, MANIFEST)
-        files.setdefault(own, Listed(path / own, None, manifest.digest))
+            name_in_output = path_in_model(component, name)
+            files[name_in_output] = Listed(path / name_in_output, file, manifest.digest)
+        manifest_name = path_in_model(component, MANIFEST)
+        files.setdefault(manifest_name, Listed(path / manifest_name, None, manifest.digest))
     for name, listed in files.items():
         if not _lies_in(listed.path, path):
             raise InputError(f"{path}: {name[:200]!r} in a manifest leads out of the directory")
@@ -70,33 +85,35 @@ def _manifest(directory: Path) -> Manifest:
     return Manifest.from_file(directory / MANIFEST)
 
 
-def joined(component: str, name: str) -> str:
-    """A file of a component as the output names it."""
-    return f"{component}/{name}" if component else name
+def strays(root: Path, listed: Mapping[str, object]) -> Iterable[str]:
+    """Yield the files that no manifest lists, without model cards and files of git and of caches.
 
-
-def strays(root: Path, known: Mapping[str, object]) -> Iterable[str]:
-    """Files that no manifest lists, but for the model card, and for what git and caches keep."""
+    Args:
+        root: directory of the output.
+        listed: names in the output that the manifests list.
+    """
     for place, directories, files in os.walk(root):
-        here = Path(place)
-        links = [d for d in directories if (here / d).is_symlink()]
+        directory = Path(place)
+        links = [d for d in directories if (directory / d).is_symlink()]
         directories[:] = sorted(set(directories) - set(LEFT_DIRECTORIES) - set(links))
         for file in sorted([*files, *links]):
-            name = (here / file).relative_to(root).as_posix()
-            if name not in known and not file.startswith(".git") and name != CARD:
+            name = (directory / file).relative_to(root).as_posix()
+            if name not in listed and not file.startswith(".git") and name != CARD:
                 yield name
 
 
 def read_listed(
     files: Mapping[str, Listed], workers: int, progress: Progress
 ) -> tuple[dict[str, str], list[Finding], list[str]]:
-    """Read every file once.
+    """Read every file once, and compare it with its record.
 
     Args:
-        files: by name; the name of a file of the source begins with "source:".
+        files: name -> file.  The name of a file of the source begins with "source:".
+        workers: threads that read.
 
     Returns:
-        (SHA-256 by name of what is as its manifest says, what is not, cards that were edited).
+        (name -> SHA-256 of each file that is as its record says, findings on the others, names of
+        model cards that were edited).
     """
     digests: dict[str, str] = {}
     findings: list[Finding] = []
@@ -106,14 +123,14 @@ def read_listed(
     def check(item: tuple[str, Listed]) -> None:
         key, listed = item
         name = key.removeprefix("source:")
-        found, message = None, None
+        sha256, message = None, None
         if not os.path.isfile(listed.path):  # noqa: PTH113 - False also for a name too long
             message = f"{listed.path} is missing: the manifest lists it"
         else:
             size, both = digests_of_file(
                 listed.path, {"sha256", listed.algorithm}, lambda count: progress(name, count)
             )
-            found, record = both["sha256"], listed.record
+            sha256, record = both["sha256"], listed.record
             if record not in (None, FileRecord(size, both[listed.algorithm])):
                 if key == name == CARD or key.endswith(f"/{CARD}"):
                     with lock:
@@ -125,8 +142,8 @@ def read_listed(
                     f"{both[listed.algorithm]}, expected {record.digest}"
                 )
         with lock:
-            if message is None and found is not None:
-                digests[key] = found
+            if message is None and sha256 is not None:
+                digests[key] = sha256
             else:
                 level = "source" if key != name else "manifest"
                 findings.append(Finding(level, name, message or ""))

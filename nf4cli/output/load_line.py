@@ -1,4 +1,4 @@
-"""What loads an output, in one line."""
+"""Write the line of code, or the command, that loads an output."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .manifest import Manifest
 def loading_call(
     place: str, parts: Mapping[str, Manifest], config: Mapping[str, Any]
 ) -> str | None:
-    """What loads an output at `place`, in one line; None where no loader takes it.
+    """Return the line that loads an output; None where no loader takes it.
 
     Args:
+        place: path of the output, or its repository.
         parts, config: see `Subject`.
     """
     subject = Subject("", {}, parts, config)

@@ -1,8 +1,8 @@
-"""The quantization-state manifest, `nf4_manifest.json`: what was done, to what, with which result.
+"""Write and read the manifest, `nf4_manifest.json`: what was done, to what, with which result.
 
-docs/manifest.md describes the format and manifest.schema.json is its JSON Schema.  It is a function
-of the source's bytes, the recipe and the tool's version: two runs on two machines with two engines
-write the same.
+docs/manifest.md describes the format, docs/manifest.schema.json is its JSON Schema.  A manifest
+depends only on the source's bytes, the recipe and the tool's version: two runs on two machines with
+two engines write the same one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from ..planning.plan import Plan, TensorPlan
 
 @dataclass(frozen=True, slots=True)
 class TensorError:
-    """What rounding to 4 bits cost, under each block's own float32 absmax.
+    """The error of rounding a weight to 4 bits.
 
-    Double quantization moves the decoded scales by another few thousandths of themselves; that
-    is not in these figures.
+    It is measured under each block's own float32 absmax, or under the scale as it will be decoded
+    where scales were chosen.  Double quantization then moves a float32 absmax by a few thousandths
+    of itself, which is not in these figures.
 
     Attributes:
         rel_rmse: root of (sum of squared error / sum of squared value).
         max_abs: largest error of one element.
-        blocks: how many share an absmax each; None where a manifest does not say.
-        outlier_blocks: those whose absmax is above 10 times the root mean square of their other
-            elements, which then have few codes left.
-        worst_block: of codes that are not the nearest, the largest root mean square error of a
-            block, in units of its scale; None for the nearest.
+        blocks: number of blocks; None where a manifest does not say.
+        outlier_blocks: number of blocks whose absmax is above 10 times the root mean square of
+            their other elements, which then have few codes left; None where a manifest does not
+            say.
+        worst_block: for codes that error feedback chose, the largest root mean square error of a
+            block, in units of its scale; None where the codes are the nearest.
     """
 
     rel_rmse: float
@@ -49,23 +51,22 @@ class TensorError:
 
     @property
     def outlier_share(self) -> float:
-        """Outlier blocks among all, 0 where they are not known."""
+        """Share of outlier blocks among all, from 0 to 1; 0 where it is not known."""
         return (self.outlier_blocks or 0) / max(1, self.blocks or 0)
 
     def as_dict(self) -> dict[str, float | int]:
-        """What is known, by name."""
+        """Return the figures that are known, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What is known of a weight of the output when all of its bytes are written.
+    """What is known of a weight of the output once all of its bytes are written.
 
     Attributes:
         nested_offset: of its quantization state, None where there is no nested state.
-        error: of a quantized weight.
-        sources: XXH3-128 of the stored tensors that it was made from, by name; without those
-            that no digest is known of yet.
+        error: of rounding, None for a weight that is not quantized.
+        sources: stored tensor that it was made from -> XXH3-128 of its bytes, as far as known.
     """
 
     nested_offset: float | None
@@ -74,17 +75,18 @@ class Result:
 
 
 VERSION = 1
-"""Of the format; a reader refuses what is newer than it knows."""
-
+"""Version of the format.  A reader refuses any other."""
 
 ACTIONS = ("quantize", "cast", "copy", "drop")
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Attributes:
-    size: bytes.
-    digest: hexadecimal, in the manifest's algorithm.
+    """Size and digest of a file.
+
+    Attributes:
+        size: bytes.
+        digest: hexadecimal, in the manifest's algorithm.
     """
 
     size: int
@@ -96,13 +98,16 @@ class TensorRecord:
     """One weight of the output, or a source tensor that nothing was written for.
 
     Attributes:
-        action: "quantize", "cast", "copy" or "drop".
-        rule, reason: why, see selection.py.
-        transposed: written as the transpose of the stored matrix.
-        source_tensor: the stored tensor it was made from; several may share a fused one.
-        source_digest: XXH3-128 of its bytes in the source.
-        outputs: XXH3-128 of the bytes of every tensor written for it, by key.
-        state, error: for "quantize".
+        action: one of ACTIONS.
+        rule, reason: the selection rule that decided, by name and in words (selection.py).
+        transposed: whether the transpose of the stored matrix is written.
+        source_tensor: the stored tensor that it was made from.  Several weights may be made of one.
+        source_file: name of the source shard that holds `source_tensor`.
+        source_dtype, source_shape: of `source_tensor`, as stored.
+        source_digest: XXH3-128 of the bytes of `source_tensor`.
+        output_file: name of the output shard; "" where nothing was written.
+        outputs: key -> XXH3-128 of its bytes, for every tensor written for the weight.
+        state, error: quantization state and error of rounding, None unless quantized.
     """
 
     action: str
@@ -122,10 +127,20 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """See the module.  `to_json` and `from_file` are inverses, but for the tool's version.
+    """The content of a manifest.  `from_file` reads what `to_json` wrote.
 
     Attributes:
+        config: the recipe, with every "auto" resolved.
+        digest: algorithm of the digests of files.
+        source_name: what the user called the source.
+        source_files: name -> record of every source shard.
+        output_files: name in the output -> record of every file but manifest and model card.
+        tensors: name -> record of every weight, and of the source tensors left out.
+        parameters: elements of all floating-point weights.
+        quantized_parameters: elements of the weights in 4 bit.
+        bits_per_weight: bits of all output tensors divided by `parameters`.
         source_repo, source_commit: where on a Hub the source comes from, None for a local one.
+        tool_version: version of the nf4cli that wrote the manifest.
     """
 
     config: QuantConfig
@@ -142,11 +157,13 @@ class Manifest:
     tool_version: str = __version__
 
     def to_json(self) -> str:
-        """Indented, sorted where order has no meaning."""
+        """Return the text of the file: indented, and sorted where order has no meaning."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        def files(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
+        """Return the document as docs/manifest.md describes it."""
+
+        def file_list(records: Mapping[str, FileRecord]) -> list[dict[str, Any]]:
             return [{"name": name, **asdict(records[name])} for name in sorted(records)]
 
         return {
@@ -156,11 +173,11 @@ class Manifest:
             "recipe": self.config.as_dict(),
             "source": {
                 "name": self.source_name,
-                **_known({"repo": self.source_repo, "commit": self.source_commit}),
-                "files": files(self.source_files),
+                **_without_none({"repo": self.source_repo, "commit": self.source_commit}),
+                "files": file_list(self.source_files),
             },
             "output": {
-                "files": files(self.output_files),
+                "files": file_list(self.output_files),
                 "parameters": self.parameters,
                 "quantized_parameters": self.quantized_parameters,
                 "bits_per_weight": round(self.bits_per_weight, 4),
@@ -172,10 +189,10 @@ class Manifest:
 
     @staticmethod
     def from_file(path: Path) -> Manifest:
-        """Read a manifest of this or an earlier version of the format.
+        """Read a manifest.
 
         Raises:
-            InputError: not a manifest, damaged, or of a newer format.
+            InputError: it is no manifest, is damaged, or has another version of the format.
         """
         document = read_json(path, RECORD)
         version = document.get("nf4_manifest")
@@ -196,11 +213,12 @@ class Manifest:
             ) from error
 
 
-def _known(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
+    """Return a tensor's entry in the document.  What is absent or false is left out."""
     fields: dict[str, Any] = {
         "action": record.action,
         "rule": record.rule,
@@ -229,11 +247,17 @@ def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
 
 
 def _manifest_of(document: Mapping[str, Any]) -> Manifest:
+    """Return the content of a document.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError, InputError: a field is
+            missing, or is not what it has to be.
+    """
     if document["digests"]["files"] not in ALGORITHMS:
         raise ValueError(f"digest algorithm {document['digests']['files']!r}")
     for name, value in document["recipe"].items():
-        wanted = list if name == "keep" else type(getattr(QuantConfig(), name))
-        if type(value) is not wanted:
+        expected = list if name == "keep" else type(getattr(QuantConfig(), name))
+        if type(value) is not expected:
             raise TypeError(f"recipe.{name} is {value!r}")
     if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
         raise TypeError("recipe.keep holds something else than strings")
@@ -313,7 +337,7 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
 
 
 def _state(name: str, fields: dict[str, Any]) -> QuantState:
-    """A state of the manifest, which has to be one that a checkpoint may have."""
+    """Return a quantization state of the manifest; it has to be one that a checkpoint may have."""
     state = QuantState(**{**fields, "shape": tuple(fields["shape"])})
     if decode_state(encode_state(state), f"the state of {name}") != state:
         raise ValueError(f"the state of {name} is {state}")
@@ -344,16 +368,16 @@ def manifest_of(
     sources: Mapping[str, FileDigests],
     outputs: Mapping[str, str],
 ) -> Manifest:
-    """The record of a finished conversion, but for the output's files.
+    """Return the manifest of a finished conversion, still without the output's files.
 
     Args:
-        algorithm: of the source files' digests.
-        results: by weight.
-        sources: digests of every source file, by name.
-        outputs: digests of every output tensor, by key.
+        algorithm: of the digests of the source files.
+        results: weight -> what is known of it.
+        sources: name -> digests of every source file and its tensors.
+        outputs: key -> digest of every output tensor.
     """
     origin = plan.checkpoint.origin
-    stored = {name: digest for file in sources.values() for name, digest in file.tensors.items()}
+    digests = {name: digest for file in sources.values() for name, digest in file.tensors.items()}
     return Manifest(
         config=plan.config,
         digest=algorithm,
@@ -375,7 +399,7 @@ def manifest_of(
                 source_file=t.weight.shard.path.name,
                 source_dtype=t.weight.stored.dtype,
                 source_shape=t.weight.stored.shape,
-                source_digest=stored[t.weight.stored.name],
+                source_digest=digests[t.weight.stored.name],
                 output_file=plan.shards[t.file].filename if t.outputs else "",
                 outputs={key: outputs.get(key, "") for key in t.outputs},
                 state=_planned_state(t, results.get(t.name, _NOTHING)),
@@ -390,7 +414,7 @@ def manifest_of(
 
 
 def _planned_state(plan: TensorPlan, result: Result) -> QuantState | None:
-    """The quantization state as it is written."""
+    """Return the quantization state as it was written, with its nested_offset."""
     if plan.state is None or result.nested_offset is None:
         return plan.state
     return replace(plan.state, nested_offset=result.nested_offset)

@@ -1,35 +1,37 @@
-"""Any text as Markdown: names escaped, tables of them."""
+"""Write any text as Markdown: escape names, and lay out tables."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-_ROWS = 20
+_ROWS = 20  # of a table; it says how many more there are
 
 _LONGEST = 400  # characters of a name or message
 
-# What Markdown could take for more than text: an underscore within a word and a colon before a
-# space are none of it, and cards full of &#95; are nothing to edit.
+# Characters that may mean something to Markdown. An underscore within a word and a colon before a
+# space never do: they stay as they are, so that a card can be read and edited.
 _SPECIAL = re.compile(r"[^\w\s./,;=()'\"+?%:-]|(?<![^\W_])_|_(?![^\W_])|:(?! )")
 
 ACTIONS = {"quantize": "4-bit", "cast": "kept, cast", "copy": "kept", "drop": "left out"}
+"""Action of a manifest -> what a card calls it."""
 
 
 def escape(text: object) -> str:
-    """Any text as one line of plain text in a cell of a table."""
+    """Return any text as one line that Markdown shows as it is, also in a cell of a table."""
     line = " ".join(str(text).split())
     if len(line) > _LONGEST:
         line = line[: _LONGEST - 1] + "…"
-    seen = "".join(c if c.isprintable() else "\ufffd" for c in line)  # nor turned right to left
-    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", seen)
+    # A character that cannot be printed could also turn the text right to left.
+    visible = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", visible)
 
 
 def table(headings: Iterable[str], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
-    """The lines of a table, and an empty one behind it; [] for one without rows.
+    """Return the lines of a table and an empty line behind it; [] where there are no rows.
 
     Args:
-        align: a letter a column, "l" or "r".
+        align: "l" or "r" for each column.
     """
     if not rows:
         return []

@@ -1,4 +1,5 @@
-"""nf4_pipeline.json: the files beside the components of a pipeline."""
+"""Write, read and check nf4_pipeline.json: the record of the files beside a pipeline's
+components."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ..checkpoint.untrusted import is_plain, is_regular, read_json
 from ..errors import InputError
 from ..planning.pipeline_plan import components_of, copies_of, stray_weights
 from .against_manifest import check_other_file
-from .already_there import require_none
+from .already_there import require_no_finding
 from .manifest import FileRecord
 from .report import Report
 
@@ -23,12 +24,12 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """nf4_pipeline.json: what an output holds beside its converted components.
+    """What nf4_pipeline.json says.
 
     Attributes:
-        digest: algorithm.
-        components: those that were converted; their own manifests have the rest.
-        files: every other file, and the manifests of the components.
+        digest: algorithm of the digests.
+        components: names of the converted components; their own manifests list their files.
+        files: path in the output -> record, of every other file and of the components' manifests.
     """
 
     digest: str
@@ -36,6 +37,7 @@ class Record:
     files: Mapping[str, FileRecord]
 
     def to_json(self) -> str:
+        """Return the text of nf4_pipeline.json."""
         document = {
             "nf4_pipeline": RECORD_VERSION,
             "tool": {"name": "nf4cli", "version": __version__},
@@ -50,7 +52,11 @@ class Record:
 
     @staticmethod
     def from_file(path: Path) -> Record:
-        """Raises InputError: not such a record, damaged, or of a newer format."""
+        """Read a record.
+
+        Raises:
+            InputError: it is damaged, or of another format.
+        """
         document = read_json(path)
         version = document.get("nf4_pipeline")
         if version != RECORD_VERSION:
@@ -88,6 +94,7 @@ def _is_file_entry(value: object) -> bool:
 
 
 def read_record(path: Path, report: Report) -> Record | None:
+    """Return the record of an output; None if there is none or it is damaged (then reported)."""
     try:
         return (
             Record.from_file(path / PIPELINE_RECORD) if is_regular(path / PIPELINE_RECORD) else None
@@ -98,7 +105,13 @@ def read_record(path: Path, report: Report) -> Record | None:
 
 
 def check_recorded(path: Path, record: Record | None, packed: list[str], report: Report) -> None:
-    """Every file beside the converted components, and their manifests, by the digests we wrote."""
+    """Check the files beside the converted components, and their manifests, by their digests.
+
+    Args:
+        path: directory of the output.
+        record: None where there is none that can be read.
+        packed: names of the converted components.
+    """
     if record is None:
         report.unchecked.append(
             f"that the files beside {', '.join(packed)} are the ones written: there is no "
@@ -115,14 +128,21 @@ def check_recorded(path: Path, record: Record | None, packed: list[str], report:
 
 
 def check_copies(path: Path, source: Path, packed: list[str], report: Report) -> None:
+    """Check that the copied files of an output are those of its source.
+
+    Args:
+        path: directory of the output.
+        source: directory of the source.
+        packed: names of the converted components.
+    """
     copies = copies_of(source, components_of(source), packed)
     for name, original in copies.files.items():
-        here = path / name
-        if not is_regular(here):
+        copy = path / name
+        if not is_regular(copy):
             report.add("source", name, f"{name} is missing: the source has {original}")
-        elif digest_file(here, "blake3") == digest_file(source / original, "blake3"):
+        elif digest_file(copy, "blake3") == digest_file(source / original, "blake3"):
             continue
-        elif here.name == "README.md":
+        elif copy.name == "README.md":
             report.unchecked.append(f"{name}: it was edited since, as a model card may be")
         else:
             report.add("source", name, f"{name} is not the file {source / original}")
@@ -136,10 +156,10 @@ def confirm_pipeline(output: Path, root: Path, converted: list[str]) -> None:
     """Raise UsageError unless what lies beside an output's components is what a run would write.
 
     Args:
-        root: the source.
-        converted: components.
+        root: directory of the source.
+        converted: names of the converted components.
     """
     report = Report()
     check_recorded(output, read_record(output, report), converted, report)
     check_copies(output, root, converted, report)
-    require_none(output, report)
+    require_no_finding(output, report)

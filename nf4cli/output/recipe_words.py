@@ -1,4 +1,4 @@
-"""A recipe as words for people: the options that ask for it, and what is unusual about it."""
+"""Put a recipe into words: the options that ask for it, and how scales and codes were chosen."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CHOICE = ("scale", "method", "importance")
 
 
 def options_of(config: QuantConfig) -> Iterable[str]:
-    """What quantize was asked, where it is not what it does anyway."""
-    usual = QuantConfig()
+    """Yield the options of `nf4 quantize` that ask for a recipe, without --keep and defaults."""
+    defaults = QuantConfig()
     for field in fields(QuantConfig):
-        value, default = getattr(config, field.name), getattr(usual, field.name)
+        value, default = getattr(config, field.name), getattr(defaults, field.name)
         if value == default or field.name in ("keep", *_CHOICE):
             continue
         if field.name == "double_quant":
@@ -28,7 +28,7 @@ def options_of(config: QuantConfig) -> Iterable[str]:
 
 
 def _chosen(config: QuantConfig) -> Iterable[str]:
-    """The options for scales and codes; the importance lies in the output itself."""
+    """Return the options that choose scales and codes; the importance lies in the output itself."""
     if config.method == "gptq":
         return ("--calibration", "TEXT", "--method", "gptq")
     if config.importance:
@@ -36,8 +36,8 @@ def _chosen(config: QuantConfig) -> Iterable[str]:
     return () if config.scale == "absmax" else ("--scale", config.scale)
 
 
-def how(config: QuantConfig) -> str:
-    """How scales and codes were chosen, where it is not bitsandbytes' way."""
+def how_chosen(config: QuantConfig) -> str:
+    """Return how scales and codes were chosen, "" for the way of bitsandbytes."""
     if config.method == "gptq":
         return ", codes by GPTQ"
     if config.importance:
@@ -46,11 +46,11 @@ def how(config: QuantConfig) -> str:
 
 
 def why_not_by_digests(config: QuantConfig, digest: str, on_a_hub: bool) -> str | None:
-    """Why an output cannot be proved by the digests of what its source gives; None where it can.
+    """Return why an output cannot be proved by making it again for its digests; None if it can.
 
     Args:
         digest: algorithm of the manifest's digests of files.
-        on_a_hub: the output lies there, which states SHA-256.
+        on_a_hub: whether the output lies on a Hub, which states SHA-256.
     """
     if config.method == "gptq":
         return "its codes were chosen by gptq, so that a proof reads them from the output"

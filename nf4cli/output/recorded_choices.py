@@ -1,5 +1,5 @@
-"""What a proof takes from an output's own record, because it follows from nothing else: the answer
-of transformers, the importance of inputs, the codes that error feedback chose."""
+"""Read from an output what a proof cannot derive from the source: the answer of transformers, the
+importance of inputs, and which codes error feedback chose."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .report import Report
 
 
 def recorded_answer(manifest: Manifest | None) -> Answer | None:
-    """What transformers answered in the run that is checked, as its manifest has it."""
+    """Return what transformers answered in the run that is checked, None where it was not asked."""
     if manifest is None or not manifest.config.asked:
         return None
     rearranged = selection.REARRANGED.name
-    kept = (selection.USER, selection.ENTANGLED, selection.FUSED_WITH, selection.NONFINITE)
-    packable = {rule.name for rule in kept}
+    other_reasons = (selection.USER, selection.ENTANGLED, selection.FUSED_WITH, selection.NONFINITE)
+    packable = {rule.name for rule in other_reasons}
     return Answer(
         version=manifest.config.asked.removeprefix("transformers "),
         quantized=frozenset(
@@ -36,27 +36,33 @@ def recorded_answer(manifest: Manifest | None) -> Answer | None:
 def recorded_importance(
     checkpoint: Checkpoint, config: QuantConfig, report: Report
 ) -> ImportanceFile | None:
-    """What the scales were weighted by, from the output itself; None, and why in the report."""
+    """Return the importance file of an output, None if its scales were chosen without one.
+
+    Report and return None if the file is missing, damaged or another one.
+
+    Args:
+        config: recipe of the output.
+    """
     if not config.importance:
         return None
     try:
-        found = load(checkpoint.root / IMPORTANCE)
+        importance = load(checkpoint.root / IMPORTANCE)
     except InputError as error:
         report.add("source", IMPORTANCE, f"the bytes cannot be derived from the source: {error}")
         return None
-    if found.digest != config.importance:
+    if importance.digest != config.importance:
         report.add(
             "source",
             IMPORTANCE,
-            f"{found.path} is not the file that the scales were chosen by: its BLAKE3 is "
-            f"{found.digest}, {MANIFEST} has {config.importance}",
+            f"{importance.path} is not the file that the scales were chosen by: its BLAKE3 is "
+            f"{importance.digest}, {MANIFEST} has {config.importance}",
         )
         return None
-    return found
+    return importance
 
 
 def fed_back(weights: dict[str, PackedWeight], manifest: Manifest) -> dict[str, PackedWeight]:
-    """Those whose codes are not the nearest, as the manifest has it."""
+    """Return the weights whose codes were chosen by error feedback: those are not the nearest."""
     errors = {name: record.error for name, record in manifest.tensors.items()}
     return {
         name: weight

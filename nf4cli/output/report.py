@@ -1,10 +1,11 @@
-"""What a verification found: a value that travels, not a print-out."""
+"""The result of a verification, as data: what was checked, what was not, and what is wrong."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 LEVELS = ("structure", "config", "state", "manifest", "source", "calibration")
+"""Kinds of checks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +14,8 @@ class Finding:
 
     Attributes:
         level: one of LEVELS.
-        where: the file or tensor.
-        message: what was found and what was expected.
+        where: file or tensor.
+        message: what was found, and what was expected.
     """
 
     level: str
@@ -27,9 +28,9 @@ class Check:
     """One check that was made.
 
     Attributes:
-        level: as of its findings.
-        what: what holds when it is ok.
-        ok: whether it had no finding.
+        level: one of LEVELS.
+        what: what holds if the check is ok.
+        ok: whether its level has no finding.
     """
 
     level: str
@@ -39,12 +40,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a quick look was taken at.
+    """The tensors that a quick look was taken at.
 
     Attributes:
-        seed: of the random choice; the same seed and size choose the same tensors.
-        tensors, nbytes: looked at, companions included.
-        of_tensors, of_nbytes: there are.
+        seed: of the random choice.  The same seed and size choose the same tensors.
+        tensors, nbytes: how many were looked at, and their bytes, companions included.
+        of_tensors, of_nbytes: the same of the whole output.
     """
 
     seed: int
@@ -55,19 +56,19 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """Of the bytes, from 0 to 1."""
+        """Share of the bytes that was looked at, from 0 to 1."""
         return self.nbytes / max(1, self.of_nbytes)
 
 
 @dataclass(slots=True)
 class Report:
-    """What was checked, what was not, and what is wrong.
+    """The findings of a verification.
 
     Attributes:
-        findings: empty when all is well.
-        checks: in the order they were made.
-        unchecked: what could not be checked, and what it would take.
-        notes: what is unusual and no defect.
+        findings: everything that is wrong; empty if all is well.
+        checks: in the order in which they were made.
+        unchecked: what could not be checked, and what it would take, one sentence each.
+        notes: what is unusual, but no defect.
         sample: what was looked at, None for everything.
     """
 
@@ -78,12 +79,14 @@ class Report:
     sample: Sample | None = None
 
     def check(self, level: str, what: str) -> None:
-        """All findings of this level are in."""
+        """Add a check, after all findings of its level were added."""
         self.checks.append(Check(level, what, all(f.level != level for f in self.findings)))
 
     def add(self, level: str, where: str, message: str) -> None:
+        """Add a finding."""
         self.findings.append(Finding(level, where, message))
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return not self.findings

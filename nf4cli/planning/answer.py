@@ -1,4 +1,4 @@
-"""What transformers says of a checkpoint, where it is asked."""
+"""The answer of transformers about a checkpoint: which tensors it would hold in 4 bit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What transformers itself says of a checkpoint (transformers_answer.py).
+    """What transformers says of a checkpoint when it is asked (transformers_answer.py).
 
     Attributes:
-        version: of transformers.
-        quantized: tensors whose modules it holds in 4 bit, and that arrive there as they are.
-        rearranged: tensors that it splits, merges or permutes while loading, which a packed
-            weight cannot go through.
-        modules: path in the checkpoint -> paths in the model, where they differ: several for a
-            weight that is split.
+        version: version of the transformers that answered.
+        quantized: names of the tensors whose modules it holds in 4 bit and that it loads as they
+            are.
+        rearranged: names of the tensors that it splits, merges or permutes while loading. That
+            cannot be done with a packed weight.
+        modules: path of a module in the checkpoint -> its paths in the model, where they differ.
+            A weight that is split has several.
     """
 
     version: str

@@ -1,6 +1,7 @@
-"""What nf4 knows of diffusers: which parts of a pipeline become 4-bit, what its loader keeps.
+"""Rules for diffusers: which components of a pipeline become 4-bit, and which of their modules stay
+in floating point.
 
-Compared with every model class of diffusers 0.42.1; a test compares the table again.
+FP32_MODULES was compared with every model class of diffusers 0.42.1; a test compares it again.
 """
 
 from __future__ import annotations
@@ -50,31 +51,35 @@ FP32_MODULES: Mapping[str, tuple[str, ...]] = {
     ),
     "RFD4ProteinaTransformer": ("cond_factory", "norm", "ln_out"),
 }  # fmt: skip
-"""Class -> what its `_keep_in_fp32_modules` names: the loader neither packs nor casts those."""
+"""Model class -> its `_keep_in_fp32_modules`: diffusers neither packs nor casts these modules."""
 
 NOT_LINEAR = frozenset(("motion_network", "feature_modules", "time_proj"))
-"""Name parts of modules whose 2-D weight is no nn.Linear's, though its shape says so."""
+"""Name parts of modules whose weight is a matrix, but that are no nn.Linear."""
 
 EMBEDDERS = re.compile(r"embed|(^|_)emb$|encoding$")
-"""Name parts of what turns time, size, text and pixels into the model's width: small, and all else
-depends on it."""
+"""Name parts of the layers that embed time, size, text and pixels.  They are small, and every other
+layer depends on them."""
 
 
 def converts(name: str, library: str, class_name: str) -> bool:
-    """Whether a component of model_index.json becomes 4-bit: denoisers and text encoders do.
+    """Return whether a component of model_index.json becomes 4-bit: denoisers and text encoders do.
 
     Args:
-        name: its key and directory ("text_encoder_2").
+        name: its key, which is also its directory ("text_encoder_2").
         library, class_name: its value (["transformers", "T5EncoderModel"]).
     """
     if library == "diffusers":
         return bool(_DENOISER.search(class_name)) and not _NO_DENOISER.search(class_name)
     if library == "transformers":
-        tokenizes = re.search(r"Tokenizer|Processor", class_name)
-        return bool(_TEXT_MODEL.search(class_name) or "text_encoder" in name) and not tokenizes
+        is_text_model = bool(_TEXT_MODEL.search(class_name)) or "text_encoder" in name
+        return is_text_model and not re.search(r"Tokenizer|Processor", class_name)
     return False
 
 
 def fp32_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The modules that diffusers itself keeps in float32."""
+    """Return the names of the modules that diffusers keeps in float32.
+
+    Args:
+        config: config.json of a component.
+    """
     return FP32_MODULES.get(str(config.get("_class_name")), ())

@@ -1,7 +1,8 @@
-"""Which families of models the selection rules are known to be right for, and whom to ask else.
+"""Tell the families of models that the selection rules are right for, and ask transformers about
+the others.
 
-families.json is written by scripts/survey_families.py, which compares the rules with what
-transformers itself answers for every family it knows.
+scripts/survey_families.py writes families.json: it compares the rules with the answer of
+transformers for every family that transformers knows.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ from .skip_list import Names
 
 @cache
 def survey() -> Mapping[str, Any]:
-    """The content of families.json."""
-    found: dict[str, Any] = json.loads(Path(__file__).with_name("families.json").read_bytes())
-    return found
+    """Return the content of families.json."""
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("families.json").read_bytes())
+    return content
 
 
 def consult(
     checkpoint: Checkpoint, always: bool = False, trust_remote_code: bool = False
 ) -> Answer | None:
-    """What transformers says of a checkpoint, or None where the rules are enough.
+    """Return what transformers says of a checkpoint, or None where the rules are enough.
 
     Args:
         checkpoint: with its tensors as the model holds them.
         always: ask even where the rules are known to be right (--exact).
+        trust_remote_code: see `ask_transformers`.
 
     Raises:
-        InputError: config.json names no family, or one that nobody here knows.
-        MachineError: `always`, and transformers is not installed.
+        InputError: config.json names no family; or the rules are not known to be right for its
+            family, and transformers is not installed or cannot build the model.
+        MachineError: `always`, and transformers is not installed; or a library that the model
+            needs is missing.
     """
     config = checkpoint.config
     if not config or is_diffusers_config(config):
@@ -48,7 +52,7 @@ def consult(
             f"{checkpoint.root / 'config.json'} has no model_type, so nobody can tell which "
             "modules a loader expects in 4 bit: take config.json from the model's own repository"
         )
-    if not always and _follows(config):
+    if not always and _follows_rules(config):
         return None
     if transformers_answer.available():
         shapes = {name: tensor.shape for name, (_, tensor) in checkpoint.tensors.items()}
@@ -59,9 +63,9 @@ def consult(
         raise MachineError(
             "--exact asks transformers, which is not installed: pip install 'nf4cli[exact]'"
         )
-    known = survey()["differ"].get(family)
+    differing = survey()["differ"].get(family)
     why = (
-        f"is known not to follow nf4's rules (see {', '.join(known)})" if known
+        f"is known not to follow nf4's rules (see {', '.join(differing)})" if differing
         else "is none of the families that nf4's rules were compared with"
     )  # fmt: skip
     raise InputError(
@@ -70,24 +74,30 @@ def consult(
     )
 
 
-def _follows(config: Mapping[str, Any]) -> bool:
-    """Whether the family, and the families of its parts, are known to follow the rules."""
-    known = survey()
-    parts = [part for part in config.values() if isinstance(part, dict)]
-    types = [part.get("model_type") for part in parts]
-    asked = {t for t in types if isinstance(t, str)} & known["differ"].keys()
-    return config["model_type"] in known["follow"] and not asked
+def _follows_rules(config: Mapping[str, Any]) -> bool:
+    """Return whether a family is known to follow the rules, and no sub-config's family is known to
+    differ from them."""
+    families = survey()
+    sub_configs = [value for value in config.values() if isinstance(value, dict)]
+    types = [sub_config.get("model_type") for sub_config in sub_configs]
+    differing = {t for t in types if isinstance(t, str)} & families["differ"].keys()
+    return config["model_type"] in families["follow"] and not differing
 
 
 def names_of(config: Mapping[str, Any], answer: Answer | None = None) -> Names:
-    """What loaders call the modules of a family's checkpoints."""
+    """Return the names by which loaders know the modules of a checkpoint.
+
+    Args:
+        config: its config.json.
+        answer: of transformers, where it was asked.
+    """
     if is_diffusers_config(config):
         return Names()  # diffusers calls them what the files do
     family = config.get("model_type")
-    known = survey()["names"].get(family, {}) if isinstance(family, str) else {}
-    renamings = tuple((source, target) for source, target in known.get("renamed", ()))
+    naming = survey()["names"].get(family, {}) if isinstance(family, str) else {}
+    renamings = tuple((source, target) for source, target in naming.get("renamed", ()))
     return Names(
-        base_prefix=known.get("prefix", "model"),
+        base_prefix=naming.get("prefix", "model"),
         renamings=renamings,
         modules=answer.modules if answer else {},
     )

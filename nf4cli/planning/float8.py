@@ -1,11 +1,11 @@
-"""Float8 checkpoints: which they are, and which scale belongs to which weight.
+"""Recognise float8 checkpoints, and find the scale of each float8 weight.
 
 Two formats store e4m3 bytes beside float scales:
 
-- "fp8" (DeepSeek-V3, Qwen3-FP8, Ministral): `X.weight` and `X.weight_scale_inv`, one factor a
-  block of `weight_block_size` (partial blocks at the edges), or one for the whole weight.
-- "compressed-tensors" (llm-compressor): `X.weight` and `X.weight_scale`, one factor a tensor, a
-  row (channel) or a block, as `config_groups` says.
+- "fp8" (DeepSeek-V3, Qwen3-FP8, Ministral): `X.weight` and `X.weight_scale_inv`, one factor
+  for each block of `weight_block_size` (partial blocks at the edges), or one for the whole weight.
+- "compressed-tensors" (llm-compressor): `X.weight` and `X.weight_scale`, one factor for
+  each tensor, row (channel) or block, as `config_groups` says.
 
 In both, weight = float32(e4m3) * float32(scale).
 """
@@ -31,7 +31,8 @@ _FOLDED = (
     ".q_scale",
     ".prob_scale",
 )
-"""What only a float8 kernel reads: the scales of activations and of the key-value cache."""
+"""Suffixes of tensors that only float8 kernels read: scales of activations and of the key-value
+cache."""
 
 _TELLTALES = {
     ".qweight": "GPTQ or AWQ", ".weight_packed": "compressed-tensors",
@@ -42,10 +43,10 @@ WHERE_TO_GO = "start from the original full-precision checkpoint"
 
 
 def is_float8(checkpoint: Checkpoint) -> bool:
-    """Whether the source says that it is a float8 checkpoint of a kind that can be read.
+    """Return whether a source is a float8 checkpoint of a kind that nf4 reads.
 
     Raises:
-        InputError: it is quantized in another way; the message names which.
+        InputError: it is quantized in another way, which the message names.
     """
     method, config = quant_method(checkpoint.config), quantization_of(checkpoint.config) or {}
     if method == "fp8":
@@ -66,7 +67,7 @@ def is_float8(checkpoint: Checkpoint) -> bool:
 
 
 def _telltale(checkpoint: Checkpoint) -> str | None:
-    """What the names of the tensors say where config.json says nothing."""
+    """Return which quantization the names of the tensors reveal, None for none."""
     for name in checkpoint.tensors:
         for suffix, method in _TELLTALES.items():
             if name.endswith(suffix):
@@ -107,10 +108,14 @@ def _group_problem(group: object) -> str | None:
 
 
 def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str]]:
-    """(weight name -> its scale, name of a tensor that is not a weight -> why it is left out).
+    """Return the scale of every float8 weight, and the tensors that belong to float8 only.
+
+    Returns:
+        (weight name -> its scale, name of a tensor that is no weight -> why it is left out).
 
     Raises:
-        InputError: a float8 tensor has no scale, or one of the wrong shape or dtype.
+        InputError: see `is_float8`; a float8 tensor has no scale, or one of the wrong shape or
+            dtype; it is not e4m3, or no matrix; a scale has no weight.
     """
     scales: dict[str, Scale] = {}
     config = quantization_of(checkpoint.config) if is_float8(checkpoint) else None
@@ -127,36 +132,37 @@ def find_scales(checkpoint: Checkpoint) -> tuple[dict[str, Scale], dict[str, str
             )
         if tensor.dtype != "F8_E4M3":
             raise InputError(f"{where} is {tensor.dtype}; nf4 reads F8_E4M3: {WHERE_TO_GO}")
-        placed = next(filter(None, (checkpoint.tensors.get(name + s) for s in suffixes)), None)
-        if placed is None:
+        place = next(filter(None, (checkpoint.tensors.get(name + s) for s in suffixes)), None)
+        if place is None:
             raise InputError(
                 f"{where} is F8_E4M3 but there is no {name + suffixes[0]}: it is incomplete. "
                 "Download it again"
             )
-        scales[name] = _scale(tensor, *placed, blocks)
-    used = {scale.tensor.name for scale in scales.values()}
-    left = dict.fromkeys(used, "the scales of a float8 weight, which are multiplied in")
+        scales[name] = _scale(tensor, *place, blocks)
+    scale_names = {scale.tensor.name for scale in scales.values()}
+    unused = dict.fromkeys(scale_names, "the scales of a float8 weight, which are multiplied in")
     if suffixes:
+        endings = tuple(f".weight{suffix}" for suffix in suffixes)
         for name in checkpoint.tensors:
-            if name.endswith(tuple(f".weight{suffix}" for suffix in suffixes)) and name not in used:
+            if name.endswith(endings) and name not in scale_names:
                 raise InputError(
                     f"{name} in {checkpoint.root} has no float8 weight beside it: the checkpoint "
                     "is incomplete. Download it again"
                 )
             if name.endswith(_FOLDED):
-                left[name] = "a scale that only float8 kernels read"
-    return scales, left
+                unused[name] = "a scale that only float8 kernels read"
+    return scales, unused
 
 
 def _block_sizes(config: Mapping[str, Any]) -> set[tuple[int, int]]:
-    """Every (rows, columns) block that the config speaks of."""
+    """Return every (rows, columns) of a block that a quantization_config names."""
     groups = config.get("config_groups")
-    found = [config.get("weight_block_size")]
+    sizes = [config.get("weight_block_size")]
     if config.get("quant_method") == "compressed-tensors" and isinstance(groups, dict):
-        found += [group["weights"].get("block_structure") for group in groups.values()]
+        sizes += [group["weights"].get("block_structure") for group in groups.values()]
     return {
         (block[0], block[1])
-        for block in found
+        for block in sizes
         if isinstance(block, list)
         and len(block) == 2
         and all(type(b) is int and b > 0 for b in block)
@@ -166,6 +172,15 @@ def _block_sizes(config: Mapping[str, Any]) -> set[tuple[int, int]]:
 def _scale(
     weight: TensorInfo, shard: Shard, scale: TensorInfo, blocks: set[tuple[int, int]]
 ) -> Scale:
+    """Return the scale of a weight, with the block that its shape stands for.
+
+    Args:
+        shard: where the scale lies.
+        blocks: the (rows, columns) that config.json names.
+
+    Raises:
+        InputError: the scale's dtype or shape is none of the possible ones.
+    """
     if scale.dtype not in _SCALE_DTYPES:
         raise InputError(
             f"{scale.name} in {shard.path} is {scale.dtype}, expected one of "

@@ -1,4 +1,5 @@
-"""What else has to be kept because of what is kept, so that every loader can tell the two apart."""
+"""Write the skip list of an output, and keep the modules that no skip list could tell from those
+that are kept."""
 
 from __future__ import annotations
 
@@ -8,19 +9,23 @@ from ..errors import UsageError
 from . import model_config, selection, skip_list
 
 FOLLOWING = (selection.ENTANGLED.name, selection.FUSED_WITH.name)
-"""The rules that keep something because something else is kept."""
+"""Names of the rules that keep a module because another one is kept."""
 
 
 def skip_modules(
     choices: dict[str, selection.Choice], names: skip_list.Names, target: str
 ) -> list[str]:
-    """The skip list; a module that no list can tell from a kept one is kept as well.
+    """Return the skip list of a selection, and keep what no list can tell from a kept module.
 
     Args:
-        choices: by tensor name; what has to be kept in addition is changed in place.
+        choices: by tensor name.  Those that have to be kept in addition are changed in place.
+        names: what loaders call the modules.
+        target: the loader, see config.TARGETS.
 
     Raises:
-        UsageError: the user keeps a module that cannot be told from packed ones.
+        UsageError: --keep names a module that cannot be told from packed ones, or a part of what
+            vLLM loads as one.
+        InputError: see `skip_list.skip_modules`.
     """
     while True:
         kept = selection.kept_modules(choices)
@@ -32,20 +37,23 @@ def skip_modules(
         entries = skip_list.collapse(kept, packed)
         fused = model_config.vllm_fused_modules(kept, packed) if target == "vllm" else []
         skip = skip_list.skip_modules([*entries, *fused], packed, names)
-        lost = next(skip_list.unmeant(entries, skip, names), None)
-        if lost is None:
+        ambiguous = next(skip_list.unmeant(entries, skip, names), None)
+        if ambiguous is None:
             return skip
-        if kept[entries[lost]].rule is selection.USER:
+        if kept[entries[ambiguous]].rule is selection.USER:
             raise UsageError(
-                f"--keep cannot leave {lost} alone in full precision: loaders would take its "
+                f"--keep cannot leave {ambiguous} alone in full precision: loaders would take its "
                 "name to mean packed modules as well. Keep those too, or none"
             )
-        for module in skip_list.entangled(lost, packed, names):
+        for module in skip_list.entangled(ambiguous, packed, names):
             choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
 
 
 def _vllm_partners(kept: Mapping[str, selection.Choice], packed: Collection[str]) -> set[str]:
-    """What has to be kept because a module that holds a NaN is (others are the user's to name)."""
+    """Return the packed modules that vLLM loads as one with a module that holds a NaN or infinity.
+
+    Where a module is kept for another reason, `vllm_fused_modules` has the user decide.
+    """
     return {
         partner
         for module, choice in kept.items()

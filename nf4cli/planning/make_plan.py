@@ -1,7 +1,8 @@
-"""Checkpoint + QuantConfig -> Plan: everything that will be written, before a byte is read.
+"""Make the plan of a conversion: Checkpoint + QuantConfig -> Plan.
 
-From headers alone: each tensor's fate and why, every output file with the place of every tensor,
-the exact sizes, config.json.  Everything that can be refused is refused here.
+Headers and config.json decide the fate of each tensor, the place of every tensor in the output
+files, and the new config.json.  Everything that can be refused is refused here.  Bytes of tensors
+are read only by a `Scan`, for --on-nonfinite keep.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint import bnb_format
 from ..checkpoint.bnb_format import QuantState
@@ -28,21 +29,17 @@ from .notes import importance_notes, notes_of
 from .plan import Plan, TensorPlan
 from .weights import Contents, contents
 
-if TYPE_CHECKING:
-    pass
-
-
 Oracle = Callable[[Checkpoint], Answer | None]
-"""Given the source as the model holds it, what transformers says of it, or None for the rules."""
-
+"""Given a source as the model holds it, returns what transformers says of it, or None where the
+rules are enough."""
 
 Scan = Callable[[Plan], Collection[str]]
-"""Given a plan, those of its weights to quantize that hold a NaN or an infinity
-(find_nonfinite.py)."""
+"""Given a plan, returns the names of those weights to quantize that hold a NaN or an infinity
+(convert/find_nonfinite.py)."""
 
 
 def no_scan(plan: Plan) -> Collection[str]:
-    """The Scan that reads nothing: a conversion will refuse what it meets."""
+    """Return (): a Scan that reads nothing, and leaves it to the conversion to refuse a NaN."""
     return ()
 
 
@@ -53,17 +50,17 @@ def make_plan(
     scan: Scan = no_scan,
     importance: ImportanceFile | None = None,
 ) -> Plan:
-    """Decide the whole conversion.
+    """Decide the whole conversion of a checkpoint.
 
     Args:
-        oracle: see `families.consult`.
-        scan: asked where config.on_nonfinite is "keep"; it reads all that would be quantized.
-        importance: weights the loss of `--scale search`.
+        oracle: asked about the source, see `families.consult`.
+        scan: called where config.on_nonfinite is "keep"; reads all that would be quantized.
+        importance: of the input columns, by which `--scale search` weights the loss.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
-        InputError: the source is already quantized, or is of a kind that nf4 cannot convert; or
-            the importance is that of another model.
+        InputError: the source is already quantized, is of a kind that nf4 cannot convert, or has
+            nothing to quantize (NothingToQuantizeError); the importance is of another model.
     """
     _check_options(config)
     if checkpoint.is_diffusers and config.quant_storage != "uint8":
@@ -74,8 +71,8 @@ def make_plan(
     _refuse_part_of_a_set(checkpoint)
     _refuse_packed(checkpoint)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype)
-    found = contents(checkpoint, model_dtype)
-    model = found.as_checkpoint(checkpoint)
+    content = contents(checkpoint, model_dtype)
+    model = content.as_checkpoint(checkpoint)
     model_config.check_headers(model)
     answer = oracle(model)
     torch_dtype = TORCH_NAME[model_dtype]
@@ -90,8 +87,8 @@ def make_plan(
     def decide(nonfinite: Collection[str]) -> Plan:
         choices = selection.select(model, config.keep, config.target, answer, nonfinite)
         skip = kept_with.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
-        selection.refuse_nothing(checkpoint, choices)  # more may be kept now than was selected
-        return _plan(checkpoint, config, model_dtype, found, choices, skip, importance)
+        selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
+        return _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -102,14 +99,19 @@ def _plan(
     checkpoint: Checkpoint,
     config: QuantConfig,
     model_dtype: str,
-    found: Contents,
+    content: Contents,
     choices: dict[str, selection.Choice],
     skip: list[str],
     importance: ImportanceFile | None,
 ) -> Plan:
-    tensors = [
-        _plan_weight(weight, choices[weight.name], config, model_dtype) for weight in found.weights
-    ] + [_drop(*checkpoint.tensors[name], reason) for name, reason in found.left.items()]
+    """Return the plan that carries out a selection.
+
+    Args:
+        choices: by weight name.
+        skip: llm_int8_skip_modules of the output.
+    """
+    tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
+    tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
     return Plan(
@@ -150,13 +152,14 @@ def _check_options(config: QuantConfig) -> None:
 
 
 def check_shard_size(size: int) -> None:
-    """Raises UsageError for less than 1 MB."""
+    """Raise UsageError if a shard size, in bytes, is below 1 MB."""
     if size < 1_000_000:
         raise UsageError(f"--max-shard-size {size:,} bytes is below 1 MB")
 
 
 def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
-    """One shard of several is no model, though the config.json beside it says it is."""
+    """Raise InputError if the user named a single shard of several: it is not the model that the
+    config.json beside it describes."""
     path = checkpoint.shards[0].path
     count = shard_count(path.name)
     if checkpoint.is_file and count > 1:
@@ -232,7 +235,10 @@ def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
 def _place(
     tensors: list[TensorPlan], checkpoint: Checkpoint, max_shard_size: int
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
-    """Fill output files in source order; a weight and its companions stay together."""
+    """Return all tensors with their output files, in reading order, and the layout of every file.
+
+    Files are filled in the order of the source.  A weight and its companions stay together.
+    """
     written = [plan for plan in tensors if plan.outputs]
     files = fill_shards(
         written, lambda plan: [(key, *spec) for key, spec in plan.outputs.items()], max_shard_size
@@ -253,7 +259,7 @@ def _place(
 
 
 def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
-    """The index's content; None for a single file, which needs none."""
+    """Return the content of the index file, None for a single shard, which needs none."""
     if len(shards) == 1:
         return None
     return {

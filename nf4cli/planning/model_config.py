@@ -1,4 +1,5 @@
-"""config.json of a model: what its dtype is, what a loader needs changed, what cannot be true."""
+"""Read and change a model's config.json: its dtype and quantization, the sizes that it states, and
+the modules that vLLM loads as one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _LAYER = re.compile(
     r"(?:(?:model|transformer|language_model|language_model\.model|model\.language_model)\.)?"
     r"(?:layers|h)\.(\d+)\.(.+)"
 )
-"""A tensor of a decoder's numbered layer, and its index."""
+"""Name of a tensor in a numbered layer of a decoder; the first group is the layer's index, the
+second the rest of the name."""
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _EXTRA_LAYERS = re.compile(r"nextn|mtp")  # keys that announce layers beyond the count
@@ -26,20 +28,20 @@ _VLLM_FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Modules that vLLM loads as one."""
+"""Module of vLLM -> the modules of transformers that it loads as this one."""
 
 
-def dtype_of(checkpoint: Checkpoint, asked: str) -> str:
-    """The safetensors dtype that every kept floating tensor gets.
+def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
+    """Return the safetensors dtype that every kept floating-point tensor gets.
 
-    Loaders build the model in one dtype, and transformers 5 fails on a mixture: it is the one
-    asked for, else the config's, else the one that most of the source's bytes have.
+    Loaders build the model in one dtype, and transformers 5 fails on a mixture.  It is the
+    requested one, else that of config.json, else the one that most of the source's bytes have.
 
     Args:
-        asked: as torch spells it, or "auto".
+        requested: as torch spells it, or "auto".
     """
-    if asked != "auto":
-        return SAFETENSORS_NAME[asked]
+    if requested != "auto":
+        return SAFETENSORS_NAME[requested]
     text = checkpoint.config.get("text_config")
     for config in (checkpoint.config, text if isinstance(text, dict) else {}):
         declared = config.get("dtype") or config.get("torch_dtype")
@@ -53,9 +55,13 @@ def dtype_of(checkpoint: Checkpoint, asked: str) -> str:
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Make config.json name `dtype`, under the keys it has (versions of transformers differ).
+    """Make config.json name `dtype`, under the key that it has (versions of transformers differ).
 
-    A component of diffusers has none, and is none the better for one that it does not know.
+    The config of a diffusers component has no such key, and gets none.
+
+    Args:
+        config: changed in place.
+        dtype: as torch spells it.
     """
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     if not keys and "_class_name" not in config:
@@ -64,7 +70,7 @@ def set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without any quantization_config, in sub-configs either."""
+    """Return a copy without quantization_config, in sub-configs as well."""
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -73,7 +79,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vllm_partners(module: str, packed: Collection[str]) -> list[str]:
-    """The packed modules that vLLM loads as one with `module`."""
+    """Return the packed modules that vLLM loads as one with `module`."""
     layer, experts, _ = module.partition(".experts.")
     if experts:
         return [other for other in packed if other.startswith(f"{layer}.experts.")]
@@ -83,15 +89,17 @@ def vllm_partners(module: str, packed: Collection[str]) -> list[str]:
 
 
 def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[str]:
-    """What vLLM calls the fused forms of kept modules: its skip list speaks of those.
+    """Return vLLM's names for the modules that it fuses from kept ones: vLLM matches its skip list
+    against these.
 
     Raises:
-        UsageError: one part of a fused module is kept and another is packed.
+        UsageError: one part of a fused module is kept and another is packed.  All experts of a
+            layer are one fused module.
     """
-    whole, here = set(kept), set(packed)
-    experts = {module.partition(".experts.")[0] for module in here if ".experts." in module}
+    kept_set, packed_set = set(kept), set(packed)
+    experts = {module.partition(".experts.")[0] for module in packed_set if ".experts." in module}
     fused = []
-    for module in sorted(whole):
+    for module in sorted(kept_set):
         if ".experts." in module and module.partition(".experts.")[0] in experts:
             raise UsageError(
                 f"--target vllm: {module} stays in full precision and other experts of its layer "
@@ -101,7 +109,8 @@ def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[s
         for name, parts in _VLLM_FUSED.items():
             if leaf not in parts or "experts" in parent.split("."):
                 continue
-            other = next((f"{parent}.{part}" for part in parts if f"{parent}.{part}" in here), None)
+            siblings = (f"{parent}.{part}" for part in parts)
+            other = next((sibling for sibling in siblings if sibling in packed_set), None)
             if other is not None:
                 raise UsageError(
                     f"--target vllm: {module} stays in full precision and {other} does not, but "
@@ -112,10 +121,8 @@ def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[s
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
-    """Compare the sizes that config.json states with the tensors.
-
-    Raises:
-        InputError: the hidden size or the number of layers is another one.
+    """Raise InputError if the tensors have another hidden size, or another number of layers, than
+    config.json states.
     """
     text = checkpoint.config.get("text_config")
     config = text if isinstance(text, dict) else checkpoint.config
@@ -129,37 +136,45 @@ def check_headers(checkpoint: Checkpoint) -> None:
         if match[2] == "input_layernorm.weight" and len(tensor.shape) == 1:
             norms[tensor.shape[0]] = name
     _check_hidden_size(checkpoint, config, norms)
-    key, count = _first(config, _LAYER_COUNTS)
+    key, count = _first_integer(config, _LAYER_COUNTS)
     if not layers or not count:
         return
-    found = max(layers) + 1
+    layer_total = max(layers) + 1
     extra = any(_EXTRA_LAYERS.search(k) for k, _ in config_items(checkpoint.config))
-    if found < count or (found > count and not extra):
+    if layer_total < count or (layer_total > count and not extra):
         raise InputError(
-            f"{checkpoint.root}: config.json says {key} {count}, but the tensors have {found} "
-            "layers: config.json is of another model, or shards are missing. Download both again"
+            f"{checkpoint.root}: config.json says {key} {count}, but the tensors have "
+            f"{layer_total} layers: config.json is of another model, or shards are missing. "
+            "Download both again"
         )
 
 
 def _check_hidden_size(
     checkpoint: Checkpoint, config: Mapping[str, Any], norms: Mapping[int, str]
 ) -> None:
-    """One layer of another size is a family's own affair; all of them are another model's."""
-    key, size = _first(config, _HIDDEN_SIZES)
+    """Raise InputError if no layer has the hidden size that config.json states.
+
+    Some families have single layers of another size.  If all are, it is another model.
+
+    Args:
+        norms: elements of an input norm -> the name of one that has as many.
+    """
+    key, size = _first_integer(config, _HIDDEN_SIZES)
     if size and norms and size not in norms:
-        found, name = next(iter(norms.items()))
+        elements, name = next(iter(norms.items()))
         raise InputError(
-            f"{checkpoint.root}: config.json says {key} {size}, but {name} has {found} elements: "
-            "config.json is of another model. Download both again"
+            f"{checkpoint.root}: config.json says {key} {size}, but {name} has {elements} "
+            "elements: config.json is of another model. Download both again"
         )
 
 
-def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int]:
+def _first_integer(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int]:
+    """Return the first key with an integer, and this integer; ("", 0) where no key has one."""
     return next(((k, config[k]) for k in keys if type(config.get(k)) is int), ("", 0))
 
 
 def config_items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of a config.json, those of its sub-configs included."""
+    """Yield every (key, value) of a config.json and of its sub-configs."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):

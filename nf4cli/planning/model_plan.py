@@ -1,4 +1,5 @@
-"""The whole conversion of a model, decided: of one checkpoint, or of a pipeline's components."""
+"""The plan of a whole model: of one checkpoint, or of a pipeline's components and what lies beside
+them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class Copies:
     Attributes:
         root: where they come from.
         files: path in the output -> path under root.
-        texts: path in the output -> its content, which the source has in another form.
+        texts: path in the output -> content of a file that the source has in another form.
         left: paths under root that are not copied.
     """
 
@@ -60,13 +61,13 @@ class Copies:
         self.write_texts(directory)
 
     def write_texts(self, directory: Path) -> None:
-        """Write what the source has in another form."""
+        """Write the files that the source has in another form."""
         for name, text in self.texts.items():
             place_for(directory, name).write_text(text, "utf-8")
 
 
 def place_for(directory: Path, name: str) -> Path:
-    """Return the path of a file in a directory, having made the directories above it."""
+    """Make the directories above a file in `directory`, and return the file's path."""
     place = directory / name
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
@@ -96,8 +97,8 @@ class ModelPlan:
     def of(plan: Plan) -> ModelPlan:
         """Return the plan of a model that is one checkpoint."""
         source = plan.checkpoint
-        none = Copies(source.root, {}, {}, [])
-        return ModelPlan(source.root, source.is_file, source.name, {"": plan}, none, plan.notes)
+        copies = Copies(source.root, {}, {}, [])
+        return ModelPlan(source.root, source.is_file, source.name, {"": plan}, copies, plan.notes)
 
     @property
     def is_pipeline(self) -> bool:
@@ -132,12 +133,12 @@ class ModelPlan:
     @property
     def left_files(self) -> list[str]:
         """Paths of files that are not copied, sorted."""
-        own = [
+        in_parts = [
             path_in_model(part, name)
             for part, plan in self.parts.items()
             for name in plan.checkpoint.left_files
         ]
-        return sorted([*own, *self.copies.left])
+        return sorted([*in_parts, *self.copies.left])
 
     @property
     def file_sizes(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a user should know of a plan, a sentence each."""
+"""Write the notes of a plan: what the user should know of it, one sentence each."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from .plan import TensorPlan
 
 
 def _some(names: list[str]) -> str:
-    """The first five of a list, in words."""
+    """Return the first five names in words, and how many more there are."""
     more = len(names) - 5
     return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> list[str]:
-    """What the importance says nothing of.
+    """Return a note that names the quantized weights whose importance is not known, if any.
 
     Raises:
-        InputError: it says something of weights that these are not.
+        InputError: the importance has another number of columns than a weight, or knows none of
+            the quantized weights.
     """
     missing = []
     for tensor in tensors:
         if tensor.state is None:
             continue
-        found = importance.columns.get(tensor.name)
-        if found is None:
+        columns = importance.columns.get(tensor.name)
+        if columns is None:
             missing.append(tensor.name)
-        elif found.size != tensor.state.shape[-1]:
+        elif columns.size != tensor.state.shape[-1]:
             raise InputError(
-                f"{importance.path} has {found.size:,} columns of {tensor.name}, the model has "
+                f"{importance.path} has {columns.size:,} columns of {tensor.name}, the model has "
                 f"{tensor.state.shape[-1]:,}: it was measured on another model"
             )
     quantized = sum(tensor.state is not None for tensor in tensors)
@@ -51,6 +52,11 @@ def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> l
 
 
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
+    """Return the notes of a checkpoint's plan.
+
+    Args:
+        config: with every "auto" resolved.
+    """
     notes = []
     nonfinite = [t.name for t in tensors if t.rule == selection.NONFINITE.name]
     if nonfinite:
@@ -88,10 +94,10 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
             "the manifest)"
         )
     notes += links_note(checkpoint.root, checkpoint.left_files)
-    needed = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
-    if needed:
+    pickles = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
+    if pickles:
         notes.append(
-            f"{needed[0]} is a pickle that sentence-transformers needs and nf4 does not copy: save "
-            "the model again with safetensors first"
+            f"{pickles[0]} is a pickle that sentence-transformers needs and nf4 does not copy: "
+            "save the model again with safetensors first"
         )
     return notes

@@ -1,14 +1,15 @@
-"""A diffusers pipeline: its components, which of them become 4-bit, what is copied as it is.
+"""Plan the conversion of a diffusers pipeline: which components become 4-bit, which files are
+copied.
 
-Each component that is converted is a checkpoint like any other, with its own config.json and
-manifest; this module knows the directory around them.
+A component that is converted is a checkpoint like any other, with its own config.json and manifest.
+This module knows the directory around the components.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -58,21 +59,21 @@ class Component:
 
     @property
     def converts(self) -> bool:
-        """Whether nf4 makes it 4-bit."""
+        """Whether the component becomes 4-bit."""
         return converts(self.name, self.library, self.class_name)
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether a path is a directory with a model_index.json."""
+    """Return whether a path is a directory with a model_index.json."""
     return is_regular(path / INDEX_FILE)
 
 
 def components_of(root: Path) -> dict[str, Component]:
-    """The components of a pipeline, by name.
+    """Return the components of a pipeline, by name.
 
     Raises:
-        InputError: model_index.json is not what diffusers writes, or names a component that is
-            not there.
+        InputError: model_index.json is not what diffusers writes, or names a component that has
+            no directory of its own in the pipeline.
     """
     path = root / INDEX_FILE
     index = read_json(path)
@@ -81,7 +82,7 @@ def components_of(root: Path) -> dict[str, Component]:
             f'{path} has no "_class_name": expected the index of a diffusers pipeline. Download '
             "it again"
         )
-    found = {}
+    components = {}
     for name, value in index.items():
         if name.startswith("_") or not _is_component(value):
             continue
@@ -95,12 +96,12 @@ def components_of(root: Path) -> dict[str, Component]:
                 f"{path} names the component {name} ({value[1]}), but {root / name} is no "
                 "directory of its own: download it again, or set the entry to [null, null]"
             )
-        found[name] = Component(name, value[0], value[1])
-    return found
+        components[name] = Component(name, value[0], value[1])
+    return components
 
 
 def _is_own_directory(root: Path, name: str) -> bool:
-    """Whether a directory is in the pipeline, not a link to one elsewhere."""
+    """Return whether a component's directory lies in the pipeline, and is no link out of it."""
     path = root / name
     try:
         return path.is_dir() and path.resolve().is_relative_to(root.resolve())
@@ -115,7 +116,10 @@ def _is_component(value: object) -> bool:
 
 
 def packed_components(root: Path, components: Mapping[str, Component]) -> list[str]:
-    """The components that hold packed weights, or should: what a finished output is made of."""
+    """Return the names of the components with packed weights, by their manifests or config.json.
+
+    A component whose config.json cannot be read counts as one: whoever opens it says what is wrong.
+    """
     return [name for name, c in components.items() if c.converts and _says_packed(root / name)]
 
 
@@ -126,11 +130,11 @@ def _says_packed(directory: Path) -> bool:
     try:
         return bnb_format.quant_method(read_json(config)) == "bitsandbytes"
     except InputError:
-        return True  # whoever opens it says what is wrong
+        return True
 
 
 def _no_origin(component: str) -> None:
-    """The origin of what comes from no Hub."""
+    """Return None: the component comes from no Hub."""
 
 
 def make_pipeline_plan(
@@ -145,38 +149,29 @@ def make_pipeline_plan(
     Args:
         config: `keep` patterns may begin with a component's name, or be one.
         oracle, scan: see `make_plan`.
-        origin_of: of a component, where it comes from.
+        origin_of: given a component's name, returns where it comes from.
 
     Raises:
-        UsageError, InputError: see `make_plan`; no component has anything to quantize.
+        UsageError: see `make_plan`; the target loads no pipelines.
+        InputError: see `make_plan`; no component has anything to quantize.
     """
     if config.target != "transformers":
         raise UsageError(
             f"--target {config.target} does not load diffusers pipelines: leave the option out"
         )
     components = components_of(root)
-    wanted = [name for name, component in components.items() if component.converts]
-    if not wanted:
+    convertible = [name for name, component in components.items() if component.converts]
+    if not convertible:
         names = ", ".join(f"{c.name} ({c.class_name})" for c in components.values())
         raise InputError(
             f"{root / INDEX_FILE} names no denoiser and no text encoder of diffusers' or "
             f"transformers' own classes, only {names or 'nothing'}: there is nothing to quantize"
         )
-    kept = {name for name in components if name in config.keep}
-    checkpoints = {
-        name: replace(open_checkpoint(root / name), origin=origin_of(name))
-        for name in wanted
-        if name not in kept
-    }
-    for name, checkpoint in checkpoints.items():
-        if not checkpoint.config:
-            raise InputError(
-                f"{root / name} has no config.json with content, without which diffusers cannot "
-                f"load it: download it again, or leave it as it is with --keep {name}"
-            )
+    kept = [name for name in convertible if name in config.keep]
+    checkpoints = _open_components(root, [n for n in convertible if n not in kept], origin_of)
     patterns = _keep_patterns(config.keep, components, checkpoints)
+    notes = [f"{name} is kept as it is, by --keep" for name in kept]
     parts: dict[str, Plan] = {}
-    notes = [f"{name} is kept as it is, by --keep" for name in wanted if name in kept]
     for name, checkpoint in checkpoints.items():
         try:
             plan = make_plan(checkpoint, replace(config, keep=patterns[name]), oracle, scan)
@@ -188,15 +183,38 @@ def make_pipeline_plan(
     if not parts:
         raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
     copies = copies_of(root, components, parts)
-    notes += links_note(root, copies.left)
-    whole = ", ".join(
+    notes += [*links_note(root, copies.left), *_full_precision_note(components.values(), copies)]
+    return ModelPlan(root, False, name_of_directory(root), parts, copies, tuple(notes))
+
+
+def _open_components(
+    root: Path, names: Collection[str], origin_of: Callable[[str], Origin | None]
+) -> dict[str, Checkpoint]:
+    """Return the checkpoints of components, by name.
+
+    Raises:
+        InputError: a component cannot be read, or has no config.json.
+    """
+    checkpoints = {
+        name: replace(open_checkpoint(root / name), origin=origin_of(name)) for name in names
+    }
+    for name, checkpoint in checkpoints.items():
+        if not checkpoint.config:
+            raise InputError(
+                f"{root / name} has no config.json with content, without which diffusers cannot "
+                f"load it: download it again, or leave it as it is with --keep {name}"
+            )
+    return checkpoints
+
+
+def _full_precision_note(components: Iterable[Component], copies: Copies) -> list[str]:
+    """Return a note that names the components with weights that never become 4-bit, if any."""
+    names = ", ".join(
         f"{c.name} ({c.class_name}, {nbytes:,} bytes)"
-        for c in components.values()
+        for c in components
         if not c.converts and (nbytes := _weight_bytes(copies, c.name))
     )
-    if whole:
-        notes.append(f"in full precision stays {whole}")
-    return ModelPlan(root, False, name_of_directory(root), parts, copies, tuple(notes))
+    return [f"in full precision stays {names}"] if names else []
 
 
 def _weight_bytes(copies: Copies, component: str) -> int:
@@ -210,42 +228,41 @@ def _weight_bytes(copies: Copies, component: str) -> int:
 def _keep_patterns(
     keep: Collection[str], components: Collection[str], checkpoints: Mapping[str, Checkpoint]
 ) -> dict[str, tuple[str, ...]]:
-    """Each component's own --keep patterns.
+    """Return the --keep patterns that each component is planned with.
 
     Raises:
         UsageError: a pattern matches no module of any component.
     """
     modules = {n: {module_path(t) for t in c.tensors} for n, c in checkpoints.items()}
-    found: dict[str, list[str]] = {name: [] for name in checkpoints}
+    patterns: dict[str, list[str]] = {name: [] for name in checkpoints}
     for pattern in keep:
         if pattern in components:
             continue
-        hits = [
-            (name, own)
-            for name, paths in modules.items()
-            for own in _own_patterns(pattern, name)
-            if any(matches(own, path) for path in paths)
-        ]
-        if not hits:
+        has_match = False
+        for name, paths in modules.items():
+            own = _own_pattern(pattern, name)
+            if any(matches(own, path) for path in paths):
+                patterns[name].append(own)
+                has_match = True
+        if not has_match:
             raise UsageError(
                 f"--keep {pattern!r} matches no module of {', '.join(checkpoints) or 'any part'}: "
                 "give a component (text_encoder), a component and a module of it "
                 "(transformer.proj_out), or a pattern for all of them ('*.to_q')"
             )
-        for name, own in hits:
-            found[name].append(own)
-    return {name: tuple(dict.fromkeys(patterns)) for name, patterns in found.items()}
+    return {name: tuple(dict.fromkeys(own)) for name, own in patterns.items()}
 
 
-def _own_patterns(pattern: str, component: str) -> list[str]:
-    """A pattern as a component sees it: `transformer.proj_out` is `proj_out` to transformer."""
+def _own_pattern(pattern: str, component: str) -> str:
+    """Return a pattern as a component sees it: `transformer.proj_out` is `proj_out` to
+    transformer."""
     head, dot, rest = pattern.partition(".")
-    own = dot and rest and fnmatchcase(component, head) and not head.startswith("*")
-    return [rest] if own else [pattern]
+    is_prefixed = dot and rest and fnmatchcase(component, head) and not head.startswith("*")
+    return rest if is_prefixed else pattern
 
 
 def copies_of(root: Path, components: Collection[str], converted: Collection[str]) -> Copies:
-    """Everything of a pipeline but its converted components."""
+    """Return what an output copies of a pipeline: everything but the converted components."""
     copies = Copies(root, {}, {}, [])
     home = home_of(root)
     for path in sorted(root.iterdir()):
@@ -264,19 +281,24 @@ def copies_of(root: Path, components: Collection[str], converted: Collection[str
 
 
 def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
-    """A part that stays as it is: one set of its weights, under plain names, and the rest."""
+    """Add a directory that stays as it is: one set of its weights, under plain names, and the rest.
+
+    Args:
+        copies: changed in place.
+        component: whether model_index.json names the directory.
+    """
     try:
         index, shards = find_shards(directory)
     except InputError:
         index, shards = None, []
-    extra, left = other_files(directory, shards, index)
+    extra, not_copied = other_files(directory, shards, index)
     if not shards and component:  # pickles, or what else its loader reads: not for us to judge
-        extra, left = tuple(sorted((*extra, *left))), ()
+        extra, not_copied = tuple(sorted((*extra, *not_copied))), ()
     if (directory / MANIFEST).is_file():
         extra = (*extra, MANIFEST)
     prefix = directory.name + "/"
     copies.files.update({prefix + name: prefix + name for name in extra})
-    copies.left.extend(prefix + name for name in left)
+    copies.left.extend(prefix + name for name in not_copied)
     copies.files.update({prefix + plain_name(s.name): prefix + s.name for s in shards})
     if index is None:
         return
@@ -289,13 +311,14 @@ def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
     copies.texts[prefix + plain_index(shards[0].name)] = text
 
 
-def stray_weights(root: Path, known: Collection[str], converted: Collection[str]) -> list[str]:
-    """Weight files of an output that nobody put there, outside of its converted components."""
-    here = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+def stray_weights(root: Path, listed: Collection[str], converted: Collection[str]) -> list[str]:
+    """Return the weight files of an output that are not `listed`, outside of its converted
+    components."""
+    names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     return sorted(
         name
-        for name in here
-        if name not in known
+        for name in names
+        if name not in listed
         and name.partition("/")[0] not in converted
         and not re.search(r"(^|/)\.", name)
         and is_weight_file(name.rpartition("/")[2])
@@ -303,7 +326,7 @@ def stray_weights(root: Path, known: Collection[str], converted: Collection[str]
 
 
 def part_shards(path: Path) -> list[Path]:
-    """The weight files directly in a checkpoint, or in the components of a pipeline."""
+    """Return the weight files directly in a checkpoint, or in the components of a pipeline."""
     if path.is_file():
         return [path]
     pattern = "*/*.safetensors" if is_pipeline(path) else "*.safetensors"

@@ -1,4 +1,5 @@
-"""What a plan decided, as everything behind it takes it."""
+"""The plan of one checkpoint's conversion, as data: what happens to each weight, every output file,
+the new config.json."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class TensorPlan:
         reason: the same in words.
         view: the stored matrix whose transpose is written (Conv1D, fused experts), None for
             the tensor as it lies; of a packed weight, the matrix that its codes decode to.
-        state: for "quantize": the quantization state, its offset not known yet.
+        state: for "quantize": the quantization state; its nested_offset is not known yet.
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
         packed: for "decode": where the codes and their scales lie.
@@ -51,27 +52,28 @@ class TensorPlan:
 
     @property
     def name(self) -> str:
-        """Its key in the output."""
+        """Key of the weight in the output."""
         return self.weight.name
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Elements of the weight."""
         return prod(self.weight.shape)
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the source that it is made of."""
+        """Bytes of the source's elements that the weight is made of."""
         return self.numel * ITEMSIZE[self.weight.stored.dtype]
 
     @property
     def nbytes_out(self) -> int:
-        return sum(_nbytes(dtype, shape) for dtype, shape in self.outputs.values())
+        """Bytes of everything written for the weight."""
+        return sum(ITEMSIZE[dtype] * prod(shape) for dtype, shape in self.outputs.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole conversion, decided.
+    """Everything that the conversion of one checkpoint will do.
 
     Attributes:
         checkpoint: the source.
@@ -81,8 +83,8 @@ class Plan:
         index: content of the index, None for a single output file.
         output_config: content of the new config.json, None where the source has none.
         notes: what the user should know, one sentence each.
-        importance: what the loss is weighted by, None for no data.
-        codes: those that are not the nearest, None where all are.
+        importance: of input columns, by which the loss is weighted; None for no data.
+        codes: source of the codes that error feedback chose; None where all are the nearest.
     """
 
     checkpoint: Checkpoint
@@ -96,9 +98,13 @@ class Plan:
     codes: CodeSource | None = None
 
     def importance_of(self, tensor: TensorPlan) -> F32 | None:
-        """float32 [columns] of a weight's matrix, None where nothing is known of it."""
-        found = self.importance.columns.get(tensor.name) if self.importance else None
-        return found if found is not None and found.any() else None
+        """Return the importance of a weight's input columns, None where nothing is known of them.
+
+        Returns:
+            float32 [columns].
+        """
+        columns = self.importance.columns.get(tensor.name) if self.importance else None
+        return columns if columns is not None and columns.any() else None
 
     @property
     def source_bytes(self) -> int:
@@ -107,7 +113,7 @@ class Plan:
 
     @property
     def work_bytes(self) -> int:
-        """Bytes of the source that a run reports as it converts them."""
+        """Bytes of the source that a run converts, and counts as progress."""
         return sum(t.source_bytes for t in self.tensors if t.outputs)
 
     @property
@@ -129,23 +135,27 @@ class Plan:
 
     @property
     def quantized_parameters(self) -> int:
+        """Elements of the weights that become 4-bit."""
         return sum(t.numel for t in self.tensors if t.action == "quantize")
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits in the output's tensors for each source parameter."""
+        """Bits of all output tensors for each floating-point parameter."""
         return 8 * sum(t.nbytes_out for t in self.tensors) / max(1, self.parameters)
 
     @property
     def scratch_bytes(self) -> int:
-        """Largest temporary file: the float32 absmax of the biggest weight."""
+        """Bytes of the largest temporary file: the float32 absmax of the largest weight."""
         return max(
             (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
             default=0,
         )
 
     def groups(self) -> list[tuple[str, str, int, int, int]]:
-        """(action, reason, tensors, elements, bytes out), the largest first."""
+        """Return (action, reason, tensors, elements, output bytes) of each group of tensors.
+
+        Quantized groups come first, then the others; each by output bytes, the largest first.
+        """
         count: Counter[tuple[str, str]] = Counter()
         elements: Counter[tuple[str, str]] = Counter()
         nbytes: Counter[tuple[str, str]] = Counter()
@@ -156,10 +166,3 @@ class Plan:
             nbytes[key] += t.nbytes_out
         order = sorted(count, key=lambda key: (key[0] != "quantize", -nbytes[key], key))
         return [(*key, count[key], elements[key], nbytes[key]) for key in order]
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    n = ITEMSIZE[dtype]
-    for dimension in shape:
-        n *= dimension
-    return n

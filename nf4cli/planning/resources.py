@@ -1,4 +1,5 @@
-"""Threads and memory that a plan is run with."""
+"""Decide with how many threads and how much memory a plan runs, and what it needs of the disk
+beside its shards."""
 
 from __future__ import annotations
 
@@ -11,20 +12,21 @@ from ..format.config import QuantConfig
 from .plan import Plan
 
 DEFAULT_CHUNK = 8 << 20
-"""Bytes of source a worker holds at a time when --memory does not say otherwise."""
+"""Bytes of source that a worker holds at a time where --memory does not ask for less."""
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
-_RECORD_ROOM = 300  # bytes a file in nf4_pipeline.json
+RECORD_BYTES = 300
+"""Bytes of nf4_pipeline.json reckoned for each file that it lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """How a plan is run.
+    """What a run may use.
 
     Attributes:
         workers: threads.
-        chunk: bytes of source a worker holds at a time.
-        memory: bytes of memory that the process will stay below.
+        chunk: bytes of source that a worker holds at a time.
+        memory: bytes of memory that the process stays below.
     """
 
     workers: int
@@ -32,7 +34,9 @@ class Resources:
     memory: int
 
 
-def _beside_shards(plan: Plan, workers: int) -> int:
+def bytes_beside_shards(plan: Plan, workers: int) -> int:
+    """Return the bytes of disk for everything but shards: copied files, manifest and journal,
+    temporary files."""
     copies = sum((plan.checkpoint.root / f).stat().st_size for f in plan.checkpoint.extra_files)
     if plan.importance is not None:
         copies += plan.importance.path.stat().st_size
@@ -40,19 +44,22 @@ def _beside_shards(plan: Plan, workers: int) -> int:
     return copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
 
 
-def _cheaper(engine: Engine) -> str:
+def _cheaper_engine(engine: Engine) -> str:
     return ", or less with --engine cpu" if engine.extra_memory else ""
 
 
 def unit_of(config: QuantConfig) -> int:
-    """Elements that are encoded together: a granule, and the blocks that share a nested_absmax
-    where their scales are chosen for it."""
+    """Return how many elements are encoded together.
+
+    At least a granule; under a search of doubly quantized scales, all blocks that share a
+    nested_absmax.
+    """
     together = config.scale == "search" and config.double_quant
     return max(GRANULE, NESTED_BLOCKSIZE * config.blocksize if together else 0)
 
 
 def require_chunk(config: QuantConfig, resources: Resources) -> None:
-    """Raises UsageError where a worker's buffers do not hold what is encoded together."""
+    """Raise UsageError if a worker's buffers cannot hold what is encoded together."""
     unit = unit_of(config)
     need = 8 * unit  # bytes of the widest dtype
     if unit > GRANULE and resources.chunk < need:
@@ -71,13 +78,15 @@ def make_resources(
     tensors: int = 0,
     unit: int = GRANULE,
 ) -> Resources:
-    """Threads and buffer sizes that keep the process below `memory` bytes.
+    """Return the threads and buffer sizes that keep the process below `memory` bytes.
 
     Args:
-        engine: what the threads will call.
-        workers: as asked, None for one a processor (at most 16) and the engine's spare ones.
-        memory: as asked, None for no bound but the default buffers.
-        tensors: of the source, whose headers and plans are held in memory.
+        engine: the engine that the threads will call.
+        workers: threads asked for; None for one a processor, at most 16, and the engine's spare
+            threads.
+        memory: bytes asked for; None for buffers of the default size.
+        cpus: processors that this process may use.
+        tensors: how many the source has: what is known of each is held in memory.
         unit: see `unit_of`.
 
     Raises:
@@ -96,7 +105,7 @@ def make_resources(
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{-(-(base + smallest) // 1_000_000)}MB{_cheaper(engine)}"
+                f"{-(-(base + smallest) // 1_000_000)}MB{_cheaper_engine(engine)}"
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)

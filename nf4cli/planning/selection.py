@@ -1,8 +1,8 @@
-"""Which tensors become 4-bit, and why: decided from config.json and tensor headers alone.
+"""Select the tensors that become 4-bit, and give the reasons, from config.json and headers alone.
 
 The rules restate what `transformers` quantizes with bitsandbytes: every Linear, except heads,
-what is tied to them, and what a loader cannot take in 4 bit.  They are tried in order; the first
-that holds keeps the tensor and gives the reason that --plan and the manifest show.
+what is tied to them, and what a loader cannot take in 4 bit.  They are tried in order.  The first
+that holds keeps the tensor, and gives the reason that --plan and the manifest show.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADS = frozenset(
         "qa_outputs seq_relationship head pre_classifier text_projection objective"
     ).split()
 )
-"""Last name parts of output heads, and what no version of transformers packs beside them."""
+"""Last name parts of output heads, and of layers near them that transformers never packs."""
 
 HEAD_PARTS = frozenset(
     (
@@ -38,7 +38,7 @@ HEAD_PARTS = frozenset(
         "enc_score_head"
     ).split()
 )
-"""Parts of the paths of heads that have several layers."""
+"""Name parts in the paths of heads with several layers."""
 
 EMBEDDINGS = re.compile(
     r"embed|_emb$|codebook|reference_points|^query_feat|^queries_feat|^query_\d"
@@ -52,8 +52,8 @@ CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
     family: frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
     for family in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 }
-"""Families whose linear layers are transformers' Conv1D, stored [in, out]: bitsandbytes encodes
-the transposed weight."""
+"""Family -> last name parts of its Conv1D layers.  Their weights are stored as [in, out], and
+bitsandbytes encodes the transposed weight."""
 
 REARRANGED_PARTS: Mapping[str, frozenset[str]] = {
     family: frozenset(parts.split())
@@ -91,9 +91,9 @@ class Context:
         vocab_sizes: every `*vocab_size` of the config and its sub-configs, but type_vocab_size.
         num_layers: num_hidden_layers of the decoder, None where unknown.
         names: every tensor name.
-        target: the loader the output is for, see config.TARGETS.
-        diffusers: a component of a diffusers pipeline.
-        fp32: what diffusers keeps in float32 of it.
+        target: the loader that the output is for, see config.TARGETS.
+        diffusers: whether it is a component of a diffusers pipeline.
+        fp32: names of the modules that diffusers keeps in float32.
     """
 
     model_types: frozenset[str]
@@ -106,6 +106,7 @@ class Context:
 
     @staticmethod
     def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
+        """Return what the rules need to know of a checkpoint."""
         config = checkpoint.config
         items = list(config_items(config))
         text = config.get("text_config")
@@ -139,11 +140,18 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Keeps a tensor in full precision when `holds`."""
+    """A rule that keeps a tensor in full precision.
+
+    Attributes:
+        name: as the manifest has it.
+        reason: the same in words.
+        holds: given the context, a tensor and the parts of its module's path, returns whether the
+            rule keeps the tensor.
+    """
 
     name: str
     reason: str
-    holds: Callable[[Context, TensorInfo, list[str]], bool]  # list: the dotted module path
+    holds: Callable[[Context, TensorInfo, list[str]], bool]
 
 
 def _is_number(part: str) -> bool:
@@ -158,22 +166,29 @@ def _layer_index(path: list[str]) -> int | None:
 
 
 def _inside_numbered_layer(path: list[str]) -> bool:
-    """Whether a part lies below a numbered one: `h.0.mlp.c_fc`, but not `embed_tokens.0`.
+    """Return whether a module lies below a number: `h.0.mlp.c_fc`, but not `embed_tokens.0`.
 
-    Vocabulary-sized matrices stand outside the repeated layers; a layer's own width may happen to
-    equal a vocab_size.
+    Matrices of the vocabulary's size lie outside of the numbered layers, where a width may equal a
+    vocab_size by chance.
     """
     return any(_is_number(part) for part in path[:-1])
 
 
 def _is_embedder(path: list[str]) -> bool:
-    """Of a diffusers component; inside its blocks there are large layers of such names, too."""
+    """Return whether a module of a diffusers component is, or lies in, an embedder.
+
+    Inside numbered blocks only the last part of the path counts: a large layer may lie in a module
+    that is called like an embedder.
+    """
     parts = path[-1:] if _inside_numbered_layer(path) else path
     return any(EMBEDDERS.search(part) for part in parts)
 
 
 def _has_experts(context: Context, path: list[str]) -> bool:
-    """Whether a router stands beside experts: Krea's gated MLP calls a large layer `gate`."""
+    """Return whether experts lie beside a module, so that it may be their router.
+
+    Krea's gated MLP calls a large layer `gate`, and has no experts.
+    """
     experts = ".".join([*path[:-1], "experts", ""])
     return any(name.startswith(experts) for name in context.names)
 
@@ -187,7 +202,7 @@ DIFFUSERS_FP32 = Rule(
 
 
 def _is_embedding(path: list[str]) -> bool:
-    """Whether the module, or the list that it is an entry of, is called like an embedding."""
+    """Return whether a module, or the list that it is an entry of, is called like an embedding."""
     if path == ["query"]:
         return True
     numbered = _is_number(path[-1]) and len(path) > 1
@@ -327,9 +342,10 @@ class Choice:
     """The fate of one tensor.
 
     Attributes:
-        rule: why.
-        transposed: it is stored [in, out] (Conv1D).
-        matrix: it is the 2-D weight of a module.
+        quantize: whether it becomes 4-bit.
+        rule: the rule that decided.
+        transposed: whether it is stored as [in, out] (Conv1D).
+        matrix: whether it is the 2-D weight of a module.
     """
 
     quantize: bool
@@ -339,12 +355,12 @@ class Choice:
 
 
 def module_path(tensor_name: str) -> str:
-    """The module that owns a tensor: `model.norm.weight` -> `model.norm`."""
+    """Return the path of the module that owns a tensor: `model.norm` of `model.norm.weight`."""
     return tensor_name.rpartition(".")[0] or tensor_name
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a --keep pattern names this module.
+    """Return whether a --keep pattern names a module.
 
     A pattern with a wildcard is a glob over the whole dotted path; one without names any run of
     whole parts: `mlp`, `layers.0`, `self_attn.q_proj`.
@@ -361,13 +377,14 @@ def select(
     answer: Answer | None = None,
     nonfinite: Collection[str] = (),
 ) -> dict[str, Choice]:
-    """The fate of every tensor, by name.
+    """Return the fate of every tensor, by name.
 
     Args:
         checkpoint: with its tensors as the model holds them (weights.py).
         keep: the user's patterns, see `matches`.
-        answer: what transformers said, where it was asked: it can only keep more.
-        nonfinite: tensors that hold a NaN or an infinity and are to be kept.
+        target: the loader that the output is for.
+        answer: of transformers, where it was asked.  It can only keep more.
+        nonfinite: names of the tensors to keep because they hold a NaN or an infinity.
 
     Raises:
         NothingToQuantizeError: nothing is left.
@@ -379,9 +396,9 @@ def select(
     choices: dict[str, Choice] = {}
     for name, (_, tensor) in checkpoint.tensors.items():
         path = module_path(name)
-        hits = {pattern for pattern in patterns if matches(pattern, path)}
-        unmatched -= hits
-        choices[name] = _choose(context, tensor, bool(hits), answer)
+        matching = {pattern for pattern in patterns if matches(pattern, path)}
+        unmatched -= matching
+        choices[name] = _choose(context, tensor, bool(matching), answer)
         if choices[name].quantize and name in nonfinite:
             choices[name] = Choice(False, NONFINITE)
     for pattern in sorted(unmatched):
@@ -390,12 +407,12 @@ def select(
             f"{', '.join(_examples(checkpoint))}. A pattern is a glob over the whole path "
             "('*.down_proj') or whole parts of it ('layers.0'); repeat --keep for several"
         )
-    refuse_nothing(checkpoint, choices)
+    require_quantized(checkpoint, choices)
     return choices
 
 
-def refuse_nothing(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
-    """Raises NothingToQuantizeError when every tensor is kept."""
+def require_quantized(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
+    """Raise NothingToQuantizeError if every tensor is kept."""
     if any(choice.quantize for choice in choices.values()):
         return
     kept = Counter(choice.rule.reason for choice in choices.values())
@@ -406,17 +423,22 @@ def refuse_nothing(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> Non
 
 
 def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """The kept modules with a matrix, by path: a Linear among them would be expected in 4 bit."""
+    """Return the kept modules with a matrix, by path: a loader could expect them in 4 bit."""
     return {module_path(n): c for n, c in choices.items() if c.matrix and not c.quantize}
 
 
 def rule_of(context: Context, tensor: TensorInfo) -> Rule:
-    """The first rule that keeps a tensor, or QUANTIZED."""
+    """Return the first rule that keeps a tensor, or QUANTIZED."""
     path = module_path(tensor.name).split(".")
     return next((rule for rule in RULES if rule.holds(context, tensor, path)), QUANTIZED)
 
 
-def _choose(context: Context, tensor: TensorInfo, user: bool, answer: Answer | None) -> Choice:
+def _choose(context: Context, tensor: TensorInfo, kept: bool, answer: Answer | None) -> Choice:
+    """Return the fate of a tensor.
+
+    Args:
+        kept: whether a --keep pattern names its module.
+    """
     rule = rule_of(context, tensor)
     if rule is QUANTIZED and answer is not None and "experts" not in tensor.name.split("."):
         if tensor.name in answer.rearranged:
@@ -426,17 +448,22 @@ def _choose(context: Context, tensor: TensorInfo, user: bool, answer: Answer | N
     if rule is not QUANTIZED:
         matrix = len(tensor.shape) == 2 and tensor.name.endswith(WEIGHT)
         return Choice(False, rule, matrix=matrix)
-    if user:
+    if kept:
         return Choice(False, USER)
     leaf = module_path(tensor.name).rpartition(".")[2]
     return Choice(True, QUANTIZED, is_transposed(context.model_types, leaf))
 
 
 def is_transposed(model_types: Iterable[str], leaf: str) -> bool:
-    """Whether a module's weight lies transposed in the file (Conv1D, [in, out])."""
+    """Return whether a module's weight is stored transposed, as [in, out] (Conv1D).
+
+    Args:
+        leaf: last part of the module's path.
+    """
     return any(leaf in CONV1D_FAMILIES.get(model_type, ()) for model_type in model_types)
 
 
 def _examples(checkpoint: Checkpoint) -> list[str]:
+    """Return up to three paths of modules from all over a checkpoint."""
     paths = [module_path(n) for n, (_, t) in checkpoint.tensors.items() if len(t.shape) == 2]
     return paths[:: max(1, len(paths) // 3)][:3]

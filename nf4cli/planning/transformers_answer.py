@@ -1,8 +1,8 @@
-"""Which tensors become 4-bit, asked of the installed transformers itself.
+"""Ask the installed transformers which tensors of a checkpoint it would hold in 4 bit.
 
-The model is built on the meta device: no weights, no bitsandbytes, no network, and the
-checkpoint's own code only where the user trusts it.  Each checkpoint name is then followed to
-its parameter through transformers' own renaming.  Versions 4.55 to 5.23 are understood.
+It builds the model on the meta device, so that neither weights nor bitsandbytes nor a network is
+needed; meta_model.py has the details.  transformers' own renaming then leads from each tensor of
+the checkpoint to its parameter in the model.  Versions 4.55 to 5.23 are understood.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..checkpoint.bnb_format import ABSMAX
 from ..errors import InputError, MachineError
 from .answer import Answer
 from .meta_model import (
-    blaming,
     build,
     config_of,
-    is_4,
+    failures_explained,
+    is_version_4,
     model_classes,
     offline,
     quiet,
@@ -32,22 +32,22 @@ _INSTALL = "pip install 'nf4cli[exact]'"
 
 
 def available() -> bool:
-    """Whether transformers and torch are installed; imports neither."""
+    """Return whether transformers and torch are installed; import neither."""
     return all(find_spec(name) is not None for name in ("torch", "transformers"))
 
 
 def ask_transformers(
     root: Path,
     config: Mapping[str, Any],
-    names: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     trust_remote_code: bool,
 ) -> Answer:
-    """What transformers would hold in 4 bit of a checkpoint.
+    """Return which tensors of a checkpoint transformers would hold in 4 bit.
 
     Args:
         root: the checkpoint's directory, for its own code and for messages.
         config: its config.json.
-        names: the shape of every tensor.
+        shapes: tensor name -> shape, for every tensor.
         trust_remote_code: run the modeling code beside the checkpoint where config.json names it.
 
     Raises:
@@ -65,43 +65,49 @@ def ask_transformers(
             import transformers
         except ImportError as error:
             raise MachineError(f"transformers cannot be imported: {error}. {_INSTALL}") from error
-        if is_4() and find_spec("accelerate") is None:
+        if is_version_4() and find_spec("accelerate") is None:
             raise MachineError(
                 f"transformers {transformers.__version__} needs accelerate to tell what it "
                 "quantizes: pip install accelerate"
             )
-        with blaming(root, transformers.__version__):
-            return answer_of(_best_model(root, config, names, trust_remote_code), names, root)
+        with failures_explained(root, transformers.__version__):
+            return answer_of(_best_model(root, config, shapes, trust_remote_code), shapes, root)
 
 
 def _best_model(
-    root: Path, config: Mapping[str, Any], names: Mapping[str, tuple[int, ...]], trust: bool
+    root: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], trust: bool
 ) -> Any:
-    """The model of a checkpoint: of several possible classes, the one that takes most tensors."""
-    made = config_of(root, config, trust)
-    classes = model_classes(root, config, made, trust)
+    """Return the model of a checkpoint, without weights.
+
+    Of several possible classes it is the one that has a place for most tensors.
+    """
+    configuration = config_of(root, config, trust)
+    classes = model_classes(root, config, configuration, trust)
     if not classes:
         raise InputError(
             f"{root / 'config.json'}: transformers has a configuration for model_type "
-            f"{made.model_type!r} but no model. Name its class "
+            f"{configuration.model_type!r} but no model. Name its class "
             'under "architectures"'
         )
     if len(classes) == 1:
-        return build(classes[0], made)
+        return build(classes[0], configuration)
 
-    def taken(model: Any) -> int:
+    def tensors_with_a_place(model: Any) -> int:
         state = model.state_dict()
-        return sum(target in state for (target, *_), _ in targets_of(model, names, state).values())
+        targets = targets_of(model, shapes, state)
+        return sum(target in state for (target, *_), _ in targets.values())
 
-    return max((build(model_class, deepcopy(made)) for model_class in classes), key=taken)
+    models = (build(model_class, deepcopy(configuration)) for model_class in classes)
+    return max(models, key=tensors_with_a_place)
 
 
 # -- from checkpoint names to modules ---------------------------------------------------------
 
 
 def four_bit_modules(model: Any) -> frozenset[str]:
-    """Paths of the modules that transformers' bitsandbytes integration replaces by default."""
-    if is_4():
+    """Return the paths of the modules that transformers' bitsandbytes integration makes 4-bit by
+    default."""
+    if is_version_4():
         from transformers.integrations.bitsandbytes import get_keys_to_not_convert
     else:
         from transformers.quantizers.base import get_keys_to_not_convert
@@ -109,17 +115,17 @@ def four_bit_modules(model: Any) -> frozenset[str]:
     kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     return frozenset(
         path
-        for path, module in model.named_modules(remove_duplicate=not is_4())
+        for path, module in model.named_modules(remove_duplicate=not is_version_4())
         if path and is_linear(module) and converts(path, kept)
     )
 
 
 def is_linear(module: Any) -> bool:
-    """Whether the integration replaces modules of this class."""
+    """Return whether the integration replaces modules of this class."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if is_4():
+    if is_version_4():
         # Its subclass in nn.MultiheadAttention would be replaced too, and then fail.
         attention = nn.modules.linear.NonDynamicallyQuantizableLinear
         return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, attention)
@@ -127,8 +133,8 @@ def is_linear(module: Any) -> bool:
 
 
 def converts(path: str, kept: Collection[str]) -> bool:
-    """Whether the integration replaces a module that a list of names may keep."""
-    if not is_4():
+    """Return whether the integration replaces a module under this list of names to keep."""
+    if not is_version_4():
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         return bool(should_convert_module(path, list(kept)))
@@ -140,8 +146,13 @@ def converts(path: str, kept: Collection[str]) -> bool:
 def targets_of(
     model: Any, names: Iterable[str], state: Mapping[str, Any]
 ) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """Checkpoint name -> (parameters it is loaded into, whether it is changed on the way)."""
-    if is_4():
+    """Return tensor name -> (parameters that it is loaded into, whether it is changed on the way).
+
+    Args:
+        names: of the checkpoint's tensors.
+        state: the model's state_dict.
+    """
+    if is_version_4():
         return {name: ((target,), False) for name, target in _renamed_4(model, [*names]).items()}
     return _targets_5(model, names, state)
 
@@ -168,8 +179,8 @@ def _targets_5(
         if target not in state and name in state:
             target, source = rename_source_key(name, [], [], prefix, state)
         first, *others = parts.get(source, [target])
-        found = (target, *(target.replace(first, other, 1) for other in others))
-        targets[name] = (found, source is not None)
+        parameters = (target, *(target.replace(first, other, 1) for other in others))
+        targets[name] = (parameters, source is not None)
     return targets
 
 
@@ -190,28 +201,37 @@ def _renamed_4(model: Any, names: list[str]) -> Mapping[str, str]:
     return renamed
 
 
-def answer_of(model: Any, names: Mapping[str, tuple[int, ...]], root: Path) -> Answer:
-    """What transformers would hold in 4 bit of these tensors in this model."""
+def answer_of(model: Any, shapes: Mapping[str, tuple[int, ...]], root: Path) -> Answer:
+    """Return which of these tensors transformers would hold in 4 bit in this model.
+
+    Args:
+        shapes: tensor name -> shape.
+        root: for messages.
+
+    Raises:
+        InputError: the model has no place for any tensor, or one of another shape.
+    """
     import transformers
 
     state = dict(model.state_dict())
     packed = {path + WEIGHT for path in four_bit_modules(model)}
-    # A packed weight has companions, which must take the same way.
-    companions = [name + ABSMAX for name in names if name.endswith(WEIGHT)]
-    wanted = state | {target + ABSMAX: state[target] for target in packed}
-    targets = targets_of(model, [*names, *companions], wanted)
+    # A packed weight has companions, which have to be loaded beside it.
+    companions = [name + ABSMAX for name in shapes if name.endswith(WEIGHT)]
+    state_with_companions = state | {target + ABSMAX: state[target] for target in packed}
+    targets = targets_of(model, [*shapes, *companions], state_with_companions)
     quantized, rearranged = set(), set()
     modules = {}
-    placed = False
-    for name, shape in names.items():
-        found, changed = targets.get(name, (("",), False))
-        target = found[0]
+    has_place = False
+    for name, shape in shapes.items():
+        parameters, changed = targets.get(name, (("",), False))
+        target = parameters[0]
         if target not in state:
             continue
-        placed = True
+        has_place = True
         if name.endswith(WEIGHT):
-            parts = tuple(part.removesuffix(WEIGHT) for part in found if part.endswith(WEIGHT))
-            modules[name.removesuffix(WEIGHT)] = parts
+            weights = [parameter for parameter in parameters if parameter.endswith(WEIGHT)]
+            paths = tuple(weight.removesuffix(WEIGHT) for weight in weights)
+            modules[name.removesuffix(WEIGHT)] = paths
         if changed:
             rearranged.add(name)
         elif target in packed:
@@ -220,9 +240,9 @@ def answer_of(model: Any, names: Mapping[str, tuple[int, ...]], root: Path) -> A
                 continue
             _check_shape(name, shape, tuple(state[target].shape), root)
             quantized.add(name)
-    if not placed:
+    if not has_place:
         raise InputError(
-            f"{root}: none of the {len(names)} tensors (the first is {min(names, default='')!r}) "
+            f"{root}: none of the {len(shapes)} tensors (the first is {min(shapes, default='')!r}) "
             f"has a place in {type(model).__name__}, which config.json describes. Correct "
             "model_type and architectures in config.json"
         )
@@ -230,13 +250,13 @@ def answer_of(model: Any, names: Mapping[str, tuple[int, ...]], root: Path) -> A
         version=str(transformers.__version__),
         quantized=frozenset(quantized),
         rearranged=frozenset(rearranged),
-        modules={path: there for path, there in modules.items() if there != (path,)},
+        modules={path: paths for path, paths in modules.items() if paths != (path,)},
     )
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], root: Path) -> None:
-    if found != expected:
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], root: Path) -> None:
+    if shape != expected:
         raise InputError(
-            f"{root}: tensor {name!r} has shape {found}, but config.json describes a model with "
+            f"{root}: tensor {name!r} has shape {shape}, but config.json describes a model with "
             f"{expected} there. Correct config.json or take the checkpoint that belongs to it"
         )

@@ -1,7 +1,8 @@
-"""What the files store -> the weights that a model holds.
+"""Turn what the files store into the weights that a model holds.
 
-Most tensors are a weight as they lie.  A float8 weight comes with its scales, and Llama 4 stores
-all experts of a layer in two 3-D tensors, of which every quantized loader wants the matrices.
+Most tensors are a weight as they lie.  But a float8 weight comes with its scales, and Llama 4
+stores all experts of a layer in two 3-D tensors, while every loader of quantized models expects a
+matrix for each expert.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Attributes:
-    weights: in the order of their stored tensors.
-    left: stored tensors that no weight is written for, with the reason.
+    """What a source holds.
+
+    Attributes:
+        weights: in the order of their stored tensors.
+        left: stored tensors that no weight is written for -> the reason.
     """
 
     weights: tuple[Weight, ...]
     left: dict[str, str]
 
     def as_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The source as if it stored these weights: what the selection looks at."""
+        """Return the source as if it stored these weights: the selection looks at that."""
         tensors = {
             w.name: (w.shard, TensorInfo(w.name, w.dtype, w.shape, w.stored.start))
             for w in self.weights
@@ -38,19 +41,19 @@ class Contents:
 
 
 def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
-    """Every weight of a source.
+    """Return every weight of a source.
 
     Args:
-        float8_dtype: what float8 weights are decoded to ("BF16").
+        float8_dtype: safetensors dtype that float8 weights are decoded to ("BF16").
 
     Raises:
         InputError: it is quantized in a way that cannot be read, or its scales do not fit.
     """
-    scales, left = float8.find_scales(checkpoint)
+    scales, unused = float8.find_scales(checkpoint)
     weights: list[Weight] = []
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
-            if tensor.name in left:
+            if tensor.name in unused:
                 continue
             if tensor.name in scales:
                 scale = scales[tensor.name]
@@ -61,11 +64,12 @@ def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
                 weights += _experts(shard, tensor)
             else:
                 weights.append(Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor))
-    return Contents(tuple(weights), left)
+    return Contents(tuple(weights), unused)
 
 
 def _is_fused(config: Any, tensor: TensorInfo) -> bool:
-    """Whether this is `...feed_forward.experts.gate_up_proj` of a Llama 4, [experts, in, out]."""
+    """Return whether a tensor holds all experts of a Llama 4 layer, [experts, in, out]:
+    `...feed_forward.experts.gate_up_proj`, or down_proj."""
     path, _, leaf = tensor.name.rpartition(".")
     return (
         config.get("model_type") in _LLAMA4
@@ -79,6 +83,7 @@ def _is_fused(config: Any, tensor: TensorInfo) -> bool:
 
 
 def _experts(shard: Shard, tensor: TensorInfo) -> Iterator[Weight]:
+    """Yield the matrices [out, in] of each expert in a fused tensor [experts, in, out]."""
     path, _, leaf = tensor.name.rpartition(".")
     experts, rows, width = tensor.shape
     columns = width // len(_FUSED[leaf])

@@ -17,9 +17,10 @@ from typing import Any
 
 from ..callbacks import Progress, no_progress
 from ..errors import InputError, UsageError
-from ..output.listed_files import Listed, joined, listed_output, read_listed, strays
+from ..output.listed_files import Listed, listed_output, read_listed, strays
 from ..output.manifest import Manifest
 from ..output.report import Finding
+from ..planning.model_plan import path_in_model
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -91,7 +92,7 @@ def attest(
 
 def _listed_sources(manifests: Mapping[str, Manifest], source: Path) -> dict[str, Listed]:
     return {
-        joined(component, name): Listed(
+        path_in_model(component, name): Listed(
             source if source.is_file() else source / component / name, file, manifest.digest
         )
         for component, manifest in manifests.items()
@@ -113,7 +114,7 @@ def _statement(
     dependencies = []
     for component, manifest in sorted(manifests.items()):
         for file, record in sorted(manifest.source_files.items()):
-            name = joined(component, file)
+            name = path_in_model(component, file)
             digest = {manifest.digest: record.digest}
             if name in sources:
                 digest["sha256"] = sources[name]

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from nf4cli.checkpoint.discovery import MANIFEST
 from nf4cli.format.config import QuantConfig
 from nf4cli.output.card import HERE, Subject, card
-from nf4cli.output.front_matter import parse_metadata, read_metadata, written
+from nf4cli.output.front_matter import format_metadata, parse_metadata, read_metadata
 from nf4cli.output.manifest import Manifest
 
 THEIRS = """---
@@ -186,7 +186,7 @@ def test_hostile_metadata(name):
     assert found["license"] == "mit"
     assert len(found.pop("tags", [])) <= 100
     assert found.keys() <= {"license", "language"}
-    assert head_of(written(found)) == found
+    assert head_of(format_metadata(found)) == found
 
 
 def test_cards_that_are_none(tmp_path):
