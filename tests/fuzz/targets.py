@@ -29,8 +29,9 @@ from nf4cli.errors import InputError, Nf4Error
 from nf4cli.format.config import QuantConfig
 from nf4cli.format.dtypes import ITEMSIZE
 from nf4cli.output.manifest import Manifest
+from nf4cli.output.pipeline_record import Record
 from nf4cli.planning.make_plan import make_plan
-from nf4cli.planning.pipeline_plan import Record, components_of, copies_of
+from nf4cli.planning.pipeline_plan import components_of, copies_of
 
 HEADER = 8
 
