@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# nf4 in a container (docker: without --userns keep-id). The model lies in this directory or on the
-# Hub; the output appears here and belongs to whoever runs this.
+# nf4 in a container (docker: without --userns keep-id). The model is in this directory or on the Hub.
+# The output appears in this directory and belongs to the user who runs this.
 # Usage: container.sh CHECKOUT_OF_NF4 MODEL OUTPUT
 set -euo pipefail
 

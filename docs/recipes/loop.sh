@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert every model that is named, try again where that can help, and print a table.
+# Convert each model, try again where that can help, and print a table.
 # Usage: loop.sh MODEL...; ends with the exit code of the last model that failed.
 set -uo pipefail
 
@@ -10,7 +10,7 @@ for model in "$@"; do
     code=0
     nf4 quantize "$model" "$output" --resume --json >"$output.json" || code=$?
     case $code in
-      4) sleep "${PAUSE:-60}" ;; # the machine: go on from there, a little later
+      4) sleep "${PAUSE:-60}" ;; # the machine: continue from there, a little later
       *) break ;;                # done, interrupted, or wrong: trying again would change nothing
     esac
   done

@@ -9,10 +9,10 @@
 #SBATCH --output=nf4-%A_%a.log
 # Usage: sbatch --array=1-$(wc -l < models.txt) slurm.sh models.txt
 #
-# A line of models.txt for each task: MODEL OUTPUT. A component of a pipeline is a model as well:
-# FLUX.1-dev/transformer FLUX-transformer-nf4. OUTPUT lies on a file system that every node sees,
-# since another node may go on with it. 120 seconds before its time is up a task stops, keeps what is
-# finished, and is queued again; so it is after exit code 4, five times at most.
+# models.txt has a line for each task: MODEL OUTPUT. A component of a pipeline is a model too:
+# FLUX.1-dev/transformer FLUX-transformer-nf4. OUTPUT must be on a file system that every node sees,
+# because another node may continue it. 120 seconds before its time is up, a task stops, keeps finished
+# work, and is queued again. The same happens after exit code 4, five times at most.
 set -uo pipefail
 
 read -r model output < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
@@ -21,8 +21,8 @@ if [ -z "${output:-}" ]; then
   exit 2
 fi
 
-# In the background, so that the shell can take Slurm's signals meanwhile. TERM is scancel's and
-# preemption's: Slurm itself knows whether the task is to run again.
+# In the background, so that the shell can take Slurm's signals meanwhile. scancel and preemption
+# send TERM; then Slurm itself decides whether the task runs again.
 nf4 quantize "$model" "$output" --memory 3GB --workers "${SLURM_CPUS_PER_TASK:-4}" --resume &
 nf4=$! signals=0 again=4
 trap 'signals=$((signals + 1)); kill -TERM "$nf4" 2>/dev/null' TERM
