@@ -100,10 +100,12 @@ def quantize(
         place = launches.Float8(
             row, column, float8.columns, float8.block, wide, address(float8.scale)
         )
+    results = launches.Quantized(
+        address(packed), address(absmax), address(sums), address(worst), address(stats)
+    )
     for launch in launches.quantize(
-        n, dtype, blocksize, quant_type, address(book), address(src), address(packed),
-        address(absmax), address(sums), address(worst), address(stats), place,
-    ):  # fmt: skip
+        n, dtype, blocksize, quant_type, address(book), address(src), results, place
+    ):
         kernels.run(launch)
     return packed, absmax, stats
 

@@ -112,10 +112,12 @@ def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
         def far(array: np.ndarray, bytes_an_element: float) -> int:
             return (exercise.address(array) - int(first * bytes_an_element)) % 2**64
 
+        results = launches.Quantized(
+            far(codes, 0.5), far(scales, 4 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0
+        )
         launch, _ = launches.quantize(
-            first + n, "BF16", 64, "nf4", exercise.address(book), far(src, 2), far(codes, 0.5),
-            far(scales, 4 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0,
-        )  # fmt: skip
+            first + n, "BF16", 64, "nf4", exercise.address(book), far(src, 2), results
+        )
         kernels.run(launch, first=block)
         exercise.same("quantize", (codes, scales), (packed, absmax))
         out, expected = np.empty(2 * n, np.uint8), np.empty(2 * n, np.uint8)
