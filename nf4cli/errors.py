@@ -57,7 +57,7 @@ class TransferError(Nf4Error):
 
 
 class InterruptedRunError(BaseException):
-    """A stop was asked for, by Ctrl-C or a polite kill (exit code 130).
+    """The user or the system asked the run to stop: Ctrl-C, SIGTERM, SIGHUP (exit code 130).
 
     Like KeyboardInterrupt it is no subclass of Exception: libraries catch every Exception, and
     then go on or raise another one.
