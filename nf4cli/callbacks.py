@@ -1,20 +1,21 @@
-"""What long work is given to report through: notices in words, and bytes done."""
+"""The callbacks through which long work reports: notices in words, and bytes done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Notify = Callable[[str], None]
-"""Told, in a sentence, what a user should know of an engine; from any thread."""
+"""Called with a sentence that a user should read about an engine; from any thread."""
 
 
 def no_notice(sentence: str) -> None:
-    """The Notify that drops it."""
+    """Drop the notice: the Notify for callers that show none."""
 
 
 Progress = Callable[[str, int], None]
-"""Told (what is being worked on, bytes done since the last call), from any thread."""
+"""Called with (name of the file or tensor at work, bytes done since the last call); from any
+thread."""
 
 
 def no_progress(what: str, count: int) -> None:
-    """The Progress that shows nothing."""
+    """Ignore the progress: the Progress for callers that show none."""

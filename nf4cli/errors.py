@@ -1,7 +1,7 @@
-"""The errors a user can meet, each with the exit code the command line returns for it.
+"""The errors that a user can meet, each with the exit code that the command line returns for it.
 
-A message names the object, what was found, what was expected and what to do next.  What is
-neither an Nf4Error nor an OSError is a bug and keeps its traceback.
+A message names the object, what was found, what was expected and what to do next.  Any error that
+is neither an Nf4Error nor an OSError is a bug, and is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import errno
 
 
 class Nf4Error(Exception):
-    """Base class: what the command line turns into a message, beside the system's OSError."""
+    """Base class of the errors that the command line shows as a message, without a traceback.
+
+    Attributes:
+        exit_code: what the command returns; subclasses and instances may set their own.
+    """
 
     exit_code = 3
 
@@ -38,11 +42,13 @@ class MachineError(Nf4Error):
 
 
 class TransferError(Nf4Error):
-    """A Hub refuses something in mid-run, or sends what it did not state.  The input may be good,
-    and access or files may be mended there: what is done is kept.
+    """A Hub refuses a request in mid-run, or sends other bytes than it stated.
+
+    The input may be good, and the user may mend access or files on the Hub, so a run that ends
+    with this error keeps its finished work.
 
     Args:
-        cause: as it was met; it gives the message and the exit code.
+        cause: the error that was met; its message and exit code are taken over.
     """
 
     def __init__(self, cause: Nf4Error) -> None:
@@ -51,13 +57,13 @@ class TransferError(Nf4Error):
 
 
 class InterruptedRunError(BaseException):
-    """A stop was asked for, by Ctrl-C or a polite kill (exit code 130).
+    """The user or the system asked the run to stop: Ctrl-C, SIGTERM, SIGHUP (exit code 130).
 
-    Like KeyboardInterrupt no Exception, since libraries catch those and go on, or make others of
-    them.
+    Like KeyboardInterrupt it is no subclass of Exception: libraries catch every Exception, and
+    then go on or raise another one.
 
     Args:
-        leaves: something is left, and the message says what.
+        leaves: whether the run left files behind; the message then says which.
     """
 
     exit_code = 130
@@ -71,8 +77,8 @@ class UnfinishedRunError(Nf4Error):
     """A run ended early and can be continued.
 
     Args:
-        message: what is left, and how to go on.
-        cause: why it ended, which decides the exit code.
+        message: what the run left behind, and how to continue it.
+        cause: why the run ended; its exit code is taken over.
     """
 
     def __init__(self, message: str, cause: Nf4Error | OSError | InterruptedRunError) -> None:
@@ -82,9 +88,12 @@ class UnfinishedRunError(Nf4Error):
 
 
 class NonFiniteError(ValueError):
-    """An engine met a NaN or an infinity; `index` counts elements from the start of its input.
+    """An engine met a NaN or an infinity.
 
     Internal: the caller knows the tensor and raises an InputError that names it.
+
+    Args:
+        index: the element, counted from the first one of the engine's input.
     """
 
     def __init__(self, index: int) -> None:
@@ -93,14 +102,14 @@ class NonFiniteError(ValueError):
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """The exit code of an error that a user can meet."""
+    """Return the exit code of an error: its own, or MachineError's for any other exception."""
     if isinstance(error, (Nf4Error, InterruptedRunError)):
         return error.exit_code
     return MachineError.exit_code
 
 
 def describe(error: Nf4Error | OSError | InterruptedRunError) -> str:
-    """What an error says to a user."""
+    """Return the text that the command line shows for an error."""
     if isinstance(error, UnfinishedRunError):
         return f"{describe(error.cause)}. {error}"
     if isinstance(error, (Nf4Error, InterruptedRunError)):

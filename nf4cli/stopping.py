@@ -1,9 +1,9 @@
 """Stop when the user or the system asks for it (Ctrl-C, SIGTERM, SIGHUP), with nothing half done.
 
-A signal is always noted.  Where nothing is at stake (planning, reading) it is raised at once, as
-InterruptedRunError, wherever the main thread is.  Within `held_back` (a run with a workspace,
-threads being joined, a display being closed) it is raised by `check` alone, between two steps.  So
-no signal breaks off a cleanup, a lock or a rename, and none gets lost.
+Every signal is noted.  While the command plans or reads, the signal handler raises
+InterruptedRunError at once, wherever the main thread is.  Within a block of `held_back` (a run
+with a workspace, threads being joined, a display being closed) only `check` raises it, between two
+steps.  So no signal breaks off a cleanup, a lock or a rename, and none gets lost.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ Answer = TypeVar("Answer")
 _SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-_EVERY = 0.1  # seconds between two looks, while threads are waited for
-_AGAIN = 0.01  # seconds until a stop is raised again that came where nothing can be raised
+_EVERY = 0.1  # seconds between two checks for a stop, while threads are joined
+_AGAIN = 0.01  # seconds until a stop is raised again, if it came inside a destructor
 
 
 class _State:
-    """What the signals of this process have come to.
+    """Which signals this process has received, and what it did about them.
 
     Attributes:
-        listening: our handlers are installed.
-        held: blocks of `held_back` that the main thread is in.
-        asked: a signal has come.
-        raised: it was raised, so the run is being cleaned up.
-        settled: the result is there; whatever comes now comes too late.
+        listening: whether our handlers are installed.
+        held: number of nested `held_back` blocks that the main thread is in.
+        asked: whether a signal has come.
+        raised: whether it was raised; the run is then being cleaned up.
+        settled: whether the result is complete; a signal that comes later is ignored.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
+        """Forget every signal and every block."""
         self.listening = self.asked = self.raised = self.settled = False
         self.held = 0
 
@@ -51,7 +52,11 @@ _state = _State()
 
 
 def listen() -> None:
-    """Take the signals, held back until `hearing`; for the rest of the process, or `listening`."""
+    """Install our signal handlers, which hold signals back until the block of `hearing`.
+
+    They stay until the process ends, or until the block of `listening` that called this ends.
+    Does nothing if they are installed, or outside the main thread.
+    """
     if _state.listening or not _is_main_thread():
         return
     _state.reset()
@@ -62,13 +67,16 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """Hear nothing any more: the process ends, and its exit code is decided."""
+    """Ignore every further signal: the process is ending, and its exit code is decided."""
     for number in _SIGNALS if _is_main_thread() else ():
         signal.signal(number, signal.SIG_IGN)
 
 
 class listening:  # noqa: N801 - read as a word of its with statement
-    """Take the signals within a block, unless somebody outside of it does so already."""
+    """Install our signal handlers for a block, and the earlier ones again at its end.
+
+    Does nothing if our handlers are installed already, or outside the main thread.
+    """
 
     def __enter__(self) -> None:
         self._before: list[Any] = []
@@ -86,11 +94,11 @@ class listening:  # noqa: N801 - read as a word of its with statement
 
 
 class hearing:  # noqa: N801
-    """Within `listen`: the block in which a signal is raised at once, but for what holds it back.
+    """Mark the block, after `listen`, in which a signal is raised at once unless `held_back`.
 
     Raises:
-        InterruptedRunError: a signal came before, or comes; whatever error a library has made of
-            it.
+        InterruptedRunError: a signal came before the block or within it.  It replaces any other
+            error that a library raised because of the signal.
     """
 
     def __enter__(self) -> None:
@@ -103,17 +111,18 @@ class hearing:  # noqa: N801
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         _state.held += 1
-        told = (type(None), InterruptedRunError, UnfinishedRunError)
-        done = isinstance(error, SystemExit) and not error.code
-        if _state.raised and not (done or isinstance(error, told)):
+        reports_a_stop = (type(None), InterruptedRunError, UnfinishedRunError)
+        succeeded = isinstance(error, SystemExit) and not error.code
+        if _state.raised and not (succeeded or isinstance(error, reports_a_stop)):
             raise InterruptedRunError("interrupted") from error
 
 
 class held_back:  # noqa: N801
-    """Let a signal wait that comes within the block, until `check` or the end of the block.
+    """Hold back a signal that comes within the block, until `check` or the end of the block.
 
     Raises:
-        InterruptedRunError: at the end of the outermost such block, unless it ends with an error.
+        InterruptedRunError: a signal came; raised at the end of the outermost such block, unless
+            that ends with an error.
     """
 
     def __enter__(self) -> None:
@@ -128,9 +137,10 @@ class held_back:  # noqa: N801
 
 
 class finishing(held_back):  # noqa: N801
-    """Like `held_back`, for the block that makes what the command is for.
+    """Hold signals back, like `held_back`, in the block that makes the command's result.
 
-    When the outermost such block has ended well, a stop comes too late and is not raised.
+    If the outermost such block ends without an error, the result is complete, and a signal is
+    ignored from then on.
     """
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -140,7 +150,16 @@ class finishing(held_back):  # noqa: N801
 
 
 class whole(Generic[Answer]):  # noqa: N801
-    """Make, enter and leave a context manager with signals held back: what it makes, it removes."""
+    """Make, enter and leave a context manager with signals held back.
+
+    So a signal can come neither before `__exit__` is sure to be called nor while it cleans up.
+
+    Args:
+        make: makes the context manager.
+
+    Raises:
+        InterruptedRunError: a signal came while it was entered or left.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Answer]]) -> None:
         self._make = make
@@ -150,13 +169,13 @@ class whole(Generic[Answer]):  # noqa: N801
         try:
             with held_back():
                 self._inner = self._make()
-                made = self._inner.__enter__()
+                value = self._inner.__enter__()
                 entered = True
         except InterruptedRunError:
             if entered:
                 self._inner.__exit__(None, None, None)
             raise
-        return made
+        return value
 
     def __exit__(
         self,
@@ -169,25 +188,25 @@ class whole(Generic[Answer]):  # noqa: N801
 
 
 def check() -> None:
-    """Raise InterruptedRunError if a stop was asked for; from any thread, between two steps."""
+    """Raise InterruptedRunError if a signal has come; call it between two steps, in any thread."""
     if _state.asked and not _state.settled:
         _state.raised = True
         raise InterruptedRunError("interrupted")
 
 
 def was_raised() -> bool:
-    """Return whether a stop is why the command ends."""
+    """Return whether a signal was raised, so that the command ends because of it."""
     return _state.raised
 
 
 def join(threads: Iterable[threading.Thread], until: Callable[[], object] = lambda: False) -> None:
-    """Wait for threads to end, or until something holds.
+    """Wait until the threads have ended, or until `until` returns a true value.
 
-    An exception within Thread.join can make Python (to 3.12) take a running thread for an ended
-    one, so signals are held back there.
+    Signals are held back meanwhile: an exception within Thread.join can make Python, up to 3.12,
+    take a running thread for an ended one.
 
     Raises:
-        InterruptedRunError: a stop was asked for; the threads go on.
+        InterruptedRunError: a signal came; the threads go on.
     """
     with held_back():
         for thread in threads:
@@ -197,12 +216,12 @@ def join(threads: Iterable[threading.Thread], until: Callable[[], object] = lamb
 
 
 def leave_behind(call: Callable[[], Answer]) -> Answer:
-    """Return what `call` returns, which may wait for the network for as long as it likes.
+    """Return the result of `call()`, which may wait for the network for any length of time.
 
-    It runs in a thread of its own, which a stop does not wait for: it ends with the process.
+    It runs in a daemon thread.  A stop does not wait for that thread, which ends with the process.
 
     Raises:
-        InterruptedRunError: a stop was asked for; nobody knows how far the call came.
+        InterruptedRunError: a signal came; how far the call got is not known.
         Exception: what `call` raises.
     """
     answers: list[Answer] = []
@@ -223,14 +242,14 @@ def leave_behind(call: Callable[[], Answer]) -> Answer:
 
 
 def _take(number: int, frame: FrameType | None) -> None:
-    """Note a signal; raise it where it may be, the first time."""
+    """Note a signal; raise it, the first time, unless it is held back or comes too late."""
     _state.asked = True
     if not (_state.held or _state.raised or _state.settled):
         check()
 
 
 def _take_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Raise a stop again that came while Python called a destructor, which cannot raise."""
+    """Raise a stop again that was lost, because it came within a destructor, which cannot raise."""
     if not isinstance(unraisable.exc_value, InterruptedRunError):
         sys.__unraisablehook__(unraisable)
         return

@@ -1,7 +1,7 @@
-"""The one loop: threads that take work items in order until there are none.
+"""The one thread pool: threads that take items of work in order until none is left.
 
-No stage queues: a worker reads, encodes and writes its item before it takes the next, so memory
-is workers x buffers whatever the model's size.
+A worker reads, encodes and writes its item before it takes the next one.  There are no queues
+between these steps, so memory is workers x buffers, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ def run(
     workers: int,
     abort: Callable[[], None],
 ) -> None:
-    """Work off every item.
+    """Call a worker with every item, in several threads.
 
-    Items are handed out in order, each to one of the threads; the main thread only waits, so that
-    it hears signals.  The first exception of any worker, or a signal, stops all (the items in hand
-    are finished) and is raised here.
+    Items are handed out in order, each to one thread.  The main thread only waits, so that it
+    hears signals.  The first exception of a worker, or a signal, stops all threads: each finishes
+    the item in its hands, and the exception is raised here.
 
     Args:
-        make_worker: called once a thread; what it returns is called with each item.
-        abort: called once on failure; must release every worker that waits for another.
+        make_worker: called once in each thread; the function it returns is called with each item.
+        workers: number of threads.  One worker runs in the calling thread, unless that is the main
+            thread.
+        abort: called once, at the first failure; must release every worker that waits for another.
     """
     queue = iter(items)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    failing = threading.Lock()  # another one: who holds `lock` may wait for what `abort` ends
+    failing = threading.Lock()  # not `lock`: its holder may wait until `abort` releases it
     stop = threading.Event()
 
     def fail(error: BaseException) -> None:
@@ -58,7 +60,7 @@ def run(
             fail(error)
 
     if workers == 1 and threading.current_thread() is not threading.main_thread():
-        work()  # this thread is a worker of another run, which hears of a stop
+        work()  # this thread is a worker of an outer run, whose main thread hears the signals
     else:
         _run_threads(work, workers, fail)
     if failures:
@@ -68,9 +70,10 @@ def run(
 def _run_threads(
     work: Callable[[], None], workers: int, fail: Callable[[BaseException], None]
 ) -> None:
-    """Run `work` in threads to its end; a signal calls `fail`, and they are waited for as well."""
+    """Run `work` in threads and wait until all have ended; a signal calls `fail` first."""
     threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
-    with stopping.held_back():  # no thread outlives this: what they write to is closed behind it
+    # No thread may outlive this block: the caller closes the files that they write to.
+    with stopping.held_back():
         try:
             for thread in threads:
                 thread.start()

@@ -253,14 +253,10 @@ def kernels(device: Any, n: int, repeats: int) -> tuple[float, list[Measured]]:
         codes=at["codes"], nested_map=nested_map, nested_absmax=at["nested"], offset=0.5,
         nested_blocksize=256,
     )  # fmt: skip
+    results = launches.Quantized(at["packed"], at["absmax"], at["sums"], at["worst"], at["stats"])
     measured = []
     for dtype, size in (("BF16", 2), ("F32", 4)):
-        work = run(
-            launches.quantize(
-                n, dtype, 64, "nf4", table, at["src"], at["packed"], at["absmax"], at["sums"],
-                at["worst"], at["stats"],
-            )
-        )  # fmt: skip
+        work = run(launches.quantize(n, dtype, 64, "nf4", table, at["src"], results))
         nbytes = n * size + n // 2 + n // 16 + 2 * (n // 8 + n // 16)
         measured.append(Measured(f"quantize {dtype}, error sums", time_of(work), nbytes, n))
         work = run(launches.dequantize(n, dtype, 64, table, at["packed"], scales, at["src"]))

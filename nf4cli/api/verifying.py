@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.discovery import MANIFEST
 from ..checkpoint.file_io import name_of
-from ..checkpoint.reader import read_shard
+from ..checkpoint.reader import count_tensors
 from ..convert.listener import Stage
 from ..errors import InputError, UsageError
 from ..output.manifest import Manifest
@@ -159,11 +159,14 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 
 def _weights(path: Path, source: Path | None) -> int:
-    """Return the weights to keep in mind: those of the source, and those of the output, whose
-    packed ones are six tensors each, known by little more than their headers."""
+    """Return how many weights verifying holds in memory.
+
+    Every tensor of the source counts as a weight.  Of the output's tensors, every eighth does: a
+    packed weight has six, and of each little more than its entry in the header is held.
+    """
     counts = [0, 0]
     for number, place in enumerate((path, source)):
         for file in part_shards(place) if place else ():
             with suppress(InputError):  # reported where the checkpoint is opened
-                counts[number] += len(read_shard(file).tensors)
+                counts[number] += count_tensors(file)
     return counts[0] // 8 + counts[1]

@@ -1,4 +1,4 @@
-"""A small file beside the large ones: a report, a statement."""
+"""A small output file, such as a report, that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from ..errors import MachineError, UsageError
 
 
 class AtomicFile:
-    """A small file that appears complete, or not at all; its place is tried before the long work.
+    """A small file that appears complete or not at all.
 
-    Used in a with statement; without `write`, or on an exception, nothing is left behind.
+    Use it in a with statement around long work: whether the place can be written is found out
+    before the work.  If the block ends without `write`, or with an exception, nothing is left
+    behind.
 
     Args:
-        place: the file.
-        option: what the user called it, for messages.
-        apart: directories that it must not lie in.
-        replace: whether a file that exists may be replaced.
+        place: path of the file.
+        option: the command-line option that named it, for messages.
+        apart: directories that the file must not lie in.
+        replace: whether an existing file may be replaced.
 
     Raises:
-        UsageError: the place is a directory, a device, in one of `apart`, or exists.
-        MachineError: nothing can be written there.
+        UsageError: the place is a directory, a device, a loop of links, or lies in one of `apart`;
+            or the file exists and `replace` is false.
+        MachineError: raised at the start of the block: nothing can be written there.
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class AtomicFile:
         return self
 
     def write(self, data: bytes) -> None:
-        """The whole content, which makes the file appear."""
+        """Write the whole content and make the file appear.
+
+        Raises:
+            MachineError: the disk is full or fails.
+        """
         try:
             self._partial.write_bytes(data)
-            mask = os.umask(0o022)
+            mask = os.umask(0o022)  # the only way to read the mask is to set it
             os.umask(mask)
             self._partial.chmod(0o666 & ~mask)
             self._partial.replace(self._place)

@@ -1,17 +1,17 @@
-"""Everything this package knows of bitsandbytes' files; no other module does.
+"""The on-disk format of bitsandbytes: tensor keys, quantization states, quantization_config.
 
-Key suffixes, the quant_state JSON, the quantization_config of config.json, and the skip list in
-the dialects of its readers.  Facts were run against bitsandbytes 0.50.2 and transformers 4.55 to
-5.23 (vLLM's matcher was read).
+No other module spells the keys of tensors and states.  The format was checked against bitsandbytes
+0.50.2 and transformers 4.55 to 5.23.  How each loader interprets the list of modules that are not
+packed is in planning/skip_list.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import InputError
 from ..format.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
@@ -26,18 +26,19 @@ NESTED_QUANT_MAP = ".nested_quant_map"
 _STATE = ".quant_state.bitsandbytes__"
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Where config.json says how a checkpoint is quantized."""
+"""The keys of config.json that describe a quantization."""
 
 _FLOAT32_MAX = 3.4028234663852886e38
 MAX_STATE = 65_536
-"""Bytes of a quant_state; bitsandbytes writes about 250."""
+"""Most bytes of a quant_state that are read; bitsandbytes writes about 250."""
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 8, 2**48
+_MAX_NESTED_BLOCKSIZE = 4096
 _OFFSET_ROOM = 24
 """Characters kept for nested_offset: the longest repr of a float32 is -1.1754943508222875e-38."""
 
 
 def state_suffix(quant_type: str) -> str:
-    """`.quant_state.bitsandbytes__nf4`."""
+    """Return the suffix of a quant_state's key, ".quant_state.bitsandbytes__nf4" for NF4."""
     return _STATE + quant_type
 
 
@@ -51,12 +52,12 @@ class QuantState:
     Attributes:
         quant_type: "nf4" or "fp4".
         blocksize: elements that share one absmax.
-        dtype: what decoding gives, as torch spells it ("bfloat16").
-        shape: of the weight as the module holds it (Conv1D: transposed).
-        nested: whether the absmax vector is itself quantized.
+        dtype: dtype of the decoded weight, as torch spells it ("bfloat16").
+        shape: shape of the weight as its module holds it (Conv1D: transposed).
+        nested: whether the absmax vector is quantized as well.
         nested_blocksize: elements of the absmax vector that share one nested_absmax.
-        nested_dtype: "float32", the only one there is.
-        nested_offset: a float32 value, added to every decoded absmax; 0.0 when not nested.
+        nested_offset: a float32 value, added to every decoded absmax; 0.0 if not nested.
+        nested_dtype: always "float32".
     """
 
     quant_type: str
@@ -70,11 +71,12 @@ class QuantState:
 
 
 def encode_state(state: QuantState) -> bytes:
-    """The state as bitsandbytes' pack_dict_to_tensor writes it, padded to `state_size` bytes.
+    """Return the JSON of a state as bitsandbytes' pack_dict_to_tensor writes it, but padded.
 
-    nested_offset prints in 3 to 24 characters, so its blob would have no known size until the
-    weight has been read.  JSON may end in spaces and every reader goes through a JSON parser:
-    padding makes every offset and size of the output known before the first byte is read.
+    nested_offset is known only when the weight has been read, and takes 3 to 24 characters.  The
+    padding gives every state a fixed size (`state_size`), so all offsets and sizes of the output
+    are known before the first byte is read.  JSON may end in spaces, and every reader uses a JSON
+    parser.
     """
     fields: dict[str, Any] = {
         "quant_type": state.quant_type,
@@ -95,100 +97,92 @@ def encode_state(state: QuantState) -> bytes:
 
 
 def state_size(state: QuantState) -> int:
-    """Bytes of `encode_state`, whatever the offset turns out to be."""
+    """Return the bytes of `encode_state(state)`, which do not depend on nested_offset."""
     return len(encode_state(state))
 
 
 def decode_state(blob: bytes, where: str) -> QuantState:
-    """Parse a quant_state blob of any writer.
+    """Parse the quant_state of a weight, written by any program.
 
     Args:
-        where: what to call it in a message.
+        blob: the JSON text.
+        where: the name of the blob for messages.
 
     Raises:
-        InputError: not JSON, or a field is missing or impossible.
+        InputError: the blob is not JSON, or a field is missing or has an impossible value.
     """
     fields = parse_json(blob, where)
-
-    def field(name: str, valid: bool, expected: str) -> Any:
-        if not valid:
-            found = repr(fields.get(name))[:200]
-            raise InputError(f"{where}: {name} is {found}, expected {expected}")
-        return fields.get(name)
-
-    def integer(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    shape = fields.get("shape")
     nested = "nested_offset" in fields or "nested_blocksize" in fields
-    if not nested:
-        fields = {key: value for key, value in fields.items() if key != "nested_dtype"}
-    offset = fields.get("nested_offset")
-    nested_blocksize = fields.get("nested_blocksize")
-    return QuantState(
-        quant_type=field(
-            "quant_type", fields.get("quant_type") in QUANT_TYPES, " or ".join(QUANT_TYPES)
-        ),
-        blocksize=field(
-            "blocksize",
-            integer(fields.get("blocksize")) and fields["blocksize"] in BLOCKSIZES,
-            f"one of {', '.join(map(str, BLOCKSIZES))}",
-        ),
-        dtype=field(
-            "dtype",
-            fields.get("dtype") in TORCH_NAME.values(),
-            f"one of {', '.join(TORCH_NAME.values())}",
-        ),
+
+    def field(name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
+        value = fields.get(name)
+        if not is_valid(value):
+            raise InputError(f"{where}: {name} is {repr(value)[:200]}, expected {expected}")
+        return value
+
+    dtypes = tuple(TORCH_NAME.values())
+    state = QuantState(
+        quant_type=field("quant_type", QUANT_TYPES.__contains__, " or ".join(QUANT_TYPES)),
+        blocksize=field("blocksize", _is_blocksize, f"one of {', '.join(map(str, BLOCKSIZES))}"),
+        dtype=field("dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}"),
         shape=tuple(
-            field(
-                "shape",
-                isinstance(shape, list)
-                and len(shape) <= _MAX_DIMENSIONS
-                and all(integer(d) and 0 < d < _MAX_ELEMENTS for d in shape)
-                and prod(shape) < _MAX_ELEMENTS,
-                "a list of positive integers with a product below 2**48",
-            )
+            field("shape", _is_shape, "a list of positive integers with a product below 2**48")
         ),
         nested=nested,
+    )
+    if not nested:
+        return state
+    return replace(
+        state,
         nested_blocksize=field(
             "nested_blocksize",
-            not nested or (integer(nested_blocksize) and 0 < int(nested_blocksize or 0) <= 4096),
-            "an integer from 1 to 4096",
-        )
-        or NESTED_BLOCKSIZE,
-        nested_dtype=field(
-            "nested_dtype",
-            not nested or fields.get("nested_dtype") == "float32",
-            "float32",
-        )
-        or "float32",
-        nested_offset=float(
-            field(
-                "nested_offset",
-                not nested
-                or (
-                    isinstance(offset, (int, float))
-                    and not isinstance(offset, bool)
-                    and abs(offset) <= _FLOAT32_MAX
-                ),
-                "a finite number",
-            )
-            or 0.0
+            _is_nested_blocksize,
+            f"an integer from 1 to {_MAX_NESTED_BLOCKSIZE}",
         ),
+        nested_dtype=field("nested_dtype", lambda value: value == "float32", "float32"),
+        # -0.0, which only another program could write, becomes 0.0.
+        nested_offset=float(field("nested_offset", _is_offset, "a finite number") or 0.0),
     )
 
 
-# -- which tensors of a file belong together ------------------------------------------------------
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_blocksize(value: object) -> bool:
+    return _is_integer(value) and value in BLOCKSIZES
+
+
+def _is_shape(value: object) -> bool:
+    """Return whether a JSON value is a shape that a weight may have."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(_is_integer(size) and 0 < size < _MAX_ELEMENTS for size in value)
+        and prod(value) < _MAX_ELEMENTS
+    )
+
+
+def _is_nested_blocksize(value: object) -> bool:
+    return _is_integer(value) and 0 < value <= _MAX_NESTED_BLOCKSIZE
+
+
+def _is_offset(value: object) -> bool:
+    """Return whether a JSON value is a number within the range of float32; a NaN is not."""
+    return (isinstance(value, float) or _is_integer(value)) and abs(value) <= _FLOAT32_MAX
+
+
+# -- which tensors of a checkpoint belong together --------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A packed weight and the names of its companions, as found in a checkpoint.
+    """The keys of a packed weight in a checkpoint.
 
     Attributes:
         name: key of the packed tensor.
-        state_key: key of its quant_state blob.
-        quant_type: from the blob's key.
+        state_key: key of its quant_state.
+        quant_type: "nf4" or "fp4", as the key of the quant_state says.
     """
 
     name: str
@@ -197,17 +191,24 @@ class QuantizedWeight:
 
 
 def find_quantized(checkpoint: Checkpoint) -> dict[str, list[QuantizedWeight]]:
-    """Every packed weight by name, recognised by its quant_state blob; there should be one each."""
-    found: dict[str, list[QuantizedWeight]] = {}
+    """Find the packed weights of a checkpoint by the keys of their quant_state.
+
+    Returns:
+        Name of the weight -> one entry for each of its quant_states; a valid weight has one.
+    """
+    quantized: dict[str, list[QuantizedWeight]] = {}
     for key in checkpoint.tensors:
         name, separator, quant_type = key.partition(_STATE)
         if separator:
-            found.setdefault(name, []).append(QuantizedWeight(name, key, quant_type))
-    return found
+            quantized.setdefault(name, []).append(QuantizedWeight(name, key, quant_type))
+    return quantized
 
 
 def companion_owner(key: str) -> str | None:
-    """The packed weight that a key is a companion of, None if it looks like no companion."""
+    """Return the name of the packed weight that a key belongs to, judged by the key's suffix.
+
+    Returns None for a key without such a suffix: a packed weight itself, or any other tensor.
+    """
     for suffix in (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP):
         if key.endswith(suffix):
             return key.removesuffix(suffix)
@@ -218,10 +219,10 @@ def companion_owner(key: str) -> str | None:
 def expected_tensors(
     name: str, state: QuantState, quant_storage: str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key -> (dtype, shape) of a packed weight and its companions.
+    """Return key -> (safetensors dtype, shape) of a packed weight and of its companions.
 
     Args:
-        quant_storage: as torch spells it.
+        quant_storage: dtype of the packed tensor, as torch spells it.
     """
     n = prod(state.shape)
     blocks = -(-n // state.blocksize)
@@ -239,12 +240,12 @@ def expected_tensors(
 
 
 def is_state_key(key: str) -> bool:
-    """Whether a key is a quant_state blob's."""
+    """Return whether a key is that of a quant_state."""
     return _STATE in key
 
 
 def storage_of(tensor: TensorInfo) -> str | None:
-    """The quant_storage of a packed tensor, None where its dtype is not one."""
+    """Return the quant_storage of a packed tensor as torch spells it; None for any other dtype."""
     return next((name for name, dtype in STORAGE_NAME.items() if dtype == tensor.dtype), None)
 
 
@@ -258,7 +259,12 @@ def quantization_config(
     compute_dtype: str,
     skip_modules: Iterable[str],
 ) -> dict[str, Any]:
-    """The 13 keys that transformers 4 and 5 both write."""
+    """Return the quantization_config of an output: the 13 keys that transformers 4 and 5 write.
+
+    Args:
+        quant_storage, compute_dtype: dtypes as torch spells them.
+        skip_modules: the modules that are not packed.
+    """
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -279,13 +285,15 @@ def quantization_config(
 def config_problems(
     config: Mapping[str, Any], states: Iterable[QuantState], storages: Collection[str]
 ) -> list[str]:
-    """What a loader would get wrong with this config.json and these states.
+    """Return a sentence for each entry of config.json that does not fit the packed tensors.
 
     Args:
-        storages: the quant_storage of every packed tensor, each once.
+        config: the whole config.json.
+        states: the states of all packed weights.
+        storages: the quant_storage of the packed tensors, each value once.
     """
-    found = config.get("quantization_config")
-    if not isinstance(found, dict):
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
         return ["config.json has no quantization_config: loaders take the packed bytes for floats"]
     problems = []
     expected: dict[str, Any] = {
@@ -305,17 +313,17 @@ def config_problems(
         "load_in_8bit": False,
     }
     for key, value in expected.items():
-        if (have := found.get(key, defaults.get(key))) != value:
+        if (actual := quantization.get(key, defaults.get(key))) != value:
             problems.append(
-                f"quantization_config.{key} is {have!r}, but the tensors need {value!r}"
+                f"quantization_config.{key} is {actual!r}, but the tensors need {value!r}"
             )
-    compute = found.get("bnb_4bit_compute_dtype", "float32")
-    if compute not in TORCH_NAME.values():
+    compute_dtype = quantization.get("bnb_4bit_compute_dtype", "float32")
+    if compute_dtype not in TORCH_NAME.values():
         problems.append(
-            f"quantization_config.bnb_4bit_compute_dtype is {compute!r}: expected one of "
+            f"quantization_config.bnb_4bit_compute_dtype is {compute_dtype!r}: expected one of "
             f"{', '.join(TORCH_NAME.values())}"
         )
-    if found.get("llm_int8_skip_modules") == []:
+    if quantization.get("llm_int8_skip_modules") == []:
         problems.append(
             "quantization_config.llm_int8_skip_modules is []: loaders then expect the output head "
             "in 4 bit"
@@ -324,43 +332,50 @@ def config_problems(
 
 
 def has_skip_list(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says itself what is not packed, and does not leave it to the loader."""
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and isinstance(found.get("llm_int8_skip_modules"), list)
+    """Return whether config.json lists the modules that are not packed.
+
+    Without the list, each loader decides by itself which modules to expect in full precision.
+    """
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and isinstance(
+        quantization.get("llm_int8_skip_modules"), list
+    )
 
 
 def skip_list(config: Mapping[str, Any]) -> list[str]:
-    """llm_int8_skip_modules of a config.json, [] where it has none."""
-    found = config.get("quantization_config")
-    keys = found.get("llm_int8_skip_modules") if isinstance(found, dict) else None
-    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    """Return the modules that are not packed (llm_int8_skip_modules), [] without such a list."""
+    quantization = config.get("quantization_config")
+    modules = quantization.get("llm_int8_skip_modules") if isinstance(quantization, dict) else None
+    if not isinstance(modules, list):
+        return []
+    return [module for module in modules if isinstance(module, str)]
 
 
 def without_skip_list(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config.json whose quantization_config does not say what is not packed."""
-    found = config.get("quantization_config")
-    if not isinstance(found, dict):
+    """Return a copy of a config.json without its list of modules that are not packed."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
         return dict(config)
-    rest = {key: value for key, value in found.items() if key != "llm_int8_skip_modules"}
+    rest = {key: value for key, value in quantization.items() if key != "llm_int8_skip_modules"}
     return {**config, "quantization_config": rest}
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of an already quantized checkpoint, None for a plain one.
+    """Return the quantization_config of a config.json, None for a model that is not quantized.
 
-    Multimodal models may have it in a sub-config ("text_config"); early compressed-tensors called
-    it compression_config.
+    Multimodal models may have it in a sub-config ("text_config"), and early versions of
+    compressed-tensors called it compression_config.  An entry that is no JSON object gives {}.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         for key in QUANTIZATION_KEYS:
-            found = part.get(key)
-            if found is not None:
-                return found if isinstance(found, dict) else {}
+            quantization = part.get(key)
+            if quantization is not None:
+                return quantization if isinstance(quantization, dict) else {}
     return None
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
-    """The quant_method of an already quantized checkpoint, None for a plain one."""
-    found = quantization_of(config)
-    return None if found is None else str(found.get("quant_method", "unknown"))
+    """Return the quant_method of a config.json, None for a model that is not quantized."""
+    quantization = quantization_of(config)
+    return None if quantization is None else str(quantization.get("quant_method", "unknown"))

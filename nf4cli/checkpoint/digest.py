@@ -1,9 +1,9 @@
-"""Digests: a cryptographic one for every file, a fast one for every tensor.
+"""Compute digests: a cryptographic one of every file, a fast one of every tensor.
 
-A file's digest (BLAKE3, or SHA-256 on request, the Hub's own) is the proof, and any tool can
-check it (`b3sum`, `sha256sum`).  A tensor's digest (XXH3, 128 bits) only names the tensor that
-differs; it is not cryptographic and costs a quarter of BLAKE3's time, so that both are had in one
-pass over the bytes.
+The digest of a file is the proof of its bytes.  It is BLAKE3 or, where a Hub is involved, SHA-256,
+so common tools can check it (`b3sum`, `sha256sum`).  The digest of a tensor (XXH3, 128 bits) only
+tells which tensor differs.  It is not cryptographic and takes a quarter of BLAKE3's time, so both
+are computed in one pass over the bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("blake3", "sha256")
 TENSOR_ALGORITHM = "xxh3_128"
-_PIECE = 1 << 20  # bytes read at a time: they stay in the cache for both digests
+_PIECE = 1 << 20  # bytes read at a time, few enough to stay in the cache for both digests
 
 Item = TypeVar("Item")
 
@@ -38,7 +38,7 @@ class _Hash(Protocol):
 
 
 def new_file_hash(algorithm: str) -> _Hash:
-    """A hash object of one of ALGORITHMS."""
+    """Return a new hash object of one of ALGORITHMS."""
     if algorithm == "blake3":
         import blake3
 
@@ -47,21 +47,21 @@ def new_file_hash(algorithm: str) -> _Hash:
 
 
 def new_tensor_hash() -> _Hash:
-    """A hash object of TENSOR_ALGORITHM."""
+    """Return a new hash object of TENSOR_ALGORITHM."""
     import xxhash
 
     return xxhash.xxh3_128()
 
 
 class TensorDigests:
-    """The digest of every tensor of a file, from the file's bytes in order.
+    """The digests of a file's tensors, fed with the bytes of the file in order.
 
     Args:
-        tensors: in offset order, without holes, up to the end of the file.
+        tensors: the tensors in offset order, without holes, up to the end of the file.
 
     Attributes:
-        position: bytes of the file seen so far.
-        tensors: digest by name, of the tensors that are complete.
+        position: bytes of the file so far.
+        tensors: name -> digest, of the tensors that are complete.
     """
 
     def __init__(self, tensors: Collection[TensorInfo]) -> None:
@@ -73,7 +73,7 @@ class TensorDigests:
         }
 
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
-        """The next bytes of the file."""
+        """Add the next bytes of the file."""
         view = memoryview(data)
         while view.nbytes:
             tensor = self._pending[-1] if self._pending else None
@@ -94,10 +94,10 @@ class TensorDigests:
 
 
 class FileDigest:
-    """The digest of a file, from its bytes in order.
+    """The digest of a file, fed with its bytes in order.
 
     Attributes:
-        position: bytes of the file seen so far.
+        position: bytes of the file so far.
     """
 
     def __init__(self, algorithm: str) -> None:
@@ -105,21 +105,22 @@ class FileDigest:
         self.position = 0
 
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
-        """The next bytes of the file."""
+        """Add the next bytes of the file."""
         view = memoryview(data)
         self._hash.update(view)
         self.position += view.nbytes
 
     def hexdigest(self) -> str:
-        """Of the bytes so far."""
+        """Return the digest of the bytes so far."""
         return self._hash.hexdigest()
 
 
 class ShardDigest:
-    """Both in one: the digest of a file and of each of its tensors, from its bytes in order.
+    """The digests of a file and of its tensors, fed with the bytes of the file in order.
 
     Args:
         tensors: see `TensorDigests`.
+        algorithm: of the file's digest, one of ALGORITHMS.
     """
 
     def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
@@ -128,21 +129,21 @@ class ShardDigest:
 
     @property
     def position(self) -> int:
-        """Bytes of the file seen so far."""
+        """Bytes of the file so far."""
         return self._file.position
 
     @property
     def tensors(self) -> dict[str, str]:
-        """Digest by name, of the tensors that are complete."""
+        """Name -> digest, of the tensors that are complete."""
         return self._tensors.tensors
 
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
-        """The next bytes of the file."""
+        """Add the next bytes of the file."""
         self._file.update(data)
         self._tensors.update(data)
 
     def hexdigest(self) -> str:
-        """The file's digest so far."""
+        """Return the digest of the file's bytes so far."""
         return self._file.hexdigest()
 
 
@@ -150,10 +151,13 @@ Digest = TypeVar("Digest", FileDigest, TensorDigests, ShardDigest)
 
 
 class _Ordered(Generic[Digest]):
-    """A digest (`digest`) fed by several threads: each waits for its turn by offset.
+    """A digest that several threads feed; each waits until the bytes before its own are added.
 
-    No thread can wait for ever: pieces are handed out in order, so the one before mine is
-    already in another thread's hands, or `abort` was called.
+    No thread waits for ever: pieces are handed out in order, so another thread already has the
+    piece before, or `abort` was called.
+
+    Attributes:
+        digest: the digest that is fed.
     """
 
     def __init__(self, digest: Digest) -> None:
@@ -163,34 +167,42 @@ class _Ordered(Generic[Digest]):
         self._aborted = False
 
     def update(self, start: int, data: NDArray[np.uint8] | bytes) -> int:
-        """Add the bytes that stand at `start` in the file; returns the place behind them."""
+        """Wait for the turn of the bytes at offset `start` of the file, and add them.
+
+        Returns:
+            Offset of the byte behind them, or `start` after `abort`.
+        """
         stop = start + memoryview(data).nbytes
         with self._turn:
             self._turn.wait_for(lambda: self._position == start or self._aborted)
             if self._aborted:
                 return start
-        self.digest.update(data)  # outside the lock: nobody else has this turn
+        self.digest.update(data)  # outside the lock: no other thread has this turn
         with self._turn:
             self._position = stop
             self._turn.notify_all()
         return stop
 
     def abort(self) -> None:
-        """Let every waiting thread go; the digests are of no use any more."""
+        """Release every waiting thread; the digest is then useless."""
         with self._turn:
             self._aborted = True
             self._turn.notify_all()
 
 
 def tensor_digest(data: NDArray[np.uint8]) -> str:
-    """The digest of a tensor's bytes."""
+    """Return the digest of the bytes of a whole tensor."""
     digest = new_tensor_hash()
     digest.update(memoryview(data))
     return digest.hexdigest()
 
 
 def digest_open(reader: ByteReader, shard: Shard, algorithm: str) -> str:
-    """The digest of a file that is open already."""
+    """Return the digest of a file that is open already.
+
+    Raises:
+        InputError: the file ends too early.
+    """
     return _digest_range(new_file_hash(algorithm), reader, 0, shard.size, lambda count: None)
 
 
@@ -199,10 +211,13 @@ def digest_tensor(
     tensor: TensorInfo,
     progress: Callable[[int], None] = lambda count: None,
 ) -> str:
-    """The digest of one tensor of an open file.
+    """Return the digest of one tensor of an open file.
 
     Args:
-        progress: told the bytes read after each piece.
+        progress: called with the bytes of each piece that was read.
+
+    Raises:
+        InputError: the file ends too early.
     """
     return _digest_range(new_tensor_hash(), reader, tensor.start, tensor.stop, progress)
 
@@ -218,17 +233,23 @@ def _digest_range(
 
 
 class OrderedDigest(_Ordered[ShardDigest]):
-    """A ShardDigest fed by several threads, see above."""
+    """A ShardDigest that several threads feed, see `_Ordered`."""
 
 
 class ShardHashing:
-    """One file being read once, by several threads, for its digest and its tensors'.
+    """A file that several threads read once, to compute its digest and those of its tensors.
 
-    The two digests take turns of their own, so that one thread computes the file's while another
-    computes the tensors' or reads.
+    The two kinds of digests have turns of their own, so one thread can compute the file's digest
+    while another computes the tensors' digests or reads.
 
     Args:
-        tensors: whether the tensors' are wanted.
+        shard: the file.
+        algorithm: of the file's digest, one of ALGORITHMS.
+        tensors: whether to compute the tensors' digests.
+
+    Attributes:
+        file: the digest of the file.
+        tensors: the digests of the tensors.
     """
 
     def __init__(self, shard: Shard, algorithm: str, tensors: bool) -> None:
@@ -240,11 +261,17 @@ class ShardHashing:
         self._lock = threading.Lock()
 
     def pieces(self) -> Iterator[tuple[ShardHashing, int]]:
-        """Every piece of the file by its offset; hand them out in this order."""
+        """Yield (self, offset) of every piece of the file, in the order to hand them out in."""
         return ((self, start) for start in range(0, self.shard.size, _PIECE))
 
     def add(self, start: int, buffer: NDArray[np.uint8]) -> int:
-        """Read and digest the piece at `start`; returns its bytes.
+        """Read and digest the piece at offset `start`.
+
+        Args:
+            buffer: memory to read into, uint8 [_PIECE].
+
+        Returns:
+            Bytes of the piece.
 
         Raises:
             InputError: the file changed in size since `shard` was read.
@@ -260,12 +287,12 @@ class ShardHashing:
         return piece.nbytes
 
     def abort(self) -> None:
-        """Let go of every thread that waits."""
+        """Release every thread that waits for its turn."""
         self.file.abort()
         self.tensors.abort()
 
     def close(self) -> None:
-        """Let go of the file, which no thread reads any more."""
+        """Close the file; no thread may read it any more."""
         if self._reader is not None:
             self._reader.close()
 
@@ -277,14 +304,18 @@ def digest_shards(
     progress: Progress = no_progress,
     tensors: bool = True,
 ) -> list[tuple[str, dict[str, str]]]:
-    """Read files once: of each its digest, and its tensors' by name.
+    """Read files once and compute their digests and those of their tensors.
 
-    As many files are read at a time as there are workers; where there are fewer, several
-    workers share a file.
+    As many files are read at a time as there are workers; if there are fewer files, several
+    workers share one.
 
     Args:
+        algorithm: of the files' digests, one of ALGORITHMS.
         workers: threads; each holds a piece of 1 MiB.
-        tensors: False leaves the tensors' digests out.
+        tensors: whether to compute the tensors' digests.
+
+    Returns:
+        For each file: (its digest, tensor name -> digest).
 
     Raises:
         InputError: a file changed in size since its header was read.
@@ -319,17 +350,21 @@ def digest_shard(
     algorithm: str,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[str, dict[str, str]]:
-    """The same of one file, in this thread.
+    """Read one file once, and return (its digest, tensor name -> digest).
 
     Args:
-        progress: told the bytes read after each piece.
+        algorithm: of the file's digest, one of ALGORITHMS.
+        progress: called with the bytes of each piece that was read.
+
+    Raises:
+        InputError: the file changed in size since its header was read.
     """
-    (found,) = digest_shards([shard], algorithm, 1, lambda _, count: progress(count))
-    return found
+    (digests,) = digest_shards([shard], algorithm, 1, lambda _, count: progress(count))
+    return digests
 
 
 def _in_turn(sequences: Iterable[Iterator[Item]], width: int) -> Iterator[Item]:
-    """Items of `width` sequences in turn; where one ends, the next begins."""
+    """Yield items of `width` sequences in turn; when one ends, the next one takes its place."""
     waiting = iter(sequences)
     active = deque(islice(waiting, width))
     while active:
@@ -343,7 +378,11 @@ def _in_turn(sequences: Iterable[Iterator[Item]], width: int) -> Iterator[Item]:
 
 
 def digest_file(path: Path, algorithm: str) -> str:
-    """The digest of any file."""
+    """Return the digest of a file of any kind; algorithm: one of ALGORITHMS.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     return digests_of_file(path, [algorithm])[1][algorithm]
 
 
@@ -352,10 +391,17 @@ def digests_of_file(
     algorithms: Collection[str],
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[int, dict[str, str]]:
-    """Read any file once: its size in bytes, and its digest by algorithm.
+    """Read a file of any kind once.
 
     Args:
-        progress: told the bytes read after each piece.
+        algorithms: of the digests to compute, from ALGORITHMS.
+        progress: called with the bytes of each piece that was read.
+
+    Returns:
+        (size in bytes, algorithm -> digest).
+
+    Raises:
+        OSError: the file cannot be read.
     """
     hashes = {algorithm: new_file_hash(algorithm) for algorithm in algorithms}
     size = 0

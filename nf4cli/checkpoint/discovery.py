@@ -1,7 +1,7 @@
-"""A directory (or one file) on disk -> a Checkpoint: which files count, and that they agree.
+"""Open a model's directory, or a single file, as a Checkpoint: find its files and check them.
 
-Used for what we read and for what we wrote: quantize, dequantize, inspect and verify all start
-here.  Nothing is unpickled and no code of the checkpoint is run.
+quantize, dequantize, inspect and verify all open their checkpoints here, those that nf4 wrote as
+well.  Nothing is unpickled, and no code of the checkpoint is run.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .untrusted import (
 MANIFEST = "nf4_manifest.json"
 PIPELINE_RECORD = "nf4_pipeline.json"
 CARD = "README.md"
-"""The model card: a user's to edit, so no record answers for it."""
+"""The model card.  A user may edit it, so neither manifest nor record lists it."""
 REPOSITORYS = (CARD, ".gitattributes", ".gitignore")
-"""Files of a repository rather than of the model in it: an output gets its own."""
+"""Files that belong to a repository and not to the model; an output gets its own."""
 IMPORTANCE = "nf4_importance.dat"
-"""Of an output whose scales were chosen by it. No loader takes it for weights, as some would a
-.safetensors file."""
+"""The importance file in an output whose scales were chosen with one.  It is not called
+.safetensors, since some loaders would then take it for weights."""
 _OURS = (MANIFEST, PIPELINE_RECORD, IMPORTANCE)
 
-# Formats that hold the same weights again (or a pickle, which we never read): not copied.
+# Formats that may hold the same weights again, or a pickle, which nf4 never reads: not copied.
 _WEIGHT_FORMATS = (
     "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
     "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
@@ -51,23 +51,24 @@ _MODEL_FILES = (
 )  # fmt: skip
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
+"""Directories that are not part of a model."""
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _VARIANT = re.compile(
     rf"({MODEL_STEM}|{DIFFUSERS_STEM})(?:\.[\w-]+?)?(-\d{{5}}-of-\d{{5}})?(?:\.[\w-]+)?\.safetensors"
 )
-"""model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
-model-00001-of-00002.fp16.safetensors as earlier versions of diffusers wrote it."""
+"""Matches model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
+model-00001-of-00002.fp16.safetensors, which earlier versions of diffusers wrote."""
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Find the shards, read every header, check the index, list the other files.
+    """Find the shards, read every header, check the index, and list the other files.
 
     Args:
-        path: a model directory, or one .safetensors file (a config.json beside it is used).
+        path: a model's directory, or a .safetensors file; a config.json beside it is used.
 
     Raises:
-        InputError: not a checkpoint, or a damaged or contradictory one.
+        InputError: it is not a checkpoint, or it is damaged or contradicts itself.
     """
     if path.is_dir():
         root, name = path, name_of_directory(path)
@@ -102,8 +103,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def name_of_directory(root: Path) -> str:
-    """What a model is called that lies in a directory: in the Hub's cache that is named by its
-    commit, models--ORG--NAME/snapshots/COMMIT."""
+    """Return the name of the model in a directory.
+
+    It is the directory's name.  In the Hub's cache, models--ORG--NAME/snapshots/COMMIT, it is NAME.
+    """
     root = root.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.name.rpartition("--")[2]
@@ -111,11 +114,11 @@ def name_of_directory(root: Path) -> str:
 
 
 def _config(root: Path, files: list[Path]) -> dict[str, Any]:
-    """config.json, {} where there is none.
+    """Return config.json, {} if there is none.
 
     Raises:
-        InputError: it is damaged, or a link to a file that is not the model's: the output's
-            config.json is made of it.
+        InputError: it is damaged, or a link to a file that is not part of the model.  The output's
+            config.json is made from it, and would publish that file.
     """
     path = root / "config.json"
     if not os.path.lexists(path):
@@ -129,11 +132,17 @@ def _config(root: Path, files: list[Path]) -> dict[str, Any]:
 
 
 def find_shards(root: Path) -> tuple[str | None, list[Path]]:
-    """The index's name (or None) and the shard files, in the loaders' order of preference.
+    """Find the shards of a model, in the same order of preference as loaders.
 
-    Files of a variant (model.fp16.safetensors) count where there are no others.
+    Files of a variant (model.fp16.safetensors) are used if there are no others.
+
+    Returns:
+        (name of the index, or None; paths of the shards, in the order of their names).
+
+    Raises:
+        InputError: there are no shards, one is missing, or they cannot be told from other files.
     """
-    found = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and is_regular(p))
+    files = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and is_regular(p))
     for stem in (MODEL_STEM, DIFFUSERS_STEM):
         single, index = root / shard_name(stem, 0, 1), root / index_name(stem)
         if is_regular(single):
@@ -148,12 +157,12 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
         raise InputError(
             f"{root} has several indexes ({names}): give one .safetensors file instead"
         )
-    if not found:
-        here = list(root.iterdir())
-        raise InputError(_not_a_checkpoint(root, "it has no .safetensors file", here))
-    if len(found) == 1:
-        return None, found
-    matches = [_NUMBERED.fullmatch(p.name) for p in found]
+    if not files:
+        why = "it has no .safetensors file"
+        raise InputError(_not_a_checkpoint(root, why, root.iterdir()))
+    if len(files) == 1:
+        return None, files
+    matches = [_NUMBERED.fullmatch(p.name) for p in files]
     stems = {(m["stem"], m["count"]) for m in matches if m}
     if all(matches) and len(stems) == 1:
         count = int(next(iter(stems))[1])
@@ -161,62 +170,76 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
         missing = sorted(set(range(1, count + 1)) - numbers)
         if missing:
             raise InputError(
-                f"{root} has {len(found)} of {count} shards; missing: "
+                f"{root} has {len(files)} of {count} shards; missing: "
                 f"{', '.join(f'{n:05d}' for n in missing[:5])}. Download them again"
             )
-        return None, found
+        return None, files
     raise InputError(
-        f"{root} has {len(found)} .safetensors files and no index that says which belong "
-        f"together: {', '.join(p.name for p in found[:6])}. Give one file instead of the directory"
+        f"{root} has {len(files)} .safetensors files and no index that says which belong "
+        f"together: {', '.join(p.name for p in files[:6])}. Give one file instead of the directory"
     )
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
-    """The file name of shard `number` (from 0) of `count`.
+    """Return the file name of a shard.
 
     Args:
         stem: see `Checkpoint.stem`.
+        number: which shard it is, from 0.
+        count: shards in total.
     """
     part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
     return f"{stem}{part}.safetensors"
 
 
 def index_name(stem: str) -> str:
-    """The file name of the index of several shards."""
+    """Return the file name of the index of several shards; stem: see `Checkpoint.stem`."""
     return f"{stem}.safetensors.index.json"
 
 
 def plain_name(name: str) -> str:
-    """A weight file's name without its variant: `model.fp16.safetensors` -> `model.safetensors`."""
+    """Return a weight file's name without its variant: model.safetensors of model.fp16.safetensors.
+
+    A name without a variant is returned as it is.
+    """
     match = _VARIANT.fullmatch(name)
     return f"{match[1]}{match[2] or ''}.safetensors" if match else name
 
 
 def plain_index(name: str) -> str:
-    """What the index of a set is called that a weight file belongs to, without its variant."""
+    """Return the name of the index that lists a weight file, without a variant."""
     match = _VARIANT.fullmatch(name)
     return index_name(match[1] if match else MODEL_STEM)
 
 
 def is_left(directory: str) -> bool:
-    """Whether a directory of that name is no part of a model: caches, and what a run works in."""
+    """Return whether a directory, by its name, is not part of a model: a cache, or a workspace."""
     workspace = directory.startswith(".") and directory.endswith(".partial")
     return workspace or directory in LEFT_DIRECTORIES
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file's name is one of weights, or of an index of them, in any format."""
+    """Return whether a file, by its name, holds weights or an index of them, in any format."""
     return any(fnmatch(name, pattern) for pattern in _WEIGHT_FORMATS)
 
 
 def shard_count(name: str) -> int:
-    """Files of the set that a file name like model-00001-of-00003.safetensors speaks of, else 1."""
+    """Return the number of shards that a file name states (model-00001-of-00003.safetensors).
+
+    It is 1 for a name without such a number.
+    """
     match = _NUMBERED.fullmatch(name)
     return int(match["count"]) if match else 1
 
 
-def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
-    names = sorted(p.name for p in here)
+def _not_a_checkpoint(path: Path, why: str, files: Iterable[Path]) -> str:
+    """Return the message for a path that is no checkpoint, with advice that fits the files there.
+
+    Args:
+        why: the reason, as a clause.
+        files: what there is in the directory, or the file itself.
+    """
+    names = sorted(p.name for p in files)
     message = f"{path} is not a safetensors checkpoint: {why}."
     if "adapter_config.json" in names:
         return message + " It is a PEFT adapter: merge it into its base model first"
@@ -239,6 +262,11 @@ def _not_a_checkpoint(path: Path, why: str, here: Iterable[Path]) -> str:
 
 
 def _indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index names, sorted.
+
+    Raises:
+        InputError: the index is damaged, or names a file that is missing or not beside it.
+    """
     weight_map = _weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
@@ -260,6 +288,11 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name, from an index.
+
+    Raises:
+        InputError: the index is damaged.
+    """
     weight_map = read_json(index, INDEX).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -271,6 +304,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(index: Path, shards: Iterable[Shard]) -> None:
+    """Raise InputError if an index and the headers of its shards list different tensors."""
     held = {shard.path.name: {t.name for t in shard.tensors} for shard in shards}
     weight_map = _weight_map(index)
     for tensor, file in weight_map.items():
@@ -288,6 +322,11 @@ def _check_index(index: Path, shards: Iterable[Shard]) -> None:
 
 
 def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
+    """Return tensor name -> (its shard, the tensor), of all shards.
+
+    Raises:
+        InputError: there are too many tensors, or two of the same name.
+    """
     tensors: dict[str, tuple[Shard, TensorInfo]] = {}
     for shard in shards:
         if len(tensors) + len(shard.tensors) > MAX_ALL_TENSORS:
@@ -308,14 +347,18 @@ def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
 def other_files(
     root: Path, shards: Iterable[Path], index: str | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(to copy, to leave) of everything beside the shards, relative to root, sorted.
+    """List the files of a model's directory beside its shards.
 
-    Left are also what is no regular file and links that lead out of the model.
+    Not copied are weights in other formats, the files of a repository, whatever is no regular
+    file, and links that lead out of the model.
+
+    Returns:
+        (files to copy, files not to copy), relative to root, sorted.
     """
     shards = tuple(shards)
     home = home_of(root, shards)
     modules = sentence_transformers_modules(root)
-    known = {index, *_OURS, *(path.name for path in shards)}
+    not_extra = {index, *_OURS, *(path.name for path in shards)}
     extra, left = [], []
     for directory, subdirectories, names in os.walk(root):
         links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
@@ -324,10 +367,10 @@ def other_files(
         for name in names:
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
-            if relative in known:
+            if relative in not_extra:
                 continue
-            wanted = name.endswith(".safetensors") and path.parent in modules
-            copied = is_regular(path) and (wanted or not is_weight_file(name))
+            of_module = name.endswith(".safetensors") and path.parent in modules
+            copied = is_regular(path) and (of_module or not is_weight_file(name))
             copied = copied and relative not in REPOSITORYS
             if not copied or (path.is_symlink() and leads_out(path, root, home)):
                 left.append(relative)
@@ -337,7 +380,11 @@ def other_files(
 
 
 def links_note(root: Path, left: Iterable[str]) -> list[str]:
-    """What to tell of links that are not copied, in a list that is empty where there are none."""
+    """Return a note about the links that are not copied, in a list; [] if there are none.
+
+    Args:
+        left: the files that are not copied, see `other_files`.
+    """
     links = [name for name in left if (root / name).is_symlink() and not is_weight_file(name)]
     return links and [
         "not copied are links that lead to something that is not the model's, which would be "
@@ -347,7 +394,10 @@ def links_note(root: Path, left: Iterable[str]) -> list[str]:
 
 
 def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
-    """What belongs to a model beside a single file; its directory may hold anything else too."""
+    """Return the files that belong to a model of a single file, relative to root, sorted.
+
+    They are recognised by their names, since the directory may hold anything else as well.
+    """
     home = home_of(root, files)
     names = (
         p.name
@@ -358,7 +408,10 @@ def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
 
 
 def sentence_transformers_modules(root: Path) -> set[Path]:
-    """Subdirectories that modules.json names: their small weights (2_Dense) belong to the model."""
+    """Return the subdirectories that the modules.json of sentence-transformers names.
+
+    Their small weights (as in 2_Dense) belong to the model.
+    """
     try:
         data, *_ = read_start(root / "modules.json", 1_000_000)
         # The file is a list.

@@ -1,5 +1,4 @@
-"""Whole reads and writes at a place in a file, whatever the kernel hands over at once; which file
-it is, and that it lies on the disk."""
+"""Basic file operations: complete reads and writes at an offset, a file's identity, syncing."""
 
 from __future__ import annotations
 
@@ -8,14 +7,21 @@ import os
 from pathlib import Path
 
 Identity = tuple[int, int, int, int, int]
-"""(device, inode, bytes, modified, changed), the times in nanoseconds: another one may be another
-file or other bytes, the same one is the same bytes (see `is_settled`)."""
+"""(device, inode, size in bytes, mtime, ctime) of a file, the times in nanoseconds.  If it is the
+same as before, so are the bytes (but see `is_settled`); if not, the bytes may be others."""
 
-_TICK = 2_000_000_000  # nanoseconds; no file system stamps its files more coarsely (FAT: 2 s)
+_TICK = 2_000_000_000  # nanoseconds: the coarsest clock of a file system's times (FAT has 2 s)
 
 
 def read_at(fd: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from `offset`; returns the bytes read, fewer only at the end of the file."""
+    """Fill `view` with the bytes of a file from `offset`.
+
+    Returns:
+        Bytes read, fewer than `view` holds only where the file ends.
+
+    Raises:
+        OSError: the disk failed.
+    """
     done = 0
     while done < view.nbytes:
         count = os.preadv(fd, [view[done:]], offset + done)
@@ -40,18 +46,23 @@ def write_at(fd: int, view: memoryview, offset: int) -> None:
 
 
 def identity_of(stat: os.stat_result) -> Identity:
-    """Which file this is, in which state."""
+    """Return the identity of a file: which one it is, and which state it is in."""
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def is_settled(identity: Identity, now: int) -> bool:
-    """Whether a change after `now` (nanoseconds) shows in the file's times: a second change within
-    one tick of the clock that stamps files would not."""
+    """Return whether a change of the file after `now` would change its identity.
+
+    A change within the same tick of the file system's clock as the last one would not.
+
+    Args:
+        now: the time in nanoseconds.
+    """
     return now - max(identity[3:]) > _TICK
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk.
+    """Wait until a file's bytes, or a directory's list of names, are on the disk.
 
     Raises:
         OSError: the disk failed.
@@ -66,5 +77,5 @@ def sync(path: Path) -> None:
 
 
 def name_of(path: Path) -> str:
-    """Return what a path is called, `.` and a link that leads nowhere included."""
+    """Return the last part of a path's absolute form, also of `.` and of a broken link."""
     return os.path.basename(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on loops

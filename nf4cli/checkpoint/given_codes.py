@@ -1,5 +1,7 @@
-"""Codes that were chosen elsewhere: by error feedback before a conversion, or in an output that is
-being proved."""
+"""4-bit codes that the conversion takes as they are, instead of choosing the nearest ones.
+
+A calibration with GPTQ leaves such codes in files; a proof takes them from the output.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,29 @@ if TYPE_CHECKING:
     from ..engines.protocol import F32, F64, U8
 
 PACKED = "packed:"
-"""What the keys of packed codes begin with in the files of a calibration."""
+"""Prefix of the keys of packed codes in the files of a calibration."""
 
 
 class CodeSource(Protocol):
-    """Packed codes by weight; from any thread."""
+    """Packed codes of some weights; the methods are thread-safe."""
 
     def read(self, name: str, start: int, count: int) -> U8 | None:
-        """Packed bytes [start, start + count) of a weight; None where its codes are the nearest.
+        """Return packed bytes [start, start + count) of a weight, uint8 [count].
+
+        Returns None for a weight without given codes; its codes are the nearest ones.
 
         Raises:
-            InputError: the file is shorter than it was.
+            InputError: the file has another size than before.
         """
         ...
 
 
-class _Placed:
-    """Codes that lie in files."""
+class _CodesInFiles:
+    """The `CodeSource` whose codes are tensors of safetensors files.
+
+    Args:
+        places: shard and tensor of the codes, by weight.
+    """
 
     def __init__(self, places: Mapping[str, tuple[Shard, TensorInfo]]) -> None:
         self._places = places
@@ -49,13 +57,13 @@ class _Placed:
 
 
 def calibrated(files: Iterable[Path]) -> CodeSource:
-    """Those that a calibration left in safetensors files.
+    """Return the codes that a calibration left in safetensors files.
 
     Raises:
         InputError: a file is damaged.
     """
     shards = [read_shard(path) for path in files]
-    return _Placed(
+    return _CodesInFiles(
         {
             tensor.name.removeprefix(PACKED): (shard, tensor)
             for shard in shards
@@ -66,23 +74,23 @@ def calibrated(files: Iterable[Path]) -> CodeSource:
 
 
 def written(weights: Mapping[str, PackedWeight]) -> CodeSource:
-    """Those of an output."""
-    return _Placed({name: weight.packed for name, weight in weights.items()})
+    """Return the codes of packed weights, which lie in an output."""
+    return _CodesInFiles({name: weight.packed for name, weight in weights.items()})
 
 
 def errors_of(
     codes: U8, values: U8, dtype: str, blocksize: int, quant_type: str, scales: F32, engine: Engine
 ) -> tuple[F64, float]:
-    """What these codes lose.
+    """Measure the errors of given codes.
 
     Args:
-        codes: packed, of n elements.
-        values: raw bytes of n elements of `dtype`, from the start of a granule on.
-        scales: float32 [ceil(n/blocksize)].
+        codes: packed codes of n elements, uint8 [(n+1)//2].
+        values: raw bytes of n elements of `dtype`, from the start of a granule.
+        scales: float32 [ceil(n/blocksize)], the scale of each block.
 
     Returns:
-        float64 [ceil(n/GRANULE), 2]: sum of squared error and largest error; and the largest root
-        mean square error of a block, in units of its scale.
+        (float64 [ceil(n/GRANULE), 2], for each granule the sum of the squared errors and the
+        largest error; the largest root mean square error of a block, in units of its scale).
     """
     itemsize = ITEMSIZE[dtype]
     n, rows, worst = values.nbytes // itemsize, [], 0.0
@@ -104,6 +112,7 @@ def errors_of(
 
 
 def _worst_block(squares: F32, scales: F32, blocksize: int) -> float:
+    """Return the largest root mean square of a block's errors, in units of its scale."""
     sums = np.add.reduceat(squares.astype(np.float64), np.arange(0, squares.size, blocksize))
     sizes = np.full(sums.size, blocksize)
     sizes[-1] = squares.size - blocksize * (sums.size - 1)

@@ -1,8 +1,9 @@
-"""How much each input column of each weight matters: a small file that can be kept and shared.
+"""Importance files: how much each input column of each weight matters for the model's output.
 
-A safetensors file: for each weight, under its name in the checkpoint, float32 [columns], the mean
-square of that input over the calibration text; in its metadata, under "nf4_importance", a JSON
-object that says where it comes from (docs/quality.md).
+An importance file is a small safetensors file that can be kept and shared.  For each weight, under
+its name in the checkpoint, it holds float32 [columns]: the mean square of the weight's input in
+that column, over the calibration text.  The metadata has a JSON object under "nf4_importance" that
+says how it was measured (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
     from ..engines.protocol import F32
 
 _KEY, _VERSION = "nf4_importance", 1
-_MOST_BYTES = 1_000_000_000  # a model of 671 B weights has 10 MB without its experts, 2 GB with
+_MOST_BYTES = 1_000_000_000  # a model of 671 B weights has 10 MB, or 2 GB with all its experts
 
 
 @dataclass(frozen=True, slots=True)
 class ImportanceFile:
-    """Attributes:
-    path: where it lies.
-    digest: BLAKE3 of its bytes.
-    columns: float32 [columns] by weight, finite and not negative.
-    about: what its metadata says: version, tokens, text, model.
+    """An importance file that was read and checked.
+
+    Attributes:
+        path: where it lies.
+        digest: BLAKE3 of its bytes.
+        columns: weight -> float32 [columns], finite and not negative.
+        about: the metadata: version, tokens, text, model.
     """
 
     path: Path
@@ -43,11 +46,11 @@ class ImportanceFile:
 
 
 def save(path: Path, columns: Mapping[str, F32], about: Mapping[str, Any]) -> None:
-    """Write a file; the same content gives the same bytes.
+    """Write an importance file; the same content gives the same bytes.
 
     Args:
-        columns: float32 [columns] by weight.
-        about: JSON values by name.
+        columns: weight -> float32 [columns].
+        about: the metadata, JSON values by name.
 
     Raises:
         OSError: the disk is full or fails.
@@ -60,10 +63,10 @@ def save(path: Path, columns: Mapping[str, F32], about: Mapping[str, Any]) -> No
 
 
 def load(path: Path) -> ImportanceFile:
-    """Read one and check all of it.
+    """Read an importance file and check every value.
 
     Raises:
-        InputError: it is none, is damaged, or of a newer version.
+        InputError: the file is no importance file, damaged, or of another version.
     """
     from safetensors import safe_open
 
@@ -77,11 +80,11 @@ def load(path: Path) -> ImportanceFile:
             f"{path} is no importance file: its header has no {_KEY!r}. Make one with nf4 quantize "
             "--calibration TEXT --save-importance FILE"
         )
-    said = parse_json(about.encode(), f"{_KEY} in {path}")
-    if said.get("version") != _VERSION:
+    metadata = parse_json(about.encode(), f"{_KEY} in {path}")
+    if metadata.get("version") != _VERSION:
         raise InputError(
-            f"{path} is an importance file of version {said.get('version')!r}; this version of nf4 "
-            f"reads {_VERSION}"
+            f"{path} is an importance file of version {metadata.get('version')!r}; this version of "
+            f"nf4 reads {_VERSION}"
         )
     columns = {}
     with ByteReader(path, shard.size) as reader:
@@ -98,4 +101,4 @@ def load(path: Path) -> ImportanceFile:
                     "it again"
                 )
             columns[tensor.name] = values
-    return ImportanceFile(path, digest_file(path, "blake3"), columns, said)
+    return ImportanceFile(path, digest_file(path, "blake3"), columns, metadata)

@@ -1,6 +1,6 @@
-"""The packed weights of a finished checkpoint, ours or anybody's: found, checked, decoded.
+"""Find, check and decode the packed weights of a 4-bit checkpoint, whichever program wrote it.
 
-What `dequantize`, `inspect` and `verify` have in common.
+`dequantize`, `inspect` and `verify` all read checkpoints through this module.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ from .types import Checkpoint, Shard, TensorInfo
 if TYPE_CHECKING:
     from ..engines.protocol import F32, U8, Engine
 
-_PIECE = 1 << 20  # bytes
 Placed = tuple[Shard, TensorInfo]
+"""A tensor and the file that it lies in."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """One packed weight with its companions, complete and of consistent sizes.
+    """A packed weight with all the tensors of its quantization state, of consistent sizes.
 
     Attributes:
         name: key of the packed tensor.
-        state: its parsed state.
-        packed, absmax: where they lie.
-        nested_absmax, nested_quant_map: None unless state.nested.
-        quant_map: the stored table.
+        state: its quantization state.
+        packed: the 4-bit codes, two in a byte.
+        absmax: the scales of the blocks: float32, or uint8 codes if `state.nested`.
+        quant_map: the 4-bit table, float32 [16].
+        state_blob: the JSON that `state` was parsed from.
+        nested_absmax: the scales of the absmax codes, float32; None unless `state.nested`.
+        nested_quant_map: the 8-bit map of the absmax codes, float32 [256]; None unless
+            `state.nested`.
     """
 
     name: str
@@ -51,21 +55,21 @@ class PackedWeight:
 
     @property
     def numel(self) -> int:
-        """Weights."""
+        """Number of elements."""
         return prod(self.state.shape)
 
     @property
     def blocks(self) -> int:
-        """Entries of the absmax vector."""
+        """Number of blocks, which is the length of the absmax vector."""
         return -(-self.numel // self.state.blocksize)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Number of bytes of all its tensors."""
         return sum(placed[1].nbytes for placed in self.parts())
 
     def parts(self) -> tuple[Placed, ...]:
-        """Every tensor that belongs to it, the packed one first."""
+        """Return all its tensors, the packed one first."""
         optional = (self.nested_absmax, self.nested_quant_map)
         return (
             self.packed, self.absmax, self.quant_map, self.state_blob,
@@ -76,7 +80,11 @@ class PackedWeight:
 def find_weights(
     checkpoint: Checkpoint, readers: ShardReaders
 ) -> tuple[dict[str, PackedWeight], list[tuple[str, str]]]:
-    """Every complete packed weight by name, and (name, what is wrong) of the others."""
+    """Find the packed weights of a checkpoint and check that they are complete.
+
+    Returns:
+        (name -> weight, of the complete ones; (name, what is wrong) of each of the others).
+    """
     weights: dict[str, PackedWeight] = {}
     problems: list[tuple[str, str]] = []
     quantized = bnb_format.find_quantized(checkpoint)
@@ -97,10 +105,10 @@ def find_weights(
 
 
 def load_weights(checkpoint: Checkpoint, readers: ShardReaders) -> dict[str, PackedWeight]:
-    """Every packed weight by name.
+    """Return name -> packed weight of a checkpoint.
 
     Raises:
-        InputError: one is incomplete or inconsistent, or there is none.
+        InputError: a weight is incomplete or inconsistent, or there is no packed weight.
     """
     weights, problems = find_weights(checkpoint, readers)
     if problems:
@@ -118,35 +126,41 @@ def load_weights(checkpoint: Checkpoint, readers: ShardReaders) -> dict[str, Pac
 
 
 def _weight(
-    checkpoint: Checkpoint, readers: ShardReaders, found: bnb_format.QuantizedWeight
+    checkpoint: Checkpoint, readers: ShardReaders, keys: bnb_format.QuantizedWeight
 ) -> PackedWeight:
-    blob = checkpoint.tensors[found.state_key]
-    state = bnb_format.decode_state(read_state(readers, blob), found.state_key)
-    if state.quant_type != found.quant_type:
+    """Return the packed weight with these keys.
+
+    Raises:
+        InputError: it is incomplete or inconsistent.
+    """
+    name = keys.name
+    blob = checkpoint.tensors[keys.state_key]
+    state = bnb_format.decode_state(read_state(readers, blob), keys.state_key)
+    if state.quant_type != keys.quant_type:
         raise InputError(
-            f"{found.state_key} says quant_type {state.quant_type!r}: expected {found.quant_type!r}"
+            f"{keys.state_key} says quant_type {state.quant_type!r}: expected {keys.quant_type!r}"
         )
-    if found.name not in checkpoint.tensors:
-        raise InputError(f"{found.name} is missing, though {found.state_key} is there")
-    storage = bnb_format.storage_of(checkpoint.tensors[found.name][1])
+    if name not in checkpoint.tensors:
+        raise InputError(f"{name} is missing, though {keys.state_key} is there")
+    packed = checkpoint.tensors[name][1]
+    storage = bnb_format.storage_of(packed)
     if storage is None:
         raise InputError(
-            f"{found.name} is stored as {checkpoint.tensors[found.name][1].dtype}: expected U8, or "
-            "a float dtype chosen as quant_storage"
+            f"{name} is stored as {packed.dtype}: expected U8, or a float dtype chosen as "
+            "quant_storage"
         )
-    expected = bnb_format.expected_tensors(found.name, state, storage)
-
-    packed = checkpoint.tensors[found.name][1]
-    if packed.nbytes != (prod(state.shape) + 1) // 2:
+    expected = bnb_format.expected_tensors(name, state, storage)
+    nbytes = (prod(state.shape) + 1) // 2
+    if packed.nbytes != nbytes:
         raise InputError(
-            f"{found.name} has {packed.nbytes:,} bytes: expected {(prod(state.shape) + 1) // 2:,} "
-            f"for a weight of shape {list(state.shape)}"
+            f"{name} has {packed.nbytes:,} bytes: expected {nbytes:,} for a weight of shape "
+            f"{list(state.shape)}"
         )
 
     def part(suffix: str) -> Placed:
-        key = found.name + suffix
+        key = name + suffix
         if key not in checkpoint.tensors:
-            raise InputError(f"{key} is missing: the state of {found.name} is incomplete")
+            raise InputError(f"{key} is missing: the state of {name} is incomplete")
         tensor = checkpoint.tensors[key][1]
         dtype, shape = expected[key]
         if tensor.dtype != dtype or tensor.numel != prod(shape):
@@ -157,7 +171,7 @@ def _weight(
         return checkpoint.tensors[key]
 
     return PackedWeight(
-        name=found.name,
+        name=name,
         state=state,
         packed=part(""),
         absmax=part(bnb_format.ABSMAX),
@@ -169,10 +183,10 @@ def _weight(
 
 
 def read_state(readers: ShardReaders, placed: Placed) -> bytes:
-    """The bytes of a quant_state blob.
+    """Read the bytes of a quant_state.
 
     Raises:
-        InputError: it is larger than any can be.
+        InputError: it is larger than any quant_state, or its file ends too early.
     """
     shard, tensor = placed
     if tensor.nbytes > bnb_format.MAX_STATE:
@@ -184,20 +198,30 @@ def read_state(readers: ShardReaders, placed: Placed) -> bytes:
 
 
 def has_chosen_scales(weight: PackedWeight) -> bool:
-    """Whether its scales are no largest magnitudes: with double quantization their mean, which is
-    positive, would be taken from them first."""
+    """Return whether a search chose the scales, judged by an offset of 0 in double quantization.
+
+    Scales that are largest magnitudes have a positive mean, which becomes the offset.  Without
+    double quantization the scales do not show how they were chosen: the result is False.
+    """
     return weight.state.nested and weight.state.nested_offset == 0.0
 
 
 class PackedReader:
-    """Reads parts of packed weights; every method is thread-safe."""
+    """Reads and decodes parts of packed weights; every method is thread-safe.
+
+    All methods raise InputError if a file ends too early.
+
+    Args:
+        readers: the open files of the checkpoint.
+        engine: decodes the weights.
+    """
 
     def __init__(self, readers: ShardReaders, engine: Engine) -> None:
         self._readers = readers
         self._engine = engine
 
     def read(self, placed: Placed, start: int, count: int) -> U8:
-        """`count` bytes from byte `start` of a tensor."""
+        """Return `count` bytes from byte `start` of a tensor, uint8 [count]."""
         shard, tensor = placed
         return self._readers[shard].read(tensor.start + start, count)
 
@@ -207,18 +231,18 @@ class PackedReader:
         self._readers[shard].read_into(data, tensor.start + start)
 
     def floats(self, placed: Placed) -> F32:
-        """A whole (small) float32 tensor."""
+        """Return a whole float32 tensor, which should be small, flattened."""
         return self.read(placed, 0, placed[1].nbytes).view(np.float32)
 
     def absmax(self, weight: PackedWeight, first: int, count: int) -> F32:
-        """Decoded absmax of blocks [first, first + count)."""
+        """Return the decoded absmax of blocks [first, first + count), float32 [count]."""
         stored = self._stored_absmax(weight, first, count)
         if isinstance(stored, NestedAbsmax):
             return self._engine.nested_dequantize(stored)
         return stored
 
     def _stored_absmax(self, weight: PackedWeight, first: int, count: int) -> F32 | NestedAbsmax:
-        """The same as it is stored."""
+        """Return the absmax of blocks [first, first + count) as it is stored."""
         if weight.nested_absmax is None or weight.nested_quant_map is None:
             return self.read(weight.absmax, 4 * first, 4 * count).view(np.float32)
         run = weight.state.nested_blocksize
@@ -235,11 +259,11 @@ class PackedReader:
         )
 
     def packed(self, weight: PackedWeight, start: int, count: int) -> U8:
-        """The bytes of elements [start, start + count); start is even."""
+        """Return the packed bytes of elements [start, start + count); start must be even."""
         return self.read(weight.packed, start // 2, (count + 1) // 2)
 
     def require_standard_table(self, weight: PackedWeight) -> None:
-        """Raises InputError when the stored quant_map is not the one the codes decode with."""
+        """Raise InputError if the stored quant_map is not the table of the weight's quant_type."""
         table = codebook(weight.state.quant_type).decode
         if not np.array_equal(self.floats(weight.quant_map), table):
             raise InputError(
@@ -251,11 +275,15 @@ class PackedReader:
         self, weight: PackedWeight, start: int, count: int, dtype: str,
         packed: U8 | None = None, out: U8 | None = None,
     ) -> U8:  # fmt: skip
-        """Elements [start, start + count) as raw bytes of `dtype`; start is a block's first.
+        """Decode elements [start, start + count), where `start` is the first one of a block.
 
         Args:
-            packed, out: buffers for the packed and the decoded bytes, at least as large, to be
-                used again (`Engine.buffer`); None for new ones.
+            dtype: of the result, a safetensors name.
+            packed, out: buffers for the packed and the decoded bytes, at least that large, which
+                may be used again (see `Engine.buffer`); None for new ones.
+
+        Returns:
+            Raw bytes of `dtype`, uint8; a part of `out` if that was given.
 
         Raises:
             InputError: a scale is too large for `dtype`.
@@ -279,7 +307,7 @@ class PackedReader:
         return out
 
     def _overflows(self, absmax: F32 | NestedAbsmax) -> bool:
-        """Whether a scale is too large for float16."""
+        """Return whether a scale is too large for float16."""
         largest = float(np.finfo(np.float16).max)
         if isinstance(absmax, NestedAbsmax):
             bound = np.abs(absmax.map).max() * np.abs(absmax.absmax).max() + abs(absmax.offset)
@@ -290,10 +318,10 @@ class PackedReader:
 
 
 def standard_nested_map(values: F32) -> bool:
-    """Whether a stored nested_quant_map is bitsandbytes' own."""
+    """Return whether a stored nested_quant_map is the map that bitsandbytes writes."""
     return bool(np.array_equal(values, nested_map()))
 
 
 def by_shard(weights: Mapping[str, PackedWeight]) -> list[PackedWeight]:
-    """In the order of their packed bytes on the disk."""
+    """Return the weights in the order of their packed bytes: by file name, then by offset."""
     return sorted(weights.values(), key=lambda w: (w.packed[0].path.name, w.packed[1].start))

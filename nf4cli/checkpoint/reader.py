@@ -1,8 +1,8 @@
-"""Reading safetensors: headers through the safetensors library, bytes through pread.
+"""Read safetensors files: headers through the safetensors library, tensor bytes through pread.
 
-The library validates the header (size cap, JSON, overlaps, holes, file length), and tells names,
-dtypes and shapes.  It does not tell where a tensor lies, but the format allows no holes: in
-offset order the byte ranges follow from the header's length and the sizes.
+The library validates the header (its size, the JSON, overlaps, gaps, the length of the file) and
+gives names, dtypes and shapes.  It does not give the place of a tensor.  But the format allows no
+gaps, so the places follow from the length of the header and the sizes in offset order.
 """
 
 from __future__ import annotations
@@ -25,26 +25,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LFS_MAGIC = b"version https://git-lfs"
+_NEITHER_QUOTE_NOR_BRACE = bytes(set(range(256)) - set(b'"{'))
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and validate the header of one file; no tensor byte is touched.
+    """Read and validate the header of a file, but no tensor.
 
     Raises:
-        InputError: it is not a complete, valid safetensors file of dtypes we can copy.
+        InputError: the file is not a complete, valid safetensors file, or has a dtype that nf4
+            cannot copy.
     """
     from safetensors import SafetensorError, safe_open
 
-    head, size, identity = untrusted.read_start(path, len(_LFS_MAGIC))
-    if head == _LFS_MAGIC:
-        raise InputError(
-            f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
-            "'git lfs pull' in its repository, or download the file again"
-        )
-    length = int.from_bytes(head[:8], "little")
-    _refuse_absurd_length(path, min(length, size - 8))
-    header = untrusted.read_start(path, 8 + length)[0][8:] if length < size else b""
-    _refuse_absurd(path, header)
+    header, length, size, identity = _read_header(path)
     try:
         with safe_open(path, "numpy") as file:
             entries = []
@@ -75,13 +68,54 @@ def read_shard(path: Path) -> Shard:
             f"{path}: the header describes {offset:,} bytes but the file has {size:,}. "
             "Download or save it again"
         )
-    # The library leaves the order of empty tensors at one offset to chance.
+    # The library gives empty tensors at the same offset in any order.
     tensors.sort(key=lambda t: (t.start, t.stop, t.name))
     return Shard(path, size, data_start, tuple(tensors), identity)
 
 
+def count_tensors(path: Path) -> int:
+    """Return the number of tensors in a file, without parsing its header.
+
+    Each tensor has one opening brace in the header, apart from braces within strings.  The header
+    is not validated further, which is left to `read_shard`.
+
+    Raises:
+        InputError: the file is a Git LFS pointer, or its header is too large.
+    """
+    header, *_ = _read_header(path)
+    not_tensors = 1 + (b'"__metadata__"' in header)  # the whole header, and its metadata
+    unescaped = header.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes_and_braces = unescaped.translate(None, _NEITHER_QUOTE_NOR_BRACE)
+    # Two quotes in a row can go: what lies within a string, and what outside, stays the same.
+    outside_strings = quotes_and_braces.replace(b'""', b"").split(b'"')[::2]
+    return max(0, sum(part.count(b"{") for part in outside_strings) - not_tensors)
+
+
+def _read_header(path: Path) -> tuple[bytes, int, int, Identity]:
+    """Read the header of a file, if its size is plausible.
+
+    Returns:
+        (the header's JSON, b"" if the file ends before it does; the length of the header and the
+        size of the file, in bytes; the identity of the file).
+
+    Raises:
+        InputError: the file is a Git LFS pointer, or the header is too large.
+    """
+    head, size, identity = untrusted.read_start(path, len(_LFS_MAGIC))
+    if head == _LFS_MAGIC:
+        raise InputError(
+            f"{path} is a Git LFS pointer ({size} bytes), not the file itself: run "
+            "'git lfs pull' in its repository, or download the file again"
+        )
+    length = int.from_bytes(head[:8], "little")
+    _refuse_absurd_length(path, min(length, size - 8))
+    header = untrusted.read_start(path, 8 + length)[0][8:] if length < size else b""
+    _refuse_absurd(path, header)
+    return header, length, size, identity
+
+
 def _refuse_absurd_length(path: Path, length: int) -> None:
-    """Raises InputError for more bytes of a header than we would read."""
+    """Raise InputError if a header is longer than any that we would read."""
     if length > untrusted.MAX_HEADER:
         raise InputError(
             f"{path} has a header of {length:,} bytes, expected at most {untrusted.MAX_HEADER:,}: "
@@ -90,7 +124,7 @@ def _refuse_absurd_length(path: Path, length: int) -> None:
 
 
 def _refuse_absurd(path: Path, header: bytes) -> None:
-    """Raises InputError for a header that would cost the library, or us, much memory."""
+    """Raise InputError if a header would cost the library, or us, much memory."""
     # Every tensor has a brace of its own and every dimension a comma.
     if header.count(b"{") > untrusted.MAX_TENSORS + 2 or (
         header.count(b",") > untrusted.MAX_TENSORS * untrusted.MAX_DIMENSIONS
@@ -102,14 +136,14 @@ def _refuse_absurd(path: Path, header: bytes) -> None:
 
 
 def _refuse_names(path: Path, names: list[str], header: bytes) -> None:
-    """Raises InputError for names that are absurdly long, or that the header has twice."""
+    """Raise InputError if a name is absurdly long, or the header lists one twice."""
     long = next((name for name in names if len(name) > untrusted.MAX_NAME), None)
     if long is not None:
         raise InputError(
             f"{path} has a tensor with a name of {len(long):,} characters ({long[:60]!r}...), "
             f"expected at most {untrusted.MAX_NAME:,}"
         )
-    # The library keeps one of two equal keys; only then can there be more braces than tensors.
+    # The library drops one of two equal keys, so the header then has more braces than tensors.
     if header.count(b"{") > len(names) + 1:
         listed = json.loads(header, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
         twice = next((k for k, count in Counter(listed).items() if count > 1), None)
@@ -121,15 +155,15 @@ def _refuse_names(path: Path, names: list[str], header: bytes) -> None:
 
 
 class ByteReader:
-    """Positioned reads from one file; safe to share between threads.
+    """Reads bytes of a file at any offset; several threads may share it.
 
     Args:
         path: the file.
-        expected_size: bytes it must have (it is checked when it is opened).
-        fd: the file, where it is open already; it stays so when this is closed.
+        expected_size: the size of the file in bytes, which is checked when it is opened.
+        fd: a descriptor of the file if it is open already; `close` leaves it open.
 
     Raises:
-        InputError: the file has another size by now.
+        InputError: the file has another size, or is no regular file any more.
     """
 
     def __init__(self, path: Path, expected_size: int, fd: int | None = None) -> None:
@@ -145,11 +179,14 @@ class ByteReader:
             )
 
     def identity(self) -> Identity:
-        """Which file is open, in which state, now."""
+        """Return the present identity of the open file."""
         return identity_of(os.fstat(self._fd))
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> None:
-        """Fill `buffer` (contiguous bytes) from `offset` in the file.
+        """Fill `buffer` with the bytes of the file from `offset`.
+
+        Args:
+            buffer: uint8, contiguous.
 
         Raises:
             InputError: the file ends before the buffer is full.
@@ -159,7 +196,11 @@ class ByteReader:
             self._truncated(offset + count)
 
     def read_rows(self, block: NDArray[np.uint8], offset: int, stride: int) -> None:
-        """Fill `block` [rows, width] with runs of bytes that lie `stride` apart from `offset` on.
+        """Fill the rows of `block` with bytes of the file; row i begins at offset + i * stride.
+
+        Args:
+            block: uint8 [rows, width].
+            offset, stride: bytes.
 
         Raises:
             InputError: the file ends before the block is full.
@@ -169,21 +210,26 @@ class ByteReader:
         try:
             count = cpu.read_rows(self._fd, block, offset, stride)
         except MachineError:  # the torch engine runs without the compiled library
-            for row, run in enumerate(block):
-                self.read_into(run, offset + row * stride)
+            for number, row in enumerate(block):
+                self.read_into(row, offset + number * stride)
             return
         if count < block.nbytes:
             rows, rest = divmod(count, block.shape[1])
             self._truncated(offset + rows * stride + rest)
 
     def _truncated(self, place: int) -> None:
+        """Raise the InputError for a file that ends at byte `place`."""
         raise InputError(
             f"{self.path} ended at byte {place:,} while it was being read: "
             "it was truncated by another process"
         )
 
     def read(self, offset: int, count: int) -> NDArray[np.uint8]:
-        """`count` bytes from `offset`, in a new array."""
+        """Return `count` bytes from `offset` in a new array, uint8 [count].
+
+        Raises:
+            InputError: the file ends too early.
+        """
         import numpy as np
 
         buffer = np.empty(count, np.uint8)
@@ -203,7 +249,7 @@ class ByteReader:
 
 
 class ShardReaders:
-    """The open files of a checkpoint; safe to share between threads.
+    """The open files of a checkpoint, by shard; several threads may share them.
 
     Raises:
         InputError: a file changed in size since its header was read.
@@ -222,6 +268,7 @@ class ShardReaders:
         return self._readers[shard.path]
 
     def close(self) -> None:
+        """Close all files."""
         for reader in self._readers.values():
             reader.close()
 
@@ -233,37 +280,43 @@ class ShardReaders:
 
 
 class ShardSource(Protocol):
-    """Where a conversion has its source files from; used from any thread."""
+    """Opens the source files of a conversion, wherever they come from; used from any thread."""
 
     def open(self, shard: Shard) -> ByteReader:
-        """Called once a file, in the order of the checkpoint's; may wait until the file is here.
+        """Open a file, and wait until it is on the disk if it comes from a Hub.
+
+        Called once for each file, in the order of the checkpoint's shards.
 
         Raises:
-            InputError: it is not the file whose header was read.
+            InputError: the file is not the one whose header was read.
         """
         ...
 
     def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
-        """All bytes of a small tensor, whether its file is open or not."""
+        """Return all bytes of a small tensor, uint8, whether its file is open or not."""
         ...
 
     def close(self, shard: Shard) -> None:
-        """Nothing more is read of this file."""
+        """Close a file, of which nothing more will be read."""
         ...
 
     def abort(self) -> None:
-        """The run has failed: let go of every thread that waits in `open`."""
+        """Release every thread that waits in `open`, because the run has failed."""
         ...
 
 
 class LocalShards:
-    """Source files that lie on the disk, each open only while it is read."""
+    """The `ShardSource` for files on the disk, each of which is open only while it is read."""
 
     def __init__(self) -> None:
         self._readers: dict[Path, ByteReader] = {}
 
     def open(self, shard: Shard) -> ByteReader:
-        """Raises InputError when it is not the file whose header was read."""
+        """Open a file.
+
+        Raises:
+            InputError: the file is not the one whose header was read.
+        """
         reader = ByteReader(shard.path, shard.size)
         if reader.identity() != shard.identity and read_shard(shard.path).tensors != shard.tensors:
             reader.close()
@@ -275,15 +328,16 @@ class LocalShards:
         return reader
 
     def read_tensor(self, shard: Shard, tensor: TensorInfo) -> NDArray[np.uint8]:
-        """All bytes of a small tensor."""
+        """Return all bytes of a small tensor, uint8."""
         with ByteReader(shard.path, shard.size) as reader:
             return reader.read(tensor.start, tensor.nbytes)
 
     def close(self, shard: Shard) -> None:
+        """Close a file."""
         self._readers.pop(shard.path).close()
 
     def abort(self) -> None:
-        """Nobody waits."""
+        """Do nothing, since no thread ever waits."""
 
     def __enter__(self) -> LocalShards:
         return self

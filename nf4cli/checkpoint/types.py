@@ -1,4 +1,4 @@
-"""The parts of a checkpoint: tensors, shards, weights, where they come from."""
+"""The dataclasses that describe a checkpoint: tensors, shards, weights, their origin."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from ..format.dtypes import ITEMSIZE
 from .file_io import Identity
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
+"""What the names of weight files begin with: for transformers, and for diffusers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file, from its header.
+    """One tensor of a safetensors file, as the header describes it.
 
     Attributes:
-        name: the key in the file.
+        name: its key in the file.
         dtype: safetensors name ("BF16").
-        shape: elements a dimension.
-        start: offset of its first byte from the start of the FILE.
+        shape: elements in each dimension.
+        start: offset in bytes of its first byte from the start of the FILE, not of the data.
     """
 
     name: str
@@ -32,28 +33,28 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Number of bytes."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def stop(self) -> int:
-        """Offset in the file of the byte behind its last."""
+        """Offset in the file of the byte behind its last one."""
         return self.start + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A matrix inside a stored tensor, in elements.
+    """A matrix inside a stored tensor; all numbers are elements.
 
     Attributes:
-        start: the first element, counted from the stored tensor's first.
-        rows, columns: as they lie in the file.
-        stride: from one row to the next.
+        start: index of its first element in the flattened stored tensor.
+        rows, columns: its size as it lies in the file.
+        stride: elements from the start of one row to the start of the next.
     """
 
     start: int
@@ -68,10 +69,10 @@ class Shard:
 
     Attributes:
         path: where it lies.
-        size: bytes in the file.
-        data_start: offset of the first tensor byte (8 + header length).
-        tensors: in offset order, no holes between them.
-        identity: which file it was, in which state, when its header was read.
+        size: bytes of the file.
+        data_start: offset of the first tensor byte (8 + length of the header).
+        tensors: its tensors in offset order, without holes between them.
+        identity: which file it was, and in which state, when its header was read.
     """
 
     path: Path
@@ -83,11 +84,11 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The factors of a float8 weight.
+    """The scales of a float8 weight, which its stored values are multiplied by.
 
     Attributes:
-        shard, tensor: where they lie.
-        block: (rows, columns) of the weight that share one factor.
+        shard, tensor: where the scales lie.
+        block: (rows, columns) of the weight's elements that share one scale.
     """
 
     shard: Shard
@@ -100,12 +101,13 @@ class Weight:
     """A tensor as the model holds it, and the stored bytes that it is made from.
 
     Attributes:
-        name: the key a loader looks for.
-        dtype: of its values: the stored dtype, or the one that float8 decodes to.
-        shape: as the model holds it, or as it is stored where `view` is None.
-        shard, stored: the tensor in the file; several weights may share one.
-        view: the part of `stored` that it is, transposed; None for all of it, as it lies.
-        scale: of a float8 weight.
+        name: the key that a loader looks for.
+        dtype: safetensors dtype of its values: the stored one, or what float8 decodes to.
+        shape: its shape in the model, which without `view` is also the stored shape.
+        shard, stored: the stored tensor and its file; several weights may share them.
+        view: the part of `stored` that is transposed to give this weight; None if the weight is the
+            whole stored tensor as it lies.
+        scale: the scales of a float8 weight, else None.
     """
 
     name: str
@@ -118,18 +120,19 @@ class Weight:
 
 
 def is_diffusers_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a diffusers component."""
+    """Return whether a config.json belongs to a component of a diffusers pipeline."""
     return "_class_name" in config and "model_type" not in config
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The commit of a model on a Hub, whose bytes never change.
+    """The commit on a Hub that a model comes from; the bytes of a commit never change.
 
     Attributes:
-        repo: `org/name`.
+        repo: name of the repository, `org/name`.
         commit: 40 hexadecimal digits.
-        sha256: of the weight files by name, as the Hub states it; without those that lie in git.
+        sha256: name of a weight file -> SHA-256, as the Hub states it.  Small files that the
+            repository holds in git itself are missing, since the Hub states none for them.
     """
 
     repo: str
@@ -139,19 +142,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory (or one file) of safetensors shards with what lies beside them.
+    """A model's directory of safetensors files, or a single such file, and the files beside it.
 
     Attributes:
-        root: the directory (the file's directory for a single file).
-        name: what the user would call it: the directory's or the file's stem.
-        shards: in the order of their names.
-        tensors: every tensor by name, with its shard.
-        config: config.json, {} where there is none.
-        is_file: the user named one file, whose directory may hold anything.
-        extra_files: other files worth copying, relative to root, sorted.
-        left_files: files that are NOT copied (other weight formats), relative, sorted.
-        origin: of a model that comes from a Hub; its shards then need not be on the disk, nor
-            stay there.
+        root: the directory; for a single file, the directory that it lies in.
+        name: name of the directory, or of the file without its suffix.
+        shards: the safetensors files, in the order of their names.
+        tensors: name -> (its shard, the tensor), of all shards.
+        config: config.json, {} if there is none.
+        is_file: whether the user named a single file, whose directory may hold anything else.
+        extra_files: other files that an output copies, relative to root, sorted.
+        left_files: files that an output does not copy (such as other weight formats), relative to
+            root, sorted.
+        origin: where a model of a Hub comes from, else None.  The shards of such a model need not
+            be on the disk yet, or any more.
     """
 
     root: Path
@@ -166,22 +170,24 @@ class Checkpoint:
 
     @property
     def is_diffusers(self) -> bool:
-        """Whether it is a component of a diffusers pipeline: other names, another loader."""
+        """Whether it is a component of a diffusers pipeline, with other file names and loaders."""
         if self.config:
             return is_diffusers_config(self.config)
         return self.shards[0].path.name.startswith(DIFFUSERS_STEM)
 
     @property
     def stem(self) -> str:
-        """What the names of its weight files begin with, as its loader expects them."""
+        """What the names of its weight files begin with, as its loader expects."""
         return DIFFUSERS_STEM if self.is_diffusers else MODEL_STEM
 
 
 @dataclass(frozen=True, slots=True)
 class FileDigests:
-    """Attributes:
-    digest: of the whole file, in the run's algorithm.
-    tensors: XXH3-128 of each tensor in it, by name.
+    """The digests of a safetensors file.
+
+    Attributes:
+        digest: digest of the whole file, in the algorithm of the run.
+        tensors: name -> XXH3-128 of each tensor in the file.
     """
 
     digest: str

@@ -1,7 +1,7 @@
-"""The one way in for what others wrote: files, names and JSON, bounded before they are read.
+"""Read what others wrote: files, names and JSON, with limits that a hostile file cannot pass.
 
-Every limit lies far above what any published model has (the numbers are beside each) and far
-below what hurts: a hostile file costs its reader a bounded amount of memory, and nothing waits.
+Every limit is far above what published models need (the numbers are beside each), and low enough
+that a hostile file costs a bounded amount of memory.  Reading never blocks, not even on a FIFO.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from ..errors import InputError
 from .file_io import Identity, identity_of
 
 MAX_HEADER = 32_000_000
-"""Bytes of a safetensors header; those of published files are below 4 MB."""
+"""Bytes of a safetensors header; those of published files have less than 4 MB."""
 MAX_TENSORS = 100_000
-"""Tensors in one file; published files have a few thousand.  The writer cuts files here as well."""
+"""Tensors in one file; published files have a few thousand.  The writer keeps to it as well."""
 MAX_ALL_TENSORS = 1_000_000
-"""Tensors in all files of a checkpoint; the largest mixtures have 140,000, packed 420,000."""
+"""Tensors in all files of a checkpoint; the largest mixtures of experts have 140,000, packed
+420,000."""
 MAX_NAME = 1_000
 """Characters of a tensor's name; published ones have up to about 150."""
 MAX_DIMENSIONS = 20
-"""Of a tensor, on average over a file; published ones have up to 5."""
-_MAX_DEPTH = 64  # levels of JSON; the deepest config.json of transformers has 6
+"""Dimensions of a tensor, on average over a file; published ones have up to 5."""
+_MAX_DEPTH = 64  # levels of nested JSON; the deepest config.json of transformers has 6
 
 
 @dataclass(frozen=True, slots=True)
 class JsonLimits:
-    """Attributes:
-    nbytes: of the file.
-    values: separators and brackets in it, about what it holds values.
+    """Limits of a JSON file.
+
+    Attributes:
+        nbytes: bytes of the file.
+        values: commas, opening brackets and braces in it, about as many as it has values.
     """
 
     nbytes: int
@@ -44,13 +47,13 @@ class JsonLimits:
 
 
 SIDE_FILE = JsonLimits(16_000_000, 500_000)
-"""config.json and its like; published ones are below 1 MB."""
+"""Limits of config.json and similar files; published ones are below 1 MB."""
 INDEX = JsonLimits(64_000_000, MAX_ALL_TENSORS)
-"""An index of the largest packed mixtures has 57 MB."""
+"""Limits of an index; that of the largest packed mixtures of experts has 57 MB."""
 RECORD = JsonLimits(500_000_000, 8_000_000)
-"""A manifest: about 35 values and 1,200 bytes a weight."""
+"""Limits of a manifest, which has about 35 values and 1,200 bytes for each weight."""
 
-# What opening a path that others chose can meet; anything else is the machine's affair.
+# The errors of opening a file that are the input's fault; all others are the machine's.
 _THEIR_ERRORS = {
     errno.ENOENT: "it does not exist",
     errno.ENOTDIR: "it does not exist",
@@ -65,11 +68,13 @@ _THEIR_ERRORS = {
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading; never waits (a FIFO would, for a writer).
+    """Open a regular file for reading and return its descriptor.
+
+    Opening never blocks; a plain open of a FIFO would wait for a writer.
 
     Raises:
-        InputError: there is none: nothing, a directory, a device, a FIFO, a loop of links.
-        OSError: there is, and the machine or its permissions do not let us read it.
+        InputError: the path leads to nothing, a directory, a device, a FIFO or a loop of links.
+        OSError: the file exists, but the machine or its permissions do not let us read it.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -88,7 +93,7 @@ def open_regular(path: Path) -> int:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a path leads to a regular file; False for whatever cannot even be looked at."""
+    """Return whether a path leads to a regular file; False if that cannot be found out."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -96,7 +101,13 @@ def is_regular(path: Path) -> bool:
 
 
 def read_start(path: Path, most: int) -> tuple[bytes, int, Identity]:
-    """(the first bytes of a regular file, at most `most`; its size; which file it is).
+    """Read the start of a regular file.
+
+    Args:
+        most: bytes to read at most.
+
+    Returns:
+        (the bytes, the size of the file in bytes, its identity).
 
     Raises:
         InputError, OSError: see `open_regular`.
@@ -107,31 +118,38 @@ def read_start(path: Path, most: int) -> tuple[bytes, int, Identity]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name that a file gives us is that of something directly beside it."""
+    """Return whether a name is that of an entry of a directory, and so cannot lead out of it."""
     return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
 
 
 def home_of(root: Path, shards: Iterable[Path] = ()) -> frozenset[Path]:
-    """The real directories that a model is made of.
+    """Return the real directories whose files may belong to a model.
 
-    Its own; where its weights really lie, as somebody may link them together; and the blobs of the
-    Hub's cache, whose snapshots are links to ../../blobs.  A link to anywhere else would publish a
-    file of this machine together with the model.
+    They are the model's own directory; the directories of its weight files, which may be links; and
+    the `blobs` of a Hub's cache, since a snapshot there consists of links to ../../blobs.  A link
+    to any other place could publish a private file of this machine together with the model.
 
     Args:
-        root: the model's directory, or the pipeline's component's.
+        root: directory of the model, or of a component of a pipeline.
         shards: its weight files.
+
+    Raises:
+        OSError, RuntimeError: a path is a loop of links.
     """
     home = root.resolve()
-    found = {home, *(path.resolve().parent for path in shards)}
+    directories = {home, *(path.resolve().parent for path in shards)}
     for place in (home, *home.parents):
         if place.parent.name == "snapshots":
-            found.add(place.parent.parent / "blobs")
-    return frozenset(found)
+            directories.add(place.parent.parent / "blobs")
+    return frozenset(directories)
 
 
 def leads_out(path: Path, root: Path, home: frozenset[Path]) -> bool:
-    """Whether a file of a model is a link to something that is not the model's, see `home_of`."""
+    """Return whether a file of a model is a link to a file that is not part of the model.
+
+    Args:
+        home: the directories that `home_of` returns.
+    """
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError):
@@ -143,10 +161,12 @@ def leads_out(path: Path, root: Path, home: frozenset[Path]) -> bool:
 
 
 def read_json(path: Path, limits: JsonLimits = SIDE_FILE) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        InputError: not a regular file, too large, or see `parse_json`.
+        InputError: the path leads to no regular file, the file is too large, or its content is
+            rejected by `parse_json`.
+        OSError: see `open_regular`.
     """
     data, *_ = read_start(path, limits.nbytes + 1)
     if len(data) > limits.nbytes:
@@ -155,14 +175,15 @@ def read_json(path: Path, limits: JsonLimits = SIDE_FILE) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str, limits: JsonLimits = SIDE_FILE) -> dict[str, Any]:
-    """A JSON object from bytes.
+    """Parse a JSON object.
 
     Args:
-        where: what to call it in a message.
+        data: the text in UTF-8.
+        where: the name of the text for messages.
 
     Raises:
-        InputError: not UTF-8, not JSON, too many values, nested too deep, not an object, or a key
-            of it has two different values.
+        InputError: the text is not UTF-8, not JSON, or not an object; it has too many values, is
+            nested too deep, or gives a key two different values.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > limits.values:
         raise InputError(f"{where} holds more than {limits.values:,} values: this is no such file")
@@ -180,16 +201,21 @@ def parse_json(data: bytes, where: str, limits: JsonLimits = SIDE_FILE) -> dict[
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Parsers differ in which of two equal keys they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return the pairs of a JSON object as a dict.
+
+    Raises:
+        ValueError: a key has two different values; parsers differ in which of them they take.
+    """
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         for key, value in pairs:
-            if found[key] != value:
+            if fields[key] != value:
                 raise ValueError(f"the key {key[:100]!r} has two different values")
-    return found
+    return fields
 
 
 def _is_deeper(value: Any, most: int) -> bool:
+    """Return whether a JSON value has more than `most` levels of objects and lists."""
     level = [value]
     for _ in range(most):
         level = [
@@ -208,8 +234,11 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal or a log: what would move the cursor, colour, hide, turn the direction
-    of writing or begin a line of its own is shown as an escape."""
+    """Return text that is safe to show in a terminal or a log.
+
+    Escapes replace the characters that would move the cursor, change colours or the direction of
+    writing, hide text, or begin a new line.
+    """
     if text.isascii() and text.isprintable():
         return text
     return "".join(

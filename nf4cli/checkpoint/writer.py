@@ -1,8 +1,8 @@
-"""Writing safetensors in any order: a planned header, a file of its final size, pwrite.
+"""Write safetensors files whose bytes arrive in any order: the header is planned before the data.
 
-The safetensors library writes whole tensors from memory; a stream needs the header first and the
-bytes as they come.  So the header is encoded here, and every finished file is opened by the
-library once as a check.
+The safetensors library writes whole tensors from memory.  A stream needs the header first, then a
+file of its final size that is filled with pwrite.  So the header is encoded here, and the library
+opens every finished file once as a check.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Item = TypeVar("Item")
-_HEADER_ROOM = MAX_HEADER - 1000
+_HEADER_ROOM = MAX_HEADER - 1000  # bytes for the tensors' entries in a header
 _PIECE = 1 << 20  # bytes read back at a time
-_ALIGNMENT = 8  # bytes; as the safetensors library pads its own headers
+_ALIGNMENT = 8  # bytes: the safetensors library pads headers to a multiple of it, too
 
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """The complete header of a file that is not written yet.
+    """The complete header of a file that is not written yet, and the places of its tensors.
 
     Attributes:
-        filename: in the output directory.
-        header: the first bytes of the file, length word included.
-        tensors: by key, in offset order, with the offset in the file of each.
+        filename: name in the output directory.
+        header: the first bytes of the file, including the length of the header.
+        tensors: key -> tensor with its offset in the file, in offset order.
         size: bytes of the whole file.
         streamed: keys of the tensors that lie first in the file and are written from front to
-            back; what follows them is small and comes in any order.
+            back.  The tensors behind them are small and are written in any order.
     """
 
     filename: str
@@ -63,51 +63,59 @@ Entry = tuple[str, str, tuple[int, ...]]
 def fill_shards(
     items: Iterable[Item], entries: Callable[[Item], Sequence[Entry]], max_shard_size: int
 ) -> list[list[Item]]:
-    """Items in order, cut into files of at most `max_shard_size` bytes of tensors; a larger item
-    gets a file of its own.  A file gets no more tensors, and no longer a header, than readers
-    take (`untrusted`).
+    """Distribute items over files, in order.
+
+    A file gets at most `max_shard_size` bytes of tensors; a larger item gets a file of its own.
+    The number of tensors and the length of the header also stay within what readers accept (see
+    untrusted.py).
 
     Args:
-        entries: what is written for an item, which stays in one file.
+        entries: returns the tensors of an item, which all go into the same file.
+
+    Returns:
+        The items of each file.
     """
     files: list[list[Item]] = [[]]
     filled = tensors = header = 0
     for item in items:
-        found = entries(item)
-        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in found)
-        room = sum(map(_header_room, found))
+        of_item = entries(item)
+        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in of_item)
+        room = sum(map(_header_room, of_item))
         if files[-1] and (
             filled + nbytes > max_shard_size
-            or tensors + len(found) > MAX_TENSORS
+            or tensors + len(of_item) > MAX_TENSORS
             or header + room > _HEADER_ROOM
         ):
             files.append([])
             filled = tensors = header = 0
-        filled, tensors, header = filled + nbytes, tensors + len(found), header + room
+        filled, tensors, header = filled + nbytes, tensors + len(of_item), header + room
         files[-1].append(item)
     return files
 
 
 def _header_room(entry: Entry) -> int:
-    """Bytes that a tensor takes in a header, at most: braces, words and offsets take 100."""
+    """Return the most bytes that a tensor can take in a header.
+
+    Braces, field names and offsets take at most 100, each dimension at most 21.
+    """
     key, _, shape = entry
     return len(json.dumps(key, ensure_ascii=False).encode()) + 21 * len(shape) + 100
 
 
 def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry]) -> ShardLayout:
-    """Place tensors in a file, every one aligned to its dtype although no hole is allowed.
+    """Place tensors in a file so that each is aligned to its dtype, although no gaps are allowed.
 
-    Sizes that are multiples of 8 bytes come first, in the order given: the weights, which are
-    then written, and can be digested, from front to back.  Then come multiples of 4, of 2 and
-    the rest, so that nothing is ever pushed off its alignment.
+    Tensors whose size is a multiple of 8 bytes come first, in the given order.  These are the
+    weights, which are written, and can be digested, from front to back.  Then come multiples of 4,
+    multiples of 2, and the rest.  So every tensor starts at a multiple of its dtype's size.
 
     Args:
-        bodies: packed and kept weights, in the order they will be written.
-        companions: the quantization states.
+        bodies: packed and kept weights, in the order in which they will be written.
+        companions: the tensors of the quantization states.
     """
 
     def looseness(entry: Entry) -> int:
-        """How far a tensor of this size can push the next one off an 8-byte boundary."""
+        """Return 0 for a size that is a multiple of 8 bytes, then 1 of 4, 2 of 2, and 3."""
         nbytes = TensorInfo(*entry, 0).nbytes
         return next(i for i, unit in enumerate((8, 4, 2, 1)) if nbytes % unit == 0)
 
@@ -134,8 +142,13 @@ def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry])
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Give a file its size; where the system can, reserve the blocks, so that a full disk is met
-    here and not in mid-run."""
+    """Give a file its final size, and reserve its blocks if the file system can.
+
+    A disk without enough room is then found here and not in mid-run.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -148,11 +161,16 @@ def _allocate(fd: int, size: int) -> None:
 
 
 class ShardWriter:
-    """One output file, written at planned places by any thread in any order.
+    """An output file whose tensors any thread may write, in any order.
 
     Args:
-        directory: an existing directory; the file must not exist in it, unless
-        existing: the file is there, with this layout, and is written further.
+        directory: an existing directory.
+        layout: the header and the places of the tensors.
+        existing: whether the file exists, with this layout, and is continued.  Otherwise it must
+            not exist.
+
+    Raises:
+        OSError: the file exists (or does not, with `existing`), or the disk is full or fails.
     """
 
     def __init__(self, directory: Path, layout: ShardLayout, existing: bool = False) -> None:
@@ -168,10 +186,16 @@ class ShardWriter:
         write_at(self._fd, memoryview(layout.header), 0)
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """Put `data` (contiguous bytes) at `offset` bytes into tensor `key`.
+        """Write a part of a tensor.
+
+        Args:
+            key: the tensor.
+            offset: bytes from the start of the tensor.
+            data: uint8, contiguous.
 
         Raises:
             OSError: the disk is full or fails.
+            ValueError: the bytes reach beyond the end of the tensor.
         """
         tensor = self.layout.tensors[key]
         if offset + data.nbytes > tensor.nbytes:
@@ -179,20 +203,21 @@ class ShardWriter:
         write_at(self._fd, memoryview(data), tensor.start + offset)
 
     def reader(self) -> ByteReader:
-        """Return what reads back from the file while it is being written."""
+        """Return a reader of the file, which may be used while the file is being written."""
         return ByteReader(self.path, self.layout.size, self._fd)
 
     def tail(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield what lies behind the streamed tensors, read back from the file in pieces."""
+        """Yield the bytes behind the streamed tensors in pieces, read back from the file."""
         reader = self.reader()
         for start in range(self.layout.streamed_stop, self.layout.size, _PIECE):
             yield reader.read(start, min(_PIECE, self.layout.size - start))
 
     def finish(self) -> None:
-        """Close the file and have the safetensors library read its header back.
+        """Close the file, and have the safetensors library read its header as a check.
 
         Raises:
-            MachineError: what was written is not what was planned.
+            InputError: the file is not a valid safetensors file.
+            MachineError: the header differs from the planned one.
         """
         self.close()
         shard = read_shard(self.path)
@@ -200,6 +225,7 @@ class ShardWriter:
             raise MachineError(f"{self.path}: the header read back differs from the one written")
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1  # first: a signal must not have it closed twice
+        """Close the file; does nothing if it is closed."""
+        fd, self._fd = self._fd, -1  # before os.close, so that a signal cannot cause a second one
         if fd >= 0:
             os.close(fd)

@@ -13,7 +13,7 @@ from ..checkpoint.given_codes import errors_of
 from ..checkpoint.packed import PackedReader, PackedWeight
 from ..checkpoint.reader import ByteReader
 from ..checkpoint.types import FileDigests, Scale, Shard, View
-from ..engines.protocol import Engine, Float8, Importance, NestedAbsmax
+from ..engines.protocol import ChosenScales, Engine, Float8, Importance, NestedAbsmax
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import Ladder
 from ..format.dtypes import ITEMSIZE
@@ -179,7 +179,7 @@ class Worker:
             sums = self._engine.search(
                 data, weight.dtype, state.blocksize, state.quant_type, ladder,
                 None if columns is None else Importance(columns, item.start % columns.size),
-                packed, index, unit,
+                packed, ChosenScales(index, unit),
             )  # fmt: skip
         except NonFiniteError as error:
             self._run.not_finite(item, error, data)

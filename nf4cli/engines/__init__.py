@@ -1,8 +1,8 @@
-"""The engines: same inputs, same bytes, on whatever the machine has.
+"""The engines: quantization and its inverse on the CPU, on GPUs, or in torch, with equal bytes.
 
-An engine is chosen once for a run, named in the output and the manifest, and never exchanged
-behind the user's back.  All buffers are flat, contiguous, host-side NumPy arrays; 16-bit floats
-travel as raw bytes.
+An engine is chosen once for a run and never replaced by another one behind the user's back.  The
+command line and `--json` name it; the output does not, since its bytes do not depend on the engine.
+All buffers are flat, contiguous NumPy arrays in host memory; 16-bit floats travel as raw bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ NAMES = ("auto", "cpu", "cuda", "torch")
 
 
 def load(name: str, device: str | None = None, notify: Notify = no_notice) -> Engine:
-    """The engine called `name`; "auto" takes the fastest that this machine has.
+    """Return the engine called `name`; "auto" takes the fastest one that this machine has.
 
     Args:
-        device: "cuda" for all GPUs, "cuda:1" or "cuda:0,1" for these (engines auto and cuda; None
-            takes the first); a torch device for the engine torch.
+        name: one of NAMES.
+        device: for the engines auto and cuda: "cuda" for all GPUs, "cuda:1" or "cuda:0,1" for
+            some, None for the first one; auto also takes "cpu".  For the engine torch: a torch
+            device, None for the CPU.
+        notify: called when a GPU is there but cannot be used, or is short of memory.
 
     Raises:
-        UsageError: no engine is called so, or there is no such device.
-        MachineError: it cannot run here; the message says what to install.
+        UsageError: there is no engine of this name, or no such device.
+        MachineError: the engine cannot run on this machine; the message says what to install.
     """
     if name not in NAMES:
         raise UsageError(f"no engine is called {name!r}: choose one of {', '.join(NAMES)}")
@@ -46,6 +49,7 @@ def load(name: str, device: str | None = None, notify: Notify = no_notice) -> En
 
 
 def _cuda(device: str | None, notify: Notify) -> Engine:
+    """Return the CUDA engine on the GPUs of `device`, after a trial run; None is the first GPU."""
     match = re.fullmatch(
         r"cuda(?::(\d{1,4}(?:,\d{1,4})*))?", "cuda:0" if device is None else device
     )
@@ -60,13 +64,13 @@ def _cuda(device: str | None, notify: Notify) -> Engine:
 
 
 def _cuda_if_usable(notify: Notify) -> Engine | None:
-    """The CUDA engine, where there is a driver with a GPU and nothing else is missing."""
+    """Return the CUDA engine, or None if this machine lacks a GPU or what a GPU needs."""
     from .cupy_device import driver
 
     try:
         driver()
     except MachineError:
-        return None  # no GPU: nothing to tell
+        return None  # without a GPU there is nothing to notify of
     try:
         return _cuda(None, notify)
     except MachineError as error:

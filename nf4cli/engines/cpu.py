@@ -1,7 +1,7 @@
-"""The CPU engine: cuda/cpu_engine.cpp through ctypes.
+"""The CPU engine: calls cuda/cpu_engine.cpp through ctypes.
 
-ctypes drops the GIL for the length of every call, so threads scale with cores.  The library
-holds one copy of the code an instruction set; the best one this processor can run is taken.
+ctypes releases the GIL during every call, so several threads use several cores.  The library holds
+a copy of the code for each instruction set; the fastest one that this processor can run is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
 from ..format.dtypes import ITEMSIZE
-from .protocol import DTYPE_CODES, GRANULE, STATS, Float8, Importance, NestedAbsmax
+from .protocol import DTYPE_CODES, GRANULE, STATS, ChosenScales, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).with_name("_nf4.so")
 ISAS = ("avx512", "avx2", "generic")
-"""Fastest first."""
+"""The instruction sets that the library may hold, fastest first."""
 
-_FLOAT8_GRANULES = 4  # decoded at a time: 1 MB of float32
+_FLOAT8_GRANULES = 4  # granules of float8 that are decoded at a time: 1 MB of float32
 
 
 class _Codebook(ctypes.Structure):
-    """struct nf4_codebook."""
+    """struct nf4_codebook of cuda/codec.h."""
 
     _fields_ = (
         ("midpoints", ctypes.c_float * 16),
@@ -54,7 +54,7 @@ def _c_codebook(quant_type: str) -> _Codebook:
 
 
 class _Ladder(ctypes.Structure):
-    """struct nf4_ladder."""
+    """struct nf4_ladder of cuda/codec.h."""
 
     _fields_ = (
         ("steps", ctypes.c_float * codebook.MAX_STEPS),
@@ -73,6 +73,7 @@ def _c_ladder(ladder: codebook.Ladder) -> _Ladder:
 
 @cache
 def _library() -> ctypes.CDLL:
+    """Return the compiled library; raise MachineError if it is missing or cannot be loaded."""
     try:
         return ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -85,7 +86,11 @@ def _library() -> ctypes.CDLL:
 
 
 def available() -> tuple[str, ...]:
-    """The instruction sets that are compiled in and that this processor runs, fastest first."""
+    """Return the instruction sets that the library holds and this processor runs, fastest first.
+
+    Raises:
+        MachineError: the compiled library is missing.
+    """
     library = _library()
     return tuple(
         isa
@@ -95,13 +100,18 @@ def available() -> tuple[str, ...]:
 
 
 def read_rows(fd: int, block: NDArray[np.uint8], offset: int, stride: int) -> int:
-    """Fill `block` [rows, width] with runs of bytes that lie `stride` apart from `offset` on.
+    """Fill the rows of `block` with bytes of a file; row i begins at offset + i * stride.
+
+    Args:
+        fd: the open file.
+        block: output, uint8 [rows, width].
+        offset, stride: bytes.
 
     Returns:
-        Bytes read, fewer than the block's only at the end of the file.
+        Bytes read; fewer than `block` holds only where the file ends.
 
     Raises:
-        OSError: the disk fails.
+        OSError: the disk failed.
         MachineError: the compiled library is missing.
     """
     i64 = ctypes.c_int64
@@ -115,16 +125,17 @@ def read_rows(fd: int, block: NDArray[np.uint8], offset: int, stride: int) -> in
 
 
 def _address(array: NDArray[Any]) -> int:
+    """Return the address of an array; raise ValueError if its bytes have gaps."""
     if not array.flags.c_contiguous:
         raise ValueError("the engine needs contiguous buffers")
     return int(array.ctypes.data)
 
 
 class CpuEngine:
-    """See `Engine`.
+    """The `Engine` of the CPU; see there for the methods.
 
     Args:
-        isa: one of `available()`; None takes the fastest.
+        isa: the instruction set, one of `available()`; None takes the fastest.
 
     Raises:
         MachineError: the compiled library is missing, or this processor cannot run `isa`.
@@ -141,8 +152,9 @@ class CpuEngine:
         self.name = f"cpu ({isa})"
         self.spare_threads = self.extra_memory = 0
         self.worker_memory = 2_000_000  # as measured
-        # Held here, because C gets their addresses: two threads may fill a cache at once, and the
-        # table of the one that loses would be freed under its call.
+        # C gets the addresses of these tables, so the engine keeps them alive.  A call of the
+        # cached function would not do: two threads may fill its cache at once, and the table that
+        # is not kept would be freed during the call.
         self._nested_midpoints = codebook.nested_midpoints()
         self._float8 = codebook.float8_e4m3()
         library = _library()
@@ -150,9 +162,9 @@ class CpuEngine:
         f32, f64 = ctypes.c_float, ctypes.c_double
 
         def function(name: str, result: Any, *arguments: Any) -> Any:
-            found = getattr(library, f"nf4_{name}_{isa}")
-            found.restype, found.argtypes = result, arguments
-            return found
+            symbol = getattr(library, f"nf4_{name}_{isa}")
+            symbol.restype, symbol.argtypes = result, arguments
+            return symbol
 
         book = ctypes.POINTER(_Codebook)
         self._quantize = function(
@@ -198,12 +210,12 @@ class CpuEngine:
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
         _expect(absmax.size, -(-n // blocksize), "absmax elements")
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
-        bad = self._quantize(
+        nonfinite = self._quantize(
             _address(src), DTYPE_CODES[dtype], n, blocksize, _c_codebook(quant_type),
             _address(packed), _address(absmax), _address(stats),
         )  # fmt: skip
-        if bad >= 0:
-            raise NonFiniteError(bad)
+        if nonfinite >= 0:
+            raise NonFiniteError(nonfinite)
         return stats
 
     def _quantize_float8(
@@ -216,7 +228,7 @@ class CpuEngine:
         absmax: F32,
         float8: Float8,
     ) -> F64:
-        """A few granules at a time, so that the decoded values stay in a processor's cache."""
+        """Decode and quantize a few granules at a time, so that their values stay in the cache."""
         stats, step = [], _FLOAT8_GRANULES * GRANULE
         values = np.empty(min(step, src.nbytes) * ITEMSIZE[dtype], np.uint8)
         for start in range(0, src.nbytes, step):
@@ -228,8 +240,8 @@ class CpuEngine:
                 self.decode_float8(part, float8.from_(start), out, dtype)
             except NonFiniteError as error:
                 raise NonFiniteError(start + error.index) from None
-            part_of = out, dtype, blocksize, quant_type, packed[codes], absmax[blocks]
-            stats.append(CpuEngine.quantize(self, *part_of))  # here, in an engine that extends it
+            piece = out, dtype, blocksize, quant_type, packed[codes], absmax[blocks]
+            stats.append(CpuEngine.quantize(self, *piece))  # not that of a subclass, see CudaEngine
         return np.concatenate(stats)
 
     def search(
@@ -241,26 +253,25 @@ class CpuEngine:
         ladder: codebook.Ladder,
         importance: Importance | None,
         packed: U8,
-        index: U8,
-        unit: F32,
+        scales: ChosenScales,
     ) -> F64:
         n = src.nbytes // ITEMSIZE[dtype]
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
         _expect(packed.nbytes, (n + 1) // 2, "packed bytes")
-        _expect(index.size, -(-n // blocksize), "indices")
-        _expect(unit.size, -(-index.size // ladder.run), "units")
+        _expect(scales.index.size, -(-n // blocksize), "indices")
+        _expect(scales.unit.size, -(-scales.index.size // ladder.run), "units")
         columns = importance.columns if importance else None
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
-        bad = self._search(
+        nonfinite = self._search(
             _address(src), DTYPE_CODES[dtype], n, blocksize, _c_codebook(quant_type),
             _c_ladder(ladder),
             None if columns is None else _address(columns), 0 if columns is None else columns.size,
             importance.first if importance else 0,
-            _address(packed), _address(index), _address(unit), _address(stats),
+            _address(packed), _address(scales.index), _address(scales.unit), _address(stats),
         )  # fmt: skip
-        if bad >= 0:
-            raise NonFiniteError(bad)
+        if nonfinite >= 0:
+            raise NonFiniteError(nonfinite)
         return stats
 
     def dequantize(
@@ -309,11 +320,11 @@ class CpuEngine:
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
         n = src.nbytes // ITEMSIZE[from_dtype]
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
-        bad = self._cast(
+        nonfinite = self._cast(
             _address(src), DTYPE_CODES[from_dtype], _address(dst), DTYPE_CODES[to_dtype], n
         )
-        if bad >= 0:
-            raise NonFiniteError(bad)
+        if nonfinite >= 0:
+            raise NonFiniteError(nonfinite)
 
     def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
         n, (rows, columns) = src.nbytes, float8.block
@@ -321,15 +332,15 @@ class CpuEngine:
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
         short = float8.scale.size < -(-lines // rows) * -(-float8.columns // columns)
         _expect(int(short), 0, "short scales")
-        bad = self._decode_float8(
+        nonfinite = self._decode_float8(
             _address(src), float8.first, n, float8.columns, _address(self._float8),
             _address(float8.scale), rows, columns, DTYPE_CODES[to_dtype], _address(dst),
         )  # fmt: skip
-        if bad >= 0:
-            raise NonFiniteError(bad)
+        if nonfinite >= 0:
+            raise NonFiniteError(nonfinite)
 
 
-def _expect(found: int, expected: int, what: str) -> None:
-    """A wrong buffer size would be a memory error in C: make it a bug with a traceback here."""
-    if found != expected:
-        raise ValueError(f"{what}: {found}, expected {expected}")
+def _expect(size: int, expected: int, what: str) -> None:
+    """Raise ValueError if a buffer has the wrong size, which would be a memory error in C."""
+    if size != expected:
+        raise ValueError(f"{what}: {size}, expected {expected}")

@@ -1,12 +1,12 @@
-"""The CUDA engine: cuda/gpu_kernels.cu on one or several GPUs.
+"""The CUDA engine: runs the kernels of cuda/gpu_kernels.cu on one or several GPUs.
 
-A thread that calls it borrows a lane: a stream, device memory and pinned host memory of its own.
-So while one thread's chunk is copied, another's is worked on, and a third is being read from the
-disk; several GPUs take turns in lending lanes.  Source and output buffers are pinned (`buffer`) and
-are copied from and to where they lie.
+A calling thread borrows a lane: a stream with device memory and pinned host memory of its own.  So
+one thread's chunk is copied while another's is computed and a third is read from the disk.  With
+several GPUs, each in turn lends a lane.  Buffers from `buffer` are pinned, and are copied directly
+between the GPU and their place in host memory.
 
-What a GPU would only be slower at stays with the CPU engine that this one extends: sums that have
-to be added in turn, casts and decodings whose every byte would cross the bus twice.
+The class extends the CPU engine, which keeps the work that a GPU would do more slowly: sums with a
+fixed order, casts, float8 decoding, and the search for scales.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ if TYPE_CHECKING:
     from .protocol import F32, F64, U8
 
 ARENA = 16 << 20
-"""Bytes of device memory that a lane works in: an 8 MiB chunk and what becomes of it."""
+"""Bytes of device memory of a lane: enough for a chunk of 8 MiB and its results."""
 STAGING = 4 << 20
-"""Bytes of pinned host memory of a lane, through which all goes that is not pinned itself."""
-_SMALLEST_ARENA = 1 << 20  # a granule of the widest kind of work and its tables
+"""Bytes of pinned host memory of a lane; arrays that are not pinned are copied through it."""
+_SMALLEST_ARENA = 1 << 20  # bytes that hold a granule of the widest kind of work, and its tables
 _COMPILER_MEMORY = 110_000_000  # bytes: NVRTC at its peak, as measured
-_ALIGN, _ARRAYS = 256, 16  # where arrays begin; more than any piece of work has
-_WIDEST = 1 << 16  # columns of a float8 matrix whose factors fit beside a granule
+_ALIGN = 256  # bytes: arrays in device memory start at multiples of it
+_ARRAYS = 16  # more arrays than any piece of work has
+_WIDEST = 1 << 16  # columns of a float8 matrix whose scales fit beside a granule
 
 
 def open_devices(indices: tuple[int, ...] | None) -> Sequence[Device]:
-    """The GPUs with these indices, None for all; the tests put emulated ones here."""
+    """Return the GPUs with these indices, None for all; tests replace this with emulated GPUs."""
     from . import cupy_device
 
     return cupy_device.open_devices(indices)
 
 
 class CudaEngine(CpuEngine):
-    """See `Engine`.
+    """The `Engine` of NVIDIA GPUs; see there for the methods.
 
     Args:
-        indices: of the GPUs to use; None for all.
-        devices: opened already, in place of `indices`.
-        notify: told when a GPU has less memory than was wanted.
+        indices: numbers of the GPUs to use, None for all.
+        devices: GPUs that are open already, used instead of `indices`.
+        notify: called when a GPU has too little free memory for lanes of the usual size.
 
     Raises:
         MachineError: no GPU can be used; the message says what is missing.
@@ -88,10 +89,10 @@ class CudaEngine(CpuEngine):
         self._notify = notify
         self._ready = threading.Condition()
         self._turns = itertools.cycle(self.devices)
-        self._lanes: deque[_Lane] = deque()  # lent to nobody
-        self._made = 0  # lanes that are there, lent or not
-        self._rooms = {id(device): ARENA for device in self.devices}  # bytes that a lane takes
-        self._pinned: dict[int, int] = {}  # first address of a `buffer` -> the one behind it
+        self._lanes: deque[_Lane] = deque()  # those that no thread has borrowed
+        self._made = 0  # number of all lanes, borrowed or not
+        self._rooms = {id(device): ARENA for device in self.devices}  # bytes of a new lane
+        self._pinned: dict[int, int] = {}  # `buffer`: address of its first byte -> behind its last
 
     def buffer(self, nbytes: int) -> U8:
         array = self.devices[0].host_buffer(nbytes)
@@ -101,7 +102,7 @@ class CudaEngine(CpuEngine):
         return array
 
     def is_pinned(self, array: NDArray[Any]) -> bool:
-        """Whether an array lies in a `buffer` that is alive."""
+        """Return whether an array lies within a living array that `buffer` returned."""
         start = array.ctypes.data
         return any(a <= start and start + array.nbytes <= b for a, b in list(self._pinned.items()))
 
@@ -136,16 +137,20 @@ class CudaEngine(CpuEngine):
                 source = lane.upload(src[start * itemsize : (start + count) * itemsize])
                 places = [lane.room(out.nbytes) for out in outputs]
                 codes, scales, sums = places
+                results = launches.Quantized(
+                    codes, scales, lane.room(8 * rows), lane.room(4 * rows), sums
+                )
+                book = lane.books[quant_type]
                 lane.run(
                     launches.quantize(
-                        count, dtype, blocksize, quant_type, lane.books[quant_type], source,
-                        codes, scales, lane.room(8 * rows), lane.room(4 * rows), sums, factors,
+                        count, dtype, blocksize, quant_type, book, source, results, factors
                     )
-                )  # fmt: skip
+                )
                 for out, address in zip(outputs, places, strict=True):
                     lane.download(out.view(np.uint8), address)
-        # The CPU engine says which element is not finite, and where the GPU could not tell from
-        # sums whether a block holds more than zeros beside its largest values (-1).
+        # The CPU engine does some granules again: those with an element that is not finite, to
+        # find out which; and those with a count of -1, where the GPU could not tell from its sums
+        # whether a block holds more than zeros beside its largest values.
         for row in np.flatnonzero(~np.isfinite(stats[:, 0]) | (stats[:, OUTLIERS] < 0)).tolist():
             first, last = row * GRANULE, min(n, (row + 1) * GRANULE)
             try:
@@ -201,7 +206,12 @@ class CudaEngine(CpuEngine):
                 lane.download(runs.view(np.uint8), to_nested)
 
     def try_out(self) -> None:
-        """Make a lane on every GPU, and one of them work: what cannot run is refused at once."""
+        """Make a lane on every GPU and run a small piece of work on each.
+
+        Raises:
+            MachineError: a GPU has no memory, its kernels cannot be compiled or loaded, or it
+                failed.
+        """
         with self._ready:
             self._lanes += [lane for lane in (self._new_lane() for _ in self.devices) if lane]
         for _ in self.devices:
@@ -210,10 +220,13 @@ class CudaEngine(CpuEngine):
 
     @contextmanager
     def _lane(self) -> Iterator[_Lane]:
-        """A lane for the calling thread alone; one that failed is not lent to another.
+        """Lend a lane to the calling thread; a lane that failed is not lent again.
 
-        Lanes are lent in turn, so that all GPUs are used.  Where no GPU has memory for one more,
-        a thread waits for another's.
+        Lanes are lent in turn, so that all GPUs are used.  If no lane is free and no GPU has memory
+        for a new one, the thread waits until another thread gives one back.
+
+        Raises:
+            MachineError: no GPU has memory for even one lane, or a GPU failed.
         """
         with self._ready:
             lane = self._lanes.popleft() if self._lanes else self._new_lane()
@@ -223,7 +236,7 @@ class CudaEngine(CpuEngine):
         try:
             yield lane
         except BaseException:
-            with suppress(Exception):  # the GPU may still be reading and writing what we free
+            with suppress(Exception):  # wait: the GPU may still use the memory that is freed here
                 lane.finish()
             with self._ready:
                 self._made -= 1
@@ -234,7 +247,11 @@ class CudaEngine(CpuEngine):
             self._ready.notify()
 
     def _new_lane(self) -> _Lane | None:
-        """A lane on the next GPU that has room; None where none has but lanes are lent."""
+        """Return a lane on the next GPU that has room, or None if none has but lanes exist.
+
+        Raises:
+            MachineError: no GPU has room, and there is no lane to wait for.
+        """
         for device in itertools.islice(self._turns, len(self.devices)):
             lane = self._lane_on(device)
             if lane is not None:
@@ -249,6 +266,7 @@ class CudaEngine(CpuEngine):
         )
 
     def _lane_on(self, device: Device) -> _Lane | None:
+        """Return a lane on this GPU, smaller where memory is short, or None if it has no room."""
         room = self._rooms[id(device)]
         while room >= _SMALLEST_ARENA:
             try:
@@ -266,7 +284,10 @@ class CudaEngine(CpuEngine):
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds (CUDA's own part differs with driver and GPU)."""
+    """Return the bytes of memory that this process holds.
+
+    CUDA's share of it differs with driver and GPU, so it is measured rather than assumed.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except OSError:  # not Linux
@@ -275,9 +296,10 @@ def _resident() -> int:
 
 
 def _even(float8: Float8, n: int, blocksize: int) -> bool:
-    """Whether the float8 kernels take it: 8 neighbours share a factor, and blocks are whole.
+    """Return whether the float8 kernels can decode n elements of a matrix.
 
-    Weights of real models are so; others stay with the CPU engine.
+    They need 8 neighbours that share a scale, and whole blocks.  Weights of real models are so;
+    others stay with the CPU engine.
     """
     columns = float8.columns
     eights = columns % 8 == 0 and (float8.block[1] % 8 == 0 or float8.block[1] >= columns)
@@ -286,33 +308,51 @@ def _even(float8: Float8, n: int, blocksize: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes of device memory: for each granule of a piece, and beside them."""
+    """Bytes of device memory that a piece of work needs.
+
+    Attributes:
+        granule: for each granule of the piece.
+        fixed: for the whole piece.
+    """
 
     granule: int
     fixed: int = 0
 
 
 def _quantize_need(itemsize: int, blocksize: int, float8: Float8 | None) -> _Need:
+    """Return the device memory for quantizing; itemsize: bytes of a source element."""
     arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 8 * STATS
     arrays += 12 * launches.entries(GRANULE, blocksize)
     if float8 is None:
         return _Need(GRANULE * itemsize + arrays)
-    # at most a factor each 8 elements, and those of the rows that a piece begins and ends in
+    # At most one scale for every 8 elements, and those of the piece's first and last row.
     return _Need(GRANULE + GRANULE // 2 + arrays, 8 * -(-float8.columns // float8.block[1]))
 
 
 def _dequantize_need(itemsize: int, blocksize: int, absmax: F32 | NestedAbsmax) -> _Need:
+    """Return the device memory for decoding; itemsize: bytes of a decoded element."""
     arrays = GRANULE // 2 + GRANULE * itemsize
     if isinstance(absmax, NestedAbsmax):
-        # the map, and the codes of the run that a piece begins in
+        # The fixed part holds the map, and the codes of the run that the piece begins in.
         return _Need(arrays + 5 * (GRANULE // blocksize), 1024 + 2 * absmax.blocksize)
     return _Need(arrays + 4 * (GRANULE // blocksize))
 
 
 class _Lane:
-    """One thread's way through a GPU and back to the host.
+    """A stream of one GPU with memory of its own, used by one thread at a time.
 
-    Device memory is given out front to back and all taken back at the start of each piece.
+    Its device memory (the arena) is handed out from front to back, and all of it is free again at
+    the start of each piece of work.
+
+    Args:
+        engine: the engine that knows which arrays are pinned.
+        device: the GPU.
+        memory: the arena.
+        nbytes: bytes of the arena.
+
+    Attributes:
+        books: device address of each 4-bit table by quant_type, see `launches.book`.
+        midpoints: device address of `codebook.nested_midpoints()`.
     """
 
     def __init__(self, engine: CudaEngine, device: Device, memory: Memory, nbytes: int) -> None:
@@ -321,7 +361,7 @@ class _Lane:
         self._end = nbytes
         self._stream = device.stream()
         self._staging = device.host_buffer(STAGING)
-        self._waiting: list[tuple[U8, U8]] = []  # (where it belongs, where it arrives)
+        self._waiting: list[tuple[U8, U8]] = []  # (target, staging memory that it is copied from)
         self._base = self._next = self._staged = 0
         self.books = {q: self.upload(launches.book(q)) for q in codebook.QUANT_TYPES}
         self.midpoints = self.upload(codebook.nested_midpoints().view(np.uint8))
@@ -329,8 +369,15 @@ class _Lane:
         self._base = self._next
 
     def pieces(self, n: int, need: _Need) -> Iterator[tuple[int, int]]:
-        """(first element, elements): whole granules, as many as fit at a time."""
-        slack = _ARRAYS * _ALIGN  # each array starts at a multiple of it
+        """Cut n elements into pieces of whole granules, as large as the arena allows.
+
+        The arena is free again at the start of each piece; its results are in place when the next
+        piece starts.
+
+        Yields:
+            (index of the piece's first element, elements in it).
+        """
+        slack = _ARRAYS * _ALIGN  # what aligning the arrays may cost
         step = GRANULE * max(1, (self._end - self._base - need.fixed - slack) // need.granule)
         for start in range(0, n, step):
             self._next = self._base
@@ -338,7 +385,7 @@ class _Lane:
             self.finish()
 
     def room(self, nbytes: int) -> int:
-        """The address of that much device memory."""
+        """Return the device address of `nbytes` free bytes of the arena."""
         place = self._next
         self._next += -(-nbytes // _ALIGN) * _ALIGN
         if self._next > self._end:
@@ -346,7 +393,7 @@ class _Lane:
         return self._memory.address + place
 
     def upload(self, array: U8) -> int:
-        """The address of a copy on the device."""
+        """Copy an array to the arena and return its device address."""
         address = self.room(array.nbytes)
         if self._engine.is_pinned(array):
             self._stream.upload(address, array)
@@ -359,7 +406,7 @@ class _Lane:
         return address
 
     def download(self, array: U8, address: int) -> None:
-        """Fill `array` from the device; it is there after `finish`."""
+        """Copy device memory into `array`, which holds the bytes only after `finish`."""
         if self._engine.is_pinned(array):
             self._stream.download(array, address)
             return
@@ -370,11 +417,16 @@ class _Lane:
             self._waiting.append((part, staged))
 
     def run(self, work: Iterable[Launch]) -> None:
+        """Launch kernels on the stream, in order."""
         for launch in work:
             self._stream.launch(launch.kernel, launch.blocks, launch.threads, launch.arguments)
 
     def finish(self) -> None:
-        """Wait until everything is done and where it belongs."""
+        """Wait until all work is done and every downloaded array is filled.
+
+        Raises:
+            MachineError: the GPU failed.
+        """
         self._stream.synchronize()
         for array, staged in self._waiting:
             array[:] = staged
@@ -382,7 +434,7 @@ class _Lane:
         self._staged = 0
 
     def factors(self, float8: Float8, count: int) -> launches.Float8:
-        """What decodes `count` elements, with the rows of factors that they need uploaded."""
+        """Upload the scales of `count` float8 elements and return the kernels' argument."""
         rows, columns = float8.block
         row, column = divmod(float8.first, float8.columns)
         wide = -(-float8.columns // columns)
@@ -394,7 +446,7 @@ class _Lane:
         )  # fmt: skip
 
     def scales(self, absmax: F32 | NestedAbsmax, first: int, last: int) -> launches.Scales:
-        """What decodes the scales of blocks [first, last), uploaded."""
+        """Upload the absmax of blocks [first, last) and return the kernels' argument."""
         if not isinstance(absmax, NestedAbsmax):
             return launches.Scales(absmax=self.upload(absmax[first:last].view(np.uint8)))
         first, last = absmax.skip + first, absmax.skip + last
@@ -410,7 +462,7 @@ class _Lane:
         )
 
     def _stage(self, nbytes: int) -> U8:
-        """Pinned memory for one copy; waits for earlier ones when all of it is in use."""
+        """Return pinned memory for one copy; wait for earlier copies if all of it is in use."""
         if self._staged + nbytes > STAGING:
             self.finish()
         start = self._staged

@@ -1,4 +1,4 @@
-"""A real GPU, through CuPy: the only module that talks to it."""
+"""A real GPU, driven through CuPy; no other module calls it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from .protocol import U8
 
 OLDEST_DRIVER = 12_000
-"""The oldest CUDA version, as cuDriverGetVersion has it, that a CuPy of our extras runs on."""
+"""The oldest CUDA version of a driver that the CuPy of our extras runs on.
 
+1000 * major + 10 * minor, as cuDriverGetVersion returns it."""
 
 _REFUSALS = (200, 209, 218, 222, 300)
-"""CUresults of code that a driver cannot load: invalid image, no binary, invalid or newer PTX."""
+"""The CUresults for code that a driver cannot load: invalid image, no binary for this GPU, invalid
+PTX, PTX of a newer version, invalid source."""
 
 
 @cache
 def driver() -> tuple[int, int]:
-    """(GPUs, CUDA version of the driver as 1000 * major + 10 * minor), without importing CuPy.
+    """Ask the driver for its GPUs and its CUDA version, without importing CuPy.
+
+    Returns:
+        (number of GPUs, CUDA version as 1000 * major + 10 * minor).
 
     Raises:
         MachineError: there is no driver, or no GPU that it can use.
@@ -58,26 +63,26 @@ def driver() -> tuple[int, int]:
 
 
 def _extra(version: int) -> str:
-    """The extra whose CuPy runs on this driver."""
+    """Return the extra of this package whose CuPy runs on a driver of this CUDA version."""
     return "nf4cli[cuda13]" if version >= 13_000 else "nf4cli[cuda12]"
 
 
 def load_cupy() -> Any:
-    """CuPy, when it can run on this machine's driver.
+    """Import CuPy and return the module, if it can run on this machine's driver.
 
     Raises:
-        MachineError: it is missing, broken, or newer than the driver.
+        MachineError: CuPy is missing, broken, or newer than the driver; or the driver is too old.
     """
     _, version = driver()
-    found = f"CUDA {version // 1000}.{version % 1000 // 10}"
+    cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
     if version < OLDEST_DRIVER:
         raise MachineError(
-            f"the NVIDIA driver is too old: it runs {found}, the CUDA engine needs CUDA 12 or "
+            f"the NVIDIA driver is too old: it runs {cuda}, the CUDA engine needs CUDA 12 or "
             "newer. Update the driver, or use --engine cpu"
         )
     install = f"pip install '{_extra(version)}'"
     if importlib.util.find_spec("cupy") is None:
-        raise MachineError(f"the CUDA engine needs CuPy (the driver runs {found}): {install}")
+        raise MachineError(f"the CUDA engine needs CuPy (the driver runs {cuda}): {install}")
     try:
         import cupy
     except ImportError as error:
@@ -87,18 +92,19 @@ def load_cupy() -> Any:
     built = cupy.cuda.runtime.runtimeGetVersion()
     if built // 1000 > version // 1000:
         raise MachineError(
-            f"the NVIDIA driver runs {found}, but CuPy was built for CUDA {built // 1000}: update "
+            f"the NVIDIA driver runs {cuda}, but CuPy was built for CUDA {built // 1000}: update "
             f"the driver, or pip uninstall {_distribution(built)} and {install}"
         )
     return cupy
 
 
 def _distribution(built: int) -> str:
+    """Return the name of the CuPy package that was built for this CUDA version."""
     return f"cupy-cuda{built // 1000}x"
 
 
 def open_devices(indices: tuple[int, ...] | None) -> list[CupyDevice]:
-    """The GPUs of these indices, or all of them.
+    """Open the GPUs with these indices, None for all.
 
     Raises:
         UsageError: there is no such GPU.
@@ -107,15 +113,19 @@ def open_devices(indices: tuple[int, ...] | None) -> list[CupyDevice]:
     count, _ = driver()
     wrong = [i for i in indices or () if i >= count]
     if wrong:
-        there = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-        raise UsageError(f"--device cuda:{wrong[0]}: this machine has {there}")
+        existing = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise UsageError(f"--device cuda:{wrong[0]}: this machine has {existing}")
     cupy = load_cupy()
     nvrtc.compiler()
     return [CupyDevice(cupy, i) for i in (range(count) if indices is None else indices)]
 
 
 class CupyDevice:
-    """See `Device`.
+    """The `Device` of a real GPU; see there for the methods.
+
+    Args:
+        cupy: the module.
+        index: the GPU's number.
 
     Raises:
         MachineError: the GPU cannot be opened.
@@ -139,10 +149,10 @@ class CupyDevice:
             ) from error
 
     def use(self) -> None:
-        """Make this GPU the calling thread's.
+        """Make this GPU the current one of the calling thread, and leave it so.
 
-        It stays so: CuPy's `with Device(i)` goes back to the one before, GPU 0 in a new thread,
-        and makes a context there, too.
+        CuPy's `with Device(i)` would switch back to the earlier GPU, which is GPU 0 in a new
+        thread, and would make a context there as well.
         """
         runtime = self._cupy.cuda.runtime
         if runtime.getDevice() != self._index:
@@ -150,7 +160,11 @@ class CupyDevice:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """On this GPU; what fails there, maybe of earlier work, is the machine's fault."""
+        """Use this GPU within the block.
+
+        Raises:
+            MachineError: the GPU failed, in this block or in earlier work that was still running.
+        """
         try:
             self.use()
             yield
@@ -170,14 +184,14 @@ class CupyDevice:
     def host_buffer(self, nbytes: int) -> U8:
         cuda = self._cupy.cuda
         with self.working():
-            try:  # not from CuPy's pool, which rounds up to a power of two and keeps what it had
+            try:  # CuPy's pool would round up to a power of two, and keep what is freed
                 memory = cuda.PinnedMemory(max(1, nbytes), cuda.runtime.hostAllocPortable)
             except cuda.runtime.CUDARuntimeError as error:
                 raise MachineError(
                     f"the system gives no {nbytes:,} bytes of pinned memory ({error}): lower "
                     "--workers or --memory, or raise the limit (ulimit -l)"
                 ) from error
-        # holds the memory: its base
+        # The array's base keeps the memory alive.
         return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
     def stream(self) -> _Stream:
@@ -185,7 +199,10 @@ class CupyDevice:
             return _Stream(self, self._cupy)
 
     def kernel(self, name: str) -> Any:
-        """A compiled kernel, ready to be called.
+        """Return a kernel that can be called; compile and load it the first time.
+
+        Args:
+            name: its name in C++.
 
         Raises:
             MachineError: it cannot be compiled or loaded.
@@ -210,20 +227,22 @@ class CupyDevice:
 
 
 class _Memory:
+    """The `Memory` of a real GPU."""
+
     def __init__(self, pointer: Any) -> None:
-        self._pointer = pointer  # CuPy frees what it points to with it
+        self._pointer = pointer  # CuPy frees the memory together with this object
         self.address = int(pointer.ptr)
 
 
 class _Stream:
-    """See `Stream`."""
+    """The `Stream` of a real GPU."""
 
     def __init__(self, device: CupyDevice, cupy: Any) -> None:
         self._device = device
         self._runtime = cupy.cuda.runtime
         self._cupy = cupy
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        # Waiting for it sleeps; waiting for a stream would keep a processor busy.
+        # A thread sleeps while it waits for this event; waiting for the stream would spin.
         self._done = cupy.cuda.Event(block=True, disable_timing=True)
 
     def upload(self, address: int, source: U8) -> None:

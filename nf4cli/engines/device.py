@@ -1,7 +1,7 @@
-"""What the CUDA engine asks of a GPU: memory, streams, kernels.
+"""The protocols of a GPU, as the CUDA engine uses it: memory, streams, kernels.
 
-Small on purpose: cupy_device.py is the real one, and the tests put an emulated one in its place,
-under the real command line.
+They are small on purpose.  cupy_device.py implements them for a real GPU; the tests run the whole
+command line with an emulated one.
 """
 
 from __future__ import annotations
@@ -16,35 +16,39 @@ if TYPE_CHECKING:
 
 
 class DeviceMemoryError(Exception):
-    """The GPU has no room for an allocation; internal, the engine takes less and goes on."""
+    """The GPU has no memory for an allocation.
+
+    Internal: the engine tries again with less.
+    """
 
 
 class Memory(Protocol):
-    """Device memory, freed when the object goes.
+    """Device memory, freed together with the object.
 
     Attributes:
-        address: of its first byte, a multiple of 256.
+        address: device address of the first byte, a multiple of 256.
     """
 
     address: int
 
 
 class Stream(Protocol):
-    """Work for one GPU, done in order, without waiting for other streams.
+    """A queue of work for one GPU, which is done in order and does not wait for other streams.
 
-    Host arrays are pinned (`Device.host_buffer`) and must live until `synchronize`.
+    Methods return before the work is done; an error may be raised by a later call.  Host arrays are
+    pinned (`Device.host_buffer`), contiguous, and must live until `synchronize`.
     """
 
     def upload(self, address: int, source: U8) -> None:
-        """Copy `source` (contiguous) to device memory."""
+        """Copy `source` to device memory at `address`."""
         ...
 
     def download(self, target: U8, address: int) -> None:
-        """Copy device memory into `target` (contiguous)."""
+        """Copy device memory at `address` into `target`."""
         ...
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy within device memory."""
+        """Copy bytes from one device address to another."""
         ...
 
     def launch(
@@ -53,28 +57,33 @@ class Stream(Protocol):
         """Run a kernel of cuda/gpu_kernels.cu.
 
         Args:
-            kernel: as C++ names it, "nested_quantize<false>".
-            blocks: at least 1.
-            arguments: one array of a single element a parameter, of the parameter's size.
+            kernel: its name in C++, "nested_quantize<false>".
+            blocks: CUDA blocks, at least 1.
+            threads: threads of each CUDA block.
+            arguments: for each parameter an array of one element, of the parameter's size.
 
         Raises:
-            MachineError: it cannot be compiled or loaded.
+            MachineError: the kernel cannot be compiled or loaded.
         """
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything asked of this stream is done.
+        """Wait until all work of this stream is done.
 
         Raises:
-            MachineError: something of it failed.
+            MachineError: some of the work failed.
         """
         ...
 
     def seconds(self, work: Callable[[], None], ahead: Callable[[], None]) -> float:
-        """How long the GPU takes for what `work` asks of this stream, by its own clock.
+        """Measure by the GPU's own clock how long it takes for the work queued by `work`.
 
         Args:
-            ahead: asks for something long first, so that the GPU does not wait for the host.
+            work: calls methods of this stream.
+            ahead: queues something long first, so that the GPU never waits for the host.
+
+        Returns:
+            Seconds.
         """
         ...
 
@@ -83,15 +92,15 @@ class Device(Protocol):
     """One GPU; every method is thread-safe.
 
     Attributes:
-        name: "NVIDIA H100 80GB HBM3".
-        arch: compute capability, "90".
+        name: the product ("NVIDIA H100 80GB HBM3").
+        arch: the compute capability without its point ("90").
     """
 
     name: str
     arch: str
 
     def allocate(self, nbytes: int) -> Memory:
-        """Device memory.
+        """Return `nbytes` of device memory.
 
         Raises:
             DeviceMemoryError: there is not enough.
@@ -99,7 +108,7 @@ class Device(Protocol):
         ...
 
     def host_buffer(self, nbytes: int) -> U8:
-        """Pinned host memory, freed with the array.
+        """Return pinned host memory, uint8 [nbytes], freed together with the array.
 
         Raises:
             MachineError: the system gives none.
@@ -107,5 +116,5 @@ class Device(Protocol):
         ...
 
     def stream(self) -> Stream:
-        """A new stream."""
+        """Return a new stream."""
         ...

@@ -1,7 +1,8 @@
-"""What the CUDA engine launches: kernels of cuda/gpu_kernels.cu by name, their grids and arguments.
+"""The kernel calls of the CUDA engine as data: names, grids and arguments.
 
-Only data: the engine hands it to a device, the tests to kernels that run on the CPU.  Addresses are
-device addresses, counts are elements unless they say bytes.
+The kernels are those of cuda/gpu_kernels.cu.  The engine hands the calls to a GPU, tests hand them
+to kernels that were compiled for the CPU.  Addresses are device addresses; counts are elements
+unless they say bytes.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
     from .protocol import U8
 
-# The kernels' own constants; tests/engines/test_native_constants.py has a compiler compare them.
-_THREADS, _WARP = 256, 32  # of a block, but for fold_errors: one warp
-_OWN = 32  # quantize: elements a thread
-_RUN_LANES = 16  # nested_quantize: threads a run
-_TILE = 1024  # dequantize: elements a warp
-_CELLS, _GRID = 32, 15.25  # the search: entries of its table, cells a unit
+# Constants of the kernels; tests/engines/test_native_constants.py has a compiler compare them.
+_THREADS, _WARP = 256, 32  # threads of a CUDA block; fold_errors has one warp
+_OWN = 32  # quantize: elements of a thread
+_RUN_LANES = 16  # nested_quantize: threads of a run
+_TILE = 1024  # dequantize: elements of a warp
+_CELLS, _GRID = 32, 15.25  # search for a code: cells of its table, cells per unit of the value
 
-_E4M3 = 3  # a source's dtype, beside DTYPE_CODES
+_E4M3 = 3  # the number of float8 e4m3 as a source dtype, next to DTYPE_CODES
 STEPS = {"nf4": 1, "fp4": 2}
-"""Comparisons that find a value's rank among the midpoints of its cell, see `Book`."""
+"""Comparisons that find the rank of a value among the midpoints of its cell, see `book`."""
 
 _BOOK = np.dtype(
     [
@@ -57,9 +58,10 @@ class Launch:
     """One kernel call.
 
     Attributes:
-        kernel: as C++ names it.
-        blocks, threads: the grid.
-        arguments: one array of a single element a parameter.
+        kernel: its name in C++.
+        blocks: CUDA blocks.
+        threads: threads of each CUDA block.
+        arguments: for each parameter an array of one element.
     """
 
     kernel: str
@@ -70,12 +72,15 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """A piece of a float8 matrix: where it starts, and its factors.
+    """A piece of a float8 matrix: where it starts, and its scales.
 
     Attributes:
-        row, column: of the piece's first element; `row` counts from the first row of `scale`.
-        columns, block, scale_columns: as `protocol.Float8` has them.
-        scale: address of float32 factors.
+        row, column: place of the piece's first element; row 0 is the first one that `scale`
+            covers.
+        columns: columns of the matrix.
+        block: (rows, columns) of the elements that share a scale.
+        scale_columns: scales in a row of them.
+        scale: address of the float32 scales.
     """
 
     row: int
@@ -86,6 +91,7 @@ class Float8:
     scale: int
 
     def argument(self) -> NDArray[Any]:
+        """Return the struct that the kernels take."""
         return np.array(
             (self.row, self.column, self.columns, *self.block, self.scale_columns, self.scale),
             _FLOAT8,
@@ -94,10 +100,16 @@ class Float8:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Addresses of a piece's absmax, or of its codes and what decodes them (see `Engine`).
+    """The absmax of a piece: float32, or double-quantized (see `protocol.NestedAbsmax`).
 
     Attributes:
-        first: the first code's place in its run.
+        absmax: address of the float32 absmax; not used if `codes` is given.
+        codes: address of the absmax's codes, 0 without double quantization.
+        nested_map: address of float32 [256], the value of each code.
+        nested_absmax: address of the float32 scale of each run of codes.
+        offset: added to every decoded absmax.
+        nested_blocksize: codes in a run.
+        first: place of the first code in its run.
     """
 
     absmax: int = 0
@@ -109,6 +121,7 @@ class Scales:
     first: int = 0
 
     def argument(self) -> NDArray[Any]:
+        """Return the struct that the kernels take."""
         return np.array(
             (self.absmax, self.codes, self.nested_map, self.nested_absmax, self.offset,
              self.nested_blocksize, self.first),
@@ -117,14 +130,22 @@ class Scales:
 
 
 def book(quant_type: str) -> U8:
-    """Bytes of `struct Book`: a 4-bit table as the kernels read it.
+    """Return the bytes of `struct Book`, a 4-bit table in the layout that the kernels read.
 
-    `start` [32] is the rank (in bytes of an entry) that the search begins with in each of 31 cells
-    of [-1, 1]; `2**STEPS - 1` midpoints may lie in a cell.
+    The interval [-1, 1] is cut into 31 cells, each with at most `2**STEPS - 1` midpoints.  `start`
+    [32] holds, for each cell, the rank at which the search for a code begins, as an offset into
+    `entries` in bytes.
+
+    Returns:
+        uint8 [bytes of the struct].
+
+    Raises:
+        ValueError: the cells do not suit the midpoints of this table.
     """
     source = codebook.codebook(quant_type)
     table = np.zeros((), _BOOK)
-    # As the kernel finds it: 15.25 y + 15.25, to the nearest quarter, without its fraction.
+    # The kernel finds a value's cell like this: 15.25 y + 15.25, rounded to the nearest quarter,
+    # and then down to an integer.
     edges = source.midpoints.astype(np.float64) * _GRID + _GRID + 1 / 8
     cells = np.floor(edges).astype(int)
     if (np.abs(edges - np.round(edges)) < 1e-3).any():
@@ -141,8 +162,27 @@ def book(quant_type: str) -> U8:
 
 
 def entries(n: int, blocksize: int) -> int:
-    """Rows of error sums that `quantize` leaves for n elements."""
+    """Return the number of segments of n elements, for each of which `quantize` writes sums."""
     return -(-n // min(blocksize, SEGMENT))
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Addresses of the arrays that `quantize` writes.
+
+    Attributes:
+        packed: bytes of two codes.
+        absmax: a float32 for each block.
+        sums: two float32 for each segment (`entries`): sums of squared errors and values.
+        worst: a float32 for each segment: the largest error.
+        stats: STATS float64 for each granule, folded from `sums` and `worst`.
+    """
+
+    packed: int
+    absmax: int
+    sums: int
+    worst: int
+    stats: int
 
 
 def quantize(
@@ -152,20 +192,17 @@ def quantize(
     quant_type: str,
     table: int,
     src: int,
-    packed: int,
-    absmax: int,
-    sums: int,
-    worst: int,
-    stats: int,
+    out: Quantized,
     float8: Float8 | None = None,
 ) -> Iterator[Launch]:
-    """n elements -> packed codes, absmax and error sums, the arguments of `Engine.quantize`.
+    """Yield the calls that do the work of `Engine.quantize` for n elements.
 
     Args:
         table: address of `book(quant_type)`.
-        src: elements of `dtype`, or float8 bytes that are rounded to it; whole blocks then.
-        sums, worst: of 2 and 1 float32 an entry (`entries`), what the sums are folded from.
-        stats: of STATS float64 a granule.
+        src: address of elements of `dtype`, or of float8 bytes, in whole blocks, that are decoded
+            to `dtype`.
+        out: where the results go.
+        float8: the scales of float8 bytes.
     """
     small = blocksize < SEGMENT
     lanes = 2 if small else blocksize // _OWN
@@ -185,9 +222,9 @@ def quantize(
             _THREADS,
             (
                 _u64(src + first * itemsize), _i64(count),
-                _i32(lanes.bit_length() - 1), _u64(table), place, _u64(packed + first // 2),
-                _u64(absmax + 4 * (first // blocksize)), _u64(sums + 8 * entry),
-                _u64(worst + 4 * entry),
+                _i32(lanes.bit_length() - 1), _u64(table), place, _u64(out.packed + first // 2),
+                _u64(out.absmax + 4 * (first // blocksize)), _u64(out.sums + 8 * entry),
+                _u64(out.worst + 4 * entry),
             ),
         )  # fmt: skip
 
@@ -200,8 +237,8 @@ def quantize(
         -(-n // GRANULE),
         _WARP,
         (
-            _u64(sums), _u64(worst), _u64(absmax), _i64(n), _i32(blocksize.bit_length() - 1),
-            _u64(stats),
+            _u64(out.sums), _u64(out.worst), _u64(out.absmax), _i64(n),
+            _i32(blocksize.bit_length() - 1), _u64(out.stats),
         ),
     )  # fmt: skip
 
@@ -209,10 +246,13 @@ def quantize(
 def nested_quantize(
     n: int, offset: float, midpoints: int, absmax: int, codes: int, nested_absmax: int
 ) -> Iterator[Launch]:
-    """absmax[n] -> codes and nested_absmax, the arguments of `Engine.nested_quantize`.
+    """Yield the calls that do the work of `Engine.nested_quantize` for n elements of absmax.
 
     Args:
         midpoints: address of `codebook.nested_midpoints()`.
+        absmax: address of float32 [n].
+        codes: address of uint8 [n], written.
+        nested_absmax: address of float32 [ceil(n/256)], written.
     """
     run = codebook.NESTED_BLOCKSIZE
     full = n // run * run
@@ -232,7 +272,13 @@ def nested_quantize(
 def dequantize(
     n: int, dtype: str, blocksize: int, table: int, packed: int, scales: Scales, out: int
 ) -> Iterator[Launch]:
-    """packed -> n elements of `dtype`, the arguments of `Engine.dequantize`."""
+    """Yield the call that does the work of `Engine.dequantize` for n elements of `dtype`.
+
+    Args:
+        table: address of the `book` of the weight's quant_type.
+        packed: address of uint8 [(n+1)//2].
+        out: address of n elements of `dtype`, written.
+    """
     nested = scales.codes != 0
     yield Launch(
         f"dequantize<{DTYPE_CODES[dtype]}, {_cpp(nested)}>",
@@ -246,7 +292,7 @@ def dequantize(
 
 
 def every_kernel() -> tuple[str, ...]:
-    """The names of all kernels there are."""
+    """Return the names of all kernels that the functions above may launch."""
     kinds = [(d, d, tail) for d in DTYPE_CODES.values() for tail in (False, True)]
     kinds += [(_E4M3, d, False) for d in DTYPE_CODES.values()]
     return (
@@ -267,6 +313,7 @@ def every_kernel() -> tuple[str, ...]:
 
 
 def _cpp(flag: bool) -> str:
+    """Return the flag as C++ writes it."""
     return str(flag).lower()
 
 

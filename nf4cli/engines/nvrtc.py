@@ -1,8 +1,8 @@
-"""cuda/gpu_kernels.cu -> machine code for one GPU, by NVIDIA's run-time compiler, cached on disk.
+"""Compile cuda/gpu_kernels.cu for one GPU with NVRTC, NVIDIA's run-time compiler; cache the result.
 
-CuPy's own way (RawModule of source) appends -ftz=true to every compilation, which costs a block
-near 3e38 all its codes.  So the compiler is called with our options, and RawModule loads what it
-made.
+CuPy could compile the source itself (RawModule), but adds -ftz=true to the options: the inverse of
+an absmax near 3e38 is then zero, and the codes of its block are wrong.  So NVRTC is called here
+with our own options, and RawModule only loads the machine code.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..errors import MachineError
 SOURCES = ("gpu_kernels.cu", "gpu_search.cuh", "gpu_load.cuh", "codec.h")
 OPTIONS = (
     "-std=c++17",
-    "-fmad=false", "-ftz=false", "-prec-div=true",  # every float operation rounds on its own
+    "-fmad=false", "-ftz=false", "-prec-div=true",  # each float operation is rounded by itself
 )  # fmt: skip
 
 
 def compiler() -> Any:
-    """CuPy's binding of NVRTC.
+    """Return CuPy's binding of NVRTC, a module.
 
     Raises:
         MachineError: NVRTC is not installed or cannot be loaded.
@@ -37,7 +37,7 @@ def compiler() -> Any:
 
     try:
         nvrtc.getVersion()
-    except Exception as error:  # the binding's loader raises what it likes
+    except Exception as error:  # the binding raises different exceptions when it fails to load
         reason = str(error).splitlines()[0]
         raise MachineError(
             f"the CUDA engine compiles its kernels with NVRTC, which cannot be loaded ({reason}): "
@@ -47,7 +47,7 @@ def compiler() -> Any:
 
 
 def package(name: str) -> str:
-    """What an NVIDIA package is called for the CUDA that CuPy was built for."""
+    """Return the name of an NVIDIA package for the CUDA version that CuPy was built for."""
     from cupy.cuda import runtime
 
     major = runtime.runtimeGetVersion() // 1000
@@ -56,36 +56,39 @@ def package(name: str) -> str:
 
 @cache
 def sources() -> dict[str, str]:
-    """Name -> text of the kernels and what they include.
+    """Return file name -> text of the kernels and their headers, the kernels first.
 
     Raises:
-        MachineError: one is missing.
+        MachineError: a file is missing or unreadable.
     """
-    here = Path(__file__).parent
-    found = {}
+    directory = Path(__file__).parent
+    texts = {}
     for name in SOURCES:
         try:
-            found[name] = (here / name).read_text("utf-8")
+            texts[name] = (directory / name).read_text("utf-8")
         except OSError as error:
             raise MachineError(
-                f"{here / name} is missing or unreadable ({error.strerror}): the package is "
+                f"{directory / name} is missing or unreadable ({error.strerror}): the package is "
                 "incomplete. Reinstall nf4cli"
             ) from error
-    return found
+    return texts
 
 
 def compile_kernels(
     kernels: tuple[str, ...], target: str, texts: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, str]]:
-    """(machine code or PTX, {kernel: its name in there}).
+    """Compile kernels for a target.
 
     Args:
-        kernels: as C++ names them.
+        kernels: their names in C++.
         target: "sm_90" for machine code, "compute_90" for PTX.
-        texts: sources other than the package's.
+        texts: sources to compile instead of the package's, as `sources` returns them.
+
+    Returns:
+        (machine code or PTX, kernel -> its mangled name in the code).
 
     Raises:
-        MachineError: NVRTC is missing, does not know the target, or refuses the source.
+        MachineError: NVRTC is missing, does not know the target, or rejects the source.
     """
     nvrtc = compiler()
     texts = texts or sources()
@@ -111,6 +114,7 @@ def compile_kernels(
 
 
 def _refusal(nvrtc: Any, program: Any, target: str, error: Exception) -> str:
+    """Return the message for a compilation that failed."""
     version = ".".join(map(str, nvrtc.getVersion()))
     log = _text(nvrtc.getProgramLog(program)).strip()
     if "invalid value for --gpu-architecture" in log or "INVALID_OPTION" in str(error):
@@ -130,13 +134,22 @@ def _text(value: str | bytes) -> str:
 
 
 def cubin(kernel: str, arch: str) -> tuple[Path, str]:
-    """(file with machine code for a GPU of compute capability `arch`, the kernel's name in it).
+    """Return a file with the machine code of a kernel, compiled at most once.
 
-    Compiled at most once: the cache is keyed by source, options, architecture and compiler, and
-    every file by its own digest.  Where there is no place for a cache it lies in a temporary one.
+    The key of the cache is a digest of kernel, source, options, architecture and compiler version;
+    the digest of each file is checked as well.  If the user's cache directory cannot be written,
+    the file lies in a temporary directory.
+
+    Args:
+        kernel: its name in C++.
+        arch: compute capability of the GPU, without its point ("90").
+
+    Returns:
+        (path of the file, mangled name of the kernel in it).
 
     Raises:
         MachineError: see `compile_kernels`.
+        OSError: the temporary directory cannot be written either.
     """
     version = compiler().getVersion()
     key = hashlib.sha256()
@@ -145,14 +158,19 @@ def cubin(kernel: str, arch: str) -> tuple[Path, str]:
     with _LOCK:
         try:
             return _cached(_home(), key.hexdigest(), kernel, arch)
-        except (OSError, RuntimeError):  # read-only, full, or no home at all
+        except (OSError, RuntimeError):  # read-only, full, or there is no home directory
             return _cached(_temporary(), key.hexdigest(), kernel, arch)
 
 
-_LOCK = threading.Lock()  # one compilation at a time: each takes a hundred MB
+_LOCK = threading.Lock()  # one compilation at a time, since each takes about 100 MB
 
 
 def _cached(directory: Path, key: str, kernel: str, arch: str) -> tuple[Path, str]:
+    """Return what `cubin` returns, from a cache directory; compile the kernel if it is not there.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
     path, name = directory / f"{key}.cubin", directory / f"{key}.name"
     with contextlib.suppress(OSError, ValueError):
         digest, lowered = name.read_text("utf-8").split()
@@ -166,25 +184,25 @@ def _cached(directory: Path, key: str, kernel: str, arch: str) -> tuple[Path, st
 
 
 def _home() -> Path:
-    """$XDG_CACHE_HOME/nf4/kernels; raises RuntimeError where there is no home."""
+    """Return $XDG_CACHE_HOME/nf4/kernels; raise RuntimeError if there is no home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nf4" / "kernels"
 
 
 @cache
 def _temporary() -> Path:
-    """A directory that goes with the process."""
+    """Make a directory that is removed when the process ends."""
     directory = tempfile.mkdtemp(prefix="nf4-kernels-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return Path(directory)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing, whoever else writes the same."""
+    """Write a file completely or not at all, even if another process writes the same one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             file.write(content)
             file.flush()
-            os.replace(file.name, path)  # noqa: PTH105 - what Path.replace does, said plainly
+            os.replace(file.name, path)  # noqa: PTH105 - file.name is a str
         except OSError:
             os.unlink(file.name)  # noqa: PTH108
             raise

@@ -1,4 +1,4 @@
-"""What every engine does, and what it is given: buffers, factors, importance."""
+"""The protocol that every engine implements, and the arguments that its methods take."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ if TYPE_CHECKING:
     F64 = NDArray[np.float64]
 
 GRANULE = 65_536
-"""Elements that share one row of error sums.  Work is split at multiples of it, so that the sums,
-like the bytes, do not depend on how a tensor was cut into chunks."""
+"""Elements that share one row of error sums.  A tensor is cut into chunks at multiples of it, so
+the sums, like the bytes, do not depend on the size of the chunks."""
 
 STATS = 4
-"""Figures in such a row, see `Engine.quantize`."""
+"""Numbers in a row of error sums, see `Engine.quantize`."""
 
 OUTLIERS = 3
-"""Which of them counts outlier blocks."""
+"""Column of a row of error sums that counts outlier blocks."""
 
 ROW, SEGMENT = 16, 64
-"""How error sums are added up: interleaved partial sums, and the elements they run over."""
+"""The order of error sums: 16 interleaved partial sums, over segments of 64 elements."""
 
 DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2}
-"""Element types as native code numbers them.
+"""Dtype -> its number in native code.
 
-cuda/codec.h holds all of these as well; tests/engines/test_native_constants.py has them
-compared."""
+cuda/codec.h defines these constants as well; tests/engines/test_native_constants.py compares
+them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """What turns float8 e4m3 bytes into values: where they lie in their matrix, and its factors.
+    """The scales of float8 e4m3 bytes, and where the bytes at hand lie in their matrix.
 
     Attributes:
-        first: elements of the row-major matrix before them.
-        columns: of the matrix.
-        scale: float32 [ceil(rows/block[0]), ceil(columns/block[1])], flat, one a block.
-        block: (rows, columns) of elements that share a factor.
+        first: index of the first byte at hand, counted through the row-major matrix.
+        columns: columns of the matrix.
+        scale: float32, the factor of each block: [ceil(rows/block[0]), ceil(columns/block[1])],
+            flattened.
+        block: (rows, columns) of the elements that share a factor.
     """
 
     first: int
@@ -52,21 +53,21 @@ class Float8:
     block: tuple[int, int]
 
     def from_(self, start: int) -> Float8:
-        """The same, `start` elements further on."""
+        """Return the same scales for bytes that begin `start` elements further on."""
         return replace(self, first=self.first + start)
 
 
 @dataclass(frozen=True, slots=True)
 class NestedAbsmax:
-    """An absmax vector as double quantization left it.
+    """A part of an absmax vector in its double-quantized form.
 
     Attributes:
-        codes: uint8, from the start of a run on.
-        skip: codes before the first that is meant.
+        codes: uint8 [n], from the start of a run of `blocksize` codes.
+        skip: codes to leave out at the front, when the part begins within a run.
         blocksize: codes that share an entry of `absmax`.
-        map: float32 [256].
-        absmax: float32 [ceil(codes/blocksize)].
-        offset: a float32 value.
+        map: float32 [256], the value of each code.
+        absmax: float32 [ceil(n/blocksize)], the scale of each run.
+        offset: a float32 value, added to every decoded element.
     """
 
     codes: U8
@@ -79,37 +80,58 @@ class NestedAbsmax:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """How much an error in each input column of a weight's matrix costs.
+    """The weight of an error in each input column of a matrix.
 
     Attributes:
         columns: float32 [columns of the matrix].
-        first: elements of the row-major matrix before those at hand.
+        first: index of the first element at hand, counted through the row-major matrix.
     """
 
     columns: F32
     first: int
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenScales:
+    """The scales that `Engine.search` chooses: block i gets steps[index[i]] * unit[i // run].
+
+    `steps` and `run` are those of the ladder.
+
+    Attributes:
+        index: uint8 [blocks], the step of each block.
+        unit: float32 [ceil(blocks/run)], the largest magnitude of each run of blocks.
+    """
+
+    index: U8
+    unit: F32
+
+
 class Engine(Protocol):
-    """What every engine does.  Each method is thread-safe.
+    """An implementation of the format's arithmetic.  Each method is thread-safe.
 
     Dtypes are safetensors names: "F32", "F16", "BF16".
     """
 
     name: str
-    """What it is, for the output and the manifest: "cpu (avx512)"."""
+    """The engine and its hardware, for a user to read: "cpu (avx512)"."""
 
     spare_threads: int
-    """Threads beyond one a processor that it can keep busy (they wait for a GPU)."""
+    """Threads that it can use in addition to one per processor, because they wait for a GPU."""
 
     extra_memory: int
-    """Bytes of host memory that it takes beyond what the CPU engine does, whoever calls it."""
+    """Bytes of host memory that it takes once, in addition to those of the CPU engine."""
 
     worker_memory: int
-    """Bytes of host memory that it takes for a thread that calls it, beside `buffer`s."""
+    """Bytes of host memory that it takes for each calling thread, in addition to its buffers."""
 
     def buffer(self, nbytes: int) -> U8:
-        """Host memory, not initialised, that the engine reads and writes without detours."""
+        """Return uninitialised host memory, uint8 [nbytes], that the engine can access directly.
+
+        Other arrays are allowed as arguments too, but a GPU engine copies them once more.
+
+        Raises:
+            MachineError: the system gives no such memory.
+        """
         ...
 
     def quantize(
@@ -122,25 +144,29 @@ class Engine(Protocol):
         absmax: F32,
         float8: Float8 | None = None,
     ) -> F64:
-        """Encode n elements in blocks, each under its own largest magnitude.
+        """Encode n elements in blocks, with each block's largest magnitude as its scale.
 
         Args:
-            src: raw bytes of n elements of `dtype`; the whole tensor, or a part of it that
-                starts at a multiple of GRANULE elements and, unless it is the last part, holds
-                a multiple of GRANULE elements.
-            float8: src is n float8 bytes, decoded to `dtype` first (see `decode_float8`).
-            packed: out, (n+1)//2 bytes, the first element in the high nibble.
-            absmax: out, ceil(n/blocksize) elements.
+            src: raw bytes of n elements of `dtype`: a whole tensor, or a part of one.  A part
+                starts at a multiple of GRANULE elements, and all parts but the last one hold a
+                multiple of GRANULE elements.
+            blocksize: elements that share one absmax.
+            quant_type: "nf4" or "fp4".
+            packed: output, uint8 [(n+1)//2], the first element in the high nibble.
+            absmax: output, float32 [ceil(n/blocksize)].
+            float8: if given, src holds n float8 bytes, which are first decoded to `dtype` (see
+                `decode_float8`).
 
         Returns:
-            float64 [ceil(n/GRANULE), STATS]: sum of squared error, sum of squared value, largest
-            error, each against the value decoded with the block's own float32 absmax; and how
-            many blocks are outlier blocks: absmax above 10 times the root mean square of the
-            other elements, some of which are neither zero nor as large (cuda/codec.h has
-            it to the bit).
+            float64 [ceil(n/GRANULE), STATS], for each granule: the sum of the squared errors, the
+            sum of the squared values, the largest error, and the number of outlier blocks.  Errors
+            are those of the values decoded with the block's float32 absmax.  The absmax of an
+            outlier block is above 10 times the root mean square of its other elements, at least
+            one of which is neither zero nor as large as the absmax; cuda/codec.h defines it to the
+            bit.
 
         Raises:
-            NonFiniteError: src holds a NaN or an infinity, or decodes to one.
+            NonFiniteError: src holds a NaN or an infinity, or a float8 byte decodes to one.
         """
         ...
 
@@ -153,23 +179,23 @@ class Engine(Protocol):
         ladder: Ladder,
         importance: Importance | None,
         packed: U8,
-        index: U8,
-        unit: F32,
+        scales: ChosenScales,
     ) -> F64:
-        """Encode n elements in blocks, each under the scale of least loss that the ladder has.
+        """Encode n elements in blocks, each with the scale of the ladder that has the least loss.
 
-        The loss of an element is its squared error times the importance of its column, or, without
-        importance, times its magnitude. cuda/cpu_scales.h defines it to the bit.
+        The loss of an element is its squared error times the importance of its column or, without
+        importance, times its magnitude.  cuda/cpu_scales.h defines it to the bit.
 
         Args:
-            src: as for `quantize`; a part starts at a multiple of a run of blocks as well.
-            packed: out, (n+1)//2 bytes.
-            index: out, ceil(n/blocksize) bytes: the step that each block takes.
-            unit: out, ceil(ceil(n/blocksize) / ladder.run) elements: block i is decoded with the
-                scale steps[index[i]] * unit[i // run].
+            src: as for `quantize`; a part also starts at a multiple of a run of blocks.
+            ladder: the scales to try.
+            importance: the weight of each column's errors, None for none.
+            packed: output, uint8 [(n+1)//2].
+            scales: output, for ceil(n/blocksize) blocks.
 
         Returns:
-            As `quantize`, but against the values as they will be decoded.
+            float64 [ceil(n/GRANULE), STATS], as `quantize` does; errors are those of the values
+            decoded with the chosen scales.
 
         Raises:
             NonFiniteError: src holds a NaN or an infinity.
@@ -186,31 +212,45 @@ class Engine(Protocol):
         dtype: str,
         out: U8,
     ) -> None:
-        """The inverse: n elements of `dtype` into `out` (raw bytes)."""
+        """Decode n elements: the inverse of `quantize`.
+
+        Args:
+            packed: uint8 [(n+1)//2], the first element in the high nibble.
+            n: elements, from the start of a block.
+            absmax: the scales of ceil(n/blocksize) blocks, float32 or double-quantized.
+            out: output, raw bytes of n elements of `dtype`.
+        """
         ...
 
     def sum(self, values: F32, carry: float) -> float:
-        """carry + values[0] + values[1] + ... in float64, in this order."""
+        """Return carry + values[0] + values[1] + ..., added in float64 and in this order."""
         ...
 
     def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
-        """Double quantization of (absmax - offset) in runs of 256.
+        """Quantize (absmax - offset) to 8 bits, in runs of 256 elements.
 
         Args:
-            absmax: n elements; a multiple of 256 unless it ends the vector.
+            absmax: float32 [n]; n is a multiple of 256 unless this part ends the vector.
             offset: a float32 value.
-            codes: out, n bytes.
-            nested_absmax: out, ceil(n/256) elements.
+            codes: output, uint8 [n].
+            nested_absmax: output, float32 [ceil(n/256)], the largest magnitude of each run.
         """
         ...
 
     def nested_dequantize(self, nested: NestedAbsmax) -> F32:
-        """The inverse: map[codes[i]] * absmax[i // blocksize] + offset, of all codes but those
-        to skip."""
+        """Decode an absmax vector: map[codes[i]] * absmax[i // blocksize] + offset.
+
+        Returns:
+            float32 [codes - skip], without the codes to skip.
+        """
         ...
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
-        """Round every element of src (raw bytes) to `to_dtype`, to nearest even.
+        """Round every element to `to_dtype`, to the nearest value, of two equally near to the even.
+
+        Args:
+            src: raw bytes of n elements of `from_dtype`.
+            dst: output, raw bytes of n elements of `to_dtype`.
 
         Raises:
             NonFiniteError: a finite value became infinite.
@@ -218,11 +258,12 @@ class Engine(Protocol):
         ...
 
     def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
-        """Float8 e4m3 with scales: value * scale in float32, rounded once to `to_dtype`.
+        """Decode float8 e4m3: value * scale in float32, rounded once to `to_dtype`.
 
         Args:
-            src: n bytes.
-            dst: out, n elements of `to_dtype` (raw bytes).
+            src: uint8 [n], float8 bytes.
+            float8: their scales.
+            dst: output, raw bytes of n elements of `to_dtype`.
 
         Raises:
             NonFiniteError: a result is NaN or infinite.

@@ -1,9 +1,10 @@
-"""The reference engine: the format's arithmetic in plain torch, made to be read.
+"""The reference engine: the format's arithmetic in plain torch, written to be read.
 
-It is much slower than the compiled engines, which must equal it byte
-for byte.  Each step is the corresponding step of bitsandbytes 0.50.2's default implementation
-(bitsandbytes/backends/default/ops.py), except the order of the offset's sum, which bitsandbytes
-leaves to the machine and we define.
+It is much slower than the compiled engines, which must give the same bytes.  `quantize`,
+`dequantize` and double quantization follow bitsandbytes 0.50.2's default implementation step by
+step (bitsandbytes/backends/default/ops.py).  The order of `sum`, which gives the offset of double
+quantization, depends on the machine in bitsandbytes and is defined here.  The error sums and the
+search for scales are our own; cuda/codec.h and cuda/cpu_scales.h define them.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import numpy as np
 
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
-from .protocol import GRANULE, ROW, SEGMENT, Float8, Importance, NestedAbsmax
+from .protocol import GRANULE, ROW, SEGMENT, ChosenScales, Float8, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .protocol import F32, F64, U8
 
-# Outlier blocks (cuda/codec.h): a squared absmax as an integer, a hundredth of it, and how many of
-# them a segment counts at most.
+# Outlier blocks (cuda/codec.h) compare sums of squares as integers: the unit is a squared absmax,
+# then come a hundredth of the unit, and the largest number of units that a segment counts.
 _OUTLIER_UNIT, _OUTLIER_SHARE, _OUTLIER_MOST = 65_536, 655, 128
 
 
 class TorchEngine:
-    """See `Engine`.
+    """The `Engine` in plain torch; see there for the methods.
 
     Args:
-        device: a torch device with float64 ("cpu", "xpu", "cuda").
+        device: a torch device that computes in float64 ("cpu", "xpu", "cuda").
 
     Raises:
         MachineError: torch is not installed, or cannot use the device.
@@ -73,21 +74,21 @@ class TorchEngine:
     ) -> F64:
         torch, book = self._torch, codebook.codebook(quant_type)
         x = self._load(src, dtype) if float8 is None else self._decoded(src, float8, dtype).float()
-        bad = (~torch.isfinite(x)).nonzero()
-        if len(bad):
-            raise NonFiniteError(int(bad[0]))
+        nonfinite = (~torch.isfinite(x)).nonzero()
+        if len(nonfinite):
+            raise NonFiniteError(int(nonfinite[0]))
         n = x.numel()
         full = n - n % blocksize
         blocks = x[:full].reshape(-1, blocksize)
         scale = blocks.abs().amax(dim=1) if full else x[:0]
         y = (blocks * (1.0 / scale.clamp(min=codebook.ABSMAX_FLOOR)).unsqueeze(1)).reshape(-1)
-        if full < n:  # the tail block divides, and floors its absmax
+        if full < n:  # bitsandbytes divides the last, short block, and stores a floored absmax
             tail = x[full:].abs().max().clamp(min=codebook.ABSMAX_FLOOR)
             scale = torch.cat([scale, tail.unsqueeze(0)])
             y = torch.cat([y, x[full:] / tail])
-        # Pad to whole blocks with 0.0: an odd n then has a nibble to spare, with 0.0's code.
+        # Pad to whole blocks with 0.0; for an odd n, the spare nibble is then the code of 0.0.
         y = torch.nn.functional.pad(y, (0, -n % blocksize))
-        rank = torch.bucketize(y, self._to(book.midpoints))  # midpoints below y
+        rank = torch.bucketize(y, self._to(book.midpoints))  # number of midpoints below y
         codes = self._to(book.codes)[rank]
         _store(packed, ((codes[::2] << 4) | codes[1::2])[: (n + 1) // 2])
         _store(absmax, scale)
@@ -103,14 +104,13 @@ class TorchEngine:
         ladder: codebook.Ladder,
         importance: Importance | None,
         packed: U8,
-        index: U8,
-        unit: F32,
+        scales: ChosenScales,
     ) -> F64:
         torch, book = self._torch, codebook.codebook(quant_type)
         x = self._load(src, dtype)
-        bad = (~torch.isfinite(x)).nonzero()
-        if len(bad):
-            raise NonFiniteError(int(bad[0]))
+        nonfinite = (~torch.isfinite(x)).nonzero()
+        if len(nonfinite):
+            raise NonFiniteError(int(nonfinite[0]))
         n = x.numel()
         weight = None if importance is None else self._weights(importance, n, blocksize)
         flat = torch.nn.functional.pad(x, (0, -n % blocksize))
@@ -118,10 +118,10 @@ class TorchEngine:
         absmax = blocks.abs().amax(dim=1)
         runs = torch.nn.functional.pad(absmax, (0, -absmax.numel() % ladder.run))
         units = runs.reshape(-1, ladder.run).amax(dim=1)
-        _store(unit, units)
+        _store(scales.unit, units)
         units = units.repeat_interleave(ladder.run)[: absmax.numel()]
         best = self._best_steps(blocks, weight, absmax, units, ladder, quant_type)
-        _store(index, best.to(torch.uint8))
+        _store(scales.index, best.to(torch.uint8))
         scale = self._to(ladder.steps)[best] * units + 0.0
         y = (blocks * _inverse(torch, scale).unsqueeze(1)).reshape(-1)
         rank = torch.bucketize(y, self._to(book.midpoints))
@@ -143,7 +143,17 @@ class TorchEngine:
         ladder: codebook.Ladder,
         quant_type: str,
     ) -> Any:
-        """The step of each block, tried in the order of cuda/cpu_scales.h."""
+        """Return the step of least loss for each block, tried in the order of cuda/cpu_scales.h.
+
+        Args:
+            blocks: float32 [blocks, blocksize].
+            weight: float32 [blocks, blocksize], the importance of each element, or None.
+            absmax: float32 [blocks].
+            unit: float32 [blocks], the unit of each block's run.
+
+        Returns:
+            int64 [blocks], indices into `ladder.steps`.
+        """
         torch, book = self._torch, codebook.codebook(quant_type)
         steps, zero = self._to(ladder.steps), ladder.zero
         low, high = (
@@ -180,7 +190,7 @@ class TorchEngine:
         return best
 
     def _weights(self, importance: Importance, n: int, blocksize: int) -> Any:
-        """The importance of each element, in blocks, 0 behind the last."""
+        """Return the importance of n elements, float32 [blocks, blocksize], padded with zeros."""
         torch = self._torch
         columns = self._to(importance.columns)
         place = (importance.first + torch.arange(n, device=self._device)) % columns.numel()
@@ -211,7 +221,7 @@ class TorchEngine:
         terms = torch.cat(
             [torch.tensor([carry], dtype=torch.float64), _tensor(torch, values).double()]
         )
-        return float(terms.cumsum(0)[-1])  # a scan adds strictly from left to right
+        return float(terms.cumsum(0)[-1])  # cumsum adds strictly from left to right
 
     def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
         torch = self._torch
@@ -241,19 +251,20 @@ class TorchEngine:
         x = self._load(src, from_dtype)
         y = x.to(self._dtypes[to_dtype])
         _store(dst, y.view(torch.uint8))
-        bad = (torch.isfinite(x) & ~torch.isfinite(y)).nonzero()
-        if len(bad):
-            raise NonFiniteError(int(bad[0]))
+        nonfinite = (torch.isfinite(x) & ~torch.isfinite(y)).nonzero()
+        if len(nonfinite):
+            raise NonFiniteError(int(nonfinite[0]))
 
     def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
         torch = self._torch
         y = self._decoded(src, float8, to_dtype)
         _store(dst, y.view(torch.uint8))
-        bad = (~torch.isfinite(y)).nonzero()
-        if len(bad):
-            raise NonFiniteError(int(bad[0]))
+        nonfinite = (~torch.isfinite(y)).nonzero()
+        if len(nonfinite):
+            raise NonFiniteError(int(nonfinite[0]))
 
     def _decoded(self, src: U8, float8: Float8, dtype: str) -> Any:
+        """Return the values of float8 bytes as a tensor of `dtype`, [bytes]."""
         torch, (rows, columns) = self._torch, float8.block
         values = self._to(src).view(torch.float8_e4m3fn).float()
         place = float8.first + torch.arange(src.nbytes, device=self._device)
@@ -263,7 +274,17 @@ class TorchEngine:
         return (values * unit).to(self._dtypes[dtype])
 
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
-        """The error sums, added in the order that cuda/codec.h defines."""
+        """Return the first three columns of a row of error sums, see `Engine.quantize`.
+
+        They are added in the order that cuda/codec.h defines.
+
+        Args:
+            error, y: float32 [blocks * blocksize], errors and values in units of the block's scale.
+            scale: float32 [blocks].
+
+        Returns:
+            float64 [granules, 3].
+        """
         torch = self._torch
         segment = min(blocksize, SEGMENT)
         worst = (error.abs().reshape(-1, blocksize) * scale.unsqueeze(1)).amax(dim=1)
@@ -288,7 +309,14 @@ class TorchEngine:
         return sums
 
     def _segments(self, squares: Any, segment: int) -> Any:
-        """The sum of each segment, added in the order that cuda/codec.h defines."""
+        """Return the sum of each segment, added in the order that cuda/codec.h defines.
+
+        Args:
+            squares: float32 [segments * segment].
+
+        Returns:
+            float64 [segments]; the sums themselves are rounded to float32.
+        """
         rows = squares.reshape(-1, segment // ROW, ROW)
         lanes = self._torch.zeros_like(rows[:, 0])
         for i in range(rows.shape[1]):
@@ -301,7 +329,18 @@ class TorchEngine:
     def _outliers(
         self, x: Any, y: Any, scale: Any, blocksize: int, unit2: Any = None
     ) -> NDArray[np.int64]:
-        """Outlier blocks a granule, as cuda/codec.h defines them; scale: their absmax."""
+        """Return the number of outlier blocks in each granule, as cuda/codec.h defines them.
+
+        Args:
+            x: float32 [n], the elements.
+            y: float32 [blocks * blocksize], the elements in units of the block's scale.
+            scale: float32 [blocks], the absmax of each block.
+            unit2: float64 [blocks], the square of scale / absmax where the scale is not the absmax;
+                None where it is.
+
+        Returns:
+            int64 [granules].
+        """
         torch = self._torch
         segment = min(blocksize, SEGMENT)
         squares = self._segments(y * y, segment)
@@ -313,31 +352,36 @@ class TorchEngine:
         size[-1] -= -x.numel() % blocksize
         x = torch.nn.functional.pad(x.abs(), (0, -x.numel() % blocksize)).reshape(-1, blocksize)
         between = ((x != 0) & (x != scale.unsqueeze(1))).any(dim=1)
-        found = (
+        outliers = (
             between
             & (scale > codebook.ABSMAX_FLOOR)
             & (units - _OUTLIER_UNIT < _OUTLIER_SHARE * (size - 1))
         )
-        found = torch.nn.functional.pad(found, (0, -found.numel() % (GRANULE // blocksize)))
-        counts: NDArray[np.int64] = found.reshape(-1, GRANULE // blocksize).sum(dim=1).cpu().numpy()
+        per_granule = GRANULE // blocksize
+        outliers = torch.nn.functional.pad(outliers, (0, -outliers.numel() % per_granule))
+        counts: NDArray[np.int64] = outliers.reshape(-1, per_granule).sum(dim=1).cpu().numpy()
         return counts
 
     def _load(self, src: U8, dtype: str) -> Any:
+        """Return raw bytes of `dtype` as a float32 tensor on the device."""
         return self._to(src).view(self._dtypes[dtype]).float()
 
     def _to(self, array: NDArray[Any]) -> Any:
+        """Return an array as a tensor on the device."""
         return _tensor(self._torch, array).to(self._device)
 
 
 def _inverse(torch: Any, scale: Any) -> Any:
-    """1/scale as nf4_signed_reciprocal has it."""
+    """Return 1/scale with its sign, as nf4_signed_reciprocal of cuda/codec.h computes it."""
     inverse = 1.0 / scale.abs().clamp(min=codebook.ABSMAX_FLOOR)
     return torch.where(scale < 0, -inverse, inverse)
 
 
 def _tensor(torch: Any, array: NDArray[Any]) -> Any:
+    """Return an array as a tensor in host memory; torch wants writable memory, so copy others."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _store(array: NDArray[Any], tensor: Any) -> None:
+    """Copy a tensor into an array."""
     np.copyto(array, tensor.cpu().numpy())

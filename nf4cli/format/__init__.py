@@ -1,1 +1,1 @@
-"""What NF4 is: the dtypes, the tables of codes, and the recipe that a user may choose."""
+"""The NF4 format itself: dtypes, tables of codes, and the options that a user may choose."""

@@ -1,8 +1,9 @@
-"""The tables of the format, typed once.
+"""The tables of the format: 4-bit codes, the 8-bit map of scales, float8.
 
-The C engine, the GPU kernels and the torch engine get these arrays passed in; none of them holds
-a copy.  Every table is bit-equal to bitsandbytes 0.50.2's (`functional.get_4bit_type`,
-`functional.create_dynamic_map`), which the tests check against bitsandbytes itself.
+Each table is typed here and nowhere else: the C++ engine, the GPU kernels and the torch engine get
+these arrays passed in.  The 4-bit tables and the 8-bit map are bit-equal to those of bitsandbytes
+0.50.2 (`functional.get_4bit_type`, `functional.create_dynamic_map`); tests compare them with
+bitsandbytes itself.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from . import config
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-# Written down there, where a shell that completes a word need not wait for numpy.
+# Defined in config.py, which shell completion can import without numpy.
 QUANT_TYPES, BLOCKSIZES = config.QUANT_TYPES, config.BLOCKSIZES
 NESTED_BLOCKSIZE = 256
-"""Elements of the absmax vector that share one nested_absmax (bitsandbytes fixes it)."""
+"""Elements of the absmax vector that share one nested_absmax; bitsandbytes always uses 256."""
 ABSMAX_FLOOR = 1e-38
-"""The least that a block is divided by, as bitsandbytes' default implementation has it."""
+"""A block is divided by its absmax, but by no less than this; the same as in bitsandbytes' default
+implementation."""
 MAX_STEPS = 256
-"""Of a `Ladder`: a step's number is a byte."""
+"""Steps that a `Ladder` may have, so that the number of a step fits into a byte."""
 
-# Quantiles of N(0, 1), Dettmers et al., QLoRA, appendix E; the digits are bitsandbytes'.
+# Quantiles of N(0, 1) (Dettmers et al., QLoRA, appendix E), with the digits of bitsandbytes.
 _NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -46,23 +48,25 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# Sign, two exponent bits, one mantissa bit, in code order, before division by the largest.
+# FP4: a sign, two exponent bits, one mantissa bit.  The values of codes 0 to 7, before they are
+# divided by the largest, 12; codes 8 to 15 are the same values with a minus sign.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-# FP4 codes by ascending value; of the two zeros, code 0 takes values <= 0 and code 8 those above,
-# as torch.argsort orders them in bitsandbytes' default implementation.
+# FP4 codes by ascending value.  Codes 0 and 8 both decode to zero: of the values near zero, those
+# <= 0 get code 0 and those above get code 8, since bitsandbytes' default implementation sorts the
+# codes with torch.argsort.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """One 4-bit table.
+    """One 4-bit table: the values of the codes, and the midpoints between neighbouring values.
 
     Attributes:
         quant_type: "nf4" or "fp4".
-        decode: float32 [16], the value of each stored code (this is the file's `quant_map`).
+        decode: float32 [16], the value of each stored code; files store it as `quant_map`.
         values: float32 [16], the same values in ascending order.
         midpoints: float32 [15], (values[i] + values[i+1]) / 2, rounded to float32.
-        codes: uint8 [16], the stored code of values[i].
+        codes: uint8 [16], codes[i] is the stored code of values[i].
     """
 
     quant_type: str
@@ -74,7 +78,7 @@ class Codebook:
 
 @cache
 def codebook(quant_type: str) -> Codebook:
-    """The table of `quant_type`.
+    """Return the 4-bit table of `quant_type`.
 
     Raises:
         KeyError: quant_type is neither "nf4" nor "fp4".
@@ -93,10 +97,14 @@ def codebook(quant_type: str) -> Codebook:
 
 
 def _linspace(count: int) -> F32:
-    """torch.linspace(0.1, 1, count) in float32 as torch's vectorised CPU path rounds it.
+    """Return torch.linspace(0.1, 1, count) as torch's vectorised CPU code rounds it.
 
-    It walks up from the start in the first half and down from the end in the second, each with
-    one fused multiply-add; float64 holds those products and sums exactly before the rounding.
+    torch counts up from the start in the first half and down from the end in the second half, with
+    one fused multiply-add an element.  float64 holds these products and sums exactly, so there is
+    one rounding here as well.
+
+    Returns:
+        float32 [count].
     """
     start, end = np.float32(0.1), np.float32(1)
     step = np.float64((end - start) / np.float32(count - 1))
@@ -108,10 +116,13 @@ def _linspace(count: int) -> F32:
 
 @cache
 def nested_map() -> F32:
-    """float32 [256], ascending: bitsandbytes' signed dynamic 8-bit map (`nested_quant_map`).
+    """Return bitsandbytes' signed dynamic 8-bit map, the `nested_quant_map` of its files.
 
-    Seven decades below 1, each with twice the steps of the one below (Dettmers, "8-bit
-    approximations for parallelism in deep learning", 2015), and 0 and 1.
+    It has seven decades below 1, each with twice the steps of the next smaller one (Dettmers,
+    "8-bit approximations for parallelism in deep learning", 2015), and the values 0 and 1.
+
+    Returns:
+        float32 [256], ascending.
     """
     parts = [np.array([0, 1], np.float32)]
     for decade in range(7):
@@ -123,19 +134,27 @@ def nested_map() -> F32:
 
 @cache
 def nested_midpoints() -> F32:
-    """float32 [255]: the value above which the next entry of `nested_map()` is the nearer one."""
+    """Return the midpoints of `nested_map()`: above midpoint i, entry i + 1 is the nearest one.
+
+    Returns:
+        float32 [255], ascending.
+    """
     values = nested_map()
     return (values[:-1] + values[1:]) / np.float32(2)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ladder:
-    """The scales that a block may take: a step times the unit of its run (cuda/codec.h).
+    """The scales that a search may choose for a block: one of `steps` times the unit of its run.
+
+    A run is a number of consecutive blocks; its unit is the largest magnitude of their elements.
+    cuda/cpu_scales.h defines the search.
 
     Attributes:
-        steps: float32 [size <= MAX_STEPS], ascending, of both signs, 0 among them.
-        run: blocks that share a unit, the largest magnitude of their elements.
-        low, high: in units of the block's own absmax, how small and how large a scale is tried.
+        steps: float32 [at most MAX_STEPS], ascending; negative, zero and positive values.
+        run: blocks in a run.
+        low, high: the smallest and the largest magnitude of a scale that is tried, in units of the
+            block's own absmax.
     """
 
     steps: F32
@@ -145,29 +164,33 @@ class Ladder:
 
     @property
     def zero(self) -> int:
-        """The place of the step 0."""
+        """Index of the step 0 in `steps`."""
         return int(np.searchsorted(self.steps, 0.0))
 
     @property
     def table(self) -> F32:
-        """float32 [MAX_STEPS]: the steps, then zeros."""
+        """The steps, padded with zeros: float32 [MAX_STEPS]."""
         return np.pad(self.steps, (0, MAX_STEPS - self.steps.size))
 
 
-_PLAIN_LADDER = 63  # of 48ths: up to 1.3125
+_PLAIN_LADDER = 63  # largest step without double quantization, in 48ths: 1.3125
 _WITHOUT_DATA, _WITH_IMPORTANCE = (0.9, 1.02), (0.3, 1.3)
 
 
 @cache
 def ladder(double_quant: bool, importance: bool) -> Ladder:
-    """The ladder of `--scale search`.
+    """Return the ladder of `--scale search`.
 
-    With double quantization its steps are `nested_map()` itself: offset 0, nested_absmax the
-    largest magnitude of 256 blocks, so that what is compared is what will be decoded. Without it
-    they are 48ths of the block's own absmax.
+    With double quantization the steps are `nested_map()`.  The offset is then 0 and nested_absmax
+    is the largest magnitude of 256 blocks, so the search compares the scales that will be decoded.
+    Without double quantization the steps are 48ths of the block's own absmax.
 
-    The ranges are those of the least KL divergence on SmolLM2-135M (docs/quality.md): without data
-    a wider one lowers the squared error and raises the divergence.
+    The ranges gave the least KL divergence on SmolLM2-135M (docs/quality.md).  Without importance,
+    a wider range lowers the squared error but raises the divergence.
+
+    Args:
+        double_quant: whether the scales are quantized to 8 bits.
+        importance: whether an importance file weights the loss.
     """
     low, high = _WITH_IMPORTANCE if importance else _WITHOUT_DATA
     if double_quant:
@@ -178,15 +201,19 @@ def ladder(double_quant: bool, importance: bool) -> Ladder:
 
 @cache
 def float8_e4m3() -> F32:
-    """float32 [256]: the value of every byte in float8 e4m3fn, as torch casts it.
+    """Return the value of every byte in float8 e4m3fn, equal to torch's cast.
 
-    Sign, four exponent bits (bias 7), three mantissa bits; no infinities, and NaN only where all
-    seven lower bits are set (Micikevicius et al., "FP8 formats for deep learning", 2022).
+    The format has a sign, four exponent bits (bias 7) and three mantissa bits.  It has no
+    infinities, and a byte is NaN where its seven lower bits are all set (Micikevicius et al., "FP8
+    formats for deep learning", 2022).
+
+    Returns:
+        float32 [256].
     """
     byte = np.arange(128)
     exponent, mantissa = byte >> 3, byte & 7
     subnormal = mantissa * 2.0**-9
     normal = (8 + mantissa) * 2.0 ** (exponent - 10.0)
     magnitude = np.where(exponent == 0, subnormal, normal).astype(np.float32)
-    magnitude.view(np.uint32)[127] = 0x7FF00000  # the NaN that torch's cast gives
+    magnitude.view(np.uint32)[127] = 0x7FF00000  # torch's cast gives a NaN of these bits
     return np.concatenate([magnitude, -magnitude])

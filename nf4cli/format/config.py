@@ -1,4 +1,4 @@
-"""The recipe: everything about an output that a user may choose."""
+"""The recipe of an output: every option of a user that changes its bytes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ METHODS = ("rtn", "gptq")
 ON_NONFINITE = ("error", "keep")
 
 TARGETS = ("transformers", "vllm", "unsloth")
-"""Who shall load the output: transformers 4 and 5 as they are, or a loader that takes every expert
-of a mixture as a 4-bit matrix of its own, which transformers 5 does not."""
+"""The loader that the output is made for.  vllm and unsloth take each expert of a mixture of
+experts as a 4-bit matrix of its own; transformers 5 does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
-    """Everything about the output that a user may choose and that changes its bytes.
+    """The options that decide the bytes of an output.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
-        blocksize: elements that share one absmax.
-        double_quant: quantize the absmax vector to 8 bits as well.
-        quant_storage: dtype that the packed bytes are stored as ("uint8").
-        compute_dtype: bnb_4bit_compute_dtype, or "auto" for the model's dtype.
-        dtype: dtype of the kept floating tensors, or "auto" for the model's.
+        quant_type: the 4-bit table, one of QUANT_TYPES.
+        blocksize: elements that share one absmax, one of BLOCKSIZES.
+        double_quant: whether the absmax vector is quantized to 8 bits as well.
+        quant_storage: dtype of the packed tensors, as torch spells it ("uint8").
+        compute_dtype: bnb_4bit_compute_dtype, as torch spells it, or "auto" for the model's dtype.
+        dtype: dtype of the floating tensors that are not packed, or "auto" for the model's.
         keep: patterns of modules to leave in full precision.
-        target: the loader it is for, one of TARGETS.
+        target: the loader that the output is made for, one of TARGETS.
         on_nonfinite: what to do with a weight that holds a NaN or an infinity: "error", or "keep"
             it in full precision.
-        asked: who was asked which modules are held in 4 bit ("transformers 5.23.0"), "" where
-            the rules alone decided.
-        max_shard_size: bytes of tensors an output shard may hold; a larger single tensor gets
+        asked: the library that decided which modules are packed ("transformers 5.23.0"); "" where
+            the rules of this package decided alone.
+        max_shard_size: bytes of tensors that an output shard may hold; a larger single tensor gets
             a shard of its own.
-        scale: "absmax", or "search" for the scale of least loss, of either sign.
-        method: how a code is chosen: "rtn", the nearest, or "gptq", with error feedback.
-        importance: BLAKE3 of the importance file that the loss is weighted by, "" for none.
+        scale: how a block's scale is chosen: "absmax", its largest magnitude, or "search", the
+            scale of least loss, of either sign.
+        method: how a code is chosen: "rtn", the nearest one, or "gptq", with error feedback.
+        importance: BLAKE3 of the importance file that weights the loss, "" for none.
     """
 
     quant_type: str = "nf4"
@@ -60,8 +61,12 @@ class QuantConfig:
     importance: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """As it is recorded: patterns in order, since theirs has no meaning; how scales and codes
-        were chosen only where it is not bitsandbytes' way, as before there was a choice."""
+        """Return the options as the manifest records them.
+
+        The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method` and
+        `importance` are left out at their defaults, so that manifests stay equal to those of
+        versions without these options.
+        """
         fields = {**asdict(self), "keep": sorted(self.keep)}
         for name in ("scale", "method", "importance"):
             if fields[name] == getattr(type(self)(), name):

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: their sizes, and what torch calls them."""
+"""The dtypes of safetensors files: their sizes, and their names in torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ ITEMSIZE: Mapping[str, int] = {
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes an element of each safetensors dtype that we copy."""
+"""Safetensors dtype -> bytes per element, for every dtype that nf4 can copy."""
 
 TORCH_NAME: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes the engines encode from and decode to, by safetensors name, as torch spells them."""
+"""Safetensors dtype -> torch's name, for the dtypes that the engines encode from and decode to."""
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-"""The float8 dtypes that weights are stored in, by safetensors name."""
+"""The float8 dtypes in which a checkpoint may store weights, by safetensors name."""
 
 SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.items()}
+"""Torch's name -> safetensors dtype; the inverse of TORCH_NAME."""
 
 STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
-"""quant_storage as torch spells it -> the safetensors dtype of the packed tensor."""
+"""quant_storage (torch's name of a dtype) -> safetensors dtype of the packed tensor."""

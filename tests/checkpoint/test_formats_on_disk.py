@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from nf4cli.checkpoint.digest import OrderedDigest, ShardDigest, digest_shard
-from nf4cli.checkpoint.reader import ByteReader, read_shard
+from nf4cli.checkpoint.reader import ByteReader, count_tensors, read_shard
 from nf4cli.checkpoint.writer import ShardWriter, lay_out
 from nf4cli.engines import cpu
 from nf4cli.errors import InputError
@@ -45,6 +46,7 @@ def test_what_is_written_the_library_reads(tmp_path_factory, entries, cut, rando
         writer.write(key, offset, np.frombuffer(data, np.uint8))
     writer.finish()
     shard = read_shard(root / "x.safetensors")
+    assert count_tensors(shard.path) == len(shard.tensors)
     data = shard.path.read_bytes()
     assert len(data) == layout.size
     with safe_open(shard.path, "numpy") as file:
@@ -60,6 +62,27 @@ def test_what_is_written_the_library_reads(tmp_path_factory, entries, cut, rando
     digest, tensors = digest_shard(shard, "blake3")
     assert digest == blake3.blake3(data).hexdigest()
     assert tensors == {k: xxhash.xxh3_128_hexdigest(v) for k, v in content.items()}
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"format": "pt"}, {"a": '{"b\\"{": {"{": {}}}', '"{"': "{\\", "\\": "}"}]
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_tensors_are_counted_without_parsing_the_header(tmp_path, metadata, indent):
+    header = {} if metadata is None else {"__metadata__": metadata}
+    for place, name in enumerate(['w"{', "{", "\\", "data_offsets", 'x\\"', "plain"]):
+        header[name] = {"dtype": "U8", "shape": [1], "data_offsets": [place, place + 1]}
+    text = json.dumps(header, indent=indent).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
+    assert count_tensors(path) == len(read_shard(path).tensors) == 6
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'"{{', b"\\", b'"\\"' * 50_000])
+def test_counting_tensors_needs_no_valid_header(tmp_path, text):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert count_tensors(path) == 0
 
 
 def test_streamed_weights_come_first_and_in_order():

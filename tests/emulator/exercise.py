@@ -100,10 +100,10 @@ def quantize(
         wide = -(-float8.columns // float8.block[1])
         row, column = divmod(float8.first, float8.columns)
         place = launches.Float8(row, column, float8.columns, float8.block, wide, at(float8.scale))
+    results = launches.Quantized(at(packed), at(absmax), at(sums), at(worst), at(stats))
     for launch in launches.quantize(
-        n, dtype, blocksize, quant_type, at(book), at(src), at(packed),
-        at(absmax), at(sums), at(worst), at(stats), place,
-    ):  # fmt: skip
+        n, dtype, blocksize, quant_type, at(book), at(src), results, place
+    ):
         kernels.run(launch)
     kernels.finish()
     return packed, absmax, stats

@@ -124,10 +124,12 @@ def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
         def far(array: np.ndarray, bytes_an_element: float) -> int:
             return (exercise.address(array) - int(first * bytes_an_element)) % 2**64
 
+        results = launches.Quantized(
+            far(codes, 0.5), far(scales, 4 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0
+        )
         launch, _ = launches.quantize(
-            first + n, "BF16", 64, "nf4", exercise.address(book), far(src, 2), far(codes, 0.5),
-            far(scales, 4 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0,
-        )  # fmt: skip
+            first + n, "BF16", 64, "nf4", exercise.address(book), far(src, 2), results
+        )
         kernels.run(launch, first=block)
         exercise.same("quantize", (codes, scales), (packed, absmax))
         out, expected = np.empty(2 * n, np.uint8), np.empty(2 * n, np.uint8)
@@ -157,7 +159,8 @@ def test_a_real_gpu_counts_to_more_than_32_bits(real_gpu):
     stream = real_gpu.stream()
     stream.upload(table.address, book)
     stream.upload(at["src"] + 2 * (n - last), staged)
-    launch, _ = launches.quantize(n, "BF16", 64, "nf4", table.address, *at.values(), 0)
+    results = launches.Quantized(at["packed"], at["absmax"], at["sums"], at["worst"], stats=0)
+    launch, _ = launches.quantize(n, "BF16", 64, "nf4", table.address, at["src"], results)
     stream.launch(launch.kernel, launch.blocks, launch.threads, launch.arguments)
     codes, scales = real_gpu.host_buffer(packed.nbytes), real_gpu.host_buffer(absmax.nbytes)
     stream.download(codes, at["packed"] + (n - last) // 2)

@@ -27,7 +27,7 @@ from small_pipelines import component, denoiser
 from nf4cli.checkpoint.discovery import IMPORTANCE, MANIFEST, open_checkpoint
 from nf4cli.checkpoint.importance_file import load, save
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.engines.protocol import GRANULE, Importance, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, ChosenScales, Importance, NestedAbsmax
 from nf4cli.errors import NonFiniteError
 from nf4cli.format.codebook import codebook, ladder
 from nf4cli.output.manifest import Manifest
@@ -44,7 +44,7 @@ def search(engine, x, dtype="F32", blocksize=64, quant_type="nf4", double=True, 
     unit = np.full(-(-index.size // steps.run), np.nan, np.float32)
     importance = None if columns is None else Importance(columns, first)
     stats = engine.search(
-        raw(x), dtype, blocksize, quant_type, steps, importance, packed, index, unit
+        raw(x), dtype, blocksize, quant_type, steps, importance, packed, ChosenScales(index, unit)
     )
     scales = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
     return packed, index, unit, stats, scales

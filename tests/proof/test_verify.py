@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import LLAMA, llama_tensors, nf4, nf4_ok, read_all, write_checkpoint_dir
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nf4cli.api.machine import Machine
+from nf4cli.api.verifying import Check, check
 from nf4cli.checkpoint.discovery import MANIFEST
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -303,3 +306,20 @@ def test_nothing_to_verify(llama, tmp_path):
     assert nf4("verify", llama).returncode == 3
     assert nf4("verify", tmp_path).returncode == 3
     assert nf4("verify", tmp_path / "absent").returncode == 3
+
+
+def test_a_bound_on_memory_parses_no_header_again(llama, llama_nf4, monkeypatch):
+    parsed = []
+
+    def counted(path, *rest, **options):
+        parsed.append(path)
+        return safe_open(path, *rest, **options)
+
+    monkeypatch.setattr("safetensors.safe_open", counted)
+    times = []
+    for memory in (None, 200_000_000):
+        parsed.clear()
+        machine = Machine(name="cpu", workers=1, memory=memory)
+        assert check(Check(llama_nf4, llama, machine=machine)).ok
+        times.append(len(parsed))
+    assert times[0] == times[1] > 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...engines.protocol import Engine, Importance, NestedAbsmax
+from ...engines.protocol import ChosenScales, Engine, Importance, NestedAbsmax
 from ...format.codebook import codebook, ladder
 from ...format.config import QuantConfig
 
@@ -40,7 +40,7 @@ def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConf
     unit = np.empty(-(-index.size // steps.run), np.float32)
     engine.search(
         weight.reshape(-1).view(np.uint8), "F32", blocksize, config.quant_type, steps,
-        Importance(importance, 0) if weighted else None, packed, index, unit,
+        Importance(importance, 0) if weighted else None, packed, ChosenScales(index, unit),
     )  # fmt: skip
     scales = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
