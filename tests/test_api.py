@@ -36,7 +36,7 @@ def test_the_examples_of_the_page_run(at_home, capsys):
 
 
 def test_it_writes_what_the_command_writes(at_home):
-    done = nf4cli.convert.write_model(
+    done = nf4cli.quantize(
         "model", "by-api", nf4cli.QuantConfig(quant_type="fp4", blocksize=32)
     )
     nf4_ok(
@@ -49,31 +49,31 @@ def test_it_writes_what_the_command_writes(at_home):
 
 
 def test_a_plan_writes_nothing_and_is_exact(at_home):
-    plan = nf4cli.planning.make_plan("model", "out")
+    plan = nf4cli.plan("model", "out")
     assert not (at_home / "out").exists()
-    nf4cli.convert.write_model("model", "out")
+    nf4cli.quantize("model", "out")
     made = sum(p.stat().st_size for p in (at_home / "out").glob("*.safetensors"))
     assert plan.shard_bytes == made
 
 
 def test_what_is_wrong_is_found_not_raised(at_home):
-    nf4cli.convert.write_model("model", "out")
+    nf4cli.quantize("model", "out")
     file = next((at_home / "out").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    found = nf4cli.proof.verify("out", source="model")
+    found = nf4cli.verify("out", source="model")
     assert not found.ok
     assert found.own.findings
 
 
 def test_errors_are_the_packages_own(at_home):
     with pytest.raises(InputError, match="does not exist"):
-        nf4cli.convert.write_model("nowhere", "out")
+        nf4cli.quantize("nowhere", "out")
     with pytest.raises(UsageError, match="--blocksize 33"):
-        nf4cli.convert.write_model("model", "out", nf4cli.QuantConfig(blocksize=33))
+        nf4cli.quantize("model", "out", nf4cli.QuantConfig(blocksize=33))
     with pytest.raises(UsageError, match="needs --push-to"):
-        nf4cli.convert.write_model("model", "out", public=True)
+        nf4cli.quantize("model", "out", public=True)
     with pytest.raises(AttributeError, match="quantise"):
         _ = nf4cli.quantise
 
@@ -92,7 +92,7 @@ def test_a_listener_hears_stages_weights_and_files(at_home):
         def file(self, part, name, size):
             heard["file"].append((name, size))
 
-    done = nf4cli.convert.write_model("model", "out", listener=Ears())
+    done = nf4cli.quantize("model", "out", listener=Ears())
     assert heard["stage"] == [("quantizing", done.model.parts[""].work_bytes)]
     assert len(heard["tensor"]) == done.model.written
     assert heard["file"] == [

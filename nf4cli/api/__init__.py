@@ -2,8 +2,8 @@
 
     import nf4cli
 
-    done = nf4cli.convert.write_model("org/name", "name-nf4")
-    assert nf4cli.proof.verify(done.output, source="org/name").ok
+    done = nf4cli.quantize("org/name", "name-nf4")
+    assert nf4cli.verify(done.output, source="org/name").ok
 
 Everywhere a model is a path, or `org/name` or `org/name@revision` for one of the Hub. Errors are
 those of nf4cli.errors: UsageError for options that make no sense, InputError for input that cannot

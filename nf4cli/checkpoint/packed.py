@@ -24,7 +24,6 @@ from .types import Checkpoint, Shard, TensorInfo
 if TYPE_CHECKING:
     from ..engines.protocol import F32, U8, Engine
 
-_PIECE = 1 << 20  # bytes
 Placed = tuple[Shard, TensorInfo]
 
 

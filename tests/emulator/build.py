@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nf4cli.engines import nvrtc
-from nf4cli.engines.launches import Launch, every_kernel
+from nf4cli.engines.launches import Launch
 
 from . import ptx
+from .kernels import every_kernel
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "emulator"

@@ -1,4 +1,4 @@
-"""Text as a model's own tokenizer has it, and where torch computes."""
+"""Open a model's own tokenizer, and choose the device that torch computes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import InputError, MachineError
 
 
 def open_tokenizer(model: Path) -> Any:
-    """The tokenizer beside a model.
+    """Return the tokenizer that lies beside a model.
 
     Raises:
         MachineError: transformers is missing.
@@ -32,7 +32,7 @@ def open_tokenizer(model: Path) -> Any:
 
 
 def torch_device(asked: str | None) -> str:
-    """A GPU where there is one, unless the CPU was asked for."""
+    """Return "cuda" where there is a GPU, unless the CPU was asked for, else "cpu"."""
     import torch
 
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
