@@ -36,9 +36,7 @@ def test_the_examples_of_the_page_run(at_home, capsys):
 
 
 def test_it_writes_what_the_command_writes(at_home):
-    done = nf4cli.quantize(
-        "model", "by-api", nf4cli.QuantConfig(quant_type="fp4", blocksize=32)
-    )
+    done = nf4cli.quantize("model", "by-api", nf4cli.QuantConfig(quant_type="fp4", blocksize=32))
     nf4_ok(
         "quantize", "model", "by-command", "--quant-type", "fp4", "--blocksize", "32", cwd=at_home
     )

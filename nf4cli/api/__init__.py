@@ -78,28 +78,14 @@ def plan(
 
 
 def quantize(
-    source: Place,
-    output: Place | None = None,
-    config: QuantConfig | None = None,
-    *,
-    importance: Place | None = None,
-    calibration: Calibrating | None = None,
-    max_shard_size: int | None = None,
-    exact: bool = False,
-    trust_remote_code: bool = False,
-    digest: str = "auto",
-    engine: str = "auto",
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | None = None,
-    disk: int | None = None,
-    push_to: str | None = None,
-    public: bool = False,
-    replace_card: bool = False,
-    fsync: bool = True,
-    resume: bool = False,
-    listener: Listener = NOBODY,
-) -> Quantized:
+    source: Place, output: Place | None = None, config: QuantConfig | None = None, *,
+    importance: Place | None = None, calibration: Calibrating | None = None,
+    max_shard_size: int | None = None, exact: bool = False, trust_remote_code: bool = False,
+    digest: str = "auto", engine: str = "auto", device: str | None = None,
+    workers: int | None = None, memory: int | None = None, disk: int | None = None,
+    push_to: str | None = None, public: bool = False, replace_card: bool = False,
+    fsync: bool = True, resume: bool = False, listener: Listener = NOBODY,
+) -> Quantized:  # fmt: skip
     """Convert a full-precision checkpoint or pipeline to bitsandbytes 4-bit, streaming.
 
     Args:
@@ -133,24 +119,13 @@ def quantize(
         UnfinishedRunError: the run was stopped on the way; `resume` continues it.
     """
     request = Request(
-        source=Path(source),
-        output=_path(output),
-        config=_recipe(config, importance, calibration),
-        shard_size=max_shard_size,
-        importance_file=_path(importance),
-        calibrating=calibration,
-        exact=exact,
-        trust_remote_code=trust_remote_code,
-        digest=digest,
-        machine=Machine(engine, device, workers, memory, listener),
-        disk=disk,
-        push_to=push_to,
-        public=public,
-        replace_card=replace_card,
-        fsync=fsync,
-        resume=resume,
-        listener=listener,
-    )
+        source=Path(source), output=_path(output),
+        config=_recipe(config, importance, calibration), shard_size=max_shard_size,
+        importance_file=_path(importance), calibrating=calibration, exact=exact,
+        trust_remote_code=trust_remote_code, digest=digest,
+        machine=Machine(engine, device, workers, memory, listener), disk=disk, push_to=push_to,
+        public=public, replace_card=replace_card, fsync=fsync, resume=resume, listener=listener,
+    )  # fmt: skip
     with prepared(request) as job:
         return job.run()
 

@@ -182,7 +182,8 @@ MUTATIONS = {
 
 def kernels_of(parts: tuple[str, ...]) -> tuple[str, ...]:
     """Return the kernels of these names, and the one that all of them need."""
-    return tuple(k for k in every_kernel() if k == "fold_errors" or any(part in k for part in parts))
+    every = every_kernel()
+    return tuple(k for k in every if k == "fold_errors" or any(part in k for part in parts))
 
 
 def seeded(mutation: Mutation) -> dict[str, str]:

@@ -48,7 +48,7 @@ def measured(root, scratch, names, seen, fixed=None, **settings):
 
 
 def unrounded(root):
-    """Give every layer its own weights back, so that each block is given what it is in the model."""
+    """Give every layer its own weights back: then every block has the inputs of the whole model."""
     kinds = torch.nn.Linear, transformers.pytorch_utils.Conv1D
     matrices = {
         f"{name}.weight": (module.weight if isinstance(module, kinds[0]) else module.weight.T)
