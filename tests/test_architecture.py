@@ -27,7 +27,7 @@ WINGS = (
     ("checkpoint",),
     ("engines",),
     ("format",),
-    ("errors", "callbacks", "threads", "stopping", "__init__"),
+    ("errors", "callbacks", "threads", "stopping", "units", "process_memory", "__init__"),
 )
 FLOOR = {wing: floor for floor, wings in enumerate(reversed(WINGS)) for wing in wings}
 HEAVY = {"torch", "transformers", "diffusers", "cupy"}

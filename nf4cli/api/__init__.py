@@ -1,13 +1,13 @@
-"""The Python interface: what the commands of nf4 do, as functions.
+"""The Python interface: the commands of nf4 as functions.
 
     import nf4cli
 
     done = nf4cli.quantize("org/name", "name-nf4")
     assert nf4cli.verify(done.output, source="org/name").ok
 
-Everywhere a model is a path, or `org/name` or `org/name@revision` for one of the Hub. Errors are
-those of nf4cli.errors: UsageError for options that make no sense, InputError for input that cannot
-be converted, MachineError for a disk, a GPU or a network that fails; all are Nf4Error.
+A model is a path, or `org/name` or `org/name@revision` on the Hub. Errors are those of
+nf4cli.errors, all of them Nf4Error: UsageError for options that make no sense, InputError for input
+that cannot be converted, MachineError for a disk, a GPU or a network that fails.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from .verifying import Check, Verified, check
 if TYPE_CHECKING:
     from ..output.inspection import TensorView
     from ..planning.model_plan import ModelPlan
+    from ..proof.attest import Attestation
     from ..quality.calibration.run import Calibrating
+    from .evaluating import Evaluated
+    from .pushing import Pushed
 
 __all__ = [
-    "Dequantized", "Inspected", "Quantized", "Verified", "dequantize", "inspect", "inspect_tensor",
-    "plan", "quantize", "verify",
+    "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize", "evaluate",
+    "inspect", "inspect_tensor", "plan", "push", "quantize", "verify",
 ]  # fmt: skip
 
 Place = str | Path
@@ -52,12 +55,12 @@ def plan(
     memory: int | None = None,
     listener: Listener = NOBODY,
 ) -> ModelPlan:
-    """Return what `quantize` would write, from the headers of the source alone.
+    """Return the plan of everything that `quantize` would write, from the source's headers alone.
 
-    Args: as of `quantize`.
+    The arguments are those of `quantize`.
 
     Raises:
-        UsageError, InputError, MachineError: it cannot be converted.
+        UsageError, InputError, MachineError: the source cannot be converted.
     """
     request = Request(
         source=Path(source),
@@ -75,77 +78,54 @@ def plan(
 
 
 def quantize(
-    source: Place,
-    output: Place | None = None,
-    config: QuantConfig | None = None,
-    *,
-    importance: Place | None = None,
-    calibration: Calibrating | None = None,
-    max_shard_size: int | None = None,
-    exact: bool = False,
-    trust_remote_code: bool = False,
-    digest: str = "auto",
-    engine: str = "auto",
-    device: str | None = None,
-    workers: int | None = None,
-    memory: int | None = None,
-    disk: int | None = None,
-    push_to: str | None = None,
-    public: bool = False,
-    replace_card: bool = False,
-    fsync: bool = True,
-    resume: bool = False,
-    listener: Listener = NOBODY,
-) -> Quantized:
+    source: Place, output: Place | None = None, config: QuantConfig | None = None, *,
+    importance: Place | None = None, calibration: Calibrating | None = None,
+    max_shard_size: int | None = None, exact: bool = False, trust_remote_code: bool = False,
+    digest: str = "auto", engine: str = "auto", device: str | None = None,
+    workers: int | None = None, memory: int | None = None, disk: int | None = None,
+    push_to: str | None = None, public: bool = False, replace_card: bool = False,
+    fsync: bool = True, resume: bool = False, listener: Listener = NOBODY,
+) -> Quantized:  # fmt: skip
     """Convert a full-precision checkpoint or pipeline to bitsandbytes 4-bit, streaming.
 
     Args:
-        source: a directory, one .safetensors file, or a model of the Hub.
-        output: a new directory; None for NAME-nf4 here, or, with `push_to`, for none.
+        source: a directory, one .safetensors file, or a model on the Hub.
+        output: a new directory. None for NAME-nf4 in the working directory; with `push_to`, None
+            for an output on the Hub alone.
         config: the recipe, None for bitsandbytes' usual one (NF4, blocksize 64, double
-            quantization). Its max_shard_size is not looked at: see below.
-        importance: file that weights the loss of the scales, of an earlier calibration.
-        calibration: text that is run through the model first.
-        max_shard_size: bytes of the largest output file; None for 5 GB, or 1 GB where files leave
-            a bounded disk.
+            quantization). Its max_shard_size does not count; the argument below does.
+        importance: importance file of an earlier calibration; weights errors when scales are
+            searched for.
+        calibration: text to run through the model first.
+        max_shard_size: bytes of the largest output file. None for 5 GB; for 1 GB where `disk` is
+            given and the output stays on the Hub alone.
         exact: ask transformers which modules it holds in 4 bit, whatever the family.
-        trust_remote_code: transformers may run the model's own code for that.
-        digest: "blake3", "sha256", or "auto" for SHA-256 where a Hub is involved.
+        trust_remote_code: let transformers run the model's own code for that.
+        digest: "blake3", "sha256", or "auto" for SHA-256 where a Hub is involved, else BLAKE3.
         engine: "auto", "cpu", "cuda" or "torch".
-        device: of the engine, such as "cuda:1".
-        workers: threads, None for one a processor.
-        memory: bytes that the process shall stay below.
-        disk: bytes that may lie on the disk at once.
-        push_to: repository of the Hub to publish in.
-        public: whether one that is new is seen by everybody.
-        replace_card: whether a README.md that is there is replaced.
-        fsync: wait until the disk has it all.
+        device: a device of the engine, such as "cuda:1".
+        workers: threads, None for one a processor, at most 16.
+        memory: most bytes of memory that the process shall take.
+        disk: most bytes that may lie on the disk at once.
+        push_to: the repository on the Hub to publish the output in.
+        public: make a new repository public.
+        replace_card: replace the repository's README.md.
+        fsync: wait until every file is on the disk.
         resume: continue a run that was stopped.
         listener: told of stages, progress and notes.
 
     Raises:
-        UsageError, InputError, MachineError: it cannot be converted.
-        UnfinishedRunError: it was stopped on the way, and what was done is kept.
+        UsageError, InputError, MachineError: the source cannot be converted.
+        UnfinishedRunError: the run was stopped on the way; `resume` continues it.
     """
     request = Request(
-        source=Path(source),
-        output=_path(output),
-        config=_recipe(config, importance, calibration),
-        shard_size=max_shard_size,
-        importance_file=_path(importance),
-        calibrating=calibration,
-        exact=exact,
-        trust_remote_code=trust_remote_code,
-        digest=digest,
-        machine=Machine(engine, device, workers, memory, listener),
-        disk=disk,
-        push_to=push_to,
-        public=public,
-        replace_card=replace_card,
-        fsync=fsync,
-        resume=resume,
-        listener=listener,
-    )
+        source=Path(source), output=_path(output),
+        config=_recipe(config, importance, calibration), shard_size=max_shard_size,
+        importance_file=_path(importance), calibrating=calibration, exact=exact,
+        trust_remote_code=trust_remote_code, digest=digest,
+        machine=Machine(engine, device, workers, memory, listener), disk=disk, push_to=push_to,
+        public=public, replace_card=replace_card, fsync=fsync, resume=resume, listener=listener,
+    )  # fmt: skip
     with prepared(request) as job:
         return job.run()
 
@@ -167,16 +147,17 @@ def verify(
     """Check a 4-bit checkpoint or pipeline, written by nf4 or not.
 
     Args:
-        source: what it was made from: it is quantized again and compared, byte for byte.
-        calibration: text files to measure again what the output records of its calibration.
-        sample: share (0.05) of the weights, or bytes (an int), to look at; None for all.
-        seed: of the sample.
-        disk: bytes that may lie on the disk at once, with `source`.
-        engine, device, workers, memory, listener: as of `quantize`.
+        path: the checkpoint or pipeline.
+        source: what it was made from. It is quantized again and compared byte by byte.
+        calibration: text files, to calibrate again and compare with the output's record.
+        sample: the part to check, as a share (0.05) or in bytes (an int); None for all.
+        seed: chooses the sample; None for another one every time.
+        disk: most bytes that may lie on the disk at once, with `source`.
+        engine, device, workers, memory, listener: as in `quantize`.
 
     Raises:
-        UsageError, InputError, MachineError: it cannot be verified at all. What is wrong with it is
-            no error but a finding.
+        UsageError, InputError, MachineError: it cannot be verified at all. Anything wrong with the
+            checkpoint is a finding in the result instead.
     """
     machine = Machine(engine, device, workers, memory, listener)
     texts = tuple(Path(text) for text in calibration)
@@ -199,19 +180,21 @@ def dequantize(
     """Decode any bitsandbytes 4-bit checkpoint or pipeline into a new directory.
 
     Args:
+        source: the checkpoint or pipeline.
+        output: the new directory.
         dtype: of all floats: "float32", "float16", "bfloat16"; "auto" for the original ones.
         max_shard_size: bytes of the largest output file.
-        engine, device, workers, memory, fsync, listener: as of `quantize`.
+        engine, device, workers, memory, fsync, listener: as in `quantize`.
 
     Raises:
-        UsageError, InputError, MachineError: it cannot be decoded.
+        UsageError, InputError, MachineError: the checkpoint cannot be decoded.
     """
     machine = Machine(engine, device, workers, memory, listener)
     return decode(Path(source), Path(output), dtype, max_shard_size, fsync, machine)
 
 
 def inspect(path: Place, *, listener: Listener = NOBODY) -> Inspected:
-    """Return what a checkpoint or pipeline holds: 4-bit or not, sizes, errors where known.
+    """Return what a checkpoint or pipeline holds: kinds of weights, sizes, known errors.
 
     Raises:
         InputError, MachineError: it cannot be read.
@@ -220,12 +203,140 @@ def inspect(path: Place, *, listener: Listener = NOBODY) -> Inspected:
 
 
 def inspect_tensor(path: Place, tensor: str, *, listener: Listener = NOBODY) -> TensorView:
-    """Return the state and histograms of one tensor; in a pipeline COMPONENT.TENSOR.
+    """Return the state and histograms of one tensor.
+
+    Args:
+        path: a checkpoint or pipeline.
+        tensor: the tensor's name; in a pipeline COMPONENT.TENSOR.
 
     Raises:
         UsageError, InputError, MachineError: it cannot be read.
     """
     return look_at_tensor(Path(path), tensor, listener)
+
+
+def evaluate(
+    output: Place,
+    source: Place,
+    *,
+    texts: Sequence[Place] = (),
+    tokens: int = 8192,
+    context: int = 512,
+    dtype: str = "auto",
+    device: str | None = None,
+    cache_directory: Place | None = None,
+    cache_size: int = 4_000_000_000,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    engine: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    listener: Listener = NOBODY,
+) -> Evaluated:
+    """Measure how far an output is from its source, as a model (extra `eval`).
+
+    Args:
+        output: a 4-bit checkpoint or any other model.
+        source: the model that it was made from.
+        texts: text files and directories to measure on; none for two built-in texts.
+        tokens: most tokens of each text.
+        context: tokens of a window.
+        dtype: what both models compute in: "float32", "float16", "bfloat16"; "auto" for float32 on
+            the CPU, else the model's own.
+        device: a torch device, None for a GPU where there is one.
+        cache_directory: where the source's results are kept, None for the user's cache.
+        cache_size: most bytes of them.
+        max_kl: largest mean KL divergence of a text that is good.
+        min_top1: smallest share of equal most likely tokens that is good.
+        engine, workers, memory, listener: as in `quantize`; the engine decodes 4-bit weights.
+
+    Raises:
+        UsageError, InputError, MachineError: the models cannot be compared. A limit that is not
+            kept is a failure in the result instead.
+    """
+    from .evaluating import Evaluation, compare
+
+    return compare(
+        Evaluation(
+            output=Path(output),
+            source=Path(source),
+            texts=tuple(Path(text) for text in texts),
+            tokens=tokens,
+            context=context,
+            dtype=dtype,
+            device=device,
+            cache_directory=_path(cache_directory),
+            cache_size=cache_size,
+            max_kl=max_kl,
+            min_top1=min_top1,
+            machine=Machine(engine, None, workers, memory, listener),
+        )
+    )
+
+
+def attest(
+    output: Place,
+    source: Place | None = None,
+    *,
+    builder_id: str | None = None,
+    engine: str = "auto",
+    device: str | None = None,
+    workers: int | None = None,
+    memory: int | None = None,
+    listener: Listener = NOBODY,
+) -> Attestation:
+    """Return an unsigned statement of what an output is and was made from (SLSA, in-toto).
+
+    Args:
+        output: a directory that `quantize` wrote.
+        source: what it was made from: prove that first, as `verify` does.
+        builder_id: URI of who ran the conversion, SLSA's builder.id.
+        engine, device, workers, memory, listener: as in `quantize`; the engine serves the proof.
+
+    Returns:
+        The statement, or the findings for which there is none.
+
+    Raises:
+        UsageError, InputError, MachineError: the output cannot be read or proved at all.
+    """
+    from .attesting import state
+
+    machine = Machine(engine, device, workers, memory, listener)
+    return state(Path(output), _path(source), builder_id, machine)
+
+
+def push(
+    output: Place,
+    repo: str,
+    *,
+    public: bool = False,
+    replace_card: bool = False,
+    message: str | None = None,
+    workers: int | None = None,
+    listener: Listener = NOBODY,
+) -> Pushed:
+    """Publish a finished output on the Hub, in one commit.
+
+    Every file is read first. Nothing is sent unless all are what the manifest says.
+
+    Args:
+        output: a directory that `quantize` wrote.
+        repo: `org/name`, or `name` for your own. It is made where there is none.
+        public: make a new repository public.
+        replace_card: replace the repository's README.md.
+        message: of the commit.
+        workers: files read at a time, None for one a processor.
+        listener: told of stages, progress and notes.
+
+    Returns:
+        The commit, or the findings for which nothing was sent.
+
+    Raises:
+        UsageError, InputError, MachineError: the output cannot be read or published.
+    """
+    from .pushing import Push, publish
+
+    return publish(Push(Path(output), repo, public, replace_card, message, workers, listener))
 
 
 def _path(place: Place | None) -> Path | None:
@@ -235,6 +346,6 @@ def _path(place: Place | None) -> Path | None:
 def _recipe(
     config: QuantConfig | None, importance: Place | None, calibration: Calibrating | None
 ) -> QuantConfig:
-    """Return the recipe; data has a say only where scales are searched for."""
+    """Return the recipe; with data the scales are searched for."""
     config = config or QuantConfig()
     return replace(config, scale="search") if importance or calibration else config

@@ -1,4 +1,4 @@
-"""nf4cli.convert.dequantize: a 4-bit model back to an ordinary one."""
+"""Decode a 4-bit model into an ordinary one: the work of `nf4cli.dequantize`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .quantizing import SHARD_BYTES
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A finished run.
+    """The result of a run.
 
     Attributes:
         output: the new directory.
-        parts: what was written, by component; "" is a checkpoint that is no part of a pipeline.
-        engine: that decoded.
-        seconds: that planning and writing took.
+        parts: counts of what was written, by component; "" is a checkpoint without a pipeline.
+        engine: name of the engine that decoded.
+        seconds: time of planning and writing.
     """
 
     output: Path
@@ -40,6 +40,11 @@ def decode(
     machine: Machine | None = None,
 ) -> Dequantized:
     """Decode a 4-bit checkpoint or pipeline into the new directory `output`.
+
+    Args:
+        dtype: of all floats, "auto" for the original ones.
+        max_shard_size: bytes of the largest output file.
+        fsync: wait until every file is on the disk.
 
     Raises:
         UsageError, InputError, MachineError, OSError: see `plan_decoding`, `write_decoded`.

@@ -1,4 +1,4 @@
-"""nf4cli.inspect: a checkpoint or pipeline at a glance, or one tensor in depth."""
+"""Look into a checkpoint, a pipeline or one tensor: the work of `nf4cli.inspect`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from . import sources
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a model holds.
+    """The contents of a model.
 
     Attributes:
-        called: what a user reads of it.
-        name: of its directory.
-        parts: by component; "" is a checkpoint that is no part of a pipeline.
+        called: what messages call the model.
+        name: of its directory; of a model on the Hub, its repository and commit.
+        parts: overviews by component; "" is a checkpoint without a pipeline.
     """
 
     called: str
@@ -31,10 +31,10 @@ class Inspected:
 
 
 def look(path: Path, listener: Listener = NOBODY) -> Inspected:
-    """Return what is 4-bit, what is not, sizes, and errors where they are known.
+    """Return an overview of a checkpoint, or of each component of a pipeline.
 
     Raises:
-        InputError, MachineError: it cannot be read.
+        InputError, MachineError: the model cannot be fetched or read.
     """
     place = sources.local(path, listener)
     called = sources.shown(path, place)
@@ -60,8 +60,8 @@ def look_at_tensor(path: Path, tensor: str, listener: Listener = NOBODY) -> Tens
         tensor: its name; in a pipeline COMPONENT.NAME.
 
     Raises:
-        UsageError: the name does not begin with a component's.
-        InputError: there is no such tensor.
+        UsageError: in a pipeline, the name does not begin with a component's.
+        InputError: there is no such tensor, or the checkpoint cannot be read.
     """
     place = sources.local(path, listener)
     if is_pipeline(place):

@@ -1,4 +1,4 @@
-"""What a run may take of this machine: its engine, threads and memory."""
+"""Choose what a run may take of this machine: its engine, threads and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..planning.resources import Resources, make_resources
 
 
 def processors() -> int:
-    """Return the processors of this process; a container or taskset may allow fewer than exist."""
+    """Return the number of processors that this process may use, which a container may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -22,13 +22,13 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was asked for; the engine is loaded when it is needed first.
+    """The engine and limits that a user asks for; the engine is loaded at its first use.
 
     Attributes:
         name: of the engine: auto, cpu, cuda or torch.
-        device: of the engine, None for its default.
-        workers: threads, None for the default.
-        memory: bytes that the process shall stay below, None for no bound.
+        device: a device of the engine, None for its default.
+        workers: threads, None for one a processor, at most 16.
+        memory: most bytes of memory that the process shall take, None for no limit.
         listener: told what a user should know.
     """
 
@@ -40,11 +40,11 @@ class Machine:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine.
+        """The engine; for "auto", the CPU's where a GPU does not fit into the memory.
 
         Raises:
-            UsageError: there is none of this name, or no such device.
-            MachineError: it cannot run here; the message says what to install.
+            UsageError: there is no such engine or device.
+            MachineError: the engine cannot run here; the message says what to install.
         """
         note = self.listener.note
         engine = engines.load(self.name, self.device, note)
@@ -58,14 +58,14 @@ class Machine:
         return engine
 
     def resources(self, tensors: int = 0, unit: int = GRANULE) -> Resources:
-        """Return threads and buffers for a run.
+        """Return the number of threads and the sizes of their buffers for a run.
 
         Args:
-            tensors: that are held in mind.
+            tensors: number of tensors whose plan is held in memory.
             unit: elements that are encoded together.
 
         Raises:
-            UsageError: the memory is too little.
+            UsageError: the memory does not suffice, or `workers` is below 1.
         """
         return make_resources(
             self.engine, self.workers, self.memory, processors(), tensors, max(unit, GRANULE)

@@ -1,5 +1,7 @@
-"""nf4cli.convert.write_model and nf4cli.planning.make_plan: find the source, plan, convert,
-publish."""
+"""Convert a model, from finding its source to publishing the output: the work of `nf4cli.quantize`.
+
+`nf4cli.plan` is the same up to the plan.
+"""
 
 from __future__ import annotations
 
@@ -42,26 +44,30 @@ Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
 SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
-"""The largest output file, by default: as loaders write them; where files leave a bounded disk."""
+"""Default of the largest output file: as loaders write it; where files leave a bounded disk."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What shall be converted, how, and where the output goes to.
+    """What to convert, how, and where the output goes.
 
     Attributes:
-        source: a path, or a model of the Hub.
-        output: a new directory; None for NAME-nf4 here, or, with `push_to`, for none.
-        config: recipe; its `max_shard_size` counts where `shard_size` is given.
+        source: a path, or a model on the Hub.
+        output: a new directory. None for NAME-nf4 in the working directory; with `push_to`, None
+            for an output on the Hub alone.
+        config: the recipe; `recipe` replaces its `max_shard_size`.
         shard_size: bytes of the largest output file, None for the default.
-        importance_file: what the loss of the scales is weighted by, None for no data.
-        calibrating: what shall be run through the model first, None for nothing.
-        exact, trust_remote_code: whether transformers is asked in any case, and may run code.
+        importance_file: weights errors when scales are searched for, None for no data.
+        calibrating: text to run through the model first, None for no calibration.
+        exact: ask transformers which modules it holds in 4 bit, whatever the family.
+        trust_remote_code: let transformers run the model's own code for that.
         digest: algorithm of the files' digests; "auto" is SHA-256 where a Hub is involved.
-        disk: bytes that may lie on the disk at once, None for no bound.
-        push_to: the repository that the output is published in, None for none.
-        public, replace_card: of that repository, see `Publication`.
+        machine: converts.
+        disk: most bytes that may lie on the disk at once, None for no limit.
+        push_to: the repository to publish the output in, None for none.
+        public, replace_card: see `Publication`.
         fsync, resume: see `Execution`.
+        listener: told of stages, progress and notes.
 
     Raises:
         UsageError: options that do not go together.
@@ -96,7 +102,7 @@ class Request:
 
     @property
     def leaving(self) -> bool:
-        """Whether no output stays here."""
+        """Whether the output goes to the Hub alone."""
         return self.push_to is not None and self.output is None
 
     @cached_property
@@ -107,36 +113,49 @@ class Request:
         return replace(self.config, max_shard_size=self.shard_size or default)
 
     def place(self, name: str) -> Path:
-        """Return where the output of a model is, or would be: beside it the run works.
+        """Return the output's directory; the run works beside it.
 
-        One that leaves is named after where it goes to, as the Hub's own cache would name it, so
-        that nothing else that lies here is in its way.
+        Without an output on this disk the name is that of the repository, as the Hub's own cache
+        would write it, so that no other file of the user is in its way.
+
+        Args:
+            name: of the source model.
         """
         if self.push_to is not None and self.leaving:
             return Path(f"models--{self.push_to.replace('/', '--')}")
         return self.output or Path(f"{name}-nf4")
 
     def algorithm(self, source: Source) -> str:
-        """Return that of the files' digests."""
+        """Return the algorithm of the files' digests: "blake3" or "sha256"."""
         if self.digest != "auto":
             return self.digest
         return "sha256" if source.snapshot or self.push_to else "blake3"
 
     @cached_property
     def importance(self) -> ImportanceFile | None:
-        """The file that was asked for, read when it is needed."""
+        """The importance file, read at its first use; None where none was asked for.
+
+        Raises:
+            InputError: it is damaged.
+        """
         from ..checkpoint.importance_file import load
 
         return None if self.importance_file is None else load(self.importance_file)
 
     def oracle(self, model: Checkpoint) -> Answer | None:
-        """For `make_plan`: return what transformers says of a model, where it has to be asked."""
+        """Return what transformers says of a model; None where it need not be asked.
+
+        An argument of `make_plan`.
+        """
         from ..planning.families import consult
 
         return consult(model, self.exact, self.trust_remote_code)
 
     def scan(self, preliminary: Plan) -> frozenset[str]:
-        """For `make_plan`: return the weights that hold a NaN or an infinity."""
+        """Return the names of the weights that hold a NaN or an infinity, read with progress.
+
+        An argument of `make_plan`.
+        """
         from ..convert.find_nonfinite import nonfinite_weights, scan_bytes
 
         limits = self.machine.resources(len(preliminary.tensors))
@@ -145,7 +164,7 @@ class Request:
             return nonfinite_weights(preliminary, self.machine.engine, limits, progress)
 
     def transport(self, source: Source) -> HubTransport | None:
-        """Return what moves the files of a run; None for one that neither fetches nor pushes."""
+        """Return what fetches and uploads the files of a run; None for a run without a Hub."""
         from ..convert.transfers import Transfers
         from ..hub.carrier import HubTransport
 
@@ -159,6 +178,7 @@ class Request:
         )  # fmt: skip
 
     def _publication(self, transfers: Transfers) -> Publication | None:
+        """Return the commit in the making, None where nothing is published."""
         from ..hub.errors import report_to
         from ..hub.publish import Publication
 
@@ -173,15 +193,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A finished run.
+    """The result of a conversion.
 
     Attributes:
-        output: the new directory, None where none stayed here.
-        model: what was planned.
-        manifests: of the parts; "" is a checkpoint that is no part of a pipeline.
-        engine: that converted.
-        seconds: that converting and writing took.
-        published: where the output went to, None for nowhere.
+        output: the new directory, None where the output is on the Hub alone.
+        model: the plan that was carried out.
+        manifests: by component; "" is a checkpoint without a pipeline.
+        engine: name of the engine that converted.
+        seconds: time of converting and writing.
+        published: the commit on the Hub, None where nothing was published.
     """
 
     output: Path | None
@@ -194,15 +214,16 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that is planned, and can be looked at or run.
+    """A conversion that is planned, and can be shown or run.
 
     Attributes:
+        request: what was asked for.
         source: where the model is read from.
-        model: what will be written.
-        output: where, or beside what the run works where nothing stays.
-        limits: what the run may take of the machine.
-        transport: moves the files; None where they lie here and stay here.
-        seconds: that planning took.
+        model: the plan.
+        output: see `Request.place`.
+        limits: threads and buffers of the run.
+        transport: fetches and uploads files, None for a run without a Hub.
+        seconds: time of planning.
     """
 
     request: Request
@@ -215,20 +236,21 @@ class Job:
 
     @property
     def destination(self) -> str:
-        """Where the output goes to, as a user would name it."""
+        """The output as messages call it: a directory, or a repository."""
         request = self.request
         return request.push_to if request.push_to and request.leaving else str(self.output)
 
     @property
     def stays(self) -> Path | None:
-        """The output, None where none stays here."""
+        """The output's directory, None where the output goes to the Hub alone."""
         return None if self.request.leaving else self.output
 
     def outlook(self) -> tuple[Outlook, float] | None:
-        """Return what the run would move, and the bytes a second that this machine converts.
+        """Return what the run would fetch and keep, and the speed of this machine.
 
         Returns:
-            None for a source that lies here.
+            The amounts, and bytes of the source converted a second, measured now; None for a
+            source on this disk.
 
         Raises:
             OSError: the temporary directory is full.
@@ -242,7 +264,7 @@ class Job:
         return outlook, bytes_per_second(engine, self.limits, self.request.recipe)
 
     def _pushed(self) -> ModelPlan:
-        """Return the plan of a run whose output leaves the disk."""
+        """Return the plan of a run whose output goes to the Hub alone, in smaller files."""
         request = self.request
         size = request.shard_size or LEAVING_SHARD_BYTES
         recipe = replace(request.recipe, max_shard_size=size)
@@ -255,10 +277,11 @@ class Job:
         )
 
     def run(self) -> Quantized:
-        """Convert, write, publish.
+        """Convert the model, write the output and publish it.
 
         Raises:
             UsageError, InputError, MachineError, OSError: see `write_model`.
+            UnfinishedRunError: the run was stopped on the way and can be continued.
         """
         request, started = self.request, time.monotonic()
         stage = Stage(
@@ -283,13 +306,14 @@ class Job:
 
 @contextmanager
 def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
-    """Yield a conversion that everything has been looked at of that could refuse it.
+    """Yield a planned conversion, after every check that can refuse it before it starts.
 
     Args:
-        only_plan: it will not be run: nothing is fetched or calibrated for it, and it need not fit.
+        only_plan: it will not be run. Then nothing is calibrated, and a checkpoint may be larger
+            than the free disk.
 
     Raises:
-        UsageError, InputError, MachineError: it cannot be done.
+        UsageError, InputError, MachineError: the model cannot be converted.
     """
     keep = request.disk is None and not only_plan
     continued = request.place if request.resume else None
@@ -300,7 +324,7 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
             transport = request.transport(whole)
             need = transport.disk_needed(model, limits.workers) if transport else None
             if only_plan and not model.is_pipeline:
-                need = 0  # what does not fit here may be planned all the same
+                need = 0  # a plan may be larger than this disk
             check_output(model, output, limits.workers, request.resume, need)
             seconds = time.monotonic() - started
             yield Job(request, whole, model, output, limits, transport, seconds)
@@ -310,16 +334,19 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
 def _planned(
     request: Request, source: Source, only_plan: bool
 ) -> Iterator[tuple[Source, ModelPlan, Path]]:
-    """Yield (the source, with all of its bytes where they are needed, its plan, the output)."""
+    """Yield the source, its plan and the output's directory.
+
+    A source that has to be read before its plan is final is fetched whole.
+    """
     bounded = request.disk is not None
-    reads = request.config.on_nonfinite == "keep"
+    scans = request.config.on_nonfinite == "keep"
     calibrating = None if only_plan else request.calibrating
-    if reads:
+    if scans:
         source = sources.whole(source, "--on-nonfinite keep", bounded, request.listener)
     if is_pipeline(source.path):
         _refuse_data(request)
         output = request.place(name_of_directory(source.path))
-        if reads:  # before all is read
+        if scans:  # refuse before the long reading
             require_place(source.path, output, False, request.resume)
         model = make_pipeline_plan(
             source.path, request.recipe, request.oracle, request.scan, source.origin_of
@@ -330,9 +357,9 @@ def _planned(
         source = sources.whole(source, "--calibration", bounded, request.listener)
     checkpoint = source.open()
     output = request.place(checkpoint.name)
-    if reads or calibrating:
+    if scans or calibrating:
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
-    # A calibrated model is planned twice, and asked about once.
+    # A calibrated model is planned twice; transformers is asked and NaN are looked for once.
     recipe, ask, scan = request.recipe, _once(request.oracle), _once(request.scan)
     plan = make_plan(checkpoint, recipe, ask, scan, request.importance)
     if calibrating is None:
@@ -349,7 +376,7 @@ def _planned(
 
 
 def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
-    """Return a function that asks the first time, and gives the same answer from then on."""
+    """Return a function that calls `ask` the first time, and gives its answer from then on."""
     answers: list[Answered] = []
 
     def asked(about: Asked) -> Answered:
@@ -361,7 +388,7 @@ def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
 
 
 def _refuse_data(request: Request) -> None:
-    """Raise UsageError for options that go with a single model only."""
+    """Raise UsageError if an option was given that does not go with a pipeline."""
     data = {"--importance": request.importance_file, "--calibration": request.calibrating}
     for option, given in data.items():
         if given is not None:

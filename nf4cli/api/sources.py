@@ -1,4 +1,4 @@
-"""Where a model is read from: a path, or `org/name@revision` for one on the Hub."""
+"""Find the model that a user names: a path, or `org/name@revision` on the Hub."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def named(source: Path) -> Name | None:
-    """The model of a Hub that an argument names; None for a path, and whatever exists is one."""
+    """Return the model on a Hub that an argument names; None for a path, and for what exists."""
     from ..hub.client import parse
 
     return None if os.path.lexists(source) else parse(str(source))
 
 
 def require_repository(name: str) -> None:
-    """Raises UsageError for what is no name of a repository to push to."""
+    """Raise UsageError if `name` cannot be a repository to push to."""
     from ..hub.client import parse
 
     if parse(name if "/" in name else f"me/{name}") is None or "@" in name:
@@ -41,12 +41,12 @@ def require_repository(name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model is read from.
+    """A model to read.
 
     Attributes:
         path: a directory or file to plan from.
-        snapshot: of a model on a Hub.
-        outline: `path` holds no weights, only the headers of the files that have them.
+        snapshot: the files of a model on a Hub at one commit, None for a path.
+        outline: `path` holds only the headers of weight files, and small files whole.
     """
 
     path: Path
@@ -54,10 +54,10 @@ class Source:
     outline: bool = False
 
     def open(self) -> Checkpoint:
-        """Find out what the model has.
+        """Return the model's tensors and files.
 
         Raises:
-            InputError: see discovery.open_checkpoint.
+            InputError: see `open_checkpoint` and `open_outline`.
         """
         from ..checkpoint.discovery import open_checkpoint
         from ..hub.outline import open_outline
@@ -67,17 +67,21 @@ class Source:
         return open_outline(self.snapshot, self.path)
 
     def origin_of(self, component: str) -> Origin | None:
-        """Where a component of a pipeline comes from."""
+        """Return the repository, commit and digests of a component; None for a path.
+
+        Args:
+            component: of a pipeline; "" for a checkpoint without one.
+        """
         return self.snapshot.origin(component) if self.snapshot else None
 
     @property
     def name(self) -> str:
-        """As a user would name it."""
+        """The model as its user names it."""
         return str(self.snapshot.name) if self.snapshot else str(self.path)
 
     @property
     def called(self) -> str:
-        """What exactly it is: with the commit."""
+        """The model as messages call it: its path, or repository and commit."""
         if self.snapshot is None:
             return str(self.path)
         return f"{self.snapshot.repo}@{self.snapshot.commit}"
@@ -90,15 +94,15 @@ def found(
     listener: Listener = NOBODY,
     continued: Callable[[str], Path] | None = None,
 ) -> Iterator[Source]:
-    """A source that can be planned from, wherever it lies.
+    """Yield a source that can be planned from; of a model on a Hub, its outline.
 
     Args:
-        continued: where the output of a model of some name would be; a run of that which is
-            continued goes on with the commit that it began with.
-        keep: what is fetched stays in the user's cache.
+        keep: small files that are fetched stay in the user's cache.
+        continued: for a run that is continued: gives the output's directory for the model's name.
+            The source is then at the commit that the run began with.
 
     Raises:
-        InputError, MachineError: see hub.client.resolve and hub.outline.draw.
+        InputError, MachineError: see `client.resolve` and `outline.draw`.
     """
     name, notify = named(source), listener.note
     if name is None:
@@ -129,25 +133,25 @@ def found(
 
 @contextmanager
 def _called(name: Name, directory: Path) -> Iterator[None]:
-    """Has errors name a model as its user does, not the directory that its outline lies in."""
+    """In messages of errors, replace the directory of an outline by the model's name."""
     try:
         yield
     except Nf4Error as error:
-        for told in (error, getattr(error, "cause", None)):
-            if isinstance(told, Nf4Error):
-                told.args = (str(told).replace(str(directory), str(name)),)
+        for raised in (error, getattr(error, "cause", None)):
+            if isinstance(raised, Nf4Error):
+                raised.args = (str(raised).replace(str(directory), str(name)),)
         raise
 
 
 def whole(source: Source, why: str, bounded: bool, listener: Listener) -> Source:
-    """The same with all of its bytes, for what needs them at once: fetched to the cache.
+    """Return the same source with all of its bytes; one on a Hub is fetched to the cache.
 
     Args:
-        why: what needs them.
-        bounded: a bound on the disk was asked for, which this cannot keep.
+        why: what needs all bytes at once, for the message.
+        bounded: the user has set a limit on the disk, which this cannot keep.
 
     Raises:
-        UsageError: there is a bound.
+        UsageError: there is a limit.
         InputError, MachineError: the model cannot be fetched.
     """
     if source.snapshot is None or not source.outline:
@@ -161,10 +165,10 @@ def whole(source: Source, why: str, bounded: bool, listener: Listener) -> Source
 
 
 def local(source: Path, listener: Listener) -> Path:
-    """A path for a command that reads a whole model: one of a Hub is fetched to the cache.
+    """Return a model's path; one on a Hub is fetched to the cache.
 
     Raises:
-        InputError, MachineError: it cannot be had.
+        InputError, MachineError: the model cannot be fetched.
     """
     if named(source) is None:
         return source
@@ -173,8 +177,11 @@ def local(source: Path, listener: Listener) -> Path:
 
 
 def as_recorded(source: Path, manifest: Manifest | None, notify: Notify) -> Path:
-    """A source, at the commit that an output's manifest says it was made from, where its user names
-    the same model of a Hub and no revision."""
+    """Return a source at the commit that an output's manifest records.
+
+    That is where the user names the same model of a Hub without a revision; else return the source
+    as it is.
+    """
     name = named(source)
     if name is None or name.revision is not None or manifest is None:
         return source
@@ -185,13 +192,18 @@ def as_recorded(source: Path, manifest: Manifest | None, notify: Notify) -> Path
 
 
 def shown(asked: Path, path: Path) -> str:
-    """What a user reads of a path that `local` gave: a model of a Hub with its commit, which names
-    its directory in the cache."""
+    """Return what messages call a model: its path, or repository and commit.
+
+    Args:
+        asked: the model as its user names it.
+        path: what `local` returned for it; in the cache its name is the commit.
+    """
     name = named(asked)
     return str(path) if name is None else f"{name.repo}@{path.name}"
 
 
 def _fetch(snapshot: Snapshot, outline: Path, listener: Listener) -> Path:
+    """Fetch all files of an outline to the cache, and return their directory."""
     from ..convert.transfers import Transfers
     from ..hub.fetching import fetch_all
     from ..hub.outline import names_in
@@ -209,11 +221,12 @@ def _fetch(snapshot: Snapshot, outline: Path, listener: Listener) -> Path:
 
 
 def _last(name: Name) -> str:
+    """Return a repository's name without its owner."""
     return name.repo.rpartition("/")[2]
 
 
 def _as_begun(name: Name, output: Path, notify: Notify) -> Name:
-    """The same model at the commit that an unfinished run of it began with."""
+    """Return the model at the commit that an unfinished run of it began with."""
     from ..convert.workspace import earlier_header
 
     part = earlier_header(output).get("parts", {}).get("", {}).get("source", {})

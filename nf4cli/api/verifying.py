@@ -1,4 +1,4 @@
-"""nf4cli.proof.verify: an output alone, with its manifest, or against its source."""
+"""Check an output alone, by its manifest, or against its source: the work of `nf4cli.verify`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from .verifying_bounded import Bounded
 
 @dataclass(frozen=True)
 class Check:
-    """What shall be verified, and how.
+    """What to verify, and how.
 
     Attributes:
-        path: a 4-bit checkpoint or pipeline, written by nf4 or not; a model of the Hub.
-        source: what it was made from, for the proof.
-        calibration: text to measure again what the output records of its calibration.
-        sample: share (0.05) of the weights, or bytes (an int), to look at; None for all.
-        seed: of the sample, None for another one every time.
-        disk: bytes that may lie on the disk at once, None for no bound.
+        path: a 4-bit checkpoint or pipeline, written by nf4 or not, here or on the Hub.
+        source: what it was made from, None for a check of the output alone.
+        calibration: text files, to calibrate again and compare with the output's record.
+        sample: the part to check, as a share (0.05) or in bytes (an int); None for all.
+        seed: chooses the sample, None for another one every time.
+        disk: most bytes that may lie on the disk at once, None for no limit.
+        machine: quantizes again.
 
     Raises:
         UsageError: options that do not go together.
@@ -63,14 +64,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found.
+    """The result of a verification.
 
     Attributes:
-        path, source: that were looked at, where they lie.
-        called: what a user reads of `path`.
-        name: what the report of the whole is called.
-        own: the report of a checkpoint, or of what a pipeline has beside its components.
-        parts: by component of a pipeline.
+        path, source: the output and its source, where they lie on this machine.
+        called: what messages call the output.
+        name: the name of its own report.
+        own: report of a checkpoint; of a pipeline, of its files beside the components.
+        parts: reports by component of a pipeline.
     """
 
     path: Path
@@ -87,7 +88,7 @@ class Verified:
 
     @property
     def reports(self) -> dict[str, Report]:
-        """Every report, by what it is of."""
+        """Every report by its name."""
         return {
             self.name: self.own,
             **{f"{self.name}/{part}": report for part, report in self.parts.items()},
@@ -95,7 +96,7 @@ class Verified:
 
 
 def check(asked: Check) -> Verified:
-    """Verify.
+    """Verify an output.
 
     Raises:
         UsageError, InputError, MachineError: it cannot be verified at all.
@@ -144,14 +145,13 @@ def _look(
                 seed = random.SystemRandom().randrange(10**6)
             return verify_sample(path, source, asked.sample, seed, engine, limits, progress), {}
         if pipeline:
-            found = verify_pipeline(path, source, engine, limits, progress)
-            return found.own, found.parts
+            proof = verify_pipeline(path, source, engine, limits, progress)
+            return proof.own, proof.parts
         return verify_checkpoint(path, source, engine, limits, progress), {}
 
 
 def _manifest_of(path: Path) -> Manifest | None:
-    """Return an output's manifest; None where there is none, or a damaged one, which is reported
-    later."""
+    """Return an output's manifest; None where it is missing or damaged, which is reported later."""
     place = path / MANIFEST
     with suppress(InputError):
         return Manifest.from_file(place) if place.is_file() else None

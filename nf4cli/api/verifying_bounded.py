@@ -1,4 +1,7 @@
-"""A proof of what does not fit on this disk: nf4 verify --disk."""
+"""Prove an output that does not fit on this disk with its source (nf4 verify --disk).
+
+It is made again piece by piece. Its digests are compared, and nothing of it is kept.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What is asked.
+    """A proof within a limit on the disk.
 
     Attributes:
-        limit: bytes that may lie on the disk at once.
+        limit: most bytes that may lie on the disk at once.
+        machine: quantizes again.
     """
 
     limit: int
     machine: Machine
 
     def prove(self, path: Path, source: Path) -> tuple[Report, str]:
-        """(what was found, what the output is called).
+        """Return the report of an output, and what messages call the output.
 
         Args:
-            path, source: as given; one of them at least is a model of a Hub.
+            path, source: the output and its source as the user names them.
 
         Raises:
-            UsageError: neither is; a pipeline; an output that digests do not prove.
-            InputError: the output has no manifest that can be read.
-            InputError, MachineError: see `found` and `make_again`.
+            UsageError: neither is on a Hub, one is a pipeline, or digests do not prove the output.
+            InputError: the output has no manifest, or a damaged one.
+            InputError, MachineError: see `sources.found` and `make_again`.
         """
         from ..errors import UsageError
         from ..hub.errors import is_offline
         from ..output.recipe_words import why_not_by_digests
 
         place, asked = _place(path), path
-        if is_offline():  # nobody states anything: the cache's own files are looked at
+        if is_offline():  # no Hub states digests: read the files in the cache
             path = sources.local(path, self.machine.listener)
         with sources.found(path, False, self.machine.listener) as output:
             called = output.called if output.snapshot else sources.shown(asked, path)
@@ -63,6 +67,7 @@ class Bounded:
                 return self._prove(output, manifest, original, place), called
 
     def _prove(self, output: Source, manifest: Manifest, original: Source, place: Path) -> Report:
+        """Return the report; `place` names the directory that the run works beside."""
         from ..errors import InputError
         from ..hub.errors import endpoint
         from ..output.report import Report
@@ -92,7 +97,11 @@ class Bounded:
         return report
 
     def _carried(self, plan: Plan, original: Source, called: str) -> Carried:
-        """How the source comes here; refuses a bound that is too small before the long work."""
+        """Return what fetches the source, and the threads and buffers of the run.
+
+        Raises:
+            UsageError: the limit is too small.
+        """
         from ..convert.transfers import Transfers
         from ..hub.carrier import HubTransport
         from ..planning.model_plan import ModelPlan
@@ -105,8 +114,8 @@ class Bounded:
         transport.disk_needed(ModelPlan.of(plan), limits.workers)
         return transport, limits
 
-    def _verify_alone(self, checkpoint: Checkpoint, output: Source, found: Report) -> Report:
-        """An output that lies here: its own bytes are looked at as well."""
+    def _verify_alone(self, checkpoint: Checkpoint, output: Source, earlier: Report) -> Report:
+        """Return the report of an output on this disk, read whole, with earlier findings."""
         from ..proof.verify import verify
 
         limits = self.machine.resources(len(checkpoint.tensors) // 8)
@@ -116,7 +125,7 @@ class Bounded:
             report = verify(
                 output.path, None, self.machine.engine, limits, progress, elsewhere=True
             )
-        report.findings += found.findings
+        report.findings += earlier.findings
         return report
 
     def _make(
@@ -130,6 +139,7 @@ class Bounded:
         place: Path,
         report: Report,
     ) -> None:
+        """Make the output again, and report each file whose digest differs."""
         from ..convert.write_model import Execution
         from ..proof.by_digests import check_made, make_again
 
@@ -150,6 +160,12 @@ class Bounded:
 
 
 def _manifest_of(output: Source) -> Manifest:
+    """Return an output's manifest.
+
+    Raises:
+        UsageError: the output is a pipeline.
+        InputError: there is no manifest, or it is damaged.
+    """
     from ..checkpoint.discovery import MANIFEST
     from ..errors import InputError
     from ..output.manifest import Manifest
@@ -164,7 +180,7 @@ def _manifest_of(output: Source) -> Manifest:
 
 
 def _refuse_pipeline(source: Source) -> None:
-    """Raises UsageError for what is converted one component after another."""
+    """Raise UsageError if a model is a pipeline."""
     from ..errors import UsageError
     from ..planning.pipeline_plan import is_pipeline
 
@@ -176,7 +192,7 @@ def _refuse_pipeline(source: Source) -> None:
 
 
 def _refuse(output: Source, original: Source) -> None:
-    """Raises UsageError where a bound makes no sense."""
+    """Raise UsageError if a limit makes no sense: nothing is fetched, or for a pipeline."""
     from ..errors import UsageError
 
     if output.snapshot is None and original.snapshot is None:
@@ -187,7 +203,7 @@ def _refuse(output: Source, original: Source) -> None:
 
 
 def _place(path: Path) -> Path:
-    """Where what is made would lie: beside an output that is here, here for one on a Hub."""
+    """Return the directory that the run works beside, by the output's name; it is not written."""
     name = sources.named(path)
     if name is not None:
         return Path(f"models--{name.repo.replace('/', '--')}.proof")

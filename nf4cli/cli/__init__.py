@@ -1,6 +1,7 @@
-"""The command line: one thin module a command, this file only registers them.
+"""The command line: register the commands, and turn errors into messages and exit codes.
 
-Nothing heavy is imported before a command runs, so that `nf4 --help` is quick.
+Each command has a thin module. Nothing heavy is imported before a command runs, so that
+`nf4 --help` is quick.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from .quantize import quantize
 from .show.terminal import print_json, results
 from .verify import verify
 
-# NumPy's OpenBLAS starts a thread a core, each with its own memory, on import; we never use it.
+# On import NumPy's OpenBLAS starts a thread a core, each with its own memory; we never use it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+_OPEN_FILES = 16_384
 
 app = typer.Typer(
     name="nf4",
@@ -57,13 +59,13 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a signal stops it, see stopping.py."""
+    """Run the command line and end the process; a signal stops it, see stopping.py."""
     with stopping.listening():
         _main()
 
 
 def _main() -> None:
-    """The one place where an error becomes a message and an exit code."""
+    """Run a command, and turn an error into a message and an exit code."""
     from ..errors import (
         InterruptedRunError,
         Nf4Error,
@@ -76,11 +78,11 @@ def _main() -> None:
     _allow_open_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a name must not end us in a poorer locale
+            stream.reconfigure(errors="replace")  # the locale may not have all characters of a name
     json = "--json" in sys.argv[1:]
     _refuse_empty_words(json)
     try:
-        # Under --json a mistake in the command line comes to us, to be put into a document.
+        # Under --json a mistake in the command line is raised here, and becomes a document.
         with stopping.hearing():
             code = app(standalone_mode=not json)
         sys.stdout.flush()
@@ -101,14 +103,17 @@ def _main() -> None:
         left = "; nothing was left behind" if isinstance(error, OSError) else ""
         _fail(describe(error) + left, exit_code_of(error), json)
     except Exception as error:
-        # What typer says of the command line; its class has no public name in every version.
+        # A mistake in the command line; typer's class has no public name in every version.
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message()} (see nf4 --help)", 2, json)
 
 
 def _refuse_empty_words(json: bool) -> None:
-    """`nf4 quantize "$MODEL"` with MODEL not set: as a path, nothing is the current directory."""
+    """End the process with exit code 2 if an argument is empty, as "$MODEL" is where it is not set.
+
+    An empty path would be the current directory.
+    """
     for before, word in pairwise(["nf4", *sys.argv[1:]]):
         if not word:
             _fail(f"an empty argument after {before!r}: is its shell variable set?", 2, json)
@@ -117,15 +122,18 @@ def _refuse_empty_words(json: bool) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Whoever closed one (`2>&-`) wants nothing from it; but then the first file that we open would
-    get its number, and what a library prints would go into that file."""
+    """Open a stream that the caller closed (`2>&-`) on the null device.
+
+    Else the first file that is opened would get its number, and what a library prints would go into
+    that file.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _flush_or_fail(json: bool) -> None:
-    """What a command printed must have arrived before its exit code says so."""
+    """Flush stdout, so that no exit code says that output arrived that did not."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -138,19 +146,19 @@ def _stdout_failed(error: OSError) -> str:
 
 
 def _allow_open_files() -> None:
-    """A conversion holds every shard open; the usual limit is far below what the system allows."""
+    """Raise the limit of open files: a conversion holds every shard open."""
     try:
         import resource
     except ImportError:  # not a POSIX system
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 16_384 if hard == resource.RLIM_INFINITY else min(16_384, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _fail(message: str, code: int, json: bool) -> None:
-    """Say it on stderr, under --json also as the one document on stdout, and end."""
+    """Print an error on stderr, under --json also as a document on stdout, and end the process."""
     from rich.console import Console
 
     from ..checkpoint.untrusted import printable
@@ -162,10 +170,10 @@ def _fail(message: str, code: int, json: bool) -> None:
         if json:
             print_json("error", {"error": {"exit_code": code, "message": message}})
         sys.stdout.flush()
-    except OSError:  # stdout is what failed: the exit code has to say it
+    except OSError:  # stdout failed: only the exit code can say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if stopping.was_raised():
-        # Threads may be left that wait for the network; Python's own end would break them off
+        # Threads may still wait for the network. Python's own end of the process would stop them
         # somewhere in a library's native code.
         sys.stderr.flush()
         os._exit(code)

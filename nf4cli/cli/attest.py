@@ -1,4 +1,4 @@
-"""nf4 attest: an in-toto statement for an output, to be signed by existing tools."""
+"""nf4 attest: write an in-toto statement about an output, which existing tools can sign."""
 
 from __future__ import annotations
 
@@ -21,12 +21,9 @@ from .options import (  # fmt: skip
 )
 from .show import terminal, views
 from .show.listener import TerminalListener
-from .show.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from ..engines.protocol import Engine
-    from ..output.report import Finding
-    from ..planning.resources import Resources
+    from ..proof.attest import Attestation
 
 
 def attest(
@@ -65,90 +62,67 @@ def attest(
     Every file is read first. Unless all are what the manifest says, no
     statement is written (exit code 1).
     """
+    from ..api.attesting import state
     from ..checkpoint.atomic_file import AtomicFile
-    from ..checkpoint.file_io import name_of
     from ..errors import UsageError
-    from ..planning.pipeline_plan import part_shards
-    from ..proof.attest import SELF_ATTESTED, Attestation
-    from ..proof.attest import attest as make_statement
 
     to_stdout = str(file) == "-"
     if to_stdout and json:
         raise UsageError("- and --json both want stdout: name a FILE, or leave --json out")
     place = file or _beside(output)
-    reading = [output, *([source] if source else [])]
     with ExitStack() as stack:
         target = None
         if not to_stdout:
-            apart = [p for p in reading if p.is_dir()]
+            apart = [path for path in (output, source) if path is not None and path.is_dir()]
             target = stack.enter_context(AtomicFile(place, "FILE", apart, replace=False))
-        machine = engine_choice.machine(
-            engine if source else "cpu", device, workers, memory, TerminalListener(quiet)
-        )
-        chosen, limits = machine.engine, machine.resources()
-        total = sum(f.stat().st_size for p in reading for f in part_shards(p))
-        display = ProgressDisplay(
-            total * (2 if source else 1), "attesting", not quiet, what=str(output)
-        )
-        with display:
-            findings = _proof(output, source, chosen, limits, display) if source else []
-            made = (
-                Attestation(findings=findings)
-                if findings
-                else make_statement(
-                    output, source, builder_id or SELF_ATTESTED, limits.workers, display
-                )
-            )
+        machine = engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet))
+        made = state(output, source, builder_id, machine)
         if made.statement is not None and target is not None:
             target.write(made.to_bytes())
     for sentence in made.notes:
         terminal.note(sentence)
-    ok = made.statement is not None
     if json:
-        terminal.print_json("attest", {
-            "path": str(output),
-            "source": str(source) if source else None,
-            "ok": ok,
-            "statement": str(place) if ok else None,
-            "subjects": len(made.statement["subject"]) if made.statement else 0,
-            "notes": made.notes,
-            "findings": views.finding_documents(made.findings),
-        })  # fmt: skip
-    elif not ok:
+        terminal.print_json("attest", _document(made, output, source, place))
+    elif made.statement is None:
         views.print_verdict(terminal.out_console(), made.findings, str(output))
     elif to_stdout:
         sys.stdout.write(made.to_bytes().decode())
-    elif not quiet and made.statement is not None:
-        console = terminal.out_console()
-        count = terminal.plural(len(made.statement["subject"]), "file")
-        console.print(f"[bold]{terminal.plain(place)}[/]: {count}; nobody has signed it yet")
-        console.print(
-            f"next    cosign attest-blob --statement {terminal.plain(place)} "
-            f"--bundle {terminal.plain(name_of(output))}.sigstore.json"
-        )
-    raise typer.Exit(0 if ok else 1)
+    elif not quiet:
+        _print_next(place, len(made.statement["subject"]), output)
+    raise typer.Exit(0 if made.statement is not None else 1)
 
 
 def _beside(output: Path) -> Path:
-    """Not inside: a statement cannot be one of the files that it speaks of."""
+    """Return the default file, beside the output: it cannot be one of the files that it states."""
     whole = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() fails on loops
     parent = output.parent if output.name == whole.name else whole.parent
     return parent / f"{whole.name}.intoto.json"
 
 
-def _proof(
-    output: Path,
-    source: Path,
-    engine: Engine,
-    resources: Resources,
-    display: ProgressDisplay,
-) -> list[Finding]:
-    """What nf4 verify --source finds."""
-    from ..planning.pipeline_plan import is_pipeline
-    from ..proof.pipelines import verify_pipeline
-    from ..proof.verify import verify
+def _document(
+    made: Attestation, output: Path, source: Path | None, place: Path
+) -> dict[str, object]:
+    """Return the document of --json."""
+    ok = made.statement is not None
+    return {
+        "path": str(output),
+        "source": str(source) if source else None,
+        "ok": ok,
+        "statement": str(place) if ok else None,
+        "subjects": len(made.statement["subject"]) if made.statement else 0,
+        "notes": made.notes,
+        "findings": views.finding_documents(made.findings),
+    }
 
-    if is_pipeline(output):
-        found = verify_pipeline(output, source, engine, resources, display)
-        return [f for report in (found.own, *found.parts.values()) for f in report.findings]
-    return verify(output, source, engine, resources, display).findings
+
+def _print_next(place: Path, subjects: int, output: Path) -> None:
+    """Print what was written, and the command that signs it."""
+    from ..checkpoint.file_io import name_of
+
+    console = terminal.out_console()
+    count = terminal.plural(subjects, "file")
+    console.print(f"[bold]{terminal.plain(place)}[/]: {count}; nobody has signed it yet")
+    console.print(
+        f"next    cosign attest-blob --statement {terminal.plain(place)} "
+        f"--bundle {terminal.plain(name_of(output))}.sigstore.json"
+    )

@@ -1,7 +1,7 @@
-"""What a shell is offered for the values of options and for SOURCE.
+"""Complete the values of options and SOURCE in a shell.
 
-A request is a run of nf4 while somebody waits at a prompt: nothing here opens a checkpoint or
-imports a numerical library. An empty answer leaves the word to the shell, which completes files.
+Each completion is a run of nf4 while somebody waits at a prompt, so nothing here opens a checkpoint
+or imports a numerical library. After an empty answer the shell completes names of files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CACHED = re.compile(r"models--([\w.]+(?:-[\w.]+)*(?:--[\w.]+(?:-[\w.]+)*)?)")
-"""A model's directory in the cache of the Hub: models--ORG--NAME, or models--NAME."""
+"""A model's directory in the Hub's cache: models--ORG--NAME, or models--NAME."""
 
 
 def quant_types() -> list[str]:
@@ -76,21 +76,21 @@ def engines() -> list[str]:
 
 
 def sources(incomplete: str) -> list[str]:
-    """Models of the Hub that lie in the user's cache, where no file here begins like that."""
+    """Return the Hub's models in the user's cache; none where a file begins with `incomplete`."""
     directory, start = os.path.split(incomplete)
     with suppress(OSError):
         if any(place.name.startswith(start) for place in Path(directory).iterdir()):
             return []
-    found = []
+    models = []
     with suppress(OSError):
         for place in _hub_cache().iterdir():
             if match := _CACHED.fullmatch(place.name):
-                found.append(match[1].replace("--", "/"))
-    return sorted(found)
+                models.append(match[1].replace("--", "/"))
+    return sorted(models)
 
 
 def _hub_cache() -> Path:
-    """Where huggingface_hub keeps models; importing it to ask takes longer than people wait."""
+    """Return the directory of huggingface_hub's cache, without its slow import."""
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,4 +1,4 @@
-"""nf4 dequantize: a 4-bit checkpoint back to an ordinary one."""
+"""nf4 dequantize: decode a 4-bit checkpoint to an ordinary one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..units import format_size
 from . import completion, engine_choice, options
 from .options import (  # fmt: skip
     DeviceOption,
@@ -20,7 +21,6 @@ from .options import (  # fmt: skip
 )
 from .show import terminal
 from .show.listener import TerminalListener
-from .show.terminal import format_size  # fmt: skip
 
 if TYPE_CHECKING:
     from ..api.decoding import Dequantized
@@ -73,6 +73,7 @@ def dequantize(
 
 
 def _document(done: Dequantized) -> dict[str, Any]:
+    """Return the document of --json: sums, and of a pipeline each component."""
     counts = {
         name: {"decoded": part.decoded, "kept": part.kept, "output_bytes": part.nbytes,
                "files": part.files}

@@ -1,4 +1,4 @@
-"""The engine and the resources that a command line asks for."""
+"""Read the options that choose the engine, threads and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def machine(
     engine: str, device: str | None, workers: int | None, memory: str | None, listener: Listener
 ) -> Machine:
-    """Return what the options say of this machine.
+    """Return the engine and limits that the options ask for.
 
     Raises:
         UsageError: the memory is no size.

@@ -1,4 +1,4 @@
-"""nf4 inspect: a checkpoint at a glance, or one tensor in depth."""
+"""nf4 inspect: show a checkpoint at a glance, or one tensor in depth."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..units import format_size
 from .options import JsonOption
 from .show import terminal, views
 from .show.listener import TerminalListener
-from .show.terminal import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,12 +56,13 @@ def inspect(
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:
+    """Print a tensor's dtype, state, error and histograms."""
     console.print(f"[bold]{terminal.plain(view.name)}[/] in {terminal.plain(view.file)}")
     if view.state is None:
-        what = f"part of the state of {view.owner}" if view.owner else "not in 4 bit"
+        role = f"part of the state of {view.owner}" if view.owner else "not in 4 bit"
         reason = f" ({view.reason})" if view.reason else ""
         size = format_size(view.nbytes)
-        console.print(terminal.plain(f"{view.dtype} {list(view.shape)}, {size}, {what}{reason}"))
+        console.print(terminal.plain(f"{view.dtype} {list(view.shape)}, {size}, {role}{reason}"))
         return
     state = view.state
     nested = (
@@ -104,6 +105,7 @@ def _print_tensor(console: Console, view: TensorView) -> None:
 
 
 def _print_bar(console: Console, label: str, count: int, largest: int, total: int) -> None:
+    """Print a line of a histogram: a bar, the count and its share of `total`."""
     width = max(10, min(60, console.width - len(label) - 24))
     block = "█" if console.encoding.startswith("utf") else "#"
     bar = block * round(width * count / max(1, largest))

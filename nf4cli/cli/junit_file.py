@@ -1,4 +1,4 @@
-"""--junit FILE: the report of a verification for CI, whether it ends well or not."""
+"""Write the report of a verification as JUnit XML for CI (--junit FILE), even after an error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class JUnitFile:
-    """The file, tried out before the long work; an error that ends the work is reported in it.
+    """A report file; its place is tried before the long work, and it reports an error that ends it.
 
     Args:
-        place: None for no report at all.
-        path, source: what is verified, and must not have the report among its files.
+        place: the file, None for no report.
+        path, source: the output and its source, in whose directories the file must not lie.
 
     Raises:
         UsageError, MachineError: see AtomicFile.
@@ -39,8 +39,7 @@ class JUnitFile:
         )
 
     def write(self, reports: Mapping[str, Report]) -> None:
-        """The report of a verification that came to an end."""
-
+        """Write the report of a verification that came to an end."""
         if self._file is not None:
             self._file.write(of_reports(reports))
 
@@ -63,10 +62,10 @@ _CLASS = "nf4.verify"
 
 
 def of_reports(reports: Mapping[str, Report]) -> bytes:
-    """The document of a verification that came to an end.
+    """Return the document of a verification that came to an end: UTF-8 XML.
 
     Args:
-        reports: by the name of the component, or of the checkpoint.
+        reports: by the name of the component or checkpoint.
     """
     root = ET.Element("testsuites", name=_CLASS)
     for name, report in reports.items():
@@ -85,11 +84,12 @@ def of_reports(reports: Mapping[str, Report]) -> bytes:
 
 
 def of_error(name: str, kind: str, message: str) -> bytes:
-    """The document of a verification that an error ended.
+    """Return the document of a verification that an error ended: UTF-8 XML.
 
     Args:
         name: of the checkpoint.
-        kind: the error's class.
+        kind: name of the error's class.
+        message: of the error.
     """
     root = ET.Element("testsuites", name=_CLASS)
     suite = ET.SubElement(root, "testsuite", name=_text(name))
@@ -113,12 +113,12 @@ def _child(case: ET.Element, tag: str, message: str, kind: str, text: str) -> No
 
 
 def _text(text: str) -> str:
-    """Without the characters that XML 1.0 cannot hold, not even escaped."""
+    """Return a text with U+FFFD for characters that XML 1.0 cannot hold, not even escaped."""
     return _NO_XML.sub("\ufffd", text)
 
 
 def _finished(root: ET.Element) -> bytes:
-    """With the counts that readers ask for."""
+    """Add the counts of tests and failures that readers expect, and return the document."""
     kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
     for suite in root:
         suite.set("tests", str(len(suite)))

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the sizes that they take."""
+"""Options that several commands share, and how sizes are written in them."""
 
 from __future__ import annotations
 
@@ -99,10 +99,13 @@ VerboseOption = Annotated[
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of "5GB" (decimal, as the Hub counts), "512MiB" or a plain number.
+    """Return the bytes of "5GB" (decimal, as the Hub counts), "512MiB" or a plain number.
+
+    Args:
+        option: named in the message.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the text is no size.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match[2] == "I":

@@ -1,4 +1,4 @@
-"""The panels that group a command's options in its --help."""
+"""Group a command's options into panels in its --help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FEW = 10
 
 
 class Command(TyperCommand):
-    """A command whose options stand in panels where they are many, in one list where they are few.
+    """A command with options in panels where they are many, in one list where they are few.
 
     Options without a panel are the everyday ones: typer shows them first, under "Options".
     """

@@ -1,17 +1,17 @@
-"""nf4 push: a finished output, checked and published on a Hub in one commit."""
+"""nf4 push: check a finished output and publish it on a Hub in one commit."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from .. import stopping
+from ..units import format_size
 from .options import JsonOption, QuietOption, WorkersOption
 from .show import terminal, views
-from .show.progress import ProgressDisplay
+from .show.listener import TerminalListener
 
 if TYPE_CHECKING:
     from ..hub.publish import Published
@@ -46,62 +46,21 @@ def push(
     Every file is read first. Unless all are what the manifest says, nothing
     is sent (exit code 1).
     """
-    from ..api.machine import processors
-    from ..api.sources import require_repository
-    from ..errors import UsageError
-    from ..hub.errors import report_to
-    from ..hub.publish import Publication
-    from ..hub.push import check
-    from ..hub.push import push as send
-    from ..hub.repository import require_access
+    from ..api.pushing import Push, publish
 
-    if message is not None and not message.strip():
-        raise UsageError("--message is empty: leave it out, or say what the commit is")
-    require_repository(repo)
-    notify, show = terminal.notices(quiet), not (quiet or json)
-    report_to(notify)
-    require_access(repo)
-    total = _bytes_in(output)
-    with ProgressDisplay(total, "checking", show) as display:
-        checked = check(output, workers or processors(), display)
-    if checked.findings:
-        _refuse(checked, json)
-    if checked.left:
-        names = f"{', '.join(checked.left[:5])}{', ...' if checked.left[5:] else ''}"
-        notify(f"not pushed, since no manifest lists it: {names}")
-    with ProgressDisplay(checked.nbytes, "pushing", show) as display:
-        shown = _Shown(display)
-        publication = Publication(repo, public, replace_card, notify, shown.sent)
-        publication.prepare()
-        with stopping.finishing():
-            published = send(checked, publication, message, shown.begun)
-    if json:
-        terminal.print_json("push", {**_document(checked), "pushed": asdict(published)})
+    listener = TerminalListener(quiet or json, notes=not quiet)
+    done = publish(Push(output, repo, public, replace_card, message, workers, listener))
+    if done.published is None:
+        _refuse(done.checked, json)
+    elif json:
+        pushed = {"pushed": asdict(done.published)}
+        terminal.print_json("push", {**_document(done.checked), **pushed})
     elif not quiet:
-        _show(checked, published)
+        _show(done.checked, done.published)
 
 
-class _Shown:
-    """What is sent, on a display: the file that was begun last, of several at a time."""
-
-    def __init__(self, display: ProgressDisplay) -> None:
-        self._display, self._name = display, ""
-
-    def begun(self, name: str, _: int) -> None:
-        self._name = name
-
-    def sent(self, count: int) -> None:
-        self._display(self._name, count)
-
-
-def _bytes_in(output: Path) -> int:
-    """Of the weight files, about all that will be read."""
-    from ..planning.pipeline_plan import part_shards
-
-    return sum(file.stat().st_size for file in part_shards(output)) if output.is_dir() else 0
-
-
-def _refuse(checked: Checked, json: bool) -> None:
+def _refuse(checked: Checked, json: bool) -> NoReturn:
+    """Say what is wrong with the output, and end the command with exit code 1."""
     if json:
         terminal.print_json("push", {**_document(checked), "pushed": None})
     else:
@@ -113,6 +72,7 @@ def _refuse(checked: Checked, json: bool) -> None:
 
 
 def _document(checked: Checked) -> dict[str, object]:
+    """Return what --json says of the output itself."""
     return {
         "path": str(checked.path),
         "ok": not checked.findings,
@@ -124,13 +84,14 @@ def _document(checked: Checked) -> dict[str, object]:
 
 
 def _show(checked: Checked, published: Published) -> None:
+    """Print where the output is now, and what to do next."""
     console = terminal.out_console()
     seen = "private" if published.private else "public"
     what = f"commit {published.commit[:12]}" if published.changed else "all of it was there already"
     files = terminal.plural(len(checked.sha256), "file")
     console.print(
         f"[bold]{terminal.plain(published.url)}[/]: {files}, "
-        f"{terminal.format_size(checked.nbytes)}, {seen}, {what}"
+        f"{format_size(checked.nbytes)}, {seen}, {what}"
     )
     if published.deleted:
         console.print(f"gone    {terminal.plain(', '.join(published.deleted))}")

@@ -1,4 +1,4 @@
-"""nf4 quantize: parse, plan, run, summarise."""
+"""nf4 quantize: convert a checkpoint or pipeline to 4-bit, or show the plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..quality.calibration.run import DAMPING, LENGTH, TOKENS, Calibrating
+from ..quality.calibration.gptq import DAMPING
+from ..quality.calibration.run import LENGTH, TOKENS, Calibrating
 from . import completion, engine_choice, options, panels
 from .options import (  # fmt: skip
     DeviceOption,
@@ -344,7 +345,11 @@ def _size(text: str | None, option: str) -> int | None:
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:
-    """The --scale that is meant: data has a say only where scales are searched for."""
+    """Return the --scale that is meant: with data, scales are searched for.
+
+    Raises:
+        UsageError: data is given twice, or with a --scale that uses none.
+    """
     from ..errors import UsageError
 
     if importance and calibration:
@@ -361,7 +366,11 @@ def _scale(asked: str | None, importance: Path | None, calibration: list[Path] |
 
 
 def _method(asked: str | None, calibration: list[Path] | None, save: Path | None) -> str:
-    """The --method that is meant."""
+    """Return the --method that is meant.
+
+    Raises:
+        UsageError: an option needs --calibration.
+    """
     from ..errors import UsageError
 
     for option, given in (("--method", asked), ("--save-importance", save)):

@@ -1,4 +1,4 @@
-"""GITHUB_STEP_SUMMARY: a section on the page of a GitHub Actions job, where that is set."""
+"""Add a section to the page of a GitHub Actions job, where GITHUB_STEP_SUMMARY is set."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 LIMIT = 1 << 20
-"""Bytes that GitHub takes of one step; more is not shown at all."""
+"""Most bytes that GitHub takes of one step; it shows nothing of a longer summary."""
 
 
 def conversion_section(output: str, parts: Mapping[str, tuple[Plan, Manifest]]) -> str:
-    """Sizes, bits, what was kept and why, and the errors, of each component.
+    """Return the Markdown of a conversion: sizes, bits, errors, and what was kept and why.
 
     Args:
-        parts: by component; "" is a checkpoint that is not part of a pipeline.
+        output: as messages call it.
+        parts: by component; "" is a checkpoint without a pipeline.
     """
     import statistics
 
@@ -47,7 +48,7 @@ def conversion_section(output: str, parts: Mapping[str, tuple[Plan, Manifest]]) 
         ("", "bytes before", "bytes after", "bits a weight", "in 4 bit",
          "relative RMSE, median", "worst"), rows, "lrrrrrl",
     )  # fmt: skip
-    kinds = [
+    rows_of_kinds = [
         (
             escape(name or plan.checkpoint.name),
             ACTIONS[action],
@@ -58,15 +59,16 @@ def conversion_section(output: str, parts: Mapping[str, tuple[Plan, Manifest]]) 
         for name, (plan, _) in parts.items()
         for action, reason, count, _, nbytes in plan.groups()
     ]
-    lines += table(("", "what", "why", "tensors", "bytes"), kinds, "lllrr")
+    lines += table(("", "what", "why", "tensors", "bytes"), rows_of_kinds, "lllrr")
     return "\n".join(lines)
 
 
 def verification_section(path: str, reports: Mapping[str, Report]) -> str:
-    """Checks, the first findings, and what was not checked.
+    """Return the Markdown of a verification: its checks, findings, and what was not checked.
 
     Args:
-        reports: by the name of the component, or of the checkpoint.
+        path: as messages call it.
+        reports: by the name of the component or checkpoint.
     """
     findings = [(n, finding) for n, report in reports.items() for finding in report.findings]
     sampled = any(report.sample is not None for report in reports.values())
@@ -104,17 +106,17 @@ def append_section(section: str, place: Path) -> None:
     """Add a section to a summary file.
 
     Raises:
-        MachineError: it cannot be written, is no ordinary file, or would exceed LIMIT.
+        MachineError: the file cannot be written, is no ordinary file, or would exceed LIMIT.
     """
     data = f"\n{section}\n".encode("utf-8", "replace")
     try:
-        # Without O_NONBLOCK a named pipe that nobody reads would hold us for ever.
+        # Without O_NONBLOCK, opening a named pipe that nobody reads would wait for ever.
         fd = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         with os.fdopen(fd, "ab") as file:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
                 raise MachineError(f"{place} is no ordinary file")
-            if found.st_size + len(data) > LIMIT:
+            if status.st_size + len(data) > LIMIT:
                 raise MachineError(f"{place} would be larger than {LIMIT:,} bytes")
             file.write(data)
     except OSError as error:
@@ -122,10 +124,10 @@ def append_section(section: str, place: Path) -> None:
 
 
 def append(section: Callable[[], str]) -> None:
-    """Add a section; a failure is a note, since the command itself has done its work.
+    """Add a section to the job's page; only note a failure, since the command has done its work.
 
     Args:
-        section: makes the text, and is not called outside of GitHub Actions.
+        section: makes the text; not called outside of GitHub Actions.
     """
     place = os.environ.get("GITHUB_STEP_SUMMARY")
     if not place:

@@ -1,4 +1,4 @@
-"""nf4 verify: check an output, alone, with its manifest, or against its source."""
+"""nf4 verify: check an output alone, by its manifest, or against its source."""
 
 from __future__ import annotations
 
@@ -94,16 +94,16 @@ def verify(
         engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet)),
     )
     with JUnitFile(junit, path, source) as report_file:
-        found = check(asked)
-        report_file.write(found.reports)
-    _conclude(found, json, quiet)
+        done = check(asked)
+        report_file.write(done.reports)
+    _conclude(done, json, quiet)
 
 
 def _amount(sample: str) -> float | int:
-    """Return how much to look at: a share, or bytes.
+    """Return the part to check: a share from "5%", or bytes from "500MB".
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the text is neither.
     """
     if not sample.strip().endswith("%"):
         return options.parse_size(sample, "--sample")
@@ -113,30 +113,30 @@ def _amount(sample: str) -> float | int:
         raise UsageError(f"--sample {sample!r} is no share: write 5%, or a size") from error
 
 
-def _conclude(found: Verified, json: bool, quiet: bool) -> NoReturn:
-    """Say what was found, and end the command."""
+def _conclude(done: Verified, json: bool, quiet: bool) -> NoReturn:
+    """Show the result, and end the command with its exit code."""
     from .step_summary import verification_section
 
-    step_summary.append(lambda: verification_section(found.called, found.reports))
+    step_summary.append(lambda: verification_section(done.called, done.reports))
     if json:
         document = {
-            "path": str(found.path),
-            "source": str(found.source) if found.source else None,
-            **views.report_document(found.own),
-            "ok": found.ok,
+            "path": str(done.path),
+            "source": str(done.source) if done.source else None,
+            **views.report_document(done.own),
+            "ok": done.ok,
         }
-        if found.parts:
+        if done.parts:
             document["components"] = {
-                name: views.report_document(report) for name, report in found.parts.items()
+                name: views.report_document(report) for name, report in done.parts.items()
             }
         terminal.print_json("verify", document)
-    elif not quiet or not found.ok:
+    elif not quiet or not done.ok:
         console = terminal.out_console()
-        for name, report in [*found.parts.items(), ("", found.own)]:
+        for name, report in [*done.parts.items(), ("", done.own)]:
             if name and not quiet:
                 console.print(f"[bold]{terminal.plain(name)}[/]")
             if not quiet:
                 views.print_checks(console, report)
-        findings = [f for r in (found.own, *found.parts.values()) for f in r.findings]
-        views.print_verdict(console, findings, found.called, found.own.sample)
-    raise typer.Exit(0 if found.ok else 1)
+        findings = [f for r in (done.own, *done.parts.values()) for f in r.findings]
+        views.print_verdict(console, findings, done.called, done.own.sample)
+    raise typer.Exit(0 if done.ok else 1)

@@ -12,14 +12,12 @@ fixed order, casts, float8 decoding, and the search for scales.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from ..callbacks import Notify, no_notice
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
 from ..format.dtypes import ITEMSIZE
+from ..process_memory import resident_bytes
 from . import launches
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
@@ -78,14 +77,14 @@ class CudaEngine(CpuEngine):
         notify: Notify = no_notice,
     ) -> None:
         super().__init__()
-        before = _resident()
+        before = resident_bytes() or 0  # CUDA's own part differs with driver and GPU
         self.devices = tuple(devices or open_devices(indices))
         first = self.devices[0]
         count = f"{len(self.devices)} GPUs, " if len(self.devices) > 1 else ""
         self.name = f"cuda ({count}{first.name}, sm_{first.arch})"
         self.spare_threads = len(self.devices)
         self.worker_memory += STAGING
-        self.extra_memory = max(0, _resident() - before) + _COMPILER_MEMORY
+        self.extra_memory = max(0, (resident_bytes() or 0) - before) + _COMPILER_MEMORY
         self._notify = notify
         self._ready = threading.Condition()
         self._turns = itertools.cycle(self.devices)
@@ -281,18 +280,6 @@ class CudaEngine(CpuEngine):
                 )
             return lane
         return None
-
-
-def _resident() -> int:
-    """Return the bytes of memory that this process holds.
-
-    CUDA's share of it differs with driver and GPU, so it is measured rather than assumed.
-    """
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except OSError:  # not Linux
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _even(float8: Float8, n: int, blocksize: int) -> bool:

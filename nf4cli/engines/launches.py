@@ -291,27 +291,6 @@ def dequantize(
     )  # fmt: skip
 
 
-def every_kernel() -> tuple[str, ...]:
-    """Return the names of all kernels that the functions above may launch."""
-    kinds = [(d, d, tail) for d in DTYPE_CODES.values() for tail in (False, True)]
-    kinds += [(_E4M3, d, False) for d in DTYPE_CODES.values()]
-    return (
-        "fold_errors",
-        *(f"nested_quantize<{_cpp(tail)}>" for tail in (False, True)),
-        *(
-            f"dequantize<{d}, {_cpp(nested)}>"
-            for d in DTYPE_CODES.values()
-            for nested in (False, True)
-        ),
-        *(
-            f"quantize<{source}, {to}, {steps}, {_cpp(small)}, {_cpp(tail)}>"
-            for source, to, tail in kinds
-            for steps in STEPS.values()
-            for small in (False, True)
-        ),
-    )
-
-
 def _cpp(flag: bool) -> str:
     """Return the flag as C++ writes it."""
     return str(flag).lower()

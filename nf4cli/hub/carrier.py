@@ -31,6 +31,7 @@ from ..errors import InputError, InterruptedRunError, UsageError
 from ..output.manifest import FileRecord, Manifest
 from ..output.pipeline_record import Record
 from ..planning.model_plan import ModelPlan, path_in_model
+from ..units import size_for_option
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
@@ -201,7 +202,7 @@ class HubTransport:
         largest = max((shard.size for _, shard in model.source_shards()), default=0)
         message = (
             f"--disk {self._limit:,} bytes is too little for {model.name}: the smallest "
-            f"that works is {-(-need // 1_000_000)}MB (its largest file has {largest:,} bytes)"
+            f"that works is {size_for_option(need)} (its largest file has {largest:,} bytes)"
         )
         if self.publication is None and self.leaving:
             return message

@@ -23,6 +23,7 @@ from typing import Any
 from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
 from ..checkpoint.untrusted import printable
 from ..planning.diffusers_rules import converts
+from ..units import in_decimal_unit
 from .front_matter import Metadata, format_metadata, read_metadata
 from .manifest import Manifest, TensorError, TensorRecord
 from .markdown import ACTIONS, escape, table
@@ -190,10 +191,8 @@ def _weight_bytes(manifest: Manifest) -> int:
 
 
 def _size(count: int) -> str:
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.1f} {units[0]}" if units[0] != "bytes" else f"{count} bytes"
+    number, unit = in_decimal_unit(count)
+    return f"{count} bytes" if unit == "B" else f"{number:.1f} {unit}"
 
 
 def _loading(subject: Subject) -> list[str]:

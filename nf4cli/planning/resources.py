@@ -9,6 +9,7 @@ from ..engines.protocol import GRANULE, Engine
 from ..errors import UsageError
 from ..format.codebook import NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
+from ..units import size_for_option
 from .plan import Plan
 
 DEFAULT_CHUNK = 8 << 20
@@ -105,7 +106,7 @@ def make_resources(
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
-                f"{-(-(base + smallest) // 1_000_000)}MB{_cheaper_engine(engine)}"
+                f"{size_for_option(base + smallest)}{_cheaper_engine(engine)}"
             )
         threads = min(threads, room // smallest)
         chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)

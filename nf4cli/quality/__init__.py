@@ -1,1 +1,1 @@
-"""What 4 bits lose, and how to lose less: calibration and evaluation."""
+"""Lose less by calibration, and measure by evaluation how much 4 bits lose."""

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: files or directories -> documents -> token sequences."""
+"""Read text for calibration and evaluation: files or directories -> documents -> token windows."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 _PLAIN = (".txt", ".md", ".rst")
 _LINES, _LIST = ".jsonl", ".json"
-_MOST_BYTES = 1_000_000_000  # of a file: tokens that are used number in the tens of thousands
+_MOST_BYTES = 1_000_000_000  # of a file; a run uses tens of thousands of tokens
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
-    """The documents of text files, or of all of them in a directory, in the order of their names.
+    """Return the documents of text files, and of all text files in directories, sorted by path.
 
-    A .jsonl file has an object with "text" (or a string) a line, a .json file a list of such; any
-    other file is one document.
+    A .jsonl file has one object with "text", or one string, a line. A .json file has a list of
+    them. Any other file is one document.
 
     Raises:
-        InputError: a file is not UTF-8, not JSON, has no text, or is no file.
+        InputError: a path is no ordinary file, not UTF-8, not JSON, too large, or has no text.
     """
     documents = [text for path in paths for file in _files(path) for text in _documents(file)]
     documents = [text for text in documents if text.strip()]
@@ -39,7 +39,7 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
 
 
 def digest_of(documents: Iterable[str]) -> str:
-    """SHA-256 over all documents."""
+    """Return the SHA-256 of all documents and their lengths, hexadecimal."""
     digest = hashlib.sha256()
     for text in documents:
         data = text.encode("utf-8", "surrogatepass")
@@ -50,12 +50,18 @@ def digest_of(documents: Iterable[str]) -> str:
 def sequences(
     documents: Iterable[str], tokenizer: Any, length: int, count: int
 ) -> NDArray[np.int64]:
-    """int64 [at most `count`, `length`]: documents one after another, each closed by the
-    tokenizer's end-of-text token where it has one, cut into windows; of too many windows those that
-    are taken lie evenly apart.
+    """Return windows of tokens, evenly spread over the text.
+
+    The documents stand one after another, each closed by the tokenizer's end-of-text token where
+    it has one.
 
     Args:
         tokenizer: of transformers.
+        length: tokens of a window.
+        count: most windows to take.
+
+    Returns:
+        int64 [at most `count`, `length`].
 
     Raises:
         UsageError: the text does not fill one window.
@@ -70,25 +76,25 @@ def sequences(
             f"the text has {len(tokens):,} tokens, fewer than one window of {length:,}: give more "
             "text, or a smaller window"
         )
-    found = np.array(tokens[: windows * length], np.int64).reshape(windows, length)
+    every_window = np.array(tokens[: windows * length], np.int64).reshape(windows, length)
     chosen = np.unique(np.linspace(0, windows - 1, min(count, windows)).round().astype(np.int64))
-    return found[chosen]
+    return every_window[chosen]
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     suffixes = (*_PLAIN, _LINES, _LIST)
-    found = sorted(p for p in path.rglob("*") if p.suffix in suffixes and is_regular(p))
-    if found:
-        return found
-    columns = [p.name for p in path.rglob("*") if p.suffix in (".parquet", ".arrow")]
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and is_regular(p))
+    if files:
+        return files
+    tables = [p.name for p in path.rglob("*") if p.suffix in (".parquet", ".arrow")]
     raise InputError(
         f"{path} has no file with one of the endings {' '.join(suffixes)}"
         + (
-            f"; {columns[0]} is a table: write its texts out first, one JSON object with "
+            f"; {tables[0]} is a table: write its texts out first, one JSON object with "
             '"text" a line'
-            if columns
+            if tables
             else ""
         )
     )
@@ -108,8 +114,8 @@ def _documents(path: Path) -> Iterator[str]:
             if line.strip():
                 yield _text_of(_parsed(line, path, number), path, number)
     elif path.suffix == _LIST:
-        found = _parsed(text, path, 1)
-        for number, entry in enumerate(found if isinstance(found, list) else [found], 1):
+        parsed = _parsed(text, path, 1)
+        for number, entry in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
             yield _text_of(entry, path, number)
     else:
         yield text

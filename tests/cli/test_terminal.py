@@ -24,8 +24,9 @@ from rich.cells import cell_len
 from small_pipelines import BLOCK
 
 from nf4cli.cli.show.meter import Flow, Meter, Reading
-from nf4cli.cli.show.progress import bar_lines, count, duration, log_line, of, shorten
+from nf4cli.cli.show.progress import bar_lines, count, log_line, of, shorten
 from nf4cli.convert.transfers import Transfers
+from nf4cli.units import format_duration
 
 NF4 = Path(sys.executable).with_name("nf4")
 NAME = "model.language_model.layers.17.mlp.experts.down_proj.weight"
@@ -171,7 +172,7 @@ def test_names_keep_the_layers_number_and_the_module(cells, short):
 
 
 def test_numbers():
-    assert [duration(s) for s in (0.44, 8.4, 89, 192, 5500, 100_000)] == [
+    assert [format_duration(s) for s in (0.44, 8.4, 89, 192, 5500, 100_000)] == [
         "0.4 s", "8 s", "89 s", "3:12 min", "1:31 h", "27:46 h"
     ]  # fmt: skip
     assert [count(n) for n in (7, 999.7, 12_345, 655e6, 1.24e9, 671e9)] == [

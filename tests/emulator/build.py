@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from nf4cli.engines import nvrtc
-from nf4cli.engines.launches import Launch, every_kernel
+from nf4cli.engines.launches import Launch
 
 from . import ptx
+from .kernels import every_kernel
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "emulator"

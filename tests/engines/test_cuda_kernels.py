@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from emulator import build, exercise, ptx
+from emulator.kernels import every_kernel
 from emulator.real import DeviceKernels
 from emulator.sanitize import exercise_apart
 
@@ -24,7 +25,7 @@ PARTS = (
 )
 SAMPLE = tuple(
     kernel
-    for kernel in launches.every_kernel()
+    for kernel in every_kernel()
     if kernel == "fold_errors" or any(part in kernel for part in PARTS)
 )
 """A kernel of every shape; the others differ in a constant or a conversion."""

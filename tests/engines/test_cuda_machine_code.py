@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from emulator.build import ARCHS
-
-from nf4cli.engines.launches import every_kernel
+from emulator.kernels import every_kernel
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import pytest
 from emulator import build
+from emulator.kernels import every_kernel
 from emulator.sanitize import exercise_apart
 
-from nf4cli.engines import launches, nvrtc
+from nf4cli.engines import nvrtc
 
 pytestmark = pytest.mark.gpu
 
@@ -181,7 +182,7 @@ MUTATIONS = {
 
 def kernels_of(parts: tuple[str, ...]) -> tuple[str, ...]:
     """Return the kernels of these names, and the one that all of them need."""
-    every = launches.every_kernel()
+    every = every_kernel()
     return tuple(k for k in every if k == "fold_errors" or any(part in k for part in parts))
 
 

@@ -89,6 +89,24 @@ def test_public_and_its_document(push, hub):
     assert found["files"] == len(repo.head) - 1
 
 
+def test_the_function_publishes_or_says_why_not(push, hub):
+    """`nf4cli.push`, in a process that finds this Hub in its environment."""
+    code = (
+        "import nf4cli\n"
+        f"done = nf4cli.push('out', {REPO!r}, message='by a function')\n"
+        "print(done.published.commit, len(done.checked.findings))\n"
+        "open('out/config.json', 'a').write(' ')\n"
+        f"done = nf4cli.push('out', {REPO!r})\n"
+        "print(done.published, [finding.where for finding in done.checked.findings])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=push.work, env=hub.environment(push.home, "hf_write"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    head = hub.store.repos[REPO].branches["main"]
+    assert done.stdout.splitlines() == [f"{head} 0", "None ['config.json']"], done.stderr
+
+
 def test_the_second_time_nothing_is_sent(push, hub):
     push.ok("push", "out", REPO)
     hub.log.clear()

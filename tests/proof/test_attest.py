@@ -15,6 +15,7 @@ import pytest
 from helpers import MACHINE, USAGE, nf4, nf4_ok, refused
 from schemas import document, validator
 
+import nf4cli
 from nf4cli.checkpoint.discovery import MANIFEST, PIPELINE_RECORD
 from nf4cli.errors import InputError
 from nf4cli.proof.attest import BUILD_TYPE, SELF_ATTESTED, attest
@@ -81,6 +82,15 @@ def test_with_the_source_it_is_proved_first(out, llama, tmp_path):
     assert done.returncode == 1
     assert "is not the file that this was made from" in done.stdout
     assert not (tmp_path / "b").exists()
+
+
+def test_the_function_returns_what_the_command_writes(out, llama, tmp_path):
+    nf4_ok("attest", out, tmp_path / "a", "--source", llama)
+    assert nf4cli.attest(out, llama).to_bytes() == (tmp_path / "a").read_bytes()
+    flip(next(out.glob("*.safetensors")))
+    found = nf4cli.attest(out)
+    assert found.statement is None
+    assert [finding.where for finding in found.findings] == ["model.safetensors"]
 
 
 def test_it_is_the_same_every_time(out, tmp_path, llama):

@@ -12,6 +12,7 @@ import transformers
 from helpers import nf4, nf4_ok
 from schemas import document
 
+import nf4cli
 from nf4cli.quality import texts
 from nf4cli.quality.calibration.text import open_tokenizer
 from nf4cli.quality.evaluation import statistics
@@ -222,7 +223,7 @@ def test_other_models_are_refused(place, tmp_path):
     damaged.save_pretrained(tmp_path / "nan")
     done = nf4("eval", tmp_path / "nan", "--source", "model", "--text", "text.txt", *LIMITS,
                "--cache-dir", tmp_path / "c", cwd=place)  # fmt: skip
-    assert (done.returncode, "no number" in done.stderr) == (3, True)
+    assert (done.returncode, "gives a NaN" in done.stderr) == (3, True)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -238,3 +239,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_one_block_has_no_interval():
     found = figures({"x": np.arange(5.0)}, blocks_of(1, 5), {"m": statistics.mean("x")})
     assert found["m"].as_list() == [2, 2, 2]
+
+
+def test_the_function_returns_what_the_command_writes(place, tmp_path):
+    """Figures and failures of `nf4cli.evaluate` are those of `nf4 eval --json`."""
+    command = evaluated(place, tmp_path, "out", "--max-kl", "1e-9", code=1)
+    found = nf4cli.evaluate(
+        place / "out", place / "model", texts=[place / "text.txt"], context=32, tokens=512,
+        cache_directory=tmp_path / "cache", max_kl=1e-9,
+    )  # fmt: skip
+    assert (found.ok, found.kind) == (command["ok"], command["kind"]) == (False, "causal")
+    assert list(found.failures) == command["failures"]
+    measured = found.texts["text"]
+    assert command["texts"]["text"] == {
+        "positions": measured.positions,
+        **{name: figure.as_list() for name, figure in measured.figures.items()},
+    }

@@ -1,1 +1,1 @@
-"""What a person sees: consoles, progress, tables and JSON documents."""
+"""Show plans, progress and results: on the terminal, in a log, or as JSON."""

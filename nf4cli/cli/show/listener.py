@@ -1,4 +1,4 @@
-"""A run on the terminal: its stages as bars, what it finishes, counted or told line by line."""
+"""Show a run on the terminal: its stages as bars, and each finished weight and file as a line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ...convert.listener import Listener, Stage
+from ...units import format_size
 from .progress import ProgressDisplay
-from .terminal import err_console, format_size, note, plain
+from .terminal import err_console, note, plain
 from .views import WORDS
 
 if TYPE_CHECKING:
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 
 
 class TerminalListener(Listener):
-    """Shows everything on stderr.
+    """A listener that shows a run on stderr, and counts what it converts.
 
     Args:
-        quiet: nothing is shown.
-        verbose: every weight and file gets a line.
-        notes: sentences are shown as well; None where they are unless `quiet`.
+        quiet: show no progress.
+        verbose: print a line for every weight and file.
+        notes: print notes; None to print them unless `quiet`.
 
     Attributes:
-        nbytes, weights: of the source, that this run converted.
+        nbytes: bytes of the source that this run converted.
+        weights: parameters that this run converted.
         earlier: weight tensors that an earlier run had finished.
     """
 
@@ -58,10 +60,10 @@ class TerminalListener(Listener):
             note(sentence)
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
-        there = list(plans)
-        self.earlier += len(there)
-        if there and self._display is not None:
-            self._display.skip(sum(plan.source_bytes for plan in there))
+        finished = list(plans)
+        self.earlier += len(finished)
+        if finished and self._display is not None:
+            self._display.skip(sum(plan.source_bytes for plan in finished))
 
     def tensor(self, part: str, plan: TensorPlan, result: Result) -> None:
         with self._lock:
@@ -82,12 +84,12 @@ class TerminalListener(Listener):
             self._tell(f"file   {plain(whole)}, {format_size(size)}, is complete")
 
     def _tell(self, line: str) -> None:
-        with suppress(OSError):  # nobody reads it: no reason to end the work
+        with suppress(OSError):  # nobody reads stderr: no reason to end the work
             err_console().print(line, soft_wrap=True)
 
 
 def tell_resources(engine: str, limits: Resources) -> None:
-    """Say what a run may take of the machine."""
+    """Print the engine, threads and memory of a run on stderr."""
     err_console().print(
         f"engine {plain(engine)}, {limits.workers} workers, chunks of {format_size(limits.chunk)}, "
         f"memory at most {format_size(limits.memory)}",
@@ -96,5 +98,5 @@ def tell_resources(engine: str, limits: Resources) -> None:
 
 
 def tell_times(planning: float, converting: float) -> None:
-    """Say how many seconds went by before and after the plan stood."""
+    """Print on stderr how many seconds planning and converting took."""
     err_console().print(f"times  {planning:.2f} s to plan, {converting:.2f} s to convert and write")

@@ -1,8 +1,9 @@
-"""How far a run is, how fast it goes and how long it will take, read off its counters."""
+"""Measure how far a run is, how fast it goes and how long it will take."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import time
 from collections import deque
@@ -11,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .machine import free_disk, memory
+from ...process_memory import resident_bytes
 
 if TYPE_CHECKING:
     from ...convert.transfers import Transfers
 
 _WINDOW = 30.0  # seconds that a speed is taken over
 _SAMPLE = 0.25  # seconds between two samples
-_LEAST = 0.5  # seconds of samples that a speed needs
+_SHORTEST = 0.5  # seconds of samples that a speed needs
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Bytes that go one way.
+    """Bytes that are worked on, fetched or uploaded.
 
     Attributes:
         done, total: bytes.
@@ -36,7 +37,7 @@ class Flow:
 
     @property
     def left(self) -> float | None:
-        """Seconds for the rest, None where nothing moves."""
+        """Seconds that the rest will take, None where nothing moves."""
         rest = max(0, self.total - self.done)
         if not rest:
             return 0.0
@@ -48,16 +49,17 @@ class Reading:
     """A run at one moment.
 
     Attributes:
-        work: bytes of the source (of verify: of all that is read).
+        work: bytes of the source; of verify, all bytes that are read.
         weights: parameters a second, None where they are not counted.
-        left: seconds to the end, None where nobody can say.
-        seconds: since the beginning.
+        left: seconds to the end, None where it is not known yet.
+        seconds: time since the beginning.
         still: seconds since anything moved.
-        current: what is being worked on.
-        memory, free: bytes this process has in memory; free on the output's disk, None where the
-            system does not say.
-        download, upload: None where nothing is to go that way.
-        disk, disk_limit: bytes held under --disk; the bound, None without one.
+        current: name of the weight or file in work.
+        memory: bytes of this process in memory, None where the system does not say.
+        free: bytes free on the output's disk, None where the system does not say.
+        download, upload: None where nothing is fetched or uploaded.
+        disk: bytes held on the disk under --disk.
+        disk_limit: value of --disk, None without it.
     """
 
     work: Flow
@@ -75,20 +77,20 @@ class Reading:
 
     @property
     def share(self) -> float:
-        """Of the work, from 0 to 1."""
+        """Share of the work that is done, from 0 to 1."""
         return min(1.0, self.work.done / self.work.total) if self.work.total else 1.0
 
 
 class Meter:
-    """Counts; `add` may be called by any thread, and costs it an addition.
+    """The counters of a run; any thread may call `add`.
 
     Args:
         total: bytes of work.
-        weights: parameters in them, 0 where they are not counted.  They are taken to lie evenly in
-            the bytes, which is so where the source has one dtype.
-        transfers: what the run moves besides.
-        place: whose disk is looked at.
-        clock: seconds.
+        weights: parameters in the work, 0 where they are not counted. They are taken to lie evenly
+            in the bytes, as in a source of one dtype.
+        transfers: counters of what the run fetches and uploads.
+        place: a path on the disk whose free bytes are shown.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -112,13 +114,13 @@ class Meter:
         self._free: int | None = None
 
     def add(self, what: str, count: int) -> None:
-        """`count` more bytes are done, of `what`."""
+        """Count `count` more bytes of `what` as done."""
         with self._lock:
             self._done += count
             self._current = what
 
     def skip(self, count: int) -> None:
-        """The next `count` bytes were done by an earlier run: they say nothing of the speed."""
+        """Count the next `count` bytes as done by an earlier run, and not for the speed."""
         with self._lock:
             self._floor = max(self._floor, self._done) + count
             self._samples.clear()
@@ -126,16 +128,16 @@ class Meter:
 
     @property
     def done(self) -> int:
-        """Bytes, those of an earlier run included."""
+        """Bytes done, with those of an earlier run."""
         return self._done
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the beginning."""
         return self._clock() - self._began
 
     def read(self) -> Reading:
-        """How it stands; asked a few times a second, by one thread at a time."""
+        """Return the state of the run now; called by one thread at a time."""
         with self._lock:
             now, counts, current = self._clock(), self._counts(), self._current
             if counts != self._seen:
@@ -148,13 +150,13 @@ class Meter:
         passed = now - then
 
         def flow(which: int, total: int) -> Flow:
-            speed = (counts[which] - before[which]) / passed if passed >= _LEAST else None
+            speed = (counts[which] - before[which]) / passed if passed >= _SHORTEST else None
             return Flow(counts[which], total, speed)
 
         work = flow(0, self._total)
-        sent = self._transfers
-        download = flow(1, sent.to_download) if sent and sent.to_download else None
-        upload = flow(2, sent.to_upload) if sent and sent.to_upload else None
+        moved = self._transfers
+        download = flow(1, moved.to_download) if moved and moved.to_download else None
+        upload = flow(2, moved.to_upload) if moved and moved.to_upload else None
         rate = self._weights / self._total if self._weights and self._total else None
         return Reading(
             work=work,
@@ -163,33 +165,46 @@ class Meter:
             seconds=now - self._began,
             still=now - self._moved,
             current=current,
-            memory=memory(),
+            memory=resident_bytes(),
             free=self._free_disk(now),
             download=download,
             upload=upload,
-            disk=sent.disk if sent else 0,
-            disk_limit=sent.disk_limit if sent else None,
+            disk=moved.disk if moved else 0,
+            disk_limit=moved.disk_limit if moved else None,
         )
 
     def _counts(self) -> tuple[int, int, int]:
-        sent = self._transfers
+        """Return the bytes of work done, fetched and uploaded."""
+        moved = self._transfers
         done = max(self._done, self._floor)
-        return (done, sent.downloaded, sent.uploaded) if sent else (done, 0, 0)
+        return (done, moved.downloaded, moved.uploaded) if moved else (done, 0, 0)
 
     def _free_disk(self, now: float) -> int | None:
+        """Return the bytes free on the disk, asked at most once a second."""
         if self._place is not None and now - self._looked >= 1:
             self._looked, self._free = now, free_disk(self._place)
         return self._free
 
 
 def _left(work: Flow, download: Flow | None, upload: Flow | None) -> float | None:
-    """Seconds to the end: the slowest way decides.
+    """Return the seconds to the end, by the slowest of work, download and upload.
 
-    While files come, the conversion goes at their pace, in bursts that say nothing.  None where
-    nothing of what decides has moved yet.
+    While files are fetched, the conversion follows them in bursts, and only their speed counts.
+    None where what decides has not moved yet.
     """
     coming = download is not None and download.done < download.total
     first = download.left if coming and download else work.left
     if first is None:
         return None
     return max(first, (upload.left or 0.0) if upload else 0.0)
+
+
+def free_disk(place: Path) -> int | None:
+    """Return the bytes free on the disk of a path, which need not exist; None if not known."""
+    try:
+        place = place.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None

@@ -1,4 +1,4 @@
-"""What nf4 quantize says when it is done: one screen of 24 lines and 80 columns."""
+"""Show the result of nf4 quantize, on one screen of 24 lines and 80 columns."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...process_memory import peak_bytes
+from ...units import format_duration, format_size
 from .. import step_summary
 from . import terminal, views
 from .listener import TerminalListener, tell_resources
-from .machine import peak_memory
 from .outlook import outlook_document, show_outlook
-from .progress import count, duration, shorten
+from .progress import count, shorten
 from .rows import Row, print_rows
-from .terminal import format_size, plain, plural
+from .terminal import plain, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,20 +35,22 @@ _NOTABLE = 0.01  # a share of outlier blocks that is worth a word
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished run.
+    """The result of a run.
 
     Attributes:
         source: as the user named it.
-        parts: by component of a pipeline; "" is a checkpoint that is no part of one.
-        config: config.json of the output, {} of a pipeline.
-        copied: bytes of a pipeline's other files, None for a checkpoint alone.
-        engine, workers: what converted.
-        seconds: that it took.
-        ledger: what this run did itself.
-        transfers: what was moved and held, None for a run that moved nothing.
-        published: where it went to.
-        leaving: no output stayed here.
-        disk: the bound that was asked for.
+        output: the output's directory; it holds nothing where `leaving`.
+        parts: plans and manifests by component; "" is a checkpoint without a pipeline.
+        config: config.json of the output, {} for a pipeline.
+        notes: sentences that a user should know.
+        copied: bytes of a pipeline's other files, None for a checkpoint.
+        engine, workers: the name of the engine, and the number of threads.
+        seconds: time of converting and writing.
+        ledger: counts of what this run converted itself.
+        transfers: bytes that were fetched, uploaded and held, None for a run without a Hub.
+        published: the commit on the Hub, None where nothing was published.
+        leaving: the output is on the Hub alone.
+        disk: value of --disk for the command that proves the output, None for none.
     """
 
     source: str
@@ -71,14 +74,14 @@ class Outcome:
 
     @property
     def place(self) -> str:
-        """Where the output is: a repository where none stayed here."""
+        """The output as a user names it: a directory, or a repository on the Hub."""
         if self.leaving and self.published:
             return self.published.repo
         return str(self.output)
 
     @property
     def errors(self) -> dict[str, TensorError]:
-        """Of every 4-bit weight, by name; in a pipeline COMPONENT/NAME."""
+        """Errors of the 4-bit weights by name; in a pipeline COMPONENT/NAME."""
         return {
             f"{part}/{name}" if part else name: record.error
             for part, (_, manifest) in self.parts.items()
@@ -88,7 +91,7 @@ class Outcome:
 
 
 def tell_plan(job: Job) -> None:
-    """Say what becomes of the weights, and what the run may take of the machine."""
+    """Print the plan's kinds of weights, and what the run may take of the machine, on stderr."""
     console = terminal.err_console()
     for name, plan in job.model.parts.items():
         if name:
@@ -98,7 +101,7 @@ def tell_plan(job: Job) -> None:
 
 
 def show_plan(job: Job, json: bool) -> None:
-    """Print what would be written."""
+    """Print what the run would write, as a document or in words."""
     outlook = outlook_document(job)
     if json:
         document = views.model_plan_document(job.model, job.limits, job.stays)
@@ -113,10 +116,10 @@ def show_plan(job: Job, json: bool) -> None:
 def conclude(
     job: Job, done: Quantized, listener: TerminalListener, disk: str | None, json: bool, quiet: bool
 ) -> None:
-    """Show the result of a run: as JSON, or as a summary, and on the page of a CI job.
+    """Show the result of a run: as JSON or as a summary, and on the page of a CI job.
 
     Args:
-        disk: the bound, as it was asked for.
+        disk: value of --disk as the user wrote it.
     """
     from ..step_summary import conversion_section
 
@@ -149,19 +152,19 @@ def conclude(
 
 
 def _proved_within_a_bound(job: Job, done: Quantized) -> bool:
-    """Whether what was just made can be proved under the bound that it was made under."""
+    """Return whether `nf4 verify` can prove the output with the same --disk."""
     from ...output.recipe_words import why_not_by_digests
 
     manifest, leaving = done.manifests.get(""), job.request.leaving
     if manifest is None or (job.source.snapshot is None and not leaving):
-        return False  # a pipeline, or all of it lies here
+        return False  # a pipeline, or both models are on this disk
     return why_not_by_digests(manifest.config, manifest.digest, leaving) is None
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
-    """On stdout.  Names and reasons are shortened to the terminal; commands to copy are not."""
+    """Print the summary of a run; names are cut to the terminal's width, commands are not."""
     width = console.width
-    views.print_notes(console, outcome.notes)  # first: what staying experts cost stands there
+    views.print_notes(console, outcome.notes)  # first, since they may tell what to do otherwise
     console.print(f"[bold]{plain(outcome.source)}[/] -> [bold]{plain(outcome.place)}[/]")
     for line in (*_sizes(outcome), *_speeds(outcome)):
         console.print(plain(line))
@@ -187,11 +190,12 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
 
 
 def _word(text: str) -> str:
-    """As a shell takes it; what cannot be printed is shown escaped, so not quoted as well."""
+    """Return a text quoted for a shell; one that cannot be printed is escaped elsewhere."""
     return shlex.quote(text) if text.isprintable() else text
 
 
 def _sizes(outcome: Outcome) -> Iterator[str]:
+    """Yield lines with the sizes before and after, and bits a weight."""
     plans = outcome.plans
     before = sum(plan.source_bytes for plan in plans)
     after = sum(plan.shard_bytes for plan in plans)
@@ -205,8 +209,9 @@ def _sizes(outcome: Outcome) -> Iterator[str]:
 
 
 def _speeds(outcome: Outcome) -> Iterator[str]:
+    """Yield lines with the time, speed, engine, memory and transfers."""
     ledger, seconds = outcome.ledger, max(outcome.seconds, 1e-9)
-    took = f"time    {seconds:.2f} s" if seconds < 60 else f"time    {duration(seconds)}"
+    took = f"time    {seconds:.2f} s" if seconds < 60 else f"time    {format_duration(seconds)}"
     if ledger.nbytes:
         took += (
             f", {format_size(ledger.nbytes / seconds)}/s, {count(ledger.weights / seconds)} "
@@ -217,7 +222,7 @@ def _speeds(outcome: Outcome) -> Iterator[str]:
     else:
         took += "; all of it was there already"
     yield took
-    memory = peak_memory()
+    memory = peak_bytes()
     most = f", memory at most {format_size(memory)}" if memory else ""
     yield f"engine  {outcome.engine}, {plural(outcome.workers, 'worker')}{most}"
     moved = outcome.transfers
@@ -236,14 +241,14 @@ def _speeds(outcome: Outcome) -> Iterator[str]:
 
 
 def _kinds(plans: list[Plan]) -> list[Row]:
-    """What became 4-bit, what was kept and why; the largest first."""
+    """Return rows of what became 4-bit and what was kept why, the largest first."""
     sums: dict[tuple[str, str], list[int]] = {}
     for plan in plans:
         for action, reason, *numbers in plan.groups():
-            what = views.WORDS[action] if action != "cast" else f"to {plan.config.dtype}"
-            known = sums.setdefault((what, reason), [0, 0, 0])
+            kind = views.WORDS[action] if action != "cast" else f"to {plan.config.dtype}"
+            sum_of_kind = sums.setdefault((kind, reason), [0, 0, 0])
             for i, number in enumerate(numbers):
-                known[i] += number
+                sum_of_kind[i] += number
     order = sorted(sums.items(), key=lambda item: (item[0][0] != "4-bit", -item[1][2]))
     rest = order[_ROWS - 1 :] if len(order) > _ROWS else []
     rows = [(*key, *_numbers(numbers)) for key, numbers in order[: len(order) - len(rest)]]
@@ -254,10 +259,12 @@ def _kinds(plans: list[Plan]) -> list[Row]:
 
 
 def _numbers(numbers: list[int]) -> tuple[str, str, str]:
+    """Return the cells of [tensors, weights, bytes]."""
     return f"{numbers[0]:,}", count(numbers[1]), format_size(numbers[2])
 
 
 def _components(outcome: Outcome) -> list[Row]:
+    """Return a row for each component of a pipeline."""
     rows: list[Row] = [("component", "", "bits", "before", "after", "error")]
     for name, (plan, manifest) in outcome.parts.items():
         errors = [r.error.rel_rmse for r in manifest.tensors.values() if r.error is not None]
@@ -276,7 +283,7 @@ def _components(outcome: Outcome) -> list[Row]:
 
 
 def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
-    """The median, the worst weights, and how many blocks outliers crush."""
+    """Yield lines with the median error, the worst weights, and the share of outlier blocks."""
     if not errors:
         return
     median = statistics.median(error.rel_rmse for error in errors.values())
@@ -289,15 +296,16 @@ def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
         )
         yield f"        {error.rel_rmse:.4f}  {shorten(name, width - 17 - len(notable))}{notable}"
     blocks = sum(error.blocks or 0 for error in errors.values())
-    found = sum(error.outlier_blocks or 0 for error in errors.values())
-    if found:
+    outliers = sum(error.outlier_blocks or 0 for error in errors.values())
+    if outliers:
         most = max(errors, key=lambda name: errors[name].outlier_share)
-        line = f"        outlier blocks {found / max(1, blocks):.2%}, most "
+        line = f"        outlier blocks {outliers / max(1, blocks):.2%}, most "
         line += f"{errors[most].outlier_share:.2%} in "
         yield f"{line}{shorten(most, max(12, width - len(line) - 1))}"
 
 
 def _loading(outcome: Outcome) -> str | None:
+    """Return the line of Python that loads the output, None where there is none."""
     from ...output.load_line import loading_call
 
     manifests = {part: manifest for part, (_, manifest) in outcome.parts.items()}

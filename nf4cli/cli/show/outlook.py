@@ -1,10 +1,11 @@
-"""What --plan says of a model on the Hub: bytes to fetch, times, the smallest --disk."""
+"""Show with --plan what a model on the Hub takes: bytes to fetch, times, the smallest --disk."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ...units import format_duration, format_size, size_for_option
 from . import terminal
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ _LINKS = (("100 Mbit/s", 12.5e6), ("1 Gbit/s", 125e6), ("10 Gbit/s", 1.25e9))  #
 
 
 def outlook_document(job: Job) -> dict[str, Any]:
-    """Return what --plan says of a model on a Hub; {} for one that lies here."""
-    found = job.outlook()
-    if found is None:
+    """Return the facts about a model on a Hub as a document; {} for a model on this disk."""
+    amounts = job.outlook()
+    if amounts is None:
         return {}
-    outlook, speed = found
+    outlook, speed = amounts
     return {
         **asdict(outlook),
         "convert_bytes_per_second": round(speed),
@@ -27,31 +28,21 @@ def outlook_document(job: Job) -> dict[str, Any]:
 
 
 def show_outlook(outlook: dict[str, Any]) -> None:
-    """The same in words."""
-    console, size = terminal.out_console(), terminal.format_size
-    fetch = outlook["fetch_bytes"]
-    cached = f", {size(outlook['cached_bytes'])} are in the cache" * bool(outlook["cached_bytes"])
-    times = ", ".join(f"{_duration(fetch / speed)} at {name}" for name, speed in _LINKS)
+    """Print the facts of `outlook_document` in words."""
+    console = terminal.out_console()
+    fetch, cached = outlook["fetch_bytes"], outlook["cached_bytes"]
+    in_cache = f", {format_size(cached)} are in the cache" if cached else ""
+    model = f"{terminal.plain(outlook['repo'])}@{outlook['commit']}"
+    console.print(f"fetch   {fetch:,} bytes of {model}{in_cache}")
+    seconds = format_duration(outlook["convert_seconds"])
+    speed = format_size(outlook["convert_bytes_per_second"])
+    links = ", ".join(f"{format_duration(fetch / rate)} at {name}" for name, rate in _LINKS)
     console.print(
-        f"fetch   {fetch:,} bytes of {terminal.plain(outlook['repo'])}@{outlook['commit']}{cached}"
+        f"time    {seconds} to convert (measured here: {speed}/s)"
+        + (f"; to fetch {links}" if fetch else "")
     )
+    smallest = size_for_option(outlook["smallest_disk_bytes"])
+    pushed = size_for_option(outlook["smallest_disk_bytes_when_pushed"])
     console.print(
-        f"time    {_duration(outlook['convert_seconds'])} to convert (measured here: "
-        f"{size(outlook['convert_bytes_per_second'])}/s)" + (f"; to fetch {times}" if fetch else "")
+        f"bound   --disk {smallest} or more; with --push-to and no OUTPUT {pushed} or more"
     )
-    console.print(
-        f"bound   --disk {_megabytes(outlook['smallest_disk_bytes'])} or more; with --push-to and "
-        f"no OUTPUT {_megabytes(outlook['smallest_disk_bytes_when_pushed'])} or more"
-    )
-
-
-def _megabytes(count: int) -> str:
-    return f"{-(-count // 1_000_000)}MB"
-
-
-def _duration(seconds: float) -> str:
-    """`8 s`, `3 min`, `2 h 10 min`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, a line now and then in a log."""
+"""Show the progress of a run: as a bar on a terminal, as a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from ... import stopping
 from ...checkpoint.untrusted import printable
 from ...errors import UsageError
+from ...units import format_duration, format_size
 from . import terminal
 from .meter import Flow, Meter, Reading
-from .terminal import format_size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -32,20 +32,20 @@ _HERTZ = 8
 
 
 class ProgressDisplay:
-    """Shows how far a run is, on stderr; call it with (what, bytes) from any thread.
+    """A display on stderr of how far a run is; any thread calls it with (name, bytes done).
 
-    On a terminal it is a bar of one to three lines that is gone at the end.  Elsewhere, and where
+    On a terminal it is a bar of one to three lines that is gone at the end. Elsewhere, and where
     TERM is dumb, it is a line at the beginning, one every NF4_HEARTBEAT seconds (30; 0 for none)
     whether anything moves or not, and one at the end.
 
     Args:
-        total: bytes of work; 0 where nobody knows, then only time is shown.
-        label: what is being done.
-        show: False for nothing at all.
-        what: from what, to what.
+        total: bytes of work; 0 if not known, then only the time is shown.
+        label: name of the work ("quantizing").
+        show: False to show nothing.
+        what: its source and output.
         weights: parameters in the work, 0 where they do not matter.
-        transfers: what is moved besides.
-        place: whose disk is worth looking at.
+        transfers: counters of what the run fetches and uploads.
+        place: a path on the disk whose free bytes are shown.
 
     Raises:
         UsageError: NF4_HEARTBEAT is no number.
@@ -80,7 +80,7 @@ class ProgressDisplay:
         self._meter.add(what, count)
 
     def skip(self, count: int) -> None:
-        """The next `count` bytes were done by an earlier run."""
+        """Count the next `count` bytes as done by an earlier run."""
         self._meter.skip(count)
 
     def __enter__(self) -> ProgressDisplay:
@@ -113,18 +113,19 @@ class ProgressDisplay:
             self._print(self._last_line())
 
     def _end(self) -> None:
-        """The terminal is as it was, and nobody prints any more."""
+        """Remove the bar and end the thread; nothing is printed from then on."""
         with self._printing:
             self._stop.set()
         if self._live is not None:
             try:
                 self._live.stop()
             finally:
-                self._live.console.show_cursor(True)  # the terminal may have failed before it
+                self._live.console.show_cursor(True)  # rich does not where the terminal failed
         if self._thread is not None:
             self._thread.join()
 
     def _beat(self) -> None:
+        """Print a line every NF4_HEARTBEAT seconds; read the counters once a second."""
         left = self._heartbeat
         while not self._stop.wait(min(1.0, left)):
             reading = self._meter.read()
@@ -137,23 +138,23 @@ class ProgressDisplay:
                         self._print(log_line(self._label, reading, self._width(), patience))
 
     def _width(self) -> int:
-        """Of a log's lines; a dumb terminal is a log that has one."""
+        """Return the largest width of a log's lines; a dumb terminal has its own."""
         assert self._console is not None
         return min(_LOG_WIDTH, self._console.width - 1)
 
     def _last_line(self) -> str:
         seconds, done = self._meter.seconds, min(self._meter.done, self._total)
         speed = f", {format_size(done / seconds)}/s" if seconds >= 1 else ""
-        return f"{self._label} done: {format_size(done)} in {duration(seconds)}{speed}"
+        return f"{self._label} done: {format_size(done)} in {format_duration(seconds)}{speed}"
 
     def _print(self, line: str) -> None:
         assert self._console is not None
-        with suppress(OSError):  # nobody reads it: no reason to end the work
+        with suppress(OSError):  # nobody reads stderr: no reason to end the work
             self._console.print(printable(line), markup=False, soft_wrap=True)
 
 
 class _Bar:
-    """What rich asks for several times a second; as wide as the terminal is then."""
+    """The bar for rich, which draws it several times a second at the terminal's present width."""
 
     def __init__(self, meter: Meter, label: str) -> None:
         self._meter, self._label = meter, label
@@ -165,24 +166,23 @@ class _Bar:
 
 
 def draws(console: Console) -> bool:
-    """Whether a bar can be drawn there: colours may be wanted (FORCE_COLOR) where one cannot."""
+    """Return whether a bar can be drawn; FORCE_COLOR asks for colours where none can."""
     real = console.file.isatty()
     return real and console.is_terminal and not console.is_dumb_terminal
 
 
 def ascii_locale() -> bool:
-    """Whether the user's locale is C, whatever Python makes of it: then the terminal may have no
-    characters but ASCII's."""
+    """Return whether the user's locale is C, in which a terminal may show ASCII only."""
     named = os.environ.get("LC_ALL") or os.environ.get("LANG") or "C"
     coerced = os.environ.get("LC_CTYPE", "") in ("", "C.UTF-8")  # Python itself sets that one
     return named in ("C", "POSIX") and coerced
 
 
 def heartbeat() -> float:
-    """Seconds between two lines of a log, 0 for none: NF4_HEARTBEAT.
+    """Return the seconds between two lines of a log (NF4_HEARTBEAT), 0 for no lines.
 
     Raises:
-        UsageError: it is no number.
+        UsageError: NF4_HEARTBEAT is no number of seconds.
     """
     text = os.environ.get("NF4_HEARTBEAT", "").strip()
     try:
@@ -197,21 +197,8 @@ def heartbeat() -> float:
     return max(0.1, seconds) if seconds else 0.0
 
 
-def duration(seconds: float) -> str:
-    """`0.4 s`, `8 s`, `3:12 min`, `2:10 h`."""
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 90:
-        return f"{whole} s"
-    if whole < 5400:
-        return f"{whole // 60}:{whole % 60:02} min"
-    minutes = whole // 60
-    return f"{minutes // 60:,}:{minutes % 60:02} h"
-
-
 def of(done: int, total: int) -> str:
-    """`1.2 of 2.5 GB`."""
+    """Return `1.2 of 2.5 GB`."""
     whole = format_size(total)
     unit = whole.rpartition(" ")[2]
     part = format_size(done)
@@ -219,7 +206,7 @@ def of(done: int, total: int) -> str:
 
 
 def count(number: float) -> str:
-    """`655M`, `1.2B`: of weights, as models count them."""
+    """Return a number of weights as models count them: `655M`, `1.2B`."""
     for unit in ("", "k", "M"):
         if number < 999.5:
             return f"{number:.0f}{unit}" if number >= 10 or not unit else f"{number:.1f}{unit}"
@@ -228,7 +215,7 @@ def count(number: float) -> str:
 
 
 def shorten(name: str, cells: int) -> str:
-    """A tensor's name in so many columns: the layer's number and the module's end stay.
+    """Return a tensor's name in at most `cells` columns; the layer's number and the end stay.
 
     model.layers.17.mlp.down_proj.weight -> layers.17.mlp.down_proj -> 17.mlp.down_proj
     -> 17...down_proj.
@@ -240,7 +227,7 @@ def shorten(name: str, cells: int) -> str:
         return name
     parts = name.removesuffix(".weight").split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    for _ in range(number):  # what stands before the layer's number
+    for _ in range(number):  # remove the parts before the layer's number
         if cell_len(".".join(parts)) <= cells:
             break
         del parts[0]
@@ -269,14 +256,15 @@ def _last_cells(text: str, cells: int) -> str:
 
 
 def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: float = 5.0) -> str:
-    """A run at one moment, in a line of a log.
+    """Return a line of a log about a run at one moment.
 
     Args:
-        width: characters.
-        patience: seconds without a move that are worth a word.
+        label: name of the work.
+        width: most characters.
+        patience: seconds without a move from which the line says so.
     """
     if not reading.work.total:
-        return f"{label}, {duration(reading.seconds)} so far"[:width]
+        return f"{label}, {format_duration(reading.seconds)} so far"[:width]
     still = reading.still >= patience
     facts = [f"{reading.share:.0%}", of(reading.work.done, reading.work.total)]
     if still:
@@ -284,7 +272,7 @@ def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: fl
     moves = _moves(reading)
     facts += [fact for _, fact in moves] or [_speed(reading.work)]
     if reading.left is not None and not still:
-        facts.append(f"{duration(reading.left)} left")
+        facts.append(f"{format_duration(reading.left)} left")
     if reading.memory is not None:
         facts.append(f"memory {format_size(reading.memory)}")
     if reading.weights and not moves:
@@ -300,33 +288,38 @@ def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: fl
 
 
 def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Iterator[Text]:
-    """The bar on a terminal of so many columns: one line where it is wide, two where it is not,
-    and another one where files come and go.  No line is as wide as the terminal."""
+    """Yield the lines of the bar, each narrower than the terminal of `width` columns.
+
+    One line on a wide terminal, two on a narrow one, and one more where files are fetched or
+    uploaded.
+    """
     from rich.text import Text
 
     wide = width >= _WIDE
     width = max(1, width - 1)  # a terminal that is written full may wrap
     if not reading.work.total:
-        yield _cut(Text(f"{label}  {duration(reading.seconds)}", "bold", no_wrap=True), width)
+        yield _cut(
+            Text(f"{label}  {format_duration(reading.seconds)}", "bold", no_wrap=True), width
+        )
         return
     still = f"nothing moved for {reading.still:.0f} s" if reading.still >= _STILL else ""
-    left = f"{duration(reading.left)} left" if reading.left is not None else ""
-    wishes = [of(reading.work.done, reading.work.total), still or left, _speed(reading.work)]
+    left = f"{format_duration(reading.left)} left" if reading.left is not None else ""
+    facts = [of(reading.work.done, reading.work.total), still or left, _speed(reading.work)]
     more = _state(reading)
     shown: list[str] = []
     room = width - len(label) - 5 - 12  # the share, and a bar of ten
-    for wish in [*wishes, *(more if wide else ())]:
-        if wish and len(wish) + 2 <= room:
-            shown.append(wish)
-            room -= len(wish) + 2
+    for fact in [*facts, *(more if wide else ())]:
+        if fact and len(fact) + 2 <= room:
+            shown.append(fact)
+            room -= len(fact) + 2
     line = Text(no_wrap=True, overflow="crop", end="\n")
     line.append(label[:width], "bold")
     drawn = min(40, max(10, room - 32) if wide else room + 10)  # a name takes about 40
     if drawn >= 4:
         _draw(line, reading.share, drawn, ascii_only)
     line.append(f" {reading.share:4.0%}")
-    for wish in shown:
-        line.append(f"  {wish}", "yellow" if wish == still else "")
+    for fact in shown:
+        line.append(f"  {fact}", "yellow" if fact == still else "")
     if wide:
         rest = width - line.cell_len - 2
         if rest >= 12:
@@ -341,7 +334,7 @@ def bar_lines(label: str, reading: Reading, width: int, ascii_only: bool) -> Ite
 
 
 def _row(moves: list[tuple[str, str]], width: int) -> str:
-    """What is moved and held, as much of it as fits: the amounts before the speeds."""
+    """Return the transfers in a line of at most `width`: the amounts, and speeds where they fit."""
     shown: list[tuple[str, str]] = []
     room = width
     for short, whole in moves:
@@ -357,7 +350,7 @@ def _row(moves: list[tuple[str, str]], width: int) -> str:
 
 
 def _second(reading: Reading, more: list[str], width: int) -> Text:
-    """The tensor, and of the rest what leaves it 28 columns."""
+    """Return the second line: the tensor's name, and facts that leave it 28 columns."""
     from rich.text import Text
 
     tail = ""
@@ -376,6 +369,7 @@ def _cut(line: Text, width: int) -> Text:
 
 
 def _draw(line: Text, share: float, cells: int, ascii_only: bool) -> None:
+    """Append a bar of `cells` columns to a line."""
     full = int(share * cells)
     done, rest = ("#", ".") if ascii_only else ("━", "─")
     line.append(" ")
@@ -384,6 +378,7 @@ def _draw(line: Text, share: float, cells: int, ascii_only: bool) -> None:
 
 
 def _state(reading: Reading) -> list[str]:
+    """Return what is shown where there is room: weights a second, memory, free disk."""
     facts = []
     if reading.weights:
         facts.append(f"{count(reading.weights)} weights/s")
@@ -395,7 +390,7 @@ def _state(reading: Reading) -> list[str]:
 
 
 def _moves(reading: Reading) -> list[tuple[str, str]]:
-    """What is moved and held, in short and whole."""
+    """Return each transfer as (amount, amount with speed), and the disk held under --disk."""
     facts = []
     for word, flow in (("down", reading.download), ("up", reading.upload)):
         if flow is not None:

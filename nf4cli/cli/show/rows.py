@@ -1,4 +1,4 @@
-"""Tables of plain text, as wide as the terminal at most."""
+"""Print tables of plain text, at most as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Row = tuple[str, ...]
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:
-    """A table: the second column takes what the others leave, and is cut there."""
+    """Print a table; the second column gets the width that the others leave, and is cut to it.
+
+    Args:
+        rows: of equal length, the headings first.
+    """
     from rich.cells import cell_len, set_cell_size
 
     columns = len(rows[0])
@@ -34,13 +38,14 @@ def print_rows(console: Console, rows: list[Row]) -> None:
 
 
 def _cut(text: str, cells: int) -> str:
+    """Return a text that takes at most `cells` columns, with "..." where it is cut."""
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= cells else set_cell_size(text, max(0, cells - 3)) + "..."
 
 
-def listed(console: Console, heading: str, names: Iterable[str]) -> None:
-    """Names in a line: on a terminal as many as fit, and how many more there are."""
+def print_names(console: Console, heading: str, names: Iterable[str]) -> None:
+    """Print names of files in a line; on a terminal as many as fit, and how many more there are."""
     names = [printable(name) for name in names]
     room = console.width - len(heading) - 1 if console.is_terminal else None
     shown = len(names)

@@ -1,4 +1,4 @@
-"""Text for people and programs: consoles, messages, sizes, JSON documents."""
+"""Print text for people on consoles, and JSON documents for programs."""
 
 from __future__ import annotations
 
@@ -15,32 +15,18 @@ from ...checkpoint.untrusted import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...callbacks import Notify
-
-
-def format_size(count: float) -> str:
-    """Bytes in decimal units, as the Hub and disks count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.2f} TB"
-
-
-def notices(quiet: bool) -> Notify:
-    """Who is told what a user should know."""
-    from ... import callbacks
-
-    return callbacks.no_notice if quiet else note
-
 
 def note(sentence: str) -> None:
-    """A message that is not an error, on stderr."""
+    """Print on stderr what a user should know and is no error."""
     err_console().print(f"[yellow]note:[/] {plain(sentence)}")
 
 
 class _Results:
-    """Attributes: begun, whether a result was shown: what fails from then on is stdout."""
+    """The state of the results on stdout.
+
+    Attributes:
+        begun: a result was printed; if a stream fails from then on, it is stdout.
+    """
 
     begun = False
 
@@ -49,13 +35,13 @@ results = _Results()
 
 
 def out_console() -> Console:
-    """For results, on stdout."""
-    _let_a_closed_pipe_end_us()
+    """Return a console on stdout, for results."""
+    _end_at_closed_pipe()
     return _console(stderr=False)
 
 
-def _let_a_closed_pipe_end_us() -> None:
-    """From the first result on the work is done, and `nf4 ... | head` may stop reading."""
+def _end_at_closed_pipe() -> None:
+    """Let a closed pipe end the process, as in `nf4 ... | head`; results come after the work."""
     results.begun = True
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -63,7 +49,7 @@ def _let_a_closed_pipe_end_us() -> None:
 
 @cache
 def err_console() -> Console:
-    """For progress and messages, on stderr; one for all, so that no message tears a bar."""
+    """Return the console on stderr, for progress and messages; one, so that none tears a bar."""
     return _console(stderr=True)
 
 
@@ -72,11 +58,11 @@ def _console(stderr: bool) -> Console:
 
     class Messages(Console):
         def on_broken_pipe(self) -> None:
-            """Nobody reads them any more: no reason to end the work, as rich would."""
+            """Print nothing more where nobody reads; rich would end the process."""
             self.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
-    # A terminal's lines are broken at words; a pipe or a log has no columns to break them at.
+    # On a terminal, lines are broken at words; in a pipe or log they stay whole.
     stream = sys.stderr if stderr else sys.stdout
     logged = stream is None or not stream.isatty()  # None: the caller closed it
     return (Messages if stderr else Console)(
@@ -86,38 +72,38 @@ def _console(stderr: bool) -> Console:
 
 
 def plain(text: object) -> str:
-    """A name or path for a styled line: its brackets are not markup, its escapes do nothing."""
+    """Return a name or path for a styled line, with its brackets and control characters escaped."""
     from rich.markup import escape
 
     return escape(printable(str(text)))
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 file`, `3 files`."""
+    """Return `1 file` or `3 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 JSON_VERSION = 1
-"""Of every document of --json; docs/machine.md says what a version promises."""
+"""Version of every document of --json; docs/machine.md says what it promises."""
 
 
 def print_json(kind: str, document: dict[str, Any]) -> None:
-    """The only thing on stdout under --json; ASCII, whatever the locale.
+    """Print the one document of --json on stdout, in ASCII whatever the locale.
 
     Args:
-        kind: what the document is, the stem of its schema in docs/schemas.
+        kind: stem of the document's schema in docs/schemas.
 
     Raises:
-        ValueError: it holds a NaN or an infinity, which JSON has no word for: a bug.
+        ValueError: the document holds a NaN or an infinity, which JSON does not know: a bug.
     """
-    _let_a_closed_pipe_end_us()
+    _end_at_closed_pipe()
     whole = {"nf4": kind, "version": JSON_VERSION, **document}
     text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
     sys.stdout.write(re.sub(r"[^\x00-\x7f]", _escaped, text) + "\n")
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """One character as JSON escapes it.
+    """Return a character as JSON escapes it.
 
     A lone surrogate (a byte of a file's name that is not UTF-8) becomes U+FFFD: strict parsers
     refuse its escape.

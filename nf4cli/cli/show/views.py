@@ -1,4 +1,4 @@
-"""How a plan and a finished conversion are shown: tables, and the documents of --json."""
+"""Show plans, outputs and reports: as tables on a console, and as documents of --json."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .rows import Row, listed, print_rows
-from .terminal import format_size, plain, plural
+from ...units import format_size
+from .rows import Row, print_names, print_rows
+from .terminal import plain, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 20  # findings printed
 WORDS = {"quantize": "4-bit", "cast": "cast", "copy": "kept", "drop": "left out"}
-"""Actions, as tables call them."""
+"""The words for actions in tables."""
 
 
 def _groups(plan: Plan) -> list[dict[str, Any]]:
@@ -40,7 +41,11 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
 
 
 def model_plan_document(model: ModelPlan, limits: Resources, output: Path | None) -> dict[str, Any]:
-    """Return what --plan --json says; `output` is None where none stays here."""
+    """Return the document of --plan --json.
+
+    Args:
+        output: the output's directory, None where the output goes to the Hub alone.
+    """
     from ...convert.output_place import disk_bytes
 
     parts = {
@@ -66,6 +71,7 @@ def model_plan_document(model: ModelPlan, limits: Resources, output: Path | None
 
 
 def _plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[str, Any]:
+    """Return the document of one checkpoint's plan."""
     from ...convert.output_place import disk_bytes
     from ...planning.model_plan import ModelPlan
 
@@ -100,7 +106,7 @@ def _plan_document(plan: Plan, limits: Resources, output: Path | None) -> dict[s
 
 
 def print_groups(console: Console, plan: Plan) -> None:
-    """What becomes of the weights, and why."""
+    """Print a table of the kinds of weights: what becomes of them, and why."""
     rows: list[Row] = [("what", "why", "tensors", "weights", "bytes")]
     words = WORDS | {"cast": f"to {plan.config.dtype}"}
     for action, reason, count, elements, nbytes in plan.groups():
@@ -109,12 +115,13 @@ def print_groups(console: Console, plan: Plan) -> None:
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Print sentences that a user should know."""
     for note in notes:
         console.print(f"[yellow]note:[/] {plain(note)}")
 
 
 def print_model_plan(console: Console, model: ModelPlan, limits: Resources, output: str) -> None:
-    """Print what a run would write and take."""
+    """Print what a run would write, and the memory and disk that it would take."""
     from ...convert.output_place import disk_bytes
 
     if model.is_pipeline:
@@ -131,7 +138,7 @@ def print_model_plan(console: Console, model: ModelPlan, limits: Resources, outp
         copied = model.parts[""].checkpoint.extra_files
     for label, names in (("copied  ", list(copied)), ("left    ", model.left_files)):
         if names:
-            listed(console, label, names)
+            print_names(console, label, names)
 
 
 def _print_pipeline(console: Console, model: ModelPlan, output: str) -> None:
@@ -169,7 +176,11 @@ def _print_checkpoint(console: Console, plan: Plan, output: str) -> None:
 def model_document(
     model: ModelPlan, manifests: Mapping[str, Manifest], output: Path | None
 ) -> dict[str, Any]:
-    """Return what --json says of a finished run; `output` is None where none stayed here."""
+    """Return the document of a finished run.
+
+    Args:
+        output: the output's directory, None where the output is on the Hub alone.
+    """
     parts = {
         name: _result_document(model.parts[name], manifest, output and output / name)
         for name, manifest in manifests.items()
@@ -209,19 +220,19 @@ def _result_document(plan: Plan, manifest: Manifest, output: Path | None) -> dic
 
 
 def outliers(errors: Mapping[str, TensorError]) -> str | None:
-    """How many blocks one outlier crushes, None where there are none or they are not known."""
+    """Return how many blocks hold an outlier, None where none does or it is not known."""
     blocks = sum(error.blocks or 0 for error in errors.values())
-    found = sum(error.outlier_blocks or 0 for error in errors.values())
-    if not found:
+    outlier_blocks = sum(error.outlier_blocks or 0 for error in errors.values())
+    if not outlier_blocks:
         return None
     return (
-        f"outlier blocks (absmax above 10 times the RMS of the rest): {found:,} of {blocks:,} "
-        f"({found / max(1, blocks):.2%})"
+        f"outlier blocks (absmax above 10 times the RMS of the rest): {outlier_blocks:,} of "
+        f"{blocks:,} ({outlier_blocks / max(1, blocks):.2%})"
     )
 
 
 def most_outliers(errors: Mapping[str, TensorError]) -> list[str]:
-    """The weights with the largest shares of them, the largest first."""
+    """Return the weights with outlier blocks and their shares, the largest first."""
     ranked = sorted(errors.items(), key=lambda item: -item[1].outlier_share)
     return [
         f"{error.outlier_share:.2%} in {plain(name)}"
@@ -231,7 +242,7 @@ def most_outliers(errors: Mapping[str, TensorError]) -> list[str]:
 
 
 def bits(plans: list[Plan]) -> str:
-    """`5.19 a weight, 4.13 in the 75% that are 4-bit`."""
+    """Return `5.19 a weight, 4.13 in the 75% that are 4-bit`."""
     packed = [t for plan in plans for t in plan.tensors if t.state is not None]
     quantized = sum(plan.quantized_parameters for plan in plans)
     parameters = sum(plan.parameters for plan in plans)
@@ -244,6 +255,7 @@ def bits(plans: list[Plan]) -> str:
 
 
 def report_document(report: Report) -> dict[str, Any]:
+    """Return a report as a document."""
     sample = report.sample
     return {
         "ok": report.ok,
@@ -256,10 +268,12 @@ def report_document(report: Report) -> dict[str, Any]:
 
 
 def finding_documents(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """Return findings as documents."""
     return [asdict(finding) for finding in findings]
 
 
 def print_checks(console: Console, report: Report) -> None:
+    """Print each check of a report with its result, what was not checked, and notes."""
     for check in report.checks:
         mark = "[green]ok[/]    " if check.ok else "[bold red]FAILED[/]"
         console.print(f"{mark}  {plain(check.what)}")
@@ -271,14 +285,20 @@ def print_checks(console: Console, report: Report) -> None:
 def print_verdict(
     console: Console, findings: list[Finding], path: str, sample: Sample | None = None
 ) -> None:
+    """Print the first findings, and whether the output is good.
+
+    Args:
+        path: as messages call the output.
+        sample: the part that was checked, None for all.
+    """
     for finding in findings[:_SHOWN]:
         console.print(f"[bold red]{finding.level}[/]  {plain(finding.message)}")
     hidden = len(findings) - _SHOWN
     if hidden > 0:
         console.print(f"... and {plural(hidden, 'finding')} more; --json has them all")
     if findings:
-        found = plural(len(findings), "finding")
-        console.print(f"[bold red]{plain(path)} is NOT good: {found}[/]")
+        count = plural(len(findings), "finding")
+        console.print(f"[bold red]{plain(path)} is NOT good: {count}[/]")
     elif sample is not None:
         console.print(
             f"[bold green]{plain(path)} is good in the sample[/]: {sample.share:.1%} of the bytes, "
@@ -289,6 +309,11 @@ def print_verdict(
 
 
 def print_overview(console: Console, seen: Overview, path: str) -> None:
+    """Print an overview of a checkpoint: sizes, kinds of weights, errors and problems.
+
+    Args:
+        path: as messages call the checkpoint.
+    """
     from rich import box
     from rich.table import Table
 
@@ -328,5 +353,5 @@ def print_overview(console: Console, seen: Overview, path: str) -> None:
     for problem in seen.problems[:5]:
         console.print(f"[bold red]problem[/]  {plain(problem)}")
     if seen.problems:
-        found = plural(len(seen.problems), "problem")
-        console.print(f"{found}: nf4 verify {plain(path)} shows all")
+        count = plural(len(seen.problems), "problem")
+        console.print(f"{count}: nf4 verify {plain(path)} shows all")

@@ -1,1 +1,1 @@
-"""Running text through a model, one transformer block in memory at a time (extra `calibrate`)."""
+"""Run text through a model, one transformer block in memory at a time (extra `calibrate`)."""

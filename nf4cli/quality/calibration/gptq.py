@@ -1,31 +1,19 @@
-"""Error feedback (GPTQ, Frantar et al., 2022) onto a 4-bit table under scales that are fixed.
+"""Choose 4-bit codes by error feedback (GPTQ, Frantar et al., 2022), under scales that are fixed.
 
-The columns of a matrix are rounded one after another; what each loses is made up for, as far as the
-inputs' second moments allow, by those that are still to come.
+The columns of a matrix are rounded one after another. The columns still to come make up for the
+error of each, as far as the inputs' second moments allow.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ...callbacks import Notify, no_notice
 
+DAMPING = 0.05
+"""Default of what is added to the diagonal of the second moments, in units of its mean."""
 _LAZY = 128  # columns whose error is passed on together
-_RAISES = 6  # times that the damping is raised tenfold before a matrix is given up
-
-
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """How it is done.
-
-    Attributes:
-        damping: what is added to the diagonal, in units of its mean.
-        act_order: columns of large inputs first.
-    """
-
-    damping: float = 0.05
-    act_order: bool = True
+_ATTEMPTS = 6  # each with ten times the damping of the one before
 
 
 def feed_back(
@@ -34,24 +22,26 @@ def feed_back(
     scale: Any,
     values: Any,
     midpoints: Any,
-    how: Feedback,
+    damping: float = DAMPING,
     notify: Notify = no_notice,
 ) -> Any:
-    """Choose the codes of a matrix.
+    """Choose the codes of a matrix, the columns with the largest inputs first.
 
     Args:
         weight: float32 tensor [rows, columns].
-        hessian: float32 tensor [columns, columns], the inputs' second moments; columns that were
-            never active are rounded to the nearest.
+        hessian: float32 tensor [columns, columns], the inputs' second moments. Columns whose
+            diagonal is 0 had no input and are rounded to the nearest value.
         scale: float32 tensor [rows, columns], what each element's value is multiplied by: any sign.
         values, midpoints: float32 tensors [16] and [15], the table in ascending order.
+        damping: added to the diagonal, in units of its mean.
+        notify: told where the damping did not suffice.
 
     Returns:
         uint8 tensor [rows, columns]: the rank of each element's value in the table.
     """
     import torch
 
-    inverse, order = _inverse(hessian, how, notify)
+    inverse, order = _inverse(hessian, damping, notify)
     work, units = weight[:, order].clone(), scale[:, order]
     divisors = torch.where(units == 0, torch.ones_like(units), units)
     ranks = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
@@ -73,22 +63,25 @@ def feed_back(
     return out
 
 
-def _inverse(hessian: Any, how: Feedback, notify: Notify) -> tuple[Any, Any]:
-    """(upper Cholesky factor of the inverse, the order of the columns)."""
+def _inverse(hessian: Any, asked_damping: float, notify: Notify) -> tuple[Any, Any]:
+    """Return the upper Cholesky factor of the inverse, and the order of the columns.
+
+    Returns:
+        float32 tensor [columns, columns], the identity where no damping makes the matrix positive;
+        int64 tensor [columns].
+    """
     import torch
 
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
-    order = torch.arange(len(diagonal), device=hessian.device)
-    if how.act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+    order = torch.argsort(diagonal, descending=True, stable=True)
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     matrix = hessian.clone()
     matrix[dead, :] = matrix[:, dead] = 0
     matrix.diagonal()[dead] = mean
     matrix = matrix[order][:, order]
-    damping = how.damping
-    for _ in range(_RAISES):
+    damping = asked_damping
+    for _ in range(_ATTEMPTS):
         damped = matrix.clone()
         damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -96,10 +89,10 @@ def _inverse(hessian: Any, how: Feedback, notify: Notify) -> tuple[Any, Any]:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not int(failed) and bool(torch.isfinite(upper).all()):
-            if damping != how.damping:
+            if damping != asked_damping:
                 notify(
                     f"the inputs' second moments were no positive matrix: damping {damping:g} "
-                    f"instead of {how.damping:g}"
+                    f"instead of {asked_damping:g}"
                 )
             return upper, order
         damping = max(10 * damping, 1e-4)
@@ -108,15 +101,17 @@ def _inverse(hessian: Any, how: Feedback, notify: Notify) -> tuple[Any, Any]:
 
 
 def relative_loss(weight: Any, decoded: Any, second: Any) -> float:
-    """The mean square of what a matrix puts out wrongly, in units of what it puts out.
+    """Return the mean square error of a matrix's outputs, in units of their mean square.
 
     Args:
-        second: float32 tensor [columns, columns], the inputs' second moments; or their diagonal.
+        weight, decoded: float32 tensors [rows, columns], before and after rounding.
+        second: float32 tensor [columns, columns], the inputs' second moments; or [columns], their
+            diagonal.
     """
 
     def power(matrix: Any) -> float:
-        seen = matrix @ second if second.ndim == 2 else matrix * second
-        return float((seen * matrix).sum())
+        weighted = matrix @ second if second.ndim == 2 else matrix * second
+        return float((weighted * matrix).sum())
 
-    lost, whole = power(weight - decoded), power(weight)
-    return max(0.0, lost) / whole if whole > 0 else 0.0
+    lost, total = power(weight - decoded), power(weight)
+    return max(0.0, lost) / total if total > 0 else 0.0

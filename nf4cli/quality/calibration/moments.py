@@ -1,4 +1,4 @@
-"""What goes into the linear layers of a block, added up."""
+"""Add up the inputs of a block's linear layers: their squares, and products of columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Moments:
-    """Of one input that one or several linear layers share.
+    """The sums of one input, which one or several linear layers share.
 
     Attributes:
-        names: their weights.
+        names: the weights of these layers.
         tokens: rows seen.
-        squares: float64 tensor [columns], sum of squares, or None.
-        products: float32 tensor [columns, columns], sum of x^T x, or None.
+        squares: float64 tensor [columns], the sum of squares; None before the first rows.
+        products: float32 tensor [columns, columns], the sum of x^T x; None where it is not asked
+            for.
     """
 
     names: list[str]
@@ -30,7 +31,12 @@ class Moments:
     products: Any = None
 
     def add(self, rows: Any, full: bool) -> None:
-        """rows: float32 tensor [tokens, columns]."""
+        """Add rows to the sums.
+
+        Args:
+            rows: float32 tensor [tokens, columns].
+            full: add up the products of columns as well.
+        """
         self.tokens += len(rows)
         squares = rows.double().square().sum(0)
         self.squares = squares if self.squares is None else self.squares + squares
@@ -40,34 +46,37 @@ class Moments:
 
     @property
     def importance(self) -> F32:
-        """float32 [columns], the mean square."""
+        """float32 array [columns], the mean square."""
         mean: F32 = (self.squares / max(1, self.tokens)).float().cpu().numpy()
         return np.ascontiguousarray(mean)
 
     @property
     def second(self) -> Any:
-        """float32 tensor [columns, columns], the mean of x^T x; where that was not added up,
-        [columns], its diagonal."""
+        """float32 tensor [columns, columns], the mean of x^T x.
+
+        Where only squares were added up: [columns], its diagonal.
+        """
         if self.products is None:
             return (self.squares / max(1, self.tokens)).float()
         return self.products / max(1, self.tokens)
 
 
 class Watcher:
-    """Adds up the inputs of a block's linear layers while it runs.
+    """Hooks that add up the inputs of a block's linear layers while it runs.
 
     Args:
-        linears: by the name of their weight.
-        full: add up x^T x as well, 4 bytes a pair of columns.
+        linears: modules by the name of their weight.
+        full: add up x^T x as well, 4 bytes for each pair of columns.
     """
 
     def __init__(self, linears: Mapping[str, Any], full: bool) -> None:
         self._linears, self._full = linears, full
-        self._of: dict[str, Moments] = {}
-        self._last: tuple[Any, Moments] | None = None
+        self._moments: dict[str, Moments] = {}  # by weight
+        self._last: tuple[Any, Moments] | None = None  # an input, and its sums
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Add up what the layers are given until the end of the with statement."""
         handles = [
             module.register_forward_pre_hook(self._hook(name))
             for name, module in self._linears.items()
@@ -81,20 +90,19 @@ class Watcher:
 
     def _hook(self, name: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            given = args[0]
-            if self._last is not None and self._last[0] is given and name not in self._of:
-                self._of[name] = self._last[1]  # q, k and v have one input
-                self._of[name].names.append(name)
+            states = args[0]
+            if self._last is not None and self._last[0] is states:  # q, k and v have one input
+                if name not in self._moments:
+                    self._moments[name] = self._last[1]
+                    self._moments[name].names.append(name)
                 return
-            if self._last is not None and self._last[0] is given:
-                return
-            moments = self._of.setdefault(name, Moments([name]))
-            moments.add(given.reshape(-1, given.shape[-1]).float(), self._full)
-            self._last = given, moments
+            moments = self._moments.setdefault(name, Moments([name]))
+            moments.add(states.reshape(-1, states.shape[-1]).float(), self._full)
+            self._last = states, moments
 
         return hook
 
     @property
     def moments(self) -> list[Moments]:
-        """One for each input, of all layers that were called."""
-        return list({id(found): found for found in self._of.values()}.values())
+        """The sums of each distinct input, of all layers that were called."""
+        return list({id(moments): moments for moments in self._moments.values()}.values())

@@ -1,7 +1,8 @@
-"""Calibration text through a model, block by block: what comes of it is kept after every block.
+"""Calibrate a model: run text through it block by block, and keep the results after every block.
 
-Each block is run once to see what its linear layers are given, its weights are rounded, and it is
-run again with the rounded ones, so that the next block sees what it will be given in the end.
+Each block runs twice. The first run measures the inputs of its linear layers, by which its weights
+are rounded. The second run uses the rounded weights, so that the next block is measured with the
+inputs that it will have in the output.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ...engines.protocol import Engine
 from ...format.codebook import codebook
 from ...format.config import QuantConfig
 from .experts import ExpertWatcher
-from .gptq import Feedback, feed_back, relative_loss
+from .gptq import DAMPING, feed_back, relative_loss
 from .moments import Moments, Watcher
 from .rounding import pack, round_matrix
 from .walk import Walk
@@ -33,50 +34,54 @@ if TYPE_CHECKING:
 
     from ...engines.protocol import F32, U8
 
-UPSTREAM = ("quantized", "full")
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides about the result.
+    """How codes are chosen.
 
     Attributes:
-        method: "rtn" or "gptq".
-        upstream: whether a block is given what the "quantized" or the "full" ones before it make.
-        feedback: for gptq.
+        method: "rtn" (round to the nearest) or "gptq".
+        damping: of gptq.
     """
 
     method: str = "rtn"
-    upstream: str = "quantized"
-    feedback: Feedback = field(default_factory=Feedback)
+    damping: float = DAMPING
 
 
 def blocks_done(scratch: Path) -> int:
-    """How many blocks a pass has kept there."""
+    """Return how many blocks an unfinished pass has kept in its directory."""
     return int(_state(scratch).get("done", 0))
 
 
 def _state(scratch: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((scratch / "state.json").read_text())
+        state: dict[str, Any] = json.loads((scratch / "state.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return state
 
 
 def stored_blocks(blocks: Sequence[str], names: Collection[str]) -> list[str]:
-    """What the blocks are called in the checkpoint, whose names may lack or have a prefix."""
-    found = []
+    """Return the names of the blocks in the checkpoint, which may lack a prefix that the model has.
+
+    Args:
+        blocks: names in the model.
+        names: of weights in the checkpoint.
+    """
+    stored = []
     for block in blocks:
         parts = block.split(".")
-        shorter = [".".join(parts[i:]) for i in range(len(parts) - 1)]
-        known = (s for s in shorter if any(n.startswith(f"{s}.") for n in names))
-        found.append(next(known, block))
-    return found
+        suffixes = [".".join(parts[i:]) for i in range(len(parts) - 1)]
+        matching = (s for s in suffixes if any(n.startswith(f"{s}.") for n in names))
+        stored.append(next(matching, block))
+    return stored
 
 
 Fixed = Callable[[str], "F32 | None"]
-"""The decoded matrix of a weight that is there already, to be measured instead of made."""
+"""Gives the decoded matrix of a weight that an output already has; None for one without.
+
+float32 [rows, columns]. Such a weight is measured, and no codes are chosen for it.
+"""
 
 
 class Calibration:
@@ -85,19 +90,21 @@ class Calibration:
     Args:
         directory: the checkpoint.
         tokens: int64 [sequences, length].
-        scratch: a directory for what is kept between blocks.
+        scratch: a directory for the results between blocks.
         names: weights that will be quantized.
-        config: of the conversion.
-        settings: of the pass.
-        about: what the importance file shall say of itself.
+        config: recipe of the conversion.
+        engine: the one that will convert.
+        settings: how codes are chosen.
+        about: facts of this calibration that its importance file records.
         device: a torch device.
-        fixed: see `Fixed`; None to choose codes.
+        notify: told what a user should know.
+        fixed: weights that are only measured, see `Fixed`; None to choose codes for all.
 
     Attributes:
-        losses: by weight, the mean square of what its layer puts out wrongly, in units of what it
-            puts out; for rtn as if its inputs were independent.
-        importance: by weight.
-        progress: told of bytes, see `nbytes`.
+        losses: by weight, the mean square error of its layer's outputs in units of their mean
+            square; for rtn as if the inputs were independent of each other.
+        importance: float32 [columns] by weight.
+        progress: told the bytes of work done, `nbytes` in all.
 
     Raises:
         MachineError, UsageError, InputError: see `Walk`.
@@ -122,11 +129,15 @@ class Calibration:
 
     @property
     def nbytes(self) -> int:
-        """Of all blocks' weights in float32: what the progress counts."""
+        """Bytes of all blocks' weights in float32, which is what the progress counts."""
         return sum(map(self._walk.nbytes, range(len(self._walk.blocks))))
 
     def run(self) -> None:
-        """All blocks, from where an earlier call with the same arguments got to."""
+        """Run all blocks, from where an earlier run with the same arguments stopped.
+
+        Raises:
+            UsageError, InputError: see `Walk.record` and `Walk.run`.
+        """
         done = self._resume()
         self._walk.record(self._tokens[0])
         if not done:
@@ -137,39 +148,44 @@ class Calibration:
             self._block(number)
 
     def save(self, path: Path) -> None:
-        """Write the importance file."""
+        """Write the importance file to `path`."""
         about = {**self._about, "losses": {k: float(f"{v:.6g}") for k, v in self.losses.items()}}
         save(path, self.importance, about)
 
     def codes_files(self) -> list[Path]:
-        """Where the packed codes are that gptq chose: safetensors files, by weight."""
+        """Return the safetensors files that hold the packed codes that gptq chose."""
         return [self._file(number) for number in range(len(self._walk.blocks))]
 
     def _key_of(self, directory: Path) -> str:
-        """Of everything that decides about the result."""
+        """Return a digest of everything that decides about the result."""
         files = [
             [p.name, p.stat().st_size, p.stat().st_mtime_ns]
             for p in sorted(directory.glob("*.safetensors"))
         ]
-        said = [
+        inputs = [
             files, self._config.as_dict(), asdict(self._settings), sorted(self._names),
             self._about, hashlib.sha256(self._tokens.tobytes()).hexdigest(), self._fixed is None,
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
-    # -- what is kept between blocks ----------------------------------------------------------
+    # -- the state between blocks -------------------------------------------------------------
 
     def _file(self, number: int) -> Path:
         return self._scratch / f"block-{number:05}.safetensors"
 
     def _hidden(self, number: int, create: tuple[int, ...] | None = None) -> Any:
-        """What enters a block: float32 [sequences, length, hidden], on the disk."""
+        """Open the inputs of a block: float32 [sequences, length, hidden], a file mapped to memory.
+
+        Args:
+            create: shape of a new file; None to read the one that is there.
+        """
         path = self._scratch / f"hidden-{number % 2}.npy"
         if create is None:
             return np.lib.format.open_memmap(path, "r")
         return np.lib.format.open_memmap(path, "w+", np.float32, create)
 
     def _begin(self) -> None:
+        """Compute and store the inputs of the first block."""
         hidden = None
         for start, states in self._walk.first_inputs(self._tokens):
             if hidden is None:
@@ -177,21 +193,21 @@ class Calibration:
             hidden[start : start + len(states)] = states
 
     def _resume(self) -> int:
-        """Blocks that are done."""
+        """Load the results of the blocks that are done, and return their number."""
         from safetensors import safe_open
 
-        found = _state(self._scratch)
-        if found.get("key") != self._key:
+        state = _state(self._scratch)
+        if state.get("key") != self._key:
             return 0
-        for number in range(found["done"]):
+        for number in range(state["done"]):
             with safe_open(self._file(number), "numpy") as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     kind, _, name = key.partition(":")
                     if kind == "importance":
                         self.importance[name] = file.get_tensor(key)
                 self.losses |= json.loads((file.metadata() or {})["losses"])
-        self._notify(f"continuing an earlier calibration: {found['done']:,} blocks are done")
-        return int(found["done"])
+        self._notify(f"continuing an earlier calibration: {state['done']:,} blocks are done")
+        return int(state["done"])
 
     def _keep(
         self,
@@ -200,6 +216,7 @@ class Calibration:
         packed: dict[str, U8],
         losses: dict[str, float],
     ) -> None:
+        """Store the results of a block, then count it as done."""
         from safetensors.numpy import save_file
 
         tensors: dict[str, Any] = {f"importance:{name}": v for name, v in importance.items()}
@@ -216,6 +233,7 @@ class Calibration:
     # -- one block ----------------------------------------------------------------------------
 
     def _block(self, number: int) -> None:
+        """Measure a block, round its weights, and store its outputs with them."""
         hidden = self._hidden(number)
         after = self._hidden(number + 1, hidden.shape)
         importance: dict[str, F32] = {}
@@ -229,38 +247,40 @@ class Calibration:
                 for name, module in self._walk.linears(number).items()
                 if name in self._names
             }
-            twice = self._settings.upstream == "quantized"
             watcher = Watcher(linears, full=self._settings.method == "gptq")
             with watcher.watching(), experts.watching():
-                self._run(number, hidden, after, 0.5 if twice else 1.0)
+                self._run(number, hidden, after)
             for moments in watcher.moments:
                 for name in moments.names:
                     importance[name] = moments.importance
                     losses[name] = self._round(name, linears[name], moments, packed)
             importance |= experts.importance(self._notify)
-            if twice:
-                self._run(number, hidden, after, 0.5)
+            self._run(number, hidden, after)
         after.flush()
         self._keep(number, importance, packed, losses)
 
-    def _run(self, number: int, hidden: Any, after: Any, share: float) -> None:
-        """All sequences through a block, which is `share` of the work on it."""
-        nbytes, done = int(share * self._walk.nbytes(number)), 0
+    def _run(self, number: int, hidden: Any, after: Any) -> None:
+        """Run all sequences through a block, which is half of the work on it."""
+        nbytes, done = self._walk.nbytes(number) // 2, 0
         for i, states in enumerate(hidden):
             after[i] = self._walk.run(number, states)
-            upto = nbytes * (i + 1) // len(hidden)
-            self.progress(self._walk.blocks[number], upto - done)
-            done = upto
+            done_now = nbytes * (i + 1) // len(hidden)
+            self.progress(self._walk.blocks[number], done_now - done)
+            done = done_now
 
     def _round(self, name: str, module: Any, moments: Moments, packed: dict[str, U8]) -> float:
-        """Give a layer the weights that it will have; returns what that costs."""
+        """Give a layer its rounded weights, and return their relative loss.
+
+        Args:
+            packed: gets the codes, where gptq chooses them.
+        """
         import torch
 
         conv = not isinstance(module, torch.nn.Linear)
         weight = module.weight.T.contiguous() if conv else module.weight
-        there = self._fixed(name) if self._fixed else None
-        if there is not None:
-            decoded = torch.from_numpy(there).to(weight.device)
+        fixed = self._fixed(name) if self._fixed else None
+        if fixed is not None:
+            decoded = torch.from_numpy(fixed).to(weight.device)
         else:
             decoded = self._choose(name, weight, moments, packed)
         loss = relative_loss(weight, decoded, moments.second)
@@ -268,6 +288,7 @@ class Calibration:
         return loss
 
     def _choose(self, name: str, weight: Any, moments: Moments, packed: dict[str, U8]) -> Any:
+        """Return a matrix as its chosen codes decode: float32 tensor [rows, columns]."""
         import torch
 
         book = codebook(self._config.quant_type)
@@ -279,8 +300,8 @@ class Calibration:
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method == "gptq":
             ranks = feed_back(
-                weight, moments.second, scale, values, midpoints, self._settings.feedback,
-                lambda said: self._notify(f"{name}: {said}"),
+                weight, moments.second, scale, values, midpoints, self._settings.damping,
+                lambda sentence: self._notify(f"{name}: {sentence}"),
             )  # fmt: skip
             packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)
         return values[ranks.long()] * scale

@@ -1,7 +1,7 @@
-"""Is the calibration that an output records the one that this text gives?
+"""Check that the calibration an output records is the one that a text gives.
 
-The same pass is made again, with every block rounded to what the output holds, so nothing can drift
-apart on the way: what is measured differs by the order of sums alone.
+The pass over the model is made again, with every block's weights replaced by those of the output.
+So errors cannot add up from block to block: the measurements differ by the order of sums alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ if TYPE_CHECKING:
     from ...engines.protocol import F32
 
 TOLERANCE = 1e-3
-"""Of a column's importance or a weight's loss, relative. One thread against two differs by 4e-6 on
-SmolLM2-135M; another torch adds up in another order again."""
+"""Largest relative difference of a column's importance or a weight's loss.
+
+One thread and two differ by 4e-6 on SmolLM2-135M; another version of torch may add up in yet
+another order.
+"""
 
 
 def matrices(weights: Mapping[str, PackedWeight], readers: ShardReaders, engine: Engine) -> Fixed:
-    """The decoded matrices of an output, float32 [rows, columns], read when they are asked for."""
+    """Return a function that reads and decodes an output's matrix: float32 [rows, columns].
+
+    Args:
+        weights: the output's packed weights by name.
+        readers: open while the function is used.
+    """
     packed = PackedReader(readers, engine)
 
     def fixed(name: str) -> F32 | None:
@@ -42,17 +50,21 @@ def matrices(weights: Mapping[str, PackedWeight], readers: ShardReaders, engine:
     return fixed
 
 
-def compare(recorded: ImportanceFile, found: Calibration, report: Report) -> None:
-    """Report what was measured otherwise than it is recorded."""
+def compare(recorded: ImportanceFile, measured: Calibration, report: Report) -> None:
+    """Report every importance and loss that differs from the recorded one by more than TOLERANCE.
+
+    Args:
+        measured: a pass that is finished.
+    """
     worst = 0.0
-    for name, there in recorded.columns.items():
-        here = found.importance.get(name)
-        if here is None or here.shape != there.shape:
+    for name, expected in recorded.columns.items():
+        importance = measured.importance.get(name)
+        if importance is None or importance.shape != expected.shape:
             report.add(
                 "calibration", name, f"{IMPORTANCE} knows {name}, and the pass did not see it"
             )
             continue
-        difference = _relative(here, there)
+        difference = _relative(importance, expected)
         worst = max(worst, difference)
         if difference > TOLERANCE:
             report.add(
@@ -63,18 +75,18 @@ def compare(recorded: ImportanceFile, found: Calibration, report: Report) -> Non
             )
     losses = recorded.about.get("losses")
     for name, loss in (losses if isinstance(losses, dict) else {}).items():
-        here_loss = found.losses.get(name)
-        if not isinstance(loss, (int, float)) or here_loss is None:
+        measured_loss = measured.losses.get(name)
+        if not isinstance(loss, (int, float)) or measured_loss is None:
             report.add("calibration", name, f"{IMPORTANCE}: the loss of {name} cannot be measured")
             continue
-        difference = abs(here_loss - loss) / max(abs(loss), 1e-9)
+        difference = abs(measured_loss - loss) / max(abs(loss), 1e-9)
         worst = max(worst, difference)
         if difference > TOLERANCE:
             report.add(
                 "calibration",
                 name,
                 f"{IMPORTANCE} has a loss of {loss:.6g} for {name}, and the text gives "
-                f"{here_loss:.6g}",
+                f"{measured_loss:.6g}",
             )
     report.check(
         "calibration",
@@ -83,7 +95,10 @@ def compare(recorded: ImportanceFile, found: Calibration, report: Report) -> Non
     )
 
 
-def _relative(here: F32, there: F32) -> float:
-    """The largest difference of a column, in units of itself or of a thousandth of the mean."""
-    floor = max(float(there.mean()) * 1e-3, 1e-30)
-    return float((np.abs(here - there) / np.maximum(there, np.float32(floor))).max())
+def _relative(measured: F32, expected: F32) -> float:
+    """Return the largest difference of a column, relative to what is expected.
+
+    A column below a thousandth of the mean is taken as that large.
+    """
+    floor = max(float(expected.mean()) * 1e-3, 1e-30)
+    return float((np.abs(measured - expected) / np.maximum(expected, np.float32(floor))).max())

@@ -1,9 +1,9 @@
-"""A matrix under chosen scales, with the engine that writes: its scales, and the nearest codes."""
+"""Round a matrix as the conversion will: its chosen scales, and the nearest codes under them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Attributes:
-    scale: float32 [rows, columns], what each element's value is multiplied by.
-    ranks: uint8 [rows, columns], of the nearest values.
+    """A matrix rounded to the nearest values of the table.
+
+    Attributes:
+        scale: float32 [rows, columns], what each element's value is multiplied by.
+        ranks: uint8 [rows, columns], places of the values in the ascending table.
     """
 
     scale: F32
@@ -27,10 +29,12 @@ class Rounded:
 
 
 def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConfig) -> Rounded:
-    """The scales that a conversion will choose for a matrix [rows, columns], and its codes.
+    """Return the scales that a conversion will choose for a matrix, and the nearest codes.
 
     Args:
-        importance: float32 [columns].
+        weight: float32 [rows, columns].
+        importance: float32 [columns]; all zeros weigh all columns alike.
+        engine: the one that will convert.
     """
     n, blocksize = weight.size, config.blocksize
     weighted = bool(importance.any())
@@ -51,19 +55,21 @@ def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConf
 
 
 def rank_of_code(quant_type: str) -> U8:
-    """uint8 [16]: the place of each code's value among the ascending ones."""
+    """Return uint8 [16]: the place of each code's value in the ascending table."""
     return np.argsort(codebook(quant_type).codes).astype(np.uint8)
 
 
 def pack(ranks: U8, quant_type: str) -> U8:
-    """uint8 [(n+1)//2]: the codes of these ranks, the first in the high nibble."""
+    """Return the packed codes of ranks, the first of a pair in the high nibble.
+
+    Args:
+        ranks: uint8, any shape, n elements.
+
+    Returns:
+        uint8 [(n+1)//2]; an odd end is filled up with the code of 0.0.
+    """
     codes = codebook(quant_type).codes[ranks.reshape(-1)]
     if codes.size % 2:
         zero = codebook(quant_type).codes[np.searchsorted(codebook(quant_type).values, 0.0)]
         codes = np.append(codes, zero)
     return (codes[::2] << np.uint8(4)) | codes[1::2]
-
-
-def decode(rounded_scale: Any, ranks: Any, values: Any) -> Any:
-    """values[ranks] * scale, tensors or arrays."""
-    return values[ranks] * rounded_scale

@@ -1,4 +1,4 @@
-"""--calibration: the pass over the model before a conversion, and again to prove one."""
+"""Calibrate a model before its conversion, and again to prove an output (--calibration)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...convert.listener import Listener, Stage
+from .gptq import DAMPING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,20 +27,21 @@ if TYPE_CHECKING:
     from ...planning.plan import Plan
     from .passes import Calibration, Fixed
 
-TOKENS, LENGTH, DAMPING = 32_768, 512, 0.05
-"""By default; docs/quality.md has what they were measured to give."""
+TOKENS, LENGTH = 32_768, 512
+"""Defaults: tokens to run, and tokens of a window. docs/quality.md says what they give."""
 _SHORTEST, _MOST_DAMPING, _MOST = 8, 100, 2**40
 
 
 @dataclass(frozen=True)
 class Calibrating:
-    """What is asked of a calibration.
+    """The options of a calibration.
 
     Attributes:
-        texts: files and directories.
-        tokens, length: how many are run through the model, and in windows of how many.
+        texts: text files and directories of them.
+        tokens: most tokens to run through the model.
+        length: tokens of a window.
         damping: of gptq.
-        save: where the importance file is wanted as well.
+        save: a file that the importance is written to as well; None for none.
     """
 
     texts: tuple[Path, ...]
@@ -52,10 +54,10 @@ class Calibrating:
     def of(
         texts: Sequence[Path] | None, tokens: int, length: int, damping: float, save: Path | None
     ) -> Calibrating | None:
-        """None where there is no text.
+        """Return the options; None where there is no text.
 
         Raises:
-            UsageError: numbers that make no calibration.
+            UsageError: a number is out of range.
         """
         from ...errors import UsageError
 
@@ -70,24 +72,34 @@ class Calibrating:
         return Calibrating(tuple(texts), tokens, length, damping, save) if texts else None
 
     def windows(self, model: Path) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        """(int64 [sequences, length], what the importance file shall say of them)."""
+        """Return the text as the model's tokens, and what the importance file records of it.
+
+        Returns:
+            int64 [sequences, length]; digest of the text, tokens and length.
+
+        Raises:
+            UsageError, InputError, MachineError: see `read_documents`, `open_tokenizer`,
+                `sequences`.
+        """
         from ..texts import digest_of, read_documents, sequences
         from .text import open_tokenizer
 
         documents = read_documents(self.texts)
         tokenizer = open_tokenizer(model)
         count = max(1, self.tokens // self.length)
-        found = sequences(documents, tokenizer, self.length, count)
-        return found, {
-            "text": digest_of(documents), "tokens": int(found.size), "length": self.length,
+        tokens = sequences(documents, tokenizer, self.length, count)
+        return tokens, {
+            "text": digest_of(documents), "tokens": int(tokens.size), "length": self.length,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Attributes:
-    importance: the file, in a directory that is there only while this is.
-    codes: of gptq.
+    """The results of a calibration.
+
+    Attributes:
+        importance: the importance file, which is removed when `calibrated` ends.
+        codes: the codes that gptq chose; None for rtn.
     """
 
     importance: ImportanceFile
@@ -99,23 +111,27 @@ def calibrated(
     asked: Calibrating, plan: Plan, output: Path, engine: Engine, device: str | None, resume: bool,
     listener: Listener,
 ) -> Iterator[Calibrated]:  # fmt: skip
-    """Calibrate a plan's model; what was measured stays beside `output` until the end.
+    """Calibrate a plan's model and yield the results, which lie beside `output` meanwhile.
+
+    On an error or a signal the blocks that are done stay, for a run with `resume`.
 
     Args:
-        plan: without importance; its weights to quantize are those that are measured.
-        engine, device: that will convert, and where the model runs.
+        plan: made without importance; the weights that it quantizes are measured.
+        engine: the one that will convert.
+        device: "cpu" to run the model there; else it runs on a GPU where there is one.
         resume: go on where an earlier run stopped.
 
     Raises:
-        UsageError: there is no model to run.
+        UsageError: the source is no model that can be run.
+        InputError, MachineError: see `Calibration`.
     """
     _require_model(plan)
     from ...checkpoint.atomic_file import AtomicFile
     from ...checkpoint.given_codes import calibrated as codes_of
     from ...checkpoint.importance_file import load
 
-    if resume and (there := _finished(asked, plan, output)) is not None:
-        yield Calibrated(there, None)
+    if resume and (importance := _finished(asked, plan, output)) is not None:
+        yield Calibrated(importance, None)
         return
     scratch = output.absolute().parent / f".{output.name}.calibration"
     if scratch.exists() and not resume:
@@ -139,7 +155,7 @@ def calibrated(
 
 @contextmanager
 def _kept(scratch: Path, notify: Notify) -> Iterator[None]:
-    """Says what a calibration leaves that did not come to its end, and removes an empty one."""
+    """On an error, tell the user of the blocks that are kept, or remove a scratch without any."""
     from .passes import blocks_done
 
     try:
@@ -154,7 +170,7 @@ def _kept(scratch: Path, notify: Notify) -> Iterator[None]:
 
 
 def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | None:
-    """The importance of an output that is there already and was calibrated in the same way."""
+    """Return the importance of a finished output that was calibrated in the same way, or None."""
     from ...checkpoint.discovery import IMPORTANCE
     from ...checkpoint.importance_file import load
     from ...convert.output_place import holds_output
@@ -164,20 +180,21 @@ def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | 
     if not holds_output(output):
         return None
     try:
-        there = load(output / IMPORTANCE)
+        recorded = load(output / IMPORTANCE)
     except InputError:
         return None
-    wanted = {"method": plan.config.method, "length": asked.length}
+    expected = {"method": plan.config.method, "length": asked.length}
     if plan.config.method == "gptq":
-        wanted["damping"] = asked.damping
-    same = all(there.about.get(name) == value for name, value in wanted.items())
-    tokens = there.about.get("tokens")
+        expected["damping"] = asked.damping
+    same_settings = all(recorded.about.get(name) == value for name, value in expected.items())
+    tokens = recorded.about.get("tokens")
     enough = isinstance(tokens, int) and asked.length <= tokens <= asked.tokens
-    text = there.about.get("text") == digest_of(read_documents(asked.texts))
-    return there if same and enough and text else None
+    same_text = recorded.about.get("text") == digest_of(read_documents(asked.texts))
+    return recorded if same_settings and enough and same_text else None
 
 
 def _require_model(plan: Plan) -> None:
+    """Raise UsageError if the source is no model that calibration can run."""
     from ...errors import UsageError
 
     checkpoint = plan.checkpoint
@@ -194,6 +211,7 @@ def _require_model(plan: Plan) -> None:
 
 
 def _run(calibration: Calibration, what: str, listener: Listener) -> None:
+    """Run a pass as a stage of the listener."""
     with listener.stage(Stage("calibrating", calibration.nbytes, what)) as progress:
         calibration.progress = progress
         calibration.run()
@@ -203,18 +221,18 @@ def _pass(
     asked: Calibrating, model: Checkpoint, config: QuantConfig, names: Iterable[str],
     scratch: Path, engine: Engine, device: str | None, notify: Notify, fixed: Fixed | None,
 ) -> Calibration:  # fmt: skip
-    from .gptq import Feedback
+    """Return a pass over `model`, ready to run; `fixed` is None where it chooses codes."""
     from .passes import Calibration, Settings
     from .text import torch_device
 
     tokens, about = asked.windows(model.root)
-    said = {**about, "model": model.name, "method": config.method}
+    facts = {**about, "model": model.name, "method": config.method}
     if config.method == "gptq":
-        said["damping"] = asked.damping
-    settings = Settings(config.method, feedback=Feedback(asked.damping))
-    recipe = replace(config, keep=(), importance="")  # what decides about scales and codes
+        facts["damping"] = asked.damping
+    settings = Settings(config.method, asked.damping)
+    recipe = replace(config, keep=(), importance="")  # the rest decides about scales and codes
     return Calibration(
-        model.root, tokens, scratch, list(names), recipe, engine, settings, said,
+        model.root, tokens, scratch, list(names), recipe, engine, settings, facts,
         device=torch_device(device), notify=notify, fixed=fixed,
     )  # fmt: skip
 
@@ -223,14 +241,19 @@ def prove(
     texts: Sequence[Path], path: Path, source: Path, engine: Engine, device: str | None,
     report: Report, listener: Listener,
 ) -> None:  # fmt: skip
-    """Measure again, with this text, what an output records of its calibration.
+    """Calibrate again with this text, and report what differs from an output's record.
+
+    Args:
+        texts: files and directories.
+        path, source: the output, and what it was made from.
+        report: gets the findings.
 
     Args:
         device: as `--device` says it.
 
     Raises:
-        UsageError: it was not calibrated.
-        InputError: the text or the source cannot be read.
+        UsageError: the output was not calibrated.
+        InputError: the text, the output or the source cannot be read.
     """
     from ...checkpoint.discovery import IMPORTANCE, MANIFEST, open_checkpoint
     from ...checkpoint.importance_file import load
@@ -245,19 +268,19 @@ def prove(
     if not manifest.config.importance:
         raise UsageError(f"{path} was not calibrated: leave --calibration out")
     recorded = load(path / IMPORTANCE)
-    said = recorded.about
-    found = digest_of(read_documents(texts))
-    if said.get("text") != found:
+    facts = recorded.about
+    digest = digest_of(read_documents(texts))
+    if facts.get("text") != digest:
         report.add(
             "calibration",
             IMPORTANCE,
-            f"{IMPORTANCE} was measured on another text: SHA-256 {said.get('text')}, and this has "
-            f"{found}",
+            f"{IMPORTANCE} was measured on another text: SHA-256 {facts.get('text')}, and this has "
+            f"{digest}",
         )
         return
     asked = Calibrating(
-        tuple(texts), _number(said, "tokens"), _number(said, "length"),
-        float(_number(said, "damping")) if "damping" in said else DAMPING,
+        tuple(texts), _number(facts, "tokens"), _number(facts, "length"),
+        float(_number(facts, "damping")) if "damping" in facts else DAMPING,
     )  # fmt: skip
     output, model = open_checkpoint(path), open_checkpoint(source)
     names = [name for name, record in manifest.tensors.items() if record.state is not None]
@@ -271,12 +294,16 @@ def prove(
         compare(recorded, again, report)
 
 
-def _number(said: Mapping[str, Any], name: str) -> Any:
-    """A number that an importance file gives of its calibration."""
+def _number(facts: Mapping[str, Any], name: str) -> Any:
+    """Return a number that an importance file records of its calibration.
+
+    Raises:
+        InputError: it is missing, no number, or out of range.
+    """
     from ...checkpoint.discovery import IMPORTANCE
     from ...errors import InputError
 
-    value = said.get(name)
+    value = facts.get(name)
     if type(value) not in (int, float) or not 0 < float(str(value)) < _MOST:
         raise InputError(
             f"{IMPORTANCE} says {name!r} is {value!r}, expected a number: it is damaged"

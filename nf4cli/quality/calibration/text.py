@@ -1,4 +1,4 @@
-"""Text as a model's own tokenizer has it, and where torch computes."""
+"""Open a model's own tokenizer, and choose the device that torch computes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import InputError, MachineError
 
 
 def open_tokenizer(model: Path) -> Any:
-    """The tokenizer beside a model.
+    """Return the tokenizer that lies beside a model.
 
     Raises:
         MachineError: transformers is missing.

@@ -1,8 +1,7 @@
-"""A model on the disk, walked through block by block.
+"""Run a model from the disk block by block, with one block's weights in memory at a time.
 
-transformers builds it without weights and says which stored tensor each parameter is; a block's
-weights are read when it is its turn and dropped after it. So memory holds one block, whatever the
-model's size. Everything is computed in float32.
+transformers builds the model without weights, and knows which stored tensor each parameter is. A
+block's weights are read at its turn and dropped after it. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
 _BATCH = 8  # sequences whose embeddings are looked up at a time
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the first block's input is known
-    pass
+class _Reached(Exception):  # noqa: N818 - no error: it ends a run that has got far enough
+    """The first block was reached."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a block is called, but for its first argument: the same for every sequence."""
+    """A block's arguments but for the hidden states: the same for every sequence."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -41,15 +40,15 @@ class Walk:
 
     Args:
         directory: the checkpoint.
-        scratch: for weights that transformers stores in another form than the checkpoint has.
+        scratch: a directory for weights that transformers stores in a form of its own.
         device: a torch device.
 
     Attributes:
-        blocks: names of the modules that hand their hidden states on, in order.
+        blocks: names of the blocks in the model, in order.
 
     Raises:
         MachineError: torch, transformers or accelerate is missing.
-        UsageError: the model is not a chain of blocks.
+        UsageError: the model has an encoder and a decoder, or no list of blocks.
         InputError: transformers cannot open it.
     """
 
@@ -60,10 +59,12 @@ class Walk:
         self._list, self._blocks = self._find_blocks()
         self.blocks = tuple(f"{self._list}.{i}" for i in range(len(self._blocks)))
         self._calls: list[_Call] = []
+        self._names: dict[str, str] | None = None  # see `_stored_names`
 
     def _open(self, directory: Path, scratch: Path) -> Any:
+        """Return the model without weights."""
         transformers = self._transformers
-        transformers.utils.logging.set_verbosity_error()  # all weights are on the meta device: yes
+        transformers.utils.logging.set_verbosity_error()  # it warns of weights on the meta device
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
         try:
@@ -86,7 +87,7 @@ class Walk:
         return model.eval()
 
     def _find_blocks(self) -> tuple[str, list[Any]]:
-        """The list of modules of one class that holds the most parameters."""
+        """Return the name and the modules of the list that holds the most parameters."""
         torch = self._torch
 
         def size(modules: Any) -> int:
@@ -104,16 +105,19 @@ class Walk:
                 f"{type(self._model).__name__} has no list of blocks that calibration could walk "
                 "through: use --scale search, which needs no data"
             )
-        name, found = max(outer, key=lambda pair: size(pair[1]))
-        return name, list(found)
+        name, blocks = max(outer, key=lambda pair: size(pair[1]))
+        return name, list(blocks)
 
-    # -- what enters the first block, and how each is called -------------------------------------
+    # -- the blocks' arguments ------------------------------------------------------------------
 
     def record(self, tokens: NDArray[np.int64]) -> None:
-        """Run one sequence [length] through the whole model, to see how each block is called.
+        """Run one sequence through the whole model, and record how each block is called.
+
+        Args:
+            tokens: int64 [length].
 
         Raises:
-            UsageError: its blocks are no chain.
+            UsageError: a block's input is not the output of the block before it.
         """
         torch = self._torch
         calls: dict[int, _Call] = {}
@@ -167,6 +171,7 @@ class Walk:
         base(input_ids=tokens, **kwargs)
 
     def _widened(self, value: Any) -> Any:
+        """Return an argument on the device, its float tensors as float32."""
         torch = self._torch
         if isinstance(value, (tuple, list)):
             return type(value)(map(self._widened, value))
@@ -176,26 +181,29 @@ class Walk:
         return value.float() if value.is_floating_point() else value
 
     def first_inputs(self, tokens: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(number of the first, float32 [sequences, length, hidden]): what enters the first block.
+        """Yield the first block's inputs, some sequences at a time.
+
+        Yields:
+            Number of the first of these sequences; float32 [sequences, length, hidden].
 
         Args:
             tokens: int64 [sequences, length].
         """
-        torch, found = self._torch, []
+        torch, inputs = self._torch, []
 
         def hook(module: Any, args: Any, kwargs: Any) -> None:
-            found.append(_split(args, kwargs)[0])
+            inputs.append(_split(args, kwargs)[0])
             raise _Reached
 
+        # A hook of torch runs before accelerate's, which would read the block's weights.
         handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
-        # Before accelerate's own, which would read the block.
         try:
             with torch.no_grad():
                 for start in range(0, len(tokens), _BATCH):
                     try:
                         self._forward(torch.from_numpy(tokens[start : start + _BATCH]))
                     except _Reached:
-                        yield start, found.pop().float().cpu().numpy()
+                        yield start, inputs.pop().float().cpu().numpy()
         finally:
             handle.remove()
 
@@ -203,7 +211,7 @@ class Walk:
 
     @contextmanager
     def block(self, number: int) -> Iterator[Any]:
-        """The module with its weights in float32; they are dropped at the end."""
+        """Yield a block's module with its weights in float32; drop them at the end."""
         from accelerate.hooks import remove_hook_from_module
 
         torch, module = self._torch, self._blocks[number]
@@ -233,43 +241,49 @@ class Walk:
                     )
 
     def run(self, number: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """One sequence [length, hidden] through a block whose weights are there.
+        """Run one sequence through a block, inside of `block(number)`.
+
+        Args:
+            hidden: float32 [length, hidden].
+
+        Returns:
+            float32 [length, hidden].
 
         Raises:
-            InputError: what comes out is not finite.
+            InputError: an output is not finite.
         """
         torch, call = self._torch, self._calls[number]
-        given = torch.from_numpy(np.array(hidden[None])).to(self._device)
+        states = torch.from_numpy(np.array(hidden[None])).to(self._device)
         with torch.no_grad():
-            out = _hidden(self._blocks[number](given, *call.args, **call.kwargs))
+            out = _hidden(self._blocks[number](states, *call.args, **call.kwargs))
         if not torch.isfinite(out).all():
             raise InputError(
-                f"what comes out of {self.blocks[number]} is not finite: the weights are damaged, "
+                f"an output of {self.blocks[number]} is not finite: the weights are damaged, "
                 "or the model needs more than float32"
             )
-        states: NDArray[np.float32] = out[0].float().cpu().numpy()
-        return states
+        output: NDArray[np.float32] = out[0].float().cpu().numpy()
+        return output
 
     def nbytes(self, number: int) -> int:
-        """Of a block's weights in float32."""
+        """Return the bytes of a block's weights in float32."""
         return 4 * int(sum(p.numel() for p in self._blocks[number].parameters()))
 
     def linears(self, number: int) -> dict[str, Any]:
-        """The linear modules of a block by the name of their weight in the checkpoint."""
+        """Return the linear modules of a block, by the name of their weight in the checkpoint."""
         torch, prefix = self._torch, self.blocks[number]
         kinds = (torch.nn.Linear, self._transformers.pytorch_utils.Conv1D)
         stored = self._stored_names()
-        found = {}
+        linears = {}
         for name, module in self._blocks[number].named_modules():
             if isinstance(module, kinds):
                 key = f"{prefix}.{name}.weight"
-                found[stored.get(key, key)] = module
-        return found
+                linears[stored.get(key, key)] = module
+        return linears
 
     def _stored_names(self) -> Mapping[str, str]:
-        """Name in the model -> name in the checkpoint, where accelerate knows it."""
-        if not hasattr(self, "_names"):
-            self._names: dict[str, str] = {}
+        """Return name in the model -> name in the checkpoint, where accelerate knows it."""
+        if self._names is None:
+            self._names = {}
             for part in self._model.modules():
                 weights = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
                 index = getattr(getattr(weights, "dataset", None), "index", None)
@@ -284,7 +298,7 @@ class Walk:
 
 
 def _split(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A block's call: its hidden states, and the rest."""
+    """Return the hidden states of a block's call, and its other arguments."""
     if args:
         return args[0], tuple(args[1:]), dict(kwargs)
     rest = dict(kwargs)
@@ -292,10 +306,16 @@ def _split(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]
 
 
 def _hidden(output: Any) -> Any:
+    """Return the hidden states of a block's output, which may be a tuple that begins with them."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _libraries() -> tuple[Any, Any]:
+    """Return (torch, transformers).
+
+    Raises:
+        MachineError: one of them or accelerate is missing, or transformers is older than 5.
+    """
     try:
         import accelerate  # noqa: F401
         import torch

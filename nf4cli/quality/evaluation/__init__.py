@@ -1,2 +1,4 @@
-"""How far an output is from its source, as a model: perplexity, KL divergence, embeddings (extra
-`eval`)."""
+"""Measure how far an output is from its source, as a model (extra `eval`).
+
+Language models: perplexity, KL divergence, equal most likely tokens. Encoders: embeddings.
+"""

@@ -1,6 +1,6 @@
-"""The source's log-probabilities on the disk, within a bound.
+"""Keep a source's log-probabilities on the disk, within a bound.
 
-They are float16, half of float32's room, and are normalised again when they are read: so the
+They are float16, half the size of float32, and are normalised again when they are read. So the
 divergence of a model from itself is 3e-7 (SmolLM2-135M, measured).
 """
 
@@ -22,50 +22,61 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BYTES = 2
-"""Of a log-probability."""
+"""Bytes of a log-probability."""
 
 
 def default_directory() -> Path:
-    """Where caches lie on this machine."""
+    """Return the directory of the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4" / "eval"
 
 
 class Cache:
-    """Args:
-    directory: made when something is written.
-    most: bytes of all entries together.
+    """A directory of entries; the oldest ones make room for new ones.
+
+    Args:
+        directory: made when something is written.
+        most: largest number of bytes of all entries together.
     """
 
     def __init__(self, directory: Path, most: int) -> None:
         self._directory, self._most = directory, most
 
     def windows(self, length: int, vocabulary: int) -> int:
-        """How many windows of `length` positions one entry may hold.
+        """Return how many windows of `length` positions one entry may hold.
 
         Raises:
-            UsageError: not one.
+            UsageError: not even one.
         """
-        one = BYTES * length * vocabulary
-        if self._most < one:
+        window_bytes = BYTES * length * vocabulary
+        if self._most < window_bytes:
             raise UsageError(
                 f"--cache-size {self._most:,} bytes is less than one window takes: {length:,} "
-                f"positions times {vocabulary:,} tokens are {one:,}"
+                f"positions times {vocabulary:,} tokens are {window_bytes:,}"
             )
-        return self._most // one
+        return self._most // window_bytes
 
     def find(self, key: str) -> NDArray[np.float16] | None:
-        """float16 [windows, length, vocabulary] of an earlier run, None where there is none."""
+        """Return an entry of an earlier run, None where there is none.
+
+        Returns:
+            float16 [windows, length, vocabulary], a file mapped to memory.
+        """
         path = self._path(key)
         try:
-            found: NDArray[np.float16] = np.lib.format.open_memmap(path, "r")
+            values: NDArray[np.float16] = np.lib.format.open_memmap(path, "r")
         except (OSError, ValueError):
             return None
-        os.utime(path)
-        return found
+        os.utime(path)  # the oldest entries are removed first
+        return values
 
     @contextmanager
     def writing(self, key: str, shape: tuple[int, int, int]) -> Iterator[NDArray[np.float16]]:
-        """An entry to fill; it is there once this is over, and older ones gone that do not fit.
+        """Yield an array to fill, and make it an entry at the end.
+
+        Entries that were not used for the longest time are removed first, as many as it takes.
+
+        Args:
+            shape: windows, length, vocabulary.
 
         Raises:
             OSError: the disk is full or fails.
@@ -85,6 +96,7 @@ class Cache:
         return self._directory / f"{key}.npy"
 
     def _make_room(self, nbytes: int) -> None:
+        """Remove the oldest entries until another one of `nbytes` fits."""
         entries = sorted(self._directory.glob("*.npy"), key=lambda p: p.stat().st_mtime)
         total = sum(p.stat().st_size for p in entries) + nbytes
         for path in entries:
@@ -96,7 +108,13 @@ class Cache:
 
 
 def key_of(source: Path, tokens: NDArray[np.int64], settings: dict[str, Any]) -> str:
-    """Of everything that decides what the source says."""
+    """Return the name of an entry: a digest of everything that decides about its values.
+
+    Args:
+        source: the model's directory; its files are told apart by name, size and time.
+        tokens: int64 [windows, length].
+        settings: what else decides, for JSON.
+    """
     weights = [p for p in source.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")]
     files = [
         [p.relative_to(source).as_posix(), p.stat().st_size, p.stat().st_mtime_ns]

@@ -1,13 +1,13 @@
-"""Language models: what the source says of the next token, and how far the output is from it."""
+"""Compare the next-token probabilities of two language models, the source and its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...callbacks import Progress
 from ...errors import InputError, UsageError
 from . import statistics
 from .cache import Cache, key_of
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 _ROWS = 64  # positions whose whole vocabulary is compared at a time
 
-Progress = Callable[[str, int], None]
-"""Told of windows that are done."""
-
-_WANTED = {
+_FIGURES = {
     "perplexity_source": statistics.perplexity("source"),
     "perplexity_output": statistics.perplexity("output"),
     "perplexity_ratio": statistics.ratio("output", "source"),
@@ -37,13 +34,24 @@ _WANTED = {
 
 
 class Source:
-    """What a source says of some windows, from the cache, or by running it once.
+    """A source's log-probabilities of some windows, from the cache, or by running it once.
 
     Args:
-        directory: its ordinary weights.
-        original: what it is known by in the cache.
+        directory: the model with ordinary weights.
+        original: the model as the user named it, for the cache.
         tokens: int64 [windows, length].
-        settings: dtype and device.
+        cache: keeps the log-probabilities.
+        dtype, device: that this model and those compared with it compute in and on.
+        progress: told the number of windows done.
+
+    Attributes:
+        tokens: as given.
+        log_probabilities: float16 [windows, length, vocabulary].
+
+    Raises:
+        InputError, UsageError, MachineError: see `opened`.
+        InputError: a logit is NaN or infinite.
+        OSError: the cache cannot be written.
     """
 
     def __init__(
@@ -57,27 +65,30 @@ class Source:
             "transformers": transformers.__version__,
         }  # fmt: skip
         key = key_of(original, tokens, settings)
-        found = cache.find(key)
-        self.cached = found is not None
-        if found is None:
+        cached = cache.find(key)
+        if cached is None:
             with opened(directory, "causal", dtype, device) as model:
                 shape = (*tokens.shape, _vocabulary(model))
                 with cache.writing(key, shape) as values:
                     for number, window in enumerate(tokens):
                         values[number] = _log_probabilities(model, window, directory).half().cpu()
                         progress("source", 1)
-            found = cache.find(key)
-            assert found is not None
+            cached = cache.find(key)
+            assert cached is not None
         else:
             progress("source", len(tokens))
-        self.tokens, self.said = tokens, found
+        self.tokens, self.log_probabilities = tokens, cached
 
     def compare(self, directory: Path, progress: Progress) -> dict[str, Figure]:
-        """The figures of an output, or of any model with the same vocabulary.
+        """Return the figures of an output, or of any model with the same vocabulary.
+
+        Args:
+            progress: told the number of windows done.
 
         Raises:
-            UsageError: its vocabulary is another.
-            InputError: it says something that is no number.
+            UsageError: its vocabulary has another size.
+            InputError: a logit is NaN or infinite.
+            InputError, UsageError, MachineError: see `opened`.
         """
         torch, _ = libraries()
         count, length = len(self.tokens), self.tokens.shape[1] - 1
@@ -87,34 +98,35 @@ class Source:
             for name in ("source", "output", "kl", "same")
         }
         with opened(directory, "causal", self._dtype, self._device) as model:
-            if _vocabulary(model) != self.said.shape[2]:
+            vocabulary = self.log_probabilities.shape[2]
+            if _vocabulary(model) != vocabulary:
                 raise UsageError(
                     f"{directory} has a vocabulary of {_vocabulary(model):,} tokens and the source "
-                    f"one of {self.said.shape[2]:,}: it was not made from it"
+                    f"one of {vocabulary:,}: it was not made from it"
                 )
             for number, window in enumerate(self.tokens):
-                mine = _log_probabilities(model, window, directory)
-                following = torch.from_numpy(window[1:]).to(mine.device)
+                whole = _log_probabilities(model, window, directory)
+                following = torch.from_numpy(window[1:]).to(whole.device)
                 for start in range(0, length, _ROWS):
-                    stop = min(start + _ROWS, length)
-                    there = torch.from_numpy(np.array(self.said[number, start:stop]))
-                    there = there.to(mine.device).float().log_softmax(-1)
-                    here, after = mine[start:stop], following[start:stop, None]
-                    kl = (there.exp() * (there - here)).sum(-1).clamp(min=0)
+                    rows = slice(start, min(start + _ROWS, length))
+                    source = torch.from_numpy(np.array(self.log_probabilities[number, rows]))
+                    source = source.to(whole.device).float().log_softmax(-1)
+                    output, after = whole[rows], following[rows, None]
+                    kl = (source.exp() * (source - output)).sum(-1).clamp(min=0)
                     for name, values in (
                         ("kl", kl),
-                        ("same", there.argmax(-1) == here.argmax(-1)),
-                        ("source", -there.gather(1, after)[:, 0]),
-                        ("output", -here.gather(1, after)[:, 0]),
+                        ("same", source.argmax(-1) == output.argmax(-1)),
+                        ("source", -source.gather(1, after)[:, 0]),
+                        ("output", -output.gather(1, after)[:, 0]),
                     ):
-                        columns[name][number, start:stop] = values.cpu().numpy()
+                        columns[name][number, rows] = values.cpu().numpy()
                 progress("output", 1)
         arrays = {name: column.reshape(-1) for name, column in columns.items()}
-        return figures(arrays, blocks_of(count, length), _WANTED)
+        return figures(arrays, blocks_of(count, length), _FIGURES)
 
 
 def vocabulary_of(directory: Path) -> int:
-    """Tokens that a model speaks of, from its configuration."""
+    """Return the size of a model's vocabulary, from its configuration."""
     _, transformers = libraries()
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     return int(config.get_text_config().vocab_size)
@@ -125,13 +137,24 @@ def _vocabulary(model: Any) -> int:
 
 
 def _log_probabilities(model: Any, window: NDArray[np.int64], directory: Path) -> Any:
-    """float32 tensor [length, vocabulary]."""
+    """Return the log-probabilities behind each token of a window.
+
+    Args:
+        window: int64 [length].
+        directory: of the model, for the message.
+
+    Returns:
+        float32 tensor [length, vocabulary].
+
+    Raises:
+        InputError: a logit is NaN or infinite.
+    """
     torch, _ = libraries()
-    given = torch.from_numpy(window[None]).to(model.device)
-    said = model(input_ids=given, use_cache=False).logits[0].float()
-    if not torch.isfinite(said).all():
+    tokens = torch.from_numpy(window[None]).to(model.device)
+    logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+    if not torch.isfinite(logits).all():
         raise InputError(
-            f"{directory} says something that is no number: its weights are damaged, or it needs "
-            "another --dtype"
+            f"{directory} gives a NaN or an infinity: its weights are damaged, or it needs another "
+            "--dtype"
         )
-    return said.log_softmax(-1)
+    return logits.log_softmax(-1)

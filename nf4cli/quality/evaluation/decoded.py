@@ -1,8 +1,7 @@
-"""A 4-bit checkpoint as an ordinary one, for as long as it is evaluated.
+"""Decode a 4-bit checkpoint into an ordinary one for the time of its evaluation.
 
-What bitsandbytes' kernels make of the codes is what ours do, bit for bit; so the decoded weights
-are the model that users run, without bitsandbytes, at the speed of an ordinary model, and nothing
-but the weights differs from the source.
+Our decoder gives the weights of bitsandbytes' kernels, bit for bit. So the decoded model is the one
+that users run, at the speed of an ordinary model, and only its weights differ from the source.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from ...planning.resources import Resources
 
 @contextmanager
 def decoded(path: Path, place: Path, engine: Engine, resources: Resources) -> Iterator[Path]:
-    """A directory with ordinary weights: `path` itself where they are.
+    """Yield a directory with ordinary weights: `path` itself where nothing in it is 4-bit.
 
     Args:
-        place: where there is room for the decoded weights.
+        place: a directory with room for the decoded weights, which are removed at the end.
 
     Raises:
         InputError, MachineError: see `plan_decoding` and `write_decoded`.

@@ -1,13 +1,13 @@
-"""Encoders: how far the embedding of a text moves."""
+"""Compare the text embeddings of two encoders, the source and its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...callbacks import Progress
 from ...errors import InputError, UsageError
 from . import statistics
 from .models import libraries, opened
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 _SHORTEST = 40  # characters of a paragraph that counts
 
-Progress = Callable[[str, int], None]
-
-_WANTED = {
+_FIGURES = {
     "cosine_mean": statistics.mean("cosine"),
     "cosine_5": statistics.quantile("cosine", 0.05),
     "cosine_1": statistics.quantile("cosine", 0.01),
@@ -29,50 +27,63 @@ _WANTED = {
 
 
 def pieces(documents: list[str], count: int) -> list[str]:
-    """At most `count` paragraphs, evenly apart.
+    """Return at most `count` paragraphs, evenly spread over the documents.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no paragraph is long enough.
     """
-    found = [p.strip() for text in documents for p in text.split("\n\n")]
-    found = [p for p in found if len(p) >= _SHORTEST]
-    if not found:
+    paragraphs = [p.strip() for text in documents for p in text.split("\n\n")]
+    paragraphs = [p for p in paragraphs if len(p) >= _SHORTEST]
+    if not paragraphs:
         raise UsageError(f"the text has no paragraph of {_SHORTEST} characters: give more text")
-    chosen = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return [found[i] for i in np.unique(chosen)]
+    last = len(paragraphs) - 1
+    chosen = np.linspace(0, last, min(count, len(paragraphs))).round().astype(int)
+    return [paragraphs[i] for i in np.unique(chosen)]
 
 
 def embed(
     directory: Path, texts: list[str], tokenizer: Any, length: int, dtype: str, device: str,
     progress: Progress,
 ) -> NDArray[np.float32]:  # fmt: skip
-    """float32 [texts, hidden]: the mean of the last hidden states over each text's tokens.
+    """Return the mean of the last hidden states over each text's tokens.
+
+    Args:
+        directory: a model with ordinary weights.
+        length: tokens that a longer text is cut to.
+        progress: told the number of texts done.
+
+    Returns:
+        float32 [texts, hidden].
 
     Raises:
-        InputError: the model cannot be loaded, or says something that is no number.
+        InputError: a hidden state is NaN or infinite.
+        InputError, UsageError, MachineError: see `opened`.
     """
     torch, _ = libraries()
-    found = []
+    embeddings = []
     with opened(directory, "encoder", dtype, device) as model:
         for text in texts:
-            given = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
-            out = model(**{name: value.to(device) for name, value in given.items()})
-            states = out[0][0].float()
+            inputs = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+            outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+            states = outputs[0][0].float()
             if not torch.isfinite(states).all():
                 raise InputError(
-                    f"{directory} says something that is no number: its weights are damaged, or it "
-                    "needs another --dtype"
+                    f"{directory} gives a NaN or an infinity: its weights are damaged, or it needs "
+                    "another --dtype"
                 )
-            found.append(states.mean(0).cpu().numpy())
+            embeddings.append(states.mean(0).cpu().numpy())
             progress(str(directory), 1)
-    return np.stack(found)
+    return np.stack(embeddings)
 
 
 def compare(source: NDArray[np.float32], output: NDArray[np.float32]) -> dict[str, Figure]:
-    """The cosine between the embeddings of each text.
+    """Return the figures of the cosines between two models' embeddings of each text.
+
+    Args:
+        source, output: float32 [texts, hidden].
 
     Raises:
-        UsageError: they have different sizes.
+        UsageError: their shapes differ.
     """
     if source.shape != output.shape:
         raise UsageError(
@@ -83,4 +94,4 @@ def compare(source: NDArray[np.float32], output: NDArray[np.float32]) -> dict[st
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
     blocks = [np.array([i]) for i in range(len(cosine))]
-    return figures({"cosine": cosine}, blocks, _WANTED)
+    return figures({"cosine": cosine}, blocks, _FIGURES)

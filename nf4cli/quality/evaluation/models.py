@@ -1,4 +1,4 @@
-"""Models to evaluate, opened one at a time."""
+"""Open the models to evaluate, one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def libraries() -> tuple[Any, Any]:
-    """(torch, transformers).
+    """Return (torch, transformers).
 
     Raises:
         MachineError: one of them is missing.
@@ -30,11 +30,11 @@ def libraries() -> tuple[Any, Any]:
 
 
 def kind_of(directory: Path) -> str:
-    """ "causal" for a language model, "encoder" for a model of embeddings.
+    """Return "causal" for a language model, "encoder" for a model of embeddings.
 
     Raises:
-        InputError: transformers does not know the model.
-        UsageError: it is of another kind.
+        InputError: transformers cannot read the model's configuration.
+        UsageError: the model has an encoder and a decoder.
     """
     _, transformers = libraries()
     if not (directory / "config.json").is_file():
@@ -59,7 +59,7 @@ def kind_of(directory: Path) -> str:
 
 
 def require_device(device: str) -> None:
-    """Raises UsageError for a device that torch does not have here."""
+    """Raise UsageError if torch cannot use a device on this machine."""
     torch, _ = libraries()
     try:
         torch.zeros(1, device=device)
@@ -72,12 +72,17 @@ def require_device(device: str) -> None:
 
 @contextmanager
 def opened(directory: Path, kind: str, dtype: str, device: str) -> Iterator[Any]:
-    """The model, without gradients; gone at the end.
+    """Yield a model in inference mode, and free its memory at the end.
+
+    Args:
+        kind: "causal" or "encoder".
+        dtype: one of DTYPES; "auto" is float32 on the CPU, else the model's own.
+        device: a torch device.
 
     Raises:
-        InputError: transformers cannot load it.
-        UsageError: `dtype` is none.
-        MachineError: it does not fit.
+        InputError: transformers cannot load the model, or weights of a language model are missing.
+        UsageError: there is no such dtype.
+        MachineError: the model does not fit into memory.
     """
     torch, transformers = libraries()
     if dtype not in DTYPES:
@@ -102,8 +107,8 @@ def opened(directory: Path, kind: str, dtype: str, device: str) -> Iterator[Any]
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         raise InputError(
-            f"{directory} lacks {len(missing):,} weights of its model, such as {missing[0]}: what "
-            "it says would be chance"
+            f"{directory} lacks {len(missing):,} weights of its model, such as {missing[0]}: "
+            "its figures would be chance"
         )
     try:
         with torch.inference_mode():

@@ -1,0 +1,279 @@
+"""Measure how far an output is from its source, as a model: the work of `nf4cli.evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..callbacks import Progress
+from ..checkpoint.discovery import open_checkpoint
+from ..convert.listener import Stage
+from ..errors import UsageError
+from ..quality import evaluation
+from ..quality.calibration.text import open_tokenizer, torch_device
+from ..quality.evaluation import causal, embeddings
+from ..quality.evaluation.cache import Cache, default_directory
+from ..quality.evaluation.decoded import decoded
+from ..quality.evaluation.models import kind_of, libraries, require_device
+from ..quality.evaluation.statistics import Figure
+from ..quality.texts import read_documents, sequences
+from . import sources
+from .machine import Machine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+TOKENS, CONTEXT, CACHE_BYTES = 8192, 512, 4_000_000_000
+"""Defaults: most tokens of each text, tokens of a window, bytes of the source's results."""
+_SHORTEST = 8  # tokens of a window
+_TOKENS_PER_PIECE = 64  # of a text for an encoder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure, and how.
+
+    Attributes:
+        output: a 4-bit checkpoint or any other model; a model of the Hub.
+        source: what it was made from.
+        texts: text files and directories; none for two built-in texts.
+        tokens: most tokens of each text.
+        context: tokens of a window.
+        dtype: what both models compute in.
+        device: a torch device, None for a GPU where there is one.
+        cache_directory: where the source's results are kept, None for the user's cache.
+        cache_size: most bytes of them.
+        max_kl: largest mean KL divergence of a text that is good, None for no limit.
+        min_top1: smallest share of equal most likely tokens that is good, None for no limit.
+        machine: decodes what is 4-bit.
+
+    Raises:
+        UsageError: the window is too short, or longer than the text may be.
+    """
+
+    output: Path
+    source: Path
+    texts: Sequence[Path] = ()
+    tokens: int = TOKENS
+    context: int = CONTEXT
+    dtype: str = "auto"
+    device: str | None = None
+    cache_directory: Path | None = None
+    cache_size: int = CACHE_BYTES
+    max_kl: float | None = None
+    min_top1: float | None = None
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        if not _SHORTEST <= self.context <= self.tokens:
+            raise UsageError(
+                f"--context {self.context:,} is below {_SHORTEST}, or above --tokens "
+                f"{self.tokens:,}"
+            )
+
+    @property
+    def cache_place(self) -> Path:
+        """The directory of the source's results, and of decoded weights meanwhile."""
+        return self.cache_directory or default_directory()
+
+    @property
+    def named_texts(self) -> dict[str, Path]:
+        """Each text by its file's name without ending; by its path where two share that name."""
+        if not self.texts:
+            place = Path(evaluation.__file__).parent / "texts"
+            return {"python": place / "python.txt", "packages": place / "packages.txt"}
+        stems = [path.stem for path in self.texts]
+        return {
+            stem if stems.count(stem) == 1 else str(path): path
+            for stem, path in zip(stems, self.texts, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one text.
+
+    Attributes:
+        positions: that were compared; of an encoder, pieces of text.
+        figures: by name, such as kl_mean.
+    """
+
+    positions: int
+    figures: Mapping[str, Figure]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of an evaluation.
+
+    Attributes:
+        path, source: the two models, where they lie on this machine.
+        called: what a user reads of both.
+        kind: "causal" for a language model, "encoder" for a model of embeddings.
+        texts: figures by the text's name.
+        failures: a sentence for each limit that is not kept.
+    """
+
+    path: Path
+    source: Path
+    called: str
+    kind: str
+    texts: Mapping[str, Measured]
+    failures: Sequence[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every limit is kept."""
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to run.
+
+    Attributes:
+        path: its directory as it was given, with the tokenizer.
+        ordinary: a directory with its decoded weights.
+    """
+
+    path: Path
+    ordinary: Path
+
+
+def compare(asked: Evaluation) -> Evaluated:
+    """Run both models over the texts and compare what they predict.
+
+    Raises:
+        UsageError, InputError, MachineError: they cannot be compared.
+        OSError: the cache cannot be written.
+    """
+    libraries()
+    listener = asked.machine.listener
+    output, source = (sources.local(p, listener) for p in (asked.output, asked.source))
+    run = _Run(asked, asked.device or torch_device(None))
+    require_device(run.device)
+    kind = kind_of(source)
+    engine, limits = asked.machine.engine, asked.machine.resources()
+    with (
+        decoded(source, asked.cache_place, engine, limits) as ordinary_source,
+        decoded(output, asked.cache_place, engine, limits) as ordinary_output,
+    ):
+        measure = run.causal if kind == "causal" else run.encoder
+        texts = measure(_Model(source, ordinary_source), _Model(output, ordinary_output))
+    called = " against ".join(
+        (sources.shown(asked.output, output), sources.shown(asked.source, source))
+    )
+    failures = tuple(_failures(texts, asked.max_kl, asked.min_top1))
+    return Evaluated(output, source, called, kind, texts, failures)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The comparison of two models on a torch device."""
+
+    asked: Evaluation
+    device: str
+
+    def causal(self, source: _Model, output: _Model) -> dict[str, Measured]:
+        """Return the figures of two language models; run the source over all texts first."""
+        asked = self.asked
+        cache = Cache(asked.cache_place, asked.cache_size)
+        windows = self._windows(source.path, cache)
+        steps = 2 * sum(map(len, windows.values()))
+        with self._stage(steps, source, output) as progress:
+            references = {
+                name: causal.Source(
+                    source.ordinary, source.path, tokens, cache, asked.dtype, self.device, progress
+                )
+                for name, tokens in windows.items()
+            }
+            return {
+                name: Measured(
+                    reference.tokens.size - len(reference.tokens),
+                    reference.compare(output.ordinary, progress),
+                )
+                for name, reference in references.items()
+            }
+
+    def _windows(self, source: Path, cache: Cache) -> dict[str, NDArray[np.int64]]:
+        """Return int64 [windows, context] of each text, as many as the cache has room for.
+
+        Raises:
+            UsageError: the cache has no room for one window of each text.
+        """
+        asked, texts = self.asked, self.asked.named_texts
+        tokenizer = open_tokenizer(source)
+        room = cache.windows(asked.context, causal.vocabulary_of(source)) // len(texts)
+        count = asked.tokens // asked.context
+        if room < 1:
+            raise UsageError(
+                f"--cache-size leaves no window for each of {len(texts)} texts: make it larger"
+            )
+        if room < count:
+            asked.machine.listener.note(
+                f"--cache-size leaves room for {room * asked.context:,} of {asked.tokens:,} tokens "
+                "of each text"
+            )
+        return {
+            name: sequences(read_documents([path]), tokenizer, asked.context, min(count, room))
+            for name, path in texts.items()
+        }
+
+    def encoder(self, source: _Model, output: _Model) -> dict[str, Measured]:
+        """Return the figures of two models of embeddings."""
+        asked = self.asked
+        tokenizer = open_tokenizer(source.path)
+        count = max(1, asked.tokens // _TOKENS_PER_PIECE)
+        pieces = {
+            name: embeddings.pieces(read_documents([path]), count)
+            for name, path in asked.named_texts.items()
+        }
+        all_pieces = [piece for of_text in pieces.values() for piece in of_text]
+        with self._stage(2 * len(all_pieces), source, output) as progress:
+            expected, found = (
+                embeddings.embed(
+                    directory, all_pieces, tokenizer, asked.context, asked.dtype, self.device,
+                    progress,
+                )
+                for directory in (source.ordinary, output.ordinary)
+            )  # fmt: skip
+        texts, start = {}, 0
+        for name, of_text in pieces.items():
+            rows = slice(start, start + len(of_text))
+            texts[name] = Measured(len(of_text), embeddings.compare(expected[rows], found[rows]))
+            start = rows.stop
+        return texts
+
+    @contextmanager
+    def _stage(self, steps: int, source: _Model, output: _Model) -> Iterator[Progress]:
+        """Report to the listener; a step counts as the bytes of the source's weights."""
+        nbytes = sum(shard.size for shard in open_checkpoint(source.path).shards)
+        stage = Stage("evaluating", nbytes * steps, f"{output.path} against {source.path}")
+        with self.asked.machine.listener.stage(stage) as progress:
+            yield lambda name, count: progress(name, nbytes * count)
+
+
+def _failures(
+    texts: Mapping[str, Measured], max_kl: float | None, min_top1: float | None
+) -> Iterator[str]:
+    """Yield a sentence for each limit that a text does not keep.
+
+    Raises:
+        UsageError: a limit for language models, and the model is an encoder.
+    """
+    for name, measured in texts.items():
+        for option, figure, limit, sign in (
+            ("--max-kl", "kl_mean", max_kl, 1),
+            ("--min-top1", "top1", min_top1, -1),
+        ):
+            if limit is None:
+                continue
+            if figure not in measured.figures:
+                raise UsageError(f"{option} is for language models, and this is an encoder")
+            value = measured.figures[figure].value
+            if sign * value > sign * limit:
+                yield f"{name}: {figure} is {value:.4g}, {option} is {limit:g}"
