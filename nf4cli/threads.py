@@ -1,7 +1,7 @@
-"""The one loop: threads that take work items in order until there are none.
+"""Work off items with several threads, each taking the next one until there are none.
 
-No stage queues: a worker reads, encodes and writes its item before it takes the next, so memory
-is workers x buffers whatever the model's size.
+There are no queues between stages: a worker reads, encodes and writes its item before it takes the
+next.  So memory is workers x buffers, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ def run(
     make_worker: Callable[[], Callable[[Item], None]],
     workers: int,
     abort: Callable[[], None],
+    leave_behind: bool = False,
 ) -> None:
     """Work off every item.
 
-    Items are handed out in order, each to one of the threads; the main thread only waits, so that
-    it hears signals.  The first exception of any worker, or a signal, stops all (the items in hand
-    are finished) and is raised here.
+    Items are handed out in order, each to one of the threads; the calling thread only waits, so
+    that it hears signals.  The first exception of any worker, or a signal, ends the run and is
+    raised here: no further item is begun, and the items in hand are waited for.
 
     Args:
         make_worker: called once a thread; what it returns is called with each item.
+        workers: threads.
         abort: called once on failure; must release every worker that waits for another.
+        leave_behind: after a failure do not wait for the items in hand, which may take as long as
+            the network likes; their threads end with the process.
     """
     queue = iter(items)
     lock = threading.Lock()
@@ -57,26 +61,51 @@ def run(
         except BaseException as error:
             fail(error)
 
-    if workers == 1 and threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if workers == 1 and not (main or leave_behind):
         work()  # this thread is a worker of another run, which hears of a stop
     else:
-        _run_threads(work, workers, fail)
+        threads = [
+            threading.Thread(target=work, name=f"nf4-{i}", daemon=leave_behind)
+            for i in range(workers)
+        ]
+        _start_and_wait(threads, fail, until=lambda: leave_behind and failures)
     if failures:
         raise failures[0]
 
 
-def _run_threads(
-    work: Callable[[], None], workers: int, fail: Callable[[BaseException], None]
+def _start_and_wait(
+    threads: list[threading.Thread],
+    fail: Callable[[BaseException], None],
+    until: Callable[[], object],
 ) -> None:
-    """Run `work` in threads to its end; a signal calls `fail`, and they are waited for as well."""
-    threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
-    with stopping.held_back():  # no thread outlives this: what they write to is closed behind it
+    """Start threads and wait for their end, or until something holds; a signal calls `fail`."""
+    with stopping.held_back():
         try:
             for thread in threads:
                 thread.start()
-            stopping.join(threads)
+            stopping.join(threads, until)
         except BaseException as error:
             fail(error)
             for thread in threads:
-                if thread.ident is not None:  # it was started
+                # What the others write to is closed behind this: they must not outlive it.
+                if thread.ident is not None and not thread.daemon:
                     thread.join()
+
+
+def each(
+    items: Iterable[Item],
+    work: Callable[[Item, threading.Event], None],
+    workers: int,
+    leave_behind: bool = False,
+) -> None:
+    """Call `work(item, stop)` for each item, several at a time; the first failure ends it.
+
+    An item may take long: `stop` is set after a failure, or a signal, and `work` looks at it.
+
+    Args:
+        workers: threads.
+        leave_behind: see `run`.
+    """
+    stop = threading.Event()
+    run(items, lambda: lambda item: work(item, stop), workers, stop.set, leave_behind)

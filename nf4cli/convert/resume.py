@@ -21,7 +21,7 @@ from ..errors import InputError, InterruptedRunError, UsageError
 from ..output import manifest
 from ..output.manifest import Result
 from ..planning.plan import Plan, TensorPlan
-from ..threads import run
+from ..threads import each
 from . import journal
 from .journal import Part, Upload
 
@@ -159,7 +159,7 @@ def check(
             if upload is not None:
                 standing.uploads[layout.filename] = upload
 
-    _each(range(len(plan.shards)), check_shard, workers)
+    each(range(len(plan.shards)), check_shard, workers)
     standing.lost = len(done) - len(standing.results)
     return standing
 
@@ -252,7 +252,7 @@ def _check_sources(
         _require_same(shard, recorded, needed[name], digest, tensors)
         digests[name] = FileDigests(digest, tensors)
 
-    _each(sorted(needed), check_file, workers)
+    each(sorted(needed), check_file, workers)
     return digests
 
 
@@ -281,15 +281,6 @@ def _require_same(
             f"the source changed since the run began: {shard.path} has the digest {digest}, it was "
             f"{recorded.digest}"
         )
-
-
-def _each(items: Iterable[Any], work: Callable[[Any, threading.Event], None], workers: int) -> None:
-    """Call `work(item, stop)` for each item; `stop` is set when the run ends early.
-
-    An item may take seconds: `work` looks at `stop`, so that Ctrl-C does not wait for it.
-    """
-    stop = threading.Event()
-    run(items, lambda: lambda item: work(item, stop), workers, stop.set)
 
 
 def _until(stop: threading.Event, name: str, progress: Progress) -> Callable[[int], None]:
