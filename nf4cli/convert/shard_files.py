@@ -109,6 +109,7 @@ class ShardFiles:
             return writer
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """Write bytes of an output tensor, and digest them where they come in file order."""
         number = self._file_of[key]
         writer = self._writer(number)
         turns = self._turns.get(number)
@@ -117,6 +118,7 @@ class ShardFiles:
             turns.update(writer.layout.tensors[key].start + offset, data)
 
     def finish(self, plan: TensorPlan, result: Result) -> None:
+        """Journal a weight that is written, and finish its file when it is the last one in it."""
         writer = self._writer(plan.file)
         digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
         self._listener.tensor(self._part, plan, result)
@@ -130,14 +132,17 @@ class ShardFiles:
             self._finish_shard(plan.file)
 
     def source_read(self, shard: Shard, digests: FileDigests) -> None:
+        """Journal a source file that is read to its end."""
         self._journal.source_file(self._part, shard.path.name, digests)
 
     def abort(self) -> None:
+        """Release every thread that waits in `write`."""
         self._aborted.set()
         for turns in list(self._turns.values()):
             turns.abort()
 
     def close(self) -> None:
+        """Close every file that is open."""
         for writer in self._writers.values():
             writer.close()
 

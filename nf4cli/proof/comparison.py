@@ -46,6 +46,7 @@ class Comparison:
         self.compared = 0
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """Compare bytes with those of the checkpoint's tensor `key` from byte `offset` on."""
         placed = self._checkpoint.tensors.get(key)
         if placed is not None and bnb_format.is_state_key(key):
             self._compare_states(key, placed, data)

@@ -82,13 +82,9 @@ def verify_sample(
         names = {unit.name for unit in chosen}
         sampled = {name: weight for name, weight in weights.items() if name in names}
         check_states(
-            PackedReader(readers, engine),
-            by_shard(sampled),
-            resources.workers,
-            report,
-            zeros_are_wrong=False,
-            where=" in the sample",
-        )
+            PackedReader(readers, engine), by_shard(sampled), resources.workers, report,
+            zeros_are_wrong=False, where=" in the sample",
+        )  # fmt: skip
         manifest = read_manifest(checkpoint, report)
         if manifest is not None:
             check_lists(checkpoint, weights, manifest, report)
