@@ -38,7 +38,7 @@ def run(
     queue = iter(items)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    failing = threading.Lock()  # another one: who holds `lock` may wait for what `abort` ends
+    failing = threading.Lock()  # not `lock`: a thread that holds it may wait for `abort`
     stop = threading.Event()
 
     def fail(error: BaseException) -> None:

@@ -29,8 +29,8 @@ def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) 
     Raises:
         OSError: the temporary directory is full.
     """
-    with tempfile.TemporaryDirectory(prefix="nf4-") as place:
-        source = Path(place) / "trial.safetensors"
+    with tempfile.TemporaryDirectory(prefix="nf4-") as directory:
+        source = Path(directory) / "trial.safetensors"
         _write(source)
         recipe = replace(
             config, keep=(), target="transformers", on_nonfinite="error", method="rtn",
@@ -39,7 +39,7 @@ def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) 
         plan = make_plan(open_checkpoint(source), recipe, lambda model: None)
         started = time.perf_counter()
         run = Execution(engine, resources, fsync=False)
-        write_model(ModelPlan.of(plan), Path(place) / "output", run)
+        write_model(ModelPlan.of(plan), Path(directory) / "output", run)
         return plan.source_bytes / (time.perf_counter() - started)
 
 

@@ -144,9 +144,9 @@ def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Man
     """
     manifests = {}
     for part, plan in model.parts.items():
-        place = work.output / part
-        manifests[part] = confirm(plan, place, run.digest, run.resources, run.listener.progress)
-        run.listener.note(f"{place} is complete already, and as this would write it")
+        directory = work.output / part
+        manifests[part] = confirm(plan, directory, run.digest, run.resources, run.listener.progress)
+        run.listener.note(f"{directory} is complete already, and as this would write it")
     if model.is_pipeline:
         confirm_pipeline(work.output, model.root, [*model.parts])
     return manifests
@@ -222,10 +222,10 @@ def _convert(
     finally:
         files.close()
     shards = {layout.filename: layout.size for layout in plan.shards}
-    known = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
+    records = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
     manifest = replace(
         conversion.manifest(files.tensor_digests),
-        output_files=file_records(directory, run.digest, known),
+        output_files=file_records(directory, run.digest, records),
     )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest

@@ -73,7 +73,7 @@ def smallest(
     sizes: Mapping[str, int],
     base: int,
     leaving: bool,
-    there: Collection[str] = (),
+    begun: Collection[str] = (),
 ) -> int:
     """Return the smallest bound under which every step can be admitted, in bytes.
 
@@ -82,11 +82,11 @@ def smallest(
         sizes: bytes of each output file, by path.
         base: bytes that lie on the disk all the time.
         leaving: whether output files leave the disk when they are complete.
-        there: paths of the output files on the disk that an earlier run began.
+        begun: paths of the output files on the disk that an earlier run began.
     """
     if not leaving:
         return base + sum(sizes.values()) + max((step.source for step in steps), default=0)
-    first = dict.fromkeys(there, 0)
+    first = dict.fromkeys(begun, 0)
     last: dict[str, int] = {}
     for number, step in enumerate(steps):
         for name in step.outputs:
@@ -104,7 +104,7 @@ class Budget:
 
     Args:
         limit: the bound, at least `smallest`; None for none.
-        sizes, base, leaving, there: see `smallest`.
+        sizes, base, leaving, begun: see `smallest`.
         transfers: counts everything that is held.
     """
 
@@ -115,7 +115,7 @@ class Budget:
         base: int,
         leaving: bool,
         transfers: Transfers,
-        there: Collection[str] = (),
+        begun: Collection[str] = (),
     ) -> None:
         self._limit = limit
         self._sizes = sizes
@@ -126,7 +126,7 @@ class Budget:
         self._failed = False
         transfers.disk_limit = limit
         self._take(base)
-        for name in there if leaving else sizes:
+        for name in begun if leaving else sizes:
             self._hold(name)
 
     @property

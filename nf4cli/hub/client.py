@@ -112,7 +112,7 @@ def resolve(name: Name) -> Snapshot:
     Offline, the user's cache is asked instead.
 
     Raises:
-        InputError: no such model or revision, no access to it, or an answer that is none of a Hub.
+        InputError: no such model or revision, no access to it, or an answer that no Hub gives.
         UsageError: no valid name.
         MachineError: the Hub cannot be reached.
     """

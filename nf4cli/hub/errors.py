@@ -40,7 +40,7 @@ def explained(what: str) -> Iterator[None]:
 
     Raises:
         InputError: it does not exist, or this user may not have it.
-        UsageError: it is no valid name, or the token is none.
+        UsageError: the name is not valid, or the token cannot be one.
         MachineError: the network or the Hub failed, or the user forbade the network.
     """
     from huggingface_hub import errors

@@ -73,8 +73,9 @@ def check(path: Path, workers: int = 1, progress: Progress = no_progress) -> Che
     # Taken before the files are read: one that changes from here on is refused by `push`.
     identities = {n: read_start(f.path, 0)[2] for n, f in files.items() if is_regular(f.path)}
     sha256, findings, edited = read_listed(files, workers, progress)
-    known = {**sha256, **dict.fromkeys(edited)}  # an edited card of a component goes up as it is
-    return Checked(path, manifests, known, identities, findings, list(strays(path, files)))
+    # A file that may be edited, like a component's card, is pushed as it is.
+    digests = {**sha256, **dict.fromkeys(edited)}
+    return Checked(path, manifests, digests, identities, findings, list(strays(path, files)))
 
 
 def push(
