@@ -20,10 +20,11 @@ def run(
     make_worker: Callable[[], Callable[[Item], None]],
     workers: int,
     abort: Callable[[], None],
+    leave_behind: bool = False,
 ) -> None:
     """Call a worker with every item, in several threads.
 
-    Items are handed out in order, each to one thread.  The main thread only waits, so that it
+    Items are handed out in order, each to one thread.  The calling thread only waits, so that it
     hears signals.  The first exception of a worker, or a signal, stops all threads: each finishes
     the item in its hands, and the exception is raised here.
 
@@ -32,11 +33,13 @@ def run(
         workers: number of threads.  One worker runs in the calling thread, unless that is the main
             thread.
         abort: called once, at the first failure; must release every worker that waits for another.
+        leave_behind: after a failure do not wait for the items in hand, which may take as long as
+            the network likes; their threads end with the process.
     """
     queue = iter(items)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    failing = threading.Lock()  # not `lock`: its holder may wait until `abort` releases it
+    failing = threading.Lock()  # not `lock`: a thread that holds it may wait for `abort`
     stop = threading.Event()
 
     def fail(error: BaseException) -> None:
@@ -59,27 +62,53 @@ def run(
         except BaseException as error:
             fail(error)
 
-    if workers == 1 and threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if workers == 1 and not (main or leave_behind):
         work()  # this thread is a worker of an outer run, whose main thread hears the signals
     else:
-        _run_threads(work, workers, fail)
+        threads = [
+            threading.Thread(target=work, name=f"nf4-{i}", daemon=leave_behind)
+            for i in range(workers)
+        ]
+        _start_and_wait(threads, fail, until=lambda: leave_behind and failures)
     if failures:
         raise failures[0]
 
 
-def _run_threads(
-    work: Callable[[], None], workers: int, fail: Callable[[BaseException], None]
+def _start_and_wait(
+    threads: list[threading.Thread],
+    fail: Callable[[BaseException], None],
+    until: Callable[[], object],
 ) -> None:
-    """Run `work` in threads and wait until all have ended; a signal calls `fail` first."""
-    threads = [threading.Thread(target=work, name=f"nf4-{i}") for i in range(workers)]
-    # No thread may outlive this block: the caller closes the files that they write to.
+    """Start threads and wait for their end, or until something holds; a signal calls `fail`."""
+    # No thread may outlive this block, but those that are left behind: the caller closes the files
+    # that they write to.
     with stopping.held_back():
         try:
             for thread in threads:
                 thread.start()
-            stopping.join(threads)
+            stopping.join(threads, until)
         except BaseException as error:
             fail(error)
             for thread in threads:
-                if thread.ident is not None:  # it was started
+                # What the others write to is closed behind this: they must not outlive it.
+                if thread.ident is not None and not thread.daemon:
                     thread.join()
+
+
+def each(
+    items: Iterable[Item],
+    work: Callable[[Item, threading.Event], None],
+    workers: int,
+    leave_behind: bool = False,
+) -> None:
+    """Call `work(item, stop)` for each item, several at a time; the first failure ends it.
+
+    An item may take long: `stop` is set after a failure, or a signal, and `work` looks at it.
+
+    Args:
+        workers: threads.
+        leave_behind: see `run`.
+    """
+    stop = threading.Event()
+    run(items, lambda: lambda item: work(item, stop), workers, stop.set, leave_behind)

@@ -111,6 +111,7 @@ def found(
     from ..hub import client
     from ..hub.errors import report_to
     from ..hub.outline import draw
+    from ..hub.retries import persist
 
     report_to(notify)
     if continued is not None and name.revision is None:
@@ -122,7 +123,7 @@ def found(
         with _called(name, directory):
             with listener.stage(Stage(f"reading what {name} has")):
                 try:
-                    snapshot = client.persist(partial(client.resolve, name), notify)
+                    snapshot = persist(partial(client.resolve, name), notify)
                 except (InputError, MachineError) as error:
                     raise type(error)(
                         f"{source} is no path here, and as a model of a Hub: {error}"

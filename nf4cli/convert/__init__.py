@@ -1,1 +1,1 @@
-"""How a plan is carried out, and what is left when it is stopped."""
+"""Carry out a plan, and keep what is finished when a run is stopped."""

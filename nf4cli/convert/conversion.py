@@ -1,7 +1,8 @@
-"""A Plan, carried out: chunk after chunk through the engine, into a sink.
+"""Carry out a plan: read the source in chunks, pass them through the engine, hand them to a sink.
 
-The sink is a set of files being written (quantize.py), or a finished output that every byte is
-compared with (verify.py): the proof runs the code that made the bytes.
+The sink writes files (shard_files.py, dequantize.py), compares every byte with a finished output
+(proof/comparison.py), or drops everything (find_nonfinite.py).  So a proof runs the code that made
+the bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,59 +41,78 @@ if TYPE_CHECKING:
     from ..engines.protocol import F32, U8
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every conversion works with.
+
+    Attributes:
+        engine: quantizes, decodes and casts.
+        resources: threads, and bytes of their buffers.
+        progress: told the bytes of each weight that are done.
+    """
+
+    engine: Engine
+    resources: Resources
+    progress: Progress = no_progress
+
+
 class Conversion:
     """One run over a plan.
 
     Args:
-        digest: algorithm for the source files' digests, None to compute none.
-        scratch: directory for temporary files, None for the system's.
-        standing: finished work that is not done again.
-        source: where the source files come from, None for where they lie.
-        packed: reads the weights to decode.
+        plan: says which tensors are read, and what becomes of each.
+        tools: see `Tools`.
+        sink: takes the output tensors' bytes.
+        digest: algorithm of the source files' digests; None to compute none.
+        standing: finished work of an earlier run, which is not done again.
+        source: opens the source files; None to read them where the plan found them.
+        packed: reads the weights to decode; None where the plan decodes none.
+        scratch: directory of temporary files; None for the system's.
+
+    Attributes:
+        results: by weight, filled as weights are finished.
     """
 
     def __init__(
         self,
         plan: Plan,
-        engine: Engine,
-        resources: Resources,
+        tools: Tools,
         sink: Sink,
-        digest: str | None,
-        scratch: Path | None = None,
-        progress: Progress = no_progress,
+        digest: str | None = None,
         standing: Standing | None = None,
         source: ShardSource | None = None,
         packed: PackedReader | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        require_chunk(plan.config, resources)
+        require_chunk(plan.config, tools.resources)
         self.plan = plan
-        self._engine = engine
-        self._resources = resources
+        self._engine = tools.engine
+        self._resources = tools.resources
+        self._progress = tools.progress
         self._sink = sink
         self._scratch = scratch
-        self._progress = progress
         self._lock = threading.Lock()
-        self._digests: dict[Path, OrderedDigest] = {}
+        self._turns: dict[Path, OrderedDigest] = {}
         self._algorithm = digest
         self._digested = dict(standing.sources) if standing else {}
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
-        self._source = source
+        self._local = LocalShards()
+        self._source: ShardSource = source or self._local
         self._packed = packed
         self._readers: dict[Path, ByteReader] = {}
         self._identities: dict[Path, Identity] = {}
-        self._left = self._left_of()
+        self._uses_left = self._count_uses()
 
     def run(self) -> None:
-        """Convert everything.
+        """Convert every weight that is not done yet.
 
         Raises:
             InputError: a weight holds NaN or infinity, or a source file changed.
             OSError: a disk is full or fails.
         """
-        with LocalShards() as local:
-            self._from: ShardSource = self._source or local
+        with self._local:
             try:
                 run(self._items(), self._worker, self._resources.workers, self._abort)
             finally:
@@ -106,31 +126,37 @@ class Conversion:
             self, self._engine, self._sink, self._readers, self._resources.chunk, self._packed
         )
 
-    def _left_of(self) -> Counter[Path]:
-        """By source file: weights to be made of it, and one more for its digest."""
-        left = Counter(
+    def _count_uses(self) -> Counter[Path]:
+        """Return how often each source file is used: once a weight made of it, once to digest it.
+
+        The file is closed when none of its uses is left.
+        """
+        uses = Counter(
             t.weight.shard.path
             for t in self.plan.tensors
             if t.outputs and t.name not in self.results
         )
         if self._algorithm is not None:
             shards = self.plan.checkpoint.shards
-            left.update(s.path for s in shards if s.path.name not in self._digested)
-        return left
+            uses.update(s.path for s in shards if s.path.name not in self._digested)
+        return uses
 
-    def _part_done(self, shard: Shard) -> None:
-        """One of those is; with the last one the file is let go."""
+    def _use_done(self, shard: Shard) -> None:
+        """Count one use of a source file as done; after its last, check and close the file."""
         with self._lock:
-            self._left[shard.path] -= 1
-            if self._left[shard.path]:
+            self._uses_left[shard.path] -= 1
+            if self._uses_left[shard.path]:
                 return
             reader = self._readers.pop(shard.path)
         self._require_unchanged(shard, reader)
-        self._from.close(shard)
+        self._source.close(shard)
 
     def digest_source(self, shard: Shard, start: int, data: U8) -> None:
-        """Bytes of a source file that stand at `start` in it; each thread waits for its turn."""
-        turns = self._digests[shard.path]
+        """Digest the bytes that lie at byte `start` of a source file.
+
+        Threads call it in any order; each waits until all bytes before its own are digested.
+        """
+        turns = self._turns[shard.path]
         if turns.update(start, data) == shard.size:
             self._digest_done(shard, turns.digest)
 
@@ -138,28 +164,31 @@ class Conversion:
         digests = FileDigests(digest.hexdigest(), digest.tensors)
         self._digested[shard.path.name] = digests
         self._sink.source_read(shard, digests)
-        self._part_done(shard)
+        self._use_done(shard)
 
     def _require_unchanged(self, shard: Shard, reader: ByteReader) -> None:
-        """A file that was written to while it was read is no longer what the digests say."""
+        """Raise InputError if a source file changed while it was read."""
         if reader.identity() == self._identities[shard.path]:
             return
-        known = self._digested.get(shard.path.name)
+        digests = self._digested.get(shard.path.name)
         # Its times may change without its bytes (chmod, a new link): only the bytes tell.
-        if known is None or digest_open(reader, shard, self._algorithm or "") != known.digest:
+        if digests is None or digest_open(reader, shard, self._algorithm or "") != digests.digest:
             raise InputError(_changed(shard.path))
 
     def _require_consistent(self) -> None:
-        """What was read out of turn, the scales of float8, has to be what was digested later."""
+        """Raise InputError if a tensor that was read early is not the one digested later.
+
+        The scales of a float8 weight are read before it, wherever they lie.
+        """
         files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
         for result in self.results.values():
             for name, digest in result.sources.items():
-                known = self._digested.get(files[name].path.name)
-                if known is not None and known.tensors[name] != digest:
+                digests = self._digested.get(files[name].path.name)
+                if digests is not None and digests.tensors[name] != digest:
                     raise InputError(_changed(files[name].path))
 
     def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
-        """The record of this run, after `run`; the caller adds the output's files.
+        """Return the record of this run, without its list of output files; call it after `run`.
 
         Args:
             output_digests: of every output tensor, by key.
@@ -169,8 +198,8 @@ class Conversion:
         )
 
     def _open(self, shard: Shard) -> None:
-        """The next file: from here on its tensors are read."""
-        reader = self._readers[shard.path] = self._from.open(shard)
+        """Open the next source file, and begin its digest."""
+        reader = self._readers[shard.path] = self._source.open(shard)
         self._identities[shard.path] = reader.identity()
         if self._algorithm is None or shard.path.name in self._digested:
             return
@@ -179,31 +208,32 @@ class Conversion:
         if shard.data_start == shard.size:  # no tensor has a byte
             self._digest_done(shard, digest)
         else:
-            self._digests[shard.path] = OrderedDigest(digest)
+            self._turns[shard.path] = OrderedDigest(digest)
 
     def _abort(self) -> None:
-        self._from.abort()
-        for turns in list(self._digests.values()):  # the next file may just be opened
+        """Wake every thread that waits for another."""
+        self._source.abort()
+        for turns in list(self._turns.values()):  # a copy: another thread may open a file now
             turns.abort()
         self._sink.abort()
 
     def _items(self) -> Iterator[Item | Reading]:
-        """Every chunk of every tensor, in the order of the source files."""
+        """Yield every chunk of every tensor, in the order of the source files."""
         plans: dict[Path, list[TensorPlan]] = {}
         for plan in self.plan.tensors:
             plans.setdefault(plan.weight.shard.path, []).append(plan)
         for shard in self.plan.checkpoint.shards:
-            if self._left[shard.path]:
+            if self._uses_left[shard.path]:
                 self._open(shard)
             stored = groupby(plans.get(shard.path, ()), lambda t: t.weight.stored.name)
             for _, group in stored:
                 yield from self._items_of_tensor(list(group))
 
     def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
-        """Every chunk of the weights that one stored tensor becomes."""
+        """Yield every chunk of the weights that one stored tensor becomes."""
         todo = [p for p in plans if p.outputs and p.name not in self._done]
         in_order = any(p.view is None for p in todo)
-        if plans[0].weight.shard.path in self._digests and not in_order:
+        if plans[0].weight.shard.path in self._turns and not in_order:
             yield from self._readings(plans[0])
         for plan in todo:
             yield from self._items_of(plan)
@@ -212,12 +242,14 @@ class Conversion:
                 self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
 
     def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
+        """Yield the chunks of a stored tensor that are read for the digest alone."""
         tensor = plan.weight.stored
         for start in range(tensor.start, tensor.stop, self._resources.chunk):
             stop = min(start + self._resources.chunk, tensor.stop)
             yield Reading(plan.weight.shard, start, stop)
 
     def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
+        """Yield the chunks of one weight, each a whole number of units and within a buffer."""
         unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
         step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
         starts = range(0, plan.numel, step)
@@ -233,22 +265,25 @@ class Conversion:
         self._jobs.add(job)
         if not starts:  # a tensor without elements
             self._finish(job)
-        digest = plan.view is None and plan.weight.shard.path in self._digests
+        digest = plan.view is None and plan.weight.shard.path in self._turns
         for start in starts:
             yield Item(job, start, min(step, plan.numel - start), digest)
 
     def _scales(self, job: Job, scale: Scale) -> F32:
-        """The factors of a float8 weight: a 16,384th of its size, or a value a row."""
+        """Return the factors of a float8 weight, float32, flat.
+
+        They are few enough to be read whole: one for each block of `scale.block` elements.
+        """
         tensor = scale.tensor
         with self._lock:
             reader = self._readers.get(scale.shard.path)
             if reader is not None:  # other threads may be at its last weight: it stays open
-                self._left[scale.shard.path] += 1
+                self._uses_left[scale.shard.path] += 1
         if reader is not None:
             raw = reader.read(tensor.start, tensor.nbytes)
-            self._part_done(scale.shard)
+            self._use_done(scale.shard)
         else:
-            raw = self._from.read_tensor(scale.shard, tensor)
+            raw = self._source.read_tensor(scale.shard, tensor)
         job.sources[tensor.name] = tensor_digest(raw)
         values = np.empty(tensor.numel, np.float32)
         if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
@@ -259,15 +294,19 @@ class Conversion:
         return values
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
-        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes.
+        """Refuse a weight to quantize that holds a NaN or an infinity.
+
+        Args:
+            data: the item's bytes.
 
         Raises:
-            InputError: always; a scan (find_nonfinite.py) goes on.
+            InputError: always.  A subclass may go on instead (find_nonfinite.py).
         """
         dtype = item.job.plan.weight.dtype
         raise InputError(nonfinite(item, error.index, data, dtype)) from error
 
     def item_done(self, item: Item) -> None:
+        """Count a chunk as written; after the last one finish its weight."""
         job = item.job
         with self._lock:
             job.pending -= 1
@@ -277,16 +316,16 @@ class Conversion:
         self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
 
     def _finish(self, job: Job) -> None:
-        """All chunks of a weight are written."""
+        """Finish a weight whose chunks are all written, and tell the sink."""
         weight = job.plan.weight
         if job.plan.state is not None:
             self.finish_state(job)
-        if weight.shard.path in self._digests:
-            tensors: Mapping[str, str] = self._digests[weight.shard.path].digest.tensors
+        if weight.shard.path in self._turns:
+            tensors: Mapping[str, str] = self._turns[weight.shard.path].digest.tensors
         else:
-            known = self._digested.get(weight.shard.path.name)
-            tensors = known.tensors if known else {}
-        # The bytes that a view is a part of may still be on their way through another thread.
+            digests = self._digested.get(weight.shard.path.name)
+            tensors = digests.tensors if digests else {}
+        # Of a view, another thread may not have digested the rest of the stored tensor yet.
         if weight.stored.name in tensors:
             job.sources[weight.stored.name] = tensors[weight.stored.name]
         offset = job.state.nested_offset if job.state and job.state.nested else None
@@ -295,10 +334,10 @@ class Conversion:
             self.results[job.plan.name] = result
             self._jobs.discard(job)
         self._sink.finish(job.plan, result)
-        self._part_done(weight.shard)
+        self._use_done(weight.shard)
 
     def finish_state(self, job: Job) -> None:
-        """Everything about a weight that needs all of it: double quantization, state, errors."""
+        """Write what needs the whole weight: double-quantized scales, tables, state, errors."""
         name, state = job.plan.name, job.plan.state
         assert state is not None
         if job.absmax is not None:
@@ -324,7 +363,7 @@ class Conversion:
         job.state = state
 
     def _nest(self, name: str, plan: TensorPlan, absmax: AbsmaxFile) -> float:
-        """Double-quantize a weight's absmax vector; returns the offset."""
+        """Double-quantize a weight's absmax vector, and return the offset."""
         _, (blocks,) = plan.outputs[name + bnb_format.ABSMAX]
         total = 0.0
         for _, values in absmax.pieces(blocks):
@@ -342,16 +381,25 @@ class Conversion:
         self._sink.write(name + bnb_format.NESTED_QUANT_MAP, 0, nested_map().view(np.uint8))
 
     def choose_offset(self, name: str, mean: float) -> float:
-        """nested_offset of a weight whose absmax vector has this mean, rounded to float32."""
+        """Return the nested_offset of a weight.
+
+        Args:
+            mean: of its absmax vector, rounded to float32.
+        """
         return mean
 
     def write_nested(
         self, name: str, start: int, values: F32, offset: float, codes: U8, nested: F32
     ) -> None:
-        """A piece of a double-quantized absmax vector, and the float32 `values` it is made from.
+        """Write a piece of a double-quantized absmax vector.
 
         Args:
+            name: of the weight.
             start: block of the first value; a multiple of NESTED_BLOCKSIZE.
+            values: float32 [n], the scales that were double-quantized.
+            offset: that was subtracted from each.
+            codes: uint8 [n]; may be changed here.
+            nested: float32, one for each NESTED_BLOCKSIZE of them.
         """
         self._sink.write(name + bnb_format.ABSMAX, start, codes)
         self._sink.write(

@@ -1,4 +1,4 @@
-"""A bitsandbytes 4-bit model, anybody's, back to an ordinary one, streaming."""
+"""Decode a bitsandbytes 4-bit model, whoever wrote it, back to an ordinary one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..planning.model_plan import ModelPlan
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
-from .conversion import Conversion
+from .conversion import Conversion, Tools
 from .output_place import refuse_place, require_disk
 from .side_files import write_side_files
 from .workspace import Workspace
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written.
+    """What was written of one checkpoint.
 
     Attributes:
-        decoded: packed weights that became floats.
-        kept: tensors copied or cast.
-        nbytes: of all output shards.
-        files: output shards.
+        decoded: number of packed weights that became floats.
+        kept: number of tensors that were copied or cast.
+        nbytes: bytes of all output shards.
+        files: number of output shards.
     """
 
     decoded: int
@@ -55,14 +55,14 @@ class Summary:
 
     @staticmethod
     def of(plan: Plan) -> Summary:
-        """Return what a plan that was carried out has written."""
+        """Return the summary of a plan that was carried out."""
         decoded = sum(t.packed is not None for t in plan.tensors)
         kept = len(plan.tensors) - decoded
         return Summary(decoded, kept, plan.shard_bytes, len(plan.shards))
 
 
 class _Files:
-    """The sink that writes into a directory, and digests nothing."""
+    """The sink that writes shards into a directory, and digests nothing."""
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._writers = [ShardWriter(directory, layout) for layout in plan.shards]
@@ -78,7 +78,7 @@ class _Files:
     def abort(self) -> None: ...
 
     def finish_files(self) -> None:
-        """Have the safetensors library open each file."""
+        """Check each file with the safetensors library."""
         for writer in self._writers:
             writer.finish()
 
@@ -95,10 +95,12 @@ def write_decoded(
     fsync: bool = True,
     progress: Progress = no_progress,
 ) -> dict[str, Summary]:
-    """Decode into the new directory `output`, which appears complete or not at all.
+    """Decode a model into the new directory `output`, which appears complete or not at all.
 
     Args:
-        model: of `plan_decoding`.
+        model: what `plan_decoding` returns.
+        fsync: wait for the disk before the output appears.
+        progress: told the bytes of each tensor that are done.
 
     Returns:
         What was written, by part.
@@ -109,34 +111,30 @@ def write_decoded(
         OSError: a disk is full or fails.
     """
     refuse_place(model.root, output, model.is_file)
-    beside = (
+    side_bytes = sum(
         (plan.checkpoint.root / name).stat().st_size
         for plan in model.parts.values()
         for name in plan.checkpoint.extra_files
     )
-    require_disk(output, model.copies.nbytes + model.shard_bytes + sum(beside))
-    place = model.root, model.is_file
-    with stopping.finishing(), Workspace(output, place, fsync=fsync) as work:
+    require_disk(output, model.copies.nbytes + model.shard_bytes + side_bytes)
+    source = model.root, model.is_file
+    with stopping.finishing(), Workspace(output, source, fsync=fsync) as work:
         model.copies.write(work.directory)
         for part, plan in model.parts.items():
             directory = work.directory / part
             directory.mkdir(exist_ok=True)
-            _decode_into(directory, plan, engine, resources, progress)
+            _decode_into(directory, plan, Tools(engine, resources, progress))
     return {part: Summary.of(plan) for part, plan in model.parts.items()}
 
 
-def _decode_into(
-    directory: Path, plan: Plan, engine: Engine, resources: Resources, progress: Progress
-) -> None:
+def _decode_into(directory: Path, plan: Plan, tools: Tools) -> None:
+    """Write the decoded checkpoint of one plan into `directory`."""
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
     with ExitStack() as stack:
         readers = stack.enter_context(ShardReaders(plan.checkpoint.shards))
         files = _Files(directory, plan)
         stack.callback(files.close)
-        Conversion(
-            plan, engine, resources, files, None, progress=progress,
-            packed=PackedReader(readers, engine),
-        ).run()  # fmt: skip
+        Conversion(plan, tools, files, packed=PackedReader(readers, tools.engine)).run()
         files.finish_files()
 
 
@@ -146,12 +144,15 @@ def plan_decoding(
     """Decide how every packed weight of a checkpoint or pipeline is decoded.
 
     Args:
-        dtype: of every floating tensor written; "auto" leaves each weight the dtype that its
-            quantization state names, and kept tensors theirs.
+        path: the checkpoint or pipeline.
+        engine: decodes the quantization states.
+        dtype: of every floating tensor written; "auto" gives each packed weight the dtype that its
+            quantization state names, and leaves kept tensors theirs.
+        max_shard_size: bytes of an output file.
 
     Raises:
-        UsageError: no such dtype.
-        InputError: nothing there is a bitsandbytes 4-bit checkpoint, or one is damaged.
+        UsageError: no such dtype, or `max_shard_size` is out of range.
+        InputError: `path` holds no bitsandbytes 4-bit weight, or a checkpoint is damaged.
     """
     if dtype not in ("auto", *SAFETENSORS_NAME):
         raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
@@ -173,7 +174,7 @@ def plan_decoding(
 
 
 def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int) -> Plan:
-    """Read every state of a checkpoint and lay the output out."""
+    """Return the plan that decodes one checkpoint."""
     with ShardReaders(checkpoint.shards) as readers:
         weights = load_weights(checkpoint, readers)
         packed = PackedReader(readers, engine)
@@ -194,6 +195,7 @@ def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: in
 def _tensor_plans(
     checkpoint: Checkpoint, weights: Mapping[str, PackedWeight], dtype: str
 ) -> list[TensorPlan]:
+    """Return the plan of each output tensor, in the order of the checkpoint's tensors."""
     model_types = selection.Context.of(checkpoint).model_types
     companions = {part[1].name for w in weights.values() for part in w.parts()[1:]}
     plans = []
@@ -204,36 +206,40 @@ def _tensor_plans(
         if weight is None:
             plans.append(_kept(shard, stored, dtype))
             continue
-        wanted = SAFETENSORS_NAME[weight.state.dtype if dtype == "auto" else dtype]
+        output_dtype = SAFETENSORS_NAME[weight.state.dtype if dtype == "auto" else dtype]
         shape = tuple(weight.state.shape)
         leaf = selection.module_path(name).rpartition(".")[2]
         view = None
         if len(shape) == 2 and selection.is_transposed(model_types, leaf):
             view = View(0, *shape, stride=shape[1])
             shape = shape[::-1]
-        made = Weight(name, wanted, shape, shard, stored)
+        decoded = Weight(name, output_dtype, shape, shard, stored)
+        outputs = {name: (output_dtype, shape)}
         plans.append(
-            TensorPlan(
-                made, "decode", "packed", "", view, None, {name: (wanted, shape)}, packed=weight
-            )
+            TensorPlan(decoded, "decode", "packed", "", view, None, outputs, packed=weight)
         )
     return plans
 
 
 def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
     """Return the plan of a tensor that is not packed."""
-    wanted = stored.dtype
+    output_dtype = stored.dtype
     if stored.dtype in TORCH_NAME and dtype != "auto":
-        wanted = SAFETENSORS_NAME[dtype]
-    action = "copy" if wanted == stored.dtype else "cast"
+        output_dtype = SAFETENSORS_NAME[dtype]
+    action = "copy" if output_dtype == stored.dtype else "cast"
     weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
-    return TensorPlan(weight, action, "kept", "", None, None, {stored.name: (wanted, stored.shape)})
+    outputs = {stored.name: (output_dtype, stored.shape)}
+    return TensorPlan(weight, action, "kept", "", None, None, outputs)
 
 
 def _lay_out(
     plans: list[TensorPlan], stem: str, max_shard_size: int
 ) -> tuple[tuple[TensorPlan, ...], tuple[ShardLayout, ...]]:
-    """Return the plans in the order they are read, each with its file, and the files."""
+    """Lay the output tensors out in files.
+
+    Returns:
+        (the plans in the order of reading, each with the number of its file, the files).
+    """
     files = fill_shards(
         plans,
         lambda plan: [(key, dtype, shape) for key, (dtype, shape) in plan.outputs.items()],

@@ -1,8 +1,7 @@
-"""Which weights hold a NaN or an infinity: a conversion that writes nothing, before the real one.
+"""Find the weights that hold a NaN or an infinity, by a conversion that writes nothing.
 
-The plan has to be complete before the first byte is written, and headers do not say what bytes
-hold: `--on-nonfinite keep` takes one more read of the source.  The judge is the engine that
-converts.
+`--on-nonfinite keep` needs it: a plan is complete before the first byte is written, and headers do
+not say what the bytes hold, so the source is read once more.  The engine that converts decides.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..output.manifest import Result
 from ..planning.make_plan import Scan
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
-from .conversion import Conversion
+from .conversion import Conversion, Tools
 from .items import Item, Job
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Nowhere:
-    """The sink that drops everything."""
+    """The sink that drops all bytes."""
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None: ...
 
@@ -42,16 +41,18 @@ class _Nowhere:
 
 
 class _Scan(Conversion):
-    """A conversion that notes what is not finite and goes on."""
+    """A conversion that notes weights which are not finite, and goes on.
 
-    def __init__(
-        self, plan: Plan, engine: Engine, resources: Resources, progress: Progress
-    ) -> None:
-        super().__init__(plan, engine, resources, _Nowhere(), None, progress=progress)
-        self.found: set[str] = set()
+    Attributes:
+        nonfinite: their names.
+    """
+
+    def __init__(self, plan: Plan, tools: Tools) -> None:
+        super().__init__(plan, tools, _Nowhere())
+        self.nonfinite: set[str] = set()
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
-        self.found.add(item.job.plan.name)
+        self.nonfinite.add(item.job.plan.name)
 
     def finish_state(self, job: Job) -> None: ...
 
@@ -59,11 +60,11 @@ class _Scan(Conversion):
 def nonfinite_weights(
     plan: Plan, engine: Engine, resources: Resources, progress: Progress = no_progress
 ) -> frozenset[str]:
-    """The weights that `plan` would quantize and that hold a NaN or an infinity.
+    """Return the names of the weights to quantize that hold a NaN or an infinity.
 
     Raises:
-        InputError: a float8 weight does not decode to finite values (it cannot be kept as it is
-            stored, and what it would decode to is not what the source holds), or a file changed.
+        InputError: a float8 weight does not decode to finite values, so that nothing can keep it;
+            or a file changed.
         OSError: a disk fails.
     """
     weights = tuple(
@@ -72,16 +73,17 @@ def nonfinite_weights(
         if t.state is not None
     )
     quickest = replace(plan.config, scale="absmax")
-    scan = _Scan(replace(plan, tensors=weights, config=quickest), engine, resources, progress)
+    tools = Tools(engine, resources, progress)
+    scan = _Scan(replace(plan, tensors=weights, config=quickest), tools)
     scan.run()
-    return frozenset(scan.found)
+    return frozenset(scan.nonfinite)
 
 
 def scanner(engine: Engine, resources: Resources, progress: Progress = no_progress) -> Scan:
-    """For `make_plan`."""
+    """Return `nonfinite_weights` as the function of a plan that `make_plan` takes."""
     return lambda plan: nonfinite_weights(plan, engine, resources, progress)
 
 
 def scan_bytes(plan: Plan) -> int:
-    """Bytes that a scan reads."""
+    """Return the bytes that a scan reads."""
     return sum(t.numel * ITEMSIZE[t.weight.stored.dtype] for t in plan.tensors if t.state)

@@ -1,4 +1,4 @@
-"""The pieces of work that a conversion is cut into, and what is known of a weight meanwhile."""
+"""Define the pieces of work of a conversion, and the state of a weight while it is worked on."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ ABSMAX_PIECE = 1 << 18  # elements of the absmax vector double-quantized at a ti
 class Item:
     """One piece of work: `count` elements of a weight from element `start`.
 
-    Elements count in the order they are written; those of a packed weight as its codes lie.
+    Elements are counted in the order of writing; those of a packed weight in the order of its
+    codes.
 
     Attributes:
-        digest: its bytes are read in file order, and digested on the way.
+        digest: whether its bytes are read in file order, and digested on the way.
     """
 
     job: Job
@@ -47,8 +48,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Bytes [start, stop) of a source file that are only digested: what was transposed cannot be
-    digested in the order it is read, and of some tensors nothing is written."""
+    """Bytes [start, stop) of a source file that are read for its digest alone.
+
+    A transposed weight is not read in file order, and of some tensors nothing is written.
+    """
 
     shard: Shard
     start: int
@@ -57,18 +60,21 @@ class Reading:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A tensor being worked on.
+    """A weight that is being worked on.
 
     Attributes:
-        pending: items not done yet.
+        pending: number of items that are not done.
         scale: float32 factors of a float8 weight, flat.
-        stats: the engine's error sums by first element.
+        stats: the engine's error sums (float64) of each item, by its first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
-        ladder: the scales to choose from, None where it is absmax.
-        importance: float32 [columns] that weights the choice, None for no data.
-        codes: where its codes come from, None for the nearest.
-        worst_block: of such codes, the largest error of a block, see `given_codes.errors_of`.
-        sources: XXH3-128 of what it was made from, by stored tensor, as far as known.
+        ladder: the scales to choose from; None where a scale is its block's largest magnitude.
+        importance: float32 [columns], the weight of each column's error in the choice; None for
+            equal weights.
+        codes: gives the codes; None for the nearest.
+        worst_block: the largest error of a block with given codes, see `given_codes.errors_of`.
+        error: of the whole weight, once it is finished.
+        state: the final quantization state, once it is finished.
+        sources: XXH3-128 of the stored tensors that it was made from, by name, as far as known.
     """
 
     plan: TensorPlan
@@ -87,16 +93,21 @@ class Job:
 
 
 class AbsmaxFile:
-    """A float32 vector on disk: the only thing that grows with a tensor, kept out of memory."""
+    """A float32 vector in a temporary file: it grows with the weight, so memory may not hold it.
+
+    Args:
+        directory: of the file; None for the system's.
+    """
 
     def __init__(self, directory: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - see close
 
     def write(self, start: int, values: F32) -> None:
+        """Write float32 [n] values from element `start` on."""
         write_at(self._file.fileno(), memoryview(values.view(np.uint8)), 4 * start)
 
     def pieces(self, size: int) -> Iterator[tuple[int, F32]]:
-        """(first element, values), ABSMAX_PIECE at a time."""
+        """Yield the first `size` elements as (first element, float32 [at most ABSMAX_PIECE])."""
         for start in range(0, size, ABSMAX_PIECE):
             values = np.empty(min(ABSMAX_PIECE, size - start), np.float32)
             view = memoryview(values.view(np.uint8))
@@ -109,7 +120,7 @@ class AbsmaxFile:
 
 
 def widest(plan: TensorPlan) -> int:
-    """Bytes of a worker's buffers that an element takes: the chunk is cut to fit."""
+    """Return the bytes of a worker's buffer that one element takes, at the most."""
     stored = ITEMSIZE[plan.weight.stored.dtype]
     if plan.packed is not None:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
@@ -123,15 +134,17 @@ def widest(plan: TensorPlan) -> int:
 
 
 def unit_of_packed(plan: TensorPlan) -> int:
-    """Return how many elements of a packed weight are decoded together at least: a block, and
-    whole rows of one that is transposed."""
+    """Return the fewest elements of a packed weight that are decoded together.
+
+    That is a block, and whole rows of a weight that is transposed.
+    """
     assert plan.packed is not None
     unit = plan.packed.state.blocksize
     return unit if plan.view is None else math.lcm(unit, plan.view.columns)
 
 
 def element(item: Item, index: int) -> tuple[int, ...]:
-    """The place in the source tensor of the item's element `index`."""
+    """Return the index in the stored tensor of an item's element `index`."""
     plan, flat = item.job.plan, item.start + index
     stored = plan.weight.stored
     if plan.view is not None:
@@ -141,7 +154,12 @@ def element(item: Item, index: int) -> tuple[int, ...]:
 
 
 def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
-    """What to say of a float8 weight that decodes to no number at the item's element `index`."""
+    """Return the message about a float8 weight whose element `index` of an item is not finite.
+
+    Args:
+        data: uint8, the item's bytes.
+        scale: of the weight.
+    """
     weight = item.job.plan.weight
     return (
         f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
@@ -152,7 +170,11 @@ def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
 
 
 def nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
-    """What to say of the NaN or infinity at the item's element `index`."""
+    """Return the message about a NaN or an infinity at an item's element `index`.
+
+    Args:
+        data: uint8, the item's bytes, in `dtype`.
+    """
     weight = item.job.plan.weight
     bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
     mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]

@@ -1,9 +1,9 @@
-"""The journal of a run: what is finished, so that a run that was stopped can be continued.
+"""Keep the journal of a run: what is finished, so that a run that was stopped can be continued.
 
-A file of lines, each with a checksum of its own.  The first says what is being made of what; the
-others, of weights that are written and of source files that are read to their end.  A line about
-bytes is written after the bytes are on the disk; whatever it says is checked again before it is
-believed (resume.py).
+The journal is a file of lines, each with a checksum.  The first line is the header (see
+`resume.header`); the others name weights that are written, source files that are read to their end,
+and output files that a Hub has.  A line about bytes is written after the bytes are on the disk, and
+it is checked again before it counts (resume.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..checkpoint.types import FileDigests, Shard
 from ..output.manifest import Result, TensorError
 
 VERSION = 1
-"""Of the journal's format; another one cannot be continued."""
-SYNC_EVERY = 0.25  # seconds between two visits to the disk
+"""Of the journal's format; a run with another version cannot be continued."""
+SYNC_EVERY = 0.25  # seconds between two syncs
 
 Json = dict[str, Any]
 
@@ -36,9 +36,9 @@ class Part:
     Attributes:
         weights: (result, digests of its output tensors by key), by weight.
         files: digests of the source files that were read to their end, by name.
-        identities: of the source files, when the run began: those that a later change of the
-            file cannot leave as they are.
-        uploads: of the output files that a Hub has and the disk perhaps has no more, by name.
+        identities: of the source files when the run began, by name; only those that every later
+            change of the file changes (`is_settled`).
+        uploads: the output files that a Hub has, by name; the disk may not have them any more.
     """
 
     weights: dict[str, tuple[Result, dict[str, str]]] = field(default_factory=dict)
@@ -49,12 +49,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An output file that was handed to a Hub.
+    """An output file that was uploaded to a Hub.
 
     Attributes:
-        digest: in the run's algorithm.
+        digest: of its bytes, in the run's algorithm.
         size: bytes.
-        sha256: hexadecimal.
+        sha256: of its bytes, hexadecimal.
         sample: its first 512 bytes, which a Hub asks for.
     """
 
@@ -66,11 +66,11 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A journal, read.
+    """What a journal holds.
 
     Attributes:
-        header: its first line, None where there is none.
-        parts: by name, "" for a checkpoint alone.
+        header: its first line as JSON; None where there is none, or it is damaged.
+        parts: by name; "" for a checkpoint alone.
         damaged: whether the first line is not as it was written.
     """
 
@@ -80,14 +80,14 @@ class Contents:
 
     @property
     def finished(self) -> int:
-        """Weights, of all parts."""
+        """Number of finished weights of all parts."""
         return sum(len(part.weights) for part in self.parts.values())
 
 
 def read(fd: int) -> Contents:
-    """Everything that an open journal holds.
+    """Read an open journal.
 
-    A line that is not as it was written is none: what it spoke of is done again.
+    A line that is not as it was written is left out, so that its work is done again.
     """
     with os.fdopen(os.dup(fd), "rb") as file:
         file.seek(0)
@@ -103,18 +103,20 @@ def read(fd: int) -> Contents:
 
 
 def _whole_lines(fd: int) -> int:
-    """Bytes up to the end of the last line that is whole."""
+    """Return the bytes up to the end of the last whole line."""
     with os.fdopen(os.dup(fd), "rb") as file:
         file.seek(0)
         return file.read().rfind(b"\n") + 1
 
 
 def _line(entry: Json) -> bytes:
+    """Return the line of an entry: checksum, space, JSON."""
     text = json.dumps(entry, separators=(",", ":")).encode()
     return _checksum(text) + b" " + text + b"\n"
 
 
 def _parse(line: bytes) -> Json | None:
+    """Return the entry of a line; None where it is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if checksum != _checksum(text):
         return None
@@ -132,6 +134,11 @@ def _checksum(text: bytes) -> bytes:
 
 
 def _apply(entry: Json, parts: dict[str, Part]) -> None:
+    """Add what an entry says to its part.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: a field is missing or of another kind.
+    """
     part = parts.setdefault(entry["part"], Part())
     if "weight" in entry:
         error = entry["error"]
@@ -160,14 +167,13 @@ def _identity(values: list[Any]) -> Identity:
 
 
 class Journal:
-    """A journal that is written; every method but `close` is thread-safe.
+    """A journal that is being written; every method but `close` is thread-safe.
 
-    A thread of its own waits for the disk, so that no worker does.
+    A thread of its own waits for the disk, so that no worker has to.
 
     Args:
         fd: the file, open for reading and writing; not closed here.
-        fsync: wait until the bytes that a line is about are on the disk before it is written, and
-            for the line itself.
+        fsync: sync the bytes that a line is about before the line is written, and then the line.
     """
 
     def __init__(self, fd: int, fsync: bool) -> None:
@@ -178,13 +184,14 @@ class Journal:
         self._unsynced: set[Path] = set()
         self._added = self._written = 0  # lines
         self._closing = False
-        self._awaited = False  # somebody waits for a line
+        self._awaited = False  # a thread waits until its line is written
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="nf4-journal", daemon=True)
         os.ftruncate(fd, _whole_lines(fd))  # a torn line would spoil the next one
         os.lseek(fd, 0, os.SEEK_END)
 
     def start(self) -> None:
+        """Start the thread that writes the lines."""
         self._thread.start()
 
     def restart(self, header: Json) -> None:
@@ -194,7 +201,7 @@ class Journal:
         self._append(_line(header))
 
     def identities(self, part: str, shards: Iterable[Shard]) -> None:
-        """What the source files are before any of their tensors is read."""
+        """Record the identities of the source files, before any of their tensors is read."""
         now = time.time_ns()
         settled = {
             shard.path.name: shard.identity
@@ -206,10 +213,13 @@ class Journal:
     def weight(
         self, part: str, name: str, result: Result, outputs: Mapping[str, str], path: Path
     ) -> None:
-        """A weight is written whole, into the file at `path`.
+        """Record that a weight is written whole, into the file at `path`.
+
+        Args:
+            outputs: digests of its output tensors, by key.
 
         Raises:
-            OSError: the disk failed meanwhile, with this or an earlier line.
+            OSError: an earlier line could not be written.
         """
         self._add(
             {
@@ -224,7 +234,7 @@ class Journal:
         )
 
     def source_file(self, part: str, name: str, digests: FileDigests) -> None:
-        """A source file was read to its end.
+        """Record that a source file is read to its end.
 
         Raises:
             OSError: see `weight`.
@@ -232,7 +242,9 @@ class Journal:
         self._add({"part": part, "file": name, **asdict(digests)}, None)
 
     def uploaded(self, part: str, name: str, upload: Upload) -> None:
-        """A Hub has an output file; returns when the line is on the disk, and the file may go.
+        """Record that a Hub has an output file, and wait until that line is on the disk.
+
+        Then the file itself may be removed.
 
         Raises:
             OSError: see `weight`.
@@ -247,7 +259,7 @@ class Journal:
                 raise self._error
 
     def lost(self, part: str, names: Iterable[str]) -> None:
-        """A Hub does not have these output files any more.
+        """Record that a Hub does not have these output files any more.
 
         Raises:
             OSError: see `weight`.
@@ -255,7 +267,7 @@ class Journal:
         self._add({"part": part, "lost": list(names)}, None)
 
     def close(self) -> None:
-        """Write what is left.  What a journal lacks is done again, but see `require_good`."""
+        """Write the lines that are left, and end the thread; `require_good` tells of failures."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -263,13 +275,22 @@ class Journal:
             self._thread.join()
 
     def require_good(self) -> None:
-        """After `close`: raises the OSError of a disk that failed meanwhile.  It is told once: a
-        later sync of the same file may say that all is well."""
+        """Raise the OSError of a write or sync that failed; call it after `close`.
+
+        The system reports such a failure once: a later sync of the same file may succeed.
+        """
         if self._error is not None:
             raise self._error
 
     def _add(self, entry: Json, path: Path | None) -> int:
-        """Returns the number of the line, from 1."""
+        """Queue a line, and return its number, from 1.
+
+        Args:
+            path: of the file to sync before the line is written; None for none.
+
+        Raises:
+            OSError: an earlier line could not be written.
+        """
         line = _line(entry)
         with self._changed:
             if self._error is not None:
@@ -282,6 +303,7 @@ class Journal:
             return self._added
 
     def _run(self) -> None:
+        """Write lines as they come, until `close`; keep the first error."""
         try:
             while True:
                 with self._changed:
@@ -291,7 +313,7 @@ class Journal:
                     lines, self._lines = self._lines, []
                     unsynced, self._unsynced = self._unsynced, set()
                     closing = self._closing
-                if self._fsync and not closing:  # at the end the digests have to do
+                if self._fsync and not closing:  # after the end, digests show what is lost
                     for path in unsynced:
                         sync(path)
                 if lines:

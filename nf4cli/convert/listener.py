@@ -1,4 +1,4 @@
-"""Whoever wants to hear how a run goes on: its stages, its progress, and what it finishes."""
+"""Report how a run goes on: its stages, its progress, and the weights and files it finishes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a run that takes its time.
+    """A part of a run that takes a while.
 
     Attributes:
         label: what is being done ("quantizing").
-        total: bytes of work, 0 where nobody knows.
-        what: from what, to what.
-        weights: parameters in the work, 0 where they do not matter.
-        transfers: what is moved besides.
-        place: whose disk is worth looking at.
+        total: bytes of work; 0 where it is unknown.
+        what: the models that are read and written, for the terminal.
+        weights: number of parameters; 0 where it does not matter.
+        transfers: counts the bytes that are moved meanwhile; None where none are.
+        place: a path on the disk whose free space is shown; None for none.
     """
 
     label: str
@@ -38,21 +38,21 @@ class Stage:
 
 
 class Listener:
-    """Does nothing; subclasses say what they want to hear. Called from any thread.
+    """Hears of a run, from any thread, and does nothing; subclasses override what they need.
 
     Everywhere `part` is a pipeline's component, "" for a checkpoint alone.
     """
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[Progress]:
-        """Hear that a stage begins and ends; what is yielded is told of its progress."""
+        """Hear that a stage begins, yield what its progress is told to, and hear that it ends."""
         yield self.progress
 
     def progress(self, name: str, nbytes: int) -> None:
-        """Hear that `nbytes` more bytes of the tensor or file `name` are dealt with."""
+        """Hear that `nbytes` more bytes of the tensor or file `name` are done."""
 
     def note(self, sentence: str) -> None:
-        """Hear what a user should know."""
+        """Hear a sentence that the user should read."""
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
         """Hear which weights an earlier run finished."""

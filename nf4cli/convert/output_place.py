@@ -1,4 +1,4 @@
-"""A place for an output: free, apart from its source, with enough disk."""
+"""Check the place of an output: it is free, outside of the source, and its disk has room."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def check_output(
     """Refuse an output that exists, overlaps the source, or does not fit on the disk.
 
     Args:
-        resume: what an unfinished run left may be used.
-        need: bytes of the disk, None for a whole output.
+        workers: threads, each of which needs room for temporary files.
+        resume: the run may continue an unfinished one, or accept an output that exists.
+        need: bytes of the disk; None for a whole output.
 
     Raises:
         UsageError: it exists, or it is the source or inside it.
@@ -37,20 +38,19 @@ def check_output(
 
 
 def holds_output(output: Path) -> bool:
-    """Whether an output of ours is there, and no other one was begun."""
+    """Return whether nf4 wrote an output there, and no run of another one was begun."""
     begun = (workspace_of(output) / "files").exists()
     return not begun and any(is_regular(output / name) for name in (MANIFEST, PIPELINE_RECORD))
 
 
 def require_place(root: Path, output: Path, is_file: bool, resume: bool) -> None:
-    """`refuse_place`, unless `resume` may find something there that it is content with: the run's
-    workspace decides then."""
+    """Refuse a place as `refuse_place` does, but leave it to the run's workspace with `resume`."""
     if not resume:
         refuse_place(root, output, is_file)
 
 
 def workspace_of(output: Path) -> Path:
-    """The directory beside an output that a run works in."""
+    """Return the directory beside an output that a run works in."""
     output = output.absolute()
     name = f".{output.name}.partial"
     if len(os.fsencode(name)) > _LONGEST_NAME:
@@ -59,10 +59,11 @@ def workspace_of(output: Path) -> Path:
 
 
 def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
-    """Raises UsageError unless `output` is absent or an empty directory, outside of the source.
+    """Raise UsageError unless `output` is absent or an empty directory, outside of the source.
 
     Args:
-        root: the source, or the directory of one that `is_file`.
+        root: the source, or the directory of a source that is one file.
+        is_file: whether the source is one file.
     """
     try:
         source, target = root.resolve(), output.resolve()
@@ -85,8 +86,10 @@ def refuse_place(root: Path, output: Path, is_file: bool = False) -> None:
 
 
 def require_disk(output: Path, need: int) -> None:
-    """Raises MachineError when the disk for `output` has fewer than `need` bytes free, those that
-    an unfinished run has taken counted as free."""
+    """Raise MachineError if the disk for `output` has fewer than `need` bytes free.
+
+    What an unfinished run of the same output holds counts as free.
+    """
     free = room_for(output)
     if free < need:
         raise MachineError(
@@ -96,12 +99,12 @@ def require_disk(output: Path, need: int) -> None:
 
 
 def room_for(output: Path) -> int:
-    """Bytes that a run may take on the disk for `output`, with those that an unfinished one has
-    taken."""
+    """Return the free bytes of the disk for `output`, with those that an unfinished run holds."""
     return shutil.disk_usage(_parent_of(output)).free + _bytes_in(workspace_of(output))
 
 
 def _parent_of(output: Path) -> Path:
+    """Return the closest directory above `output` that exists."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -109,12 +112,12 @@ def _parent_of(output: Path) -> Path:
 
 
 def _bytes_in(directory: Path) -> int:
-    """Bytes of the disk that the files of a directory take; 0 for what is none of ours."""
+    """Return the bytes that the files of a directory take on the disk; 0 for a link to one."""
     if directory.is_symlink():
         return 0
     total = 0
     for file in directory.rglob("*"):
-        with suppress(OSError):  # another run may just be removing it
+        with suppress(OSError):  # another run may be removing it
             status = file.lstat()
             total += 512 * status.st_blocks if stat.S_ISREG(status.st_mode) else 0
     return total
@@ -126,7 +129,7 @@ def disk_bytes(model: ModelPlan, workers: int) -> int:
 
 
 def base_bytes(model: ModelPlan, workers: int) -> int:
-    """Return the same without the output's weight files: what lies there all the time."""
+    """Return those bytes without the output's weight files: what lies there all the time."""
     parts = sum(bytes_beside_shards(plan, workers) for plan in model.parts.values())
     if not model.is_pipeline:
         return parts

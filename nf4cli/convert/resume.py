@@ -1,4 +1,4 @@
-"""What an earlier run left, and how much of it stands: only what a digest proves is believed."""
+"""Check how much of an earlier run's work still stands: only what a digest proves counts."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..errors import InputError, InterruptedRunError, UsageError
 from ..output import manifest
 from ..output.manifest import Result
 from ..planning.plan import Plan, TensorPlan
-from ..threads import run
+from ..threads import each
 from . import journal
 from .journal import Part, Upload
 
 
 @dataclass(slots=True)
 class Standing:
-    """The finished work of an earlier run that was found to be as it was written.
+    """The finished work of an earlier run whose bytes are as they were written.
 
     Attributes:
-        results: by weight.
-        outputs: digests of their tensors, by key.
-        shards: digests of the output files that are complete, by name.
-        sources: digests of source files that need not be read for them, by name.
-        lost: weights that an earlier run finished, and whose bytes are not there.
-        uploads: of the output files that were handed to a Hub and need not be here, by name.
+        results: of the finished weights, by name.
+        outputs: digests of their output tensors, by key.
+        shards: digests of the complete output files, by name.
+        sources: digests of the source files that need not be read to be digested, by name.
+        lost: number of weights that an earlier run finished, and whose bytes are gone.
+        uploads: of the output files that a Hub has, so that they need not be here, by name.
     """
 
     results: dict[str, Result] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Standing:
     uploads: dict[str, Upload] = field(default_factory=dict)
 
     def forget(self, plan: Plan, filenames: Collection[str]) -> None:
-        """Take the weights in some output files for not made."""
+        """Drop the finished weights in some output files, so that they are made again."""
         for t in plan.tensors:
             if t.outputs and plan.shards[t.file].filename in filenames:
                 self.results.pop(t.name, None)
@@ -58,11 +58,14 @@ class Standing:
 def header(
     plans: Mapping[str, Plan], algorithm: str, destination: str | None = None
 ) -> dict[str, Any]:
-    """Everything that the bytes of an output depend on, as far as headers tell: two runs with
-    the same one write the same, if the bytes of the sources are the same.
+    """Return everything but the sources' bytes that the bytes of an output depend on, as JSON.
+
+    Two runs with the same header write the same bytes, if their sources hold the same bytes.
 
     Args:
-        destination: the repository that output files are handed to, and then leave the disk.
+        plans: by part.
+        algorithm: of the files' digests.
+        destination: of output files that leave the disk (see `Transport.destination`).
     """
     pushed = {} if destination is None else {"push_to": destination}
     return {
@@ -76,6 +79,7 @@ def header(
 
 
 def _part_header(plan: Plan) -> dict[str, Any]:
+    """Return the header of one part: recipe, source files and a digest of the plan."""
     return {
         "recipe": plan.config.as_dict(),
         "source": {
@@ -88,17 +92,17 @@ def _part_header(plan: Plan) -> dict[str, Any]:
 
 
 def _fingerprint(plan: Plan) -> str:
-    """A digest of every decision of a plan."""
+    """Return a digest of every decision of a plan."""
     digest = new_tensor_hash()
     for layout in plan.shards:
         digest.update(layout.filename.encode() + layout.header)
     for t in plan.tensors:
-        where = (
+        stored = (
             t.weight.shard.path.name,
             t.weight.stored,
             t.weight.scale and t.weight.scale.tensor,
         )
-        digest.update(repr((t.name, t.action, t.rule, t.reason, where, t.view, t.file)).encode())
+        digest.update(repr((t.name, t.action, t.rule, t.reason, stored, t.view, t.file)).encode())
     digest.update(json.dumps([plan.index, plan.output_config]).encode())
     return digest.hexdigest()
 
@@ -114,12 +118,14 @@ def check(
     """Check an earlier run's work on `plan`, byte by byte.
 
     Args:
-        directory: where its files lie.
-        part: what its journal says.
+        directory: where its output files lie.
+        part: what its journal says of them.
+        algorithm: of the files' digests.
         workers: threads.
+        progress: told the name of each file that is read.
 
     Raises:
-        UsageError: the source is not the one that it read.
+        UsageError: the source is not the one that the earlier run read.
         InputError: a source file cannot be read.
     """
     standing = Standing(sources=_check_sources(plan, part, algorithm, workers, progress))
@@ -135,39 +141,31 @@ def check(
     lock = threading.Lock()
 
     def check_shard(number: int, stop: threading.Event) -> None:
-        layout = plan.shards[number]
-        here = members.get(number, [])
-        mine = [t for t in here if t.name in done]
-        path = directory / layout.filename
-        if layout.filename in part.uploads and len(mine) == len(here):
-            with lock:
-                upload = standing.uploads[layout.filename] = part.uploads[layout.filename]
-                standing.shards[layout.filename] = upload.digest
-                for t in mine:
-                    standing.results[t.name], outputs = part.weights[t.name]
-                    standing.outputs |= outputs
-            return
-        if not mine or not _is_whole(path, layout) or not _from_the_disk(path):
-            return
-        found, digest = _digests_of(path, layout, mine, len(mine) == len(here), algorithm,
-                                    _until(stop, layout.filename, progress))  # fmt: skip
-        good = [
-            t for t in mine if all(found.get(k) == d for k, d in part.weights[t.name][1].items())
-        ]
+        layout, planned = plan.shards[number], members.get(number, [])
+        finished = [t for t in planned if t.name in done]
+        complete = len(finished) == len(planned)
+        upload = part.uploads.get(layout.filename) if complete else None
+        good, digest = finished, upload.digest if upload else None
+        if upload is None and finished:
+            path, on_piece = directory / layout.filename, _until(stop, layout.filename, progress)
+            digests, digest = _digests_of(path, layout, finished, complete, algorithm, on_piece)
+            good = [t for t in finished if part.weights[t.name][1].items() <= digests.items()]
         with lock:
             for t in good:
                 standing.results[t.name], outputs = part.weights[t.name]
                 standing.outputs |= outputs
-            if digest is not None and len(good) == len(here):
+            if digest is not None and len(good) == len(planned):
                 standing.shards[layout.filename] = digest
+            if upload is not None:
+                standing.uploads[layout.filename] = upload
 
-    _each(range(len(plan.shards)), check_shard, workers)
+    each(range(len(plan.shards)), check_shard, workers)
     standing.lost = len(done) - len(standing.results)
     return standing
 
 
 def _is_whole(path: Path, layout: ShardLayout) -> bool:
-    """Whether a file of the size and with the header that were planned is there."""
+    """Return whether a file exists with the size and the header that were planned."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size != layout.size:
         return False
     with path.open("rb") as file:
@@ -175,8 +173,13 @@ def _is_whole(path: Path, layout: ShardLayout) -> bool:
 
 
 def _from_the_disk(path: Path) -> bool:
-    """Have a file read from the disk, not from a memory that the disk may have lost; False where
-    the disk says that it has."""
+    """Make sure that a file is read from the disk, and not from the system's cache.
+
+    After a write error the cache may hold bytes that the disk has lost.
+
+    Returns:
+        False where the disk reports such an error.
+    """
     try:
         sync(path)
     except OSError:
@@ -192,26 +195,39 @@ def _digests_of(
     path: Path,
     layout: ShardLayout,
     plans: Iterable[TensorPlan],
-    whole: bool,
+    complete: bool,
     algorithm: str,
-    progress: Callable[[int], None],
-) -> tuple[Mapping[str, str], str | None]:
-    """Digests of the tensors written for `plans`, by key; of the file if they are the `whole`."""
-    if whole:
-        digest, tensors = digest_shard(read_shard(path), algorithm, progress)
+    on_piece: Callable[[int], None],
+) -> tuple[dict[str, str], str | None]:
+    """Digest the tensors in an output file that were written for `plans`.
+
+    Args:
+        complete: these are all of the file, so that the file is digested as well.
+        on_piece: called after each piece that is read.
+
+    Returns:
+        (digests by key, that of the file or None); nothing where the file is not as planned.
+    """
+    if not _is_whole(path, layout) or not _from_the_disk(path):
+        return {}, None
+    if complete:
+        digest, tensors = digest_shard(read_shard(path), algorithm, on_piece)
         return tensors, digest
     keys = [layout.tensors[key] for t in plans for key in t.outputs]
     with ByteReader(path, layout.size) as reader:
-        return {tensor.name: digest_tensor(reader, tensor, progress) for tensor in keys}, None
+        return {tensor.name: digest_tensor(reader, tensor, on_piece) for tensor in keys}, None
 
 
 def _check_sources(
     plan: Plan, part: Part, algorithm: str, workers: int, progress: Progress
 ) -> dict[str, FileDigests]:
-    """Digests of the source files that finished work was made from.
+    """Check the source files that finished work was made from, and return their digests by name.
 
-    A file in the state that it was in before it was read need not be read again; another one, a
-    copy or a link that moved, may still hold the same bytes.  A commit of a Hub does not change.
+    A file that has not changed since the earlier run opened it (`Identity`) is not read again.
+    Another one is: a copy may hold the same bytes.  A commit of a Hub does not change.
+
+    Raises:
+        UsageError: a file holds other bytes than the earlier run read.
     """
     if plan.checkpoint.origin is not None:
         return dict(part.files)
@@ -220,24 +236,24 @@ def _check_sources(
         for tensor, digest in result.sources.items():
             shard, _ = plan.checkpoint.tensors[tensor]
             needed.setdefault(shard.path.name, {})[tensor] = digest
-    known: dict[str, FileDigests] = {}
+    digests: dict[str, FileDigests] = {}
     shards = {shard.path.name: shard for shard in plan.checkpoint.shards}
 
     def check_file(name: str, stop: threading.Event) -> None:
         shard, recorded = shards[name], part.files.get(name)
         if part.identities.get(name) == identity_of(shard.path.stat()):
             if recorded is not None:
-                known[name] = recorded
+                digests[name] = recorded
             return
         try:
             digest, tensors = digest_shard(shard, algorithm, _until(stop, name, progress))
         except InputError as error:
             raise UsageError(f"the source changed since the run began: {error}") from error
         _require_same(shard, recorded, needed[name], digest, tensors)
-        known[name] = FileDigests(digest, tensors)
+        digests[name] = FileDigests(digest, tensors)
 
-    _each(sorted(needed), check_file, workers)
-    return known
+    each(sorted(needed), check_file, workers)
+    return digests
 
 
 def _require_same(
@@ -247,6 +263,13 @@ def _require_same(
     digest: str,
     tensors: Mapping[str, str],
 ) -> None:
+    """Raise UsageError if a source file holds other bytes than an earlier run read.
+
+    Args:
+        recorded: the file's digests, where that run read all of it.
+        needed: digests of the tensors that its finished weights were made from, by name.
+        digest, tensors: of the file as it is now.
+    """
     for tensor, before in {**needed, **(recorded.tensors if recorded else {})}.items():
         if tensors[tensor] != before:
             raise UsageError(
@@ -260,18 +283,12 @@ def _require_same(
         )
 
 
-def _each(items: Iterable[Any], work: Callable[[Any, threading.Event], None], workers: int) -> None:
-    """Work off items, some of which take seconds, so that Ctrl-C does not wait for one."""
-    stop = threading.Event()
-    run(items, lambda: lambda item: work(item, stop), workers, stop.set)
-
-
 def _until(stop: threading.Event, name: str, progress: Progress) -> Callable[[int], None]:
-    """What a long reading tells of its progress, which ends it when the run has ended."""
+    """Return a function that a long read calls after each piece, and that ends it after `stop`."""
 
-    def told(count: int) -> None:
+    def on_piece(count: int) -> None:
         progress(name, 0)
         if stop.is_set():
             raise InterruptedRunError("interrupted")
 
-    return told
+    return on_piece

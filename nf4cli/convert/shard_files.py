@@ -1,4 +1,4 @@
-"""The output's shard files: written in order, digested, handed on."""
+"""Write the output's shard files: digest them on the way, and hand each on when it is complete."""
 
 from __future__ import annotations
 
@@ -27,18 +27,25 @@ if TYPE_CHECKING:
 
 
 class ShardFiles:
-    """The sink that writes: shards under construction, finished as their last tensor arrives.
+    """The sink that writes shards; each is finished when its last weight is.
 
     Weights come in file order, so their bytes are digested on the way; the companions behind
     them are read back when the file is complete.  A shard that an earlier run began is read back
     whole.
 
     Args:
-        directory: where the files are, or will be.
-        journal: told of every weight that is written; `part` is this checkpoint's name in it.
-        standing: what is there already.
+        plan: says what lies where in each shard.
+        directory: of the shards.
+        algorithm: of the files' digests.
+        journal: told of every weight that is written.
+        part: name of this checkpoint in the journal.
+        standing: finished work of an earlier run.
         carriage: takes the files that are complete.
-        listener: told of what is finished.
+        listener: told of weights and files that are finished.
+
+    Attributes:
+        shard_digests: of the complete files, by name.
+        tensor_digests: of the finished output tensors, by key.
     """
 
     def __init__(
@@ -69,10 +76,10 @@ class ShardFiles:
         self.tensor_digests = dict(standing.outputs)
 
     def open(self) -> None:
-        """Open what an earlier run began, and finish files that nothing is left to be done for.
+        """Open the files that an earlier run began, and finish those that lack no weight.
 
-        `close` undoes it even when this fails half way. Other files are begun with their first
-        weight, so that no more of them lie on the disk than have to.
+        Other files are created with their first weight, so that as few as possible lie on the
+        disk.  `close` closes what was opened, also where this fails half way.
         """
         for number, pending in enumerate(self._pending):
             name = self._layouts[number].filename
@@ -86,6 +93,7 @@ class ShardFiles:
                 self._shard_done(number)
 
     def _writer(self, number: int) -> ShardWriter:
+        """Return the open file of a shard; create it, or open what an earlier run began."""
         with self._opening:
             writer = self._writers.get(number)
             if writer is None:
@@ -101,6 +109,7 @@ class ShardFiles:
             return writer
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """Write bytes of an output tensor, and digest them where they come in file order."""
         number = self._file_of[key]
         writer = self._writer(number)
         turns = self._turns.get(number)
@@ -109,6 +118,7 @@ class ShardFiles:
             turns.update(writer.layout.tensors[key].start + offset, data)
 
     def finish(self, plan: TensorPlan, result: Result) -> None:
+        """Journal a weight that is written, and finish its file when it is the last one in it."""
         writer = self._writer(plan.file)
         digests = {key: self._digest_of(writer, plan.file, key) for key in plan.outputs}
         self._listener.tensor(self._part, plan, result)
@@ -122,24 +132,29 @@ class ShardFiles:
             self._finish_shard(plan.file)
 
     def source_read(self, shard: Shard, digests: FileDigests) -> None:
+        """Journal a source file that is read to its end."""
         self._journal.source_file(self._part, shard.path.name, digests)
 
     def abort(self) -> None:
+        """Release every thread that waits in `write`."""
         self._aborted.set()
         for turns in list(self._turns.values()):
             turns.abort()
 
     def close(self) -> None:
+        """Close every file that is open."""
         for writer in self._writers.values():
             writer.close()
 
     def _digest_of(self, writer: ShardWriter, number: int, key: str) -> str:
+        """Return the digest of a finished output tensor, read back where it was not streamed."""
         turns = self._turns.get(number)
         if turns is not None and key in turns.digest.tensors:
             return turns.digest.tensors[key]
         return digest_tensor(writer.reader(), writer.layout.tensors[key])
 
     def _finish_shard(self, number: int) -> None:
+        """Digest what was not digested on the way, check the header, and hand the file on."""
         writer, turns = self._writers[number], self._turns.get(number)
         if turns is not None:
             for piece in writer.tail():
@@ -153,6 +168,7 @@ class ShardFiles:
         self._shard_done(number)
 
     def _shard_done(self, number: int) -> None:
+        """Hand a complete file on."""
         layout, writer = self._layouts[number], self._writers[number]
         self._listener.file(self._part, layout.filename, layout.size)
         writer.close()
@@ -171,7 +187,7 @@ def file_records(
     """Return size and digest of every file of a finished directory, by its path in it.
 
     Args:
-        known: of files that need not be read again, or that were taken away.
+        known: records of files that need not be read again, or that were taken away.
     """
     files = dict(known)
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):

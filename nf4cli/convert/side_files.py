@@ -1,4 +1,4 @@
-"""What an output holds beside its shards, and what is copied into it as it is."""
+"""Write the files of an output that lie beside its shards: configuration, index, copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..checkpoint.types import Checkpoint
 
 
 def clear(directory: Path, keep: Collection[Path]) -> None:
-    """Remove what an earlier run left in `directory`, but the files and directories of `keep`."""
+    """Remove everything in `directory` but the files and directories of `keep`."""
     for path in sorted(directory.iterdir()):
         if path in keep:
             continue
@@ -29,11 +29,12 @@ def write_side_files(
     config: Mapping[str, Any] | None,
     index: Mapping[str, Any] | None,
 ) -> None:
-    """Everything of an output but its shards: what is copied, config.json, the index.
+    """Write an output's copied files, config.json and index.
 
     Args:
-        config: the new config.json, None for none; the source's is never copied.
-        index: None where a single file needs none.
+        checkpoint: the source; its files are copied, but never its config.json.
+        config: the new config.json; None for none.
+        index: of the shards; None where a single file needs none.
     """
     for name in checkpoint.extra_files:
         if name != "config.json":
@@ -48,7 +49,7 @@ def write_side_files(
 
 
 def _config_text(config: Mapping[str, Any]) -> str:
-    """config.json as transformers formats it."""
+    """Return config.json as transformers formats it."""
     text = json.dumps(config, indent=2, ensure_ascii=False)
     try:
         text.encode()

@@ -1,8 +1,8 @@
-"""Where a run has its source files from, and where its finished files go.
+"""Define how a run gets its source files, and where its finished files go.
 
-A run asks for a source file when it comes to it, gives it back when it has been read, and says of
-every output file when it is complete.  Here is the transport of a run whose source lies on this
-disk and whose output stays there; that of the Hub is hub/carrier.py.
+A run opens a source file when it needs it, closes it when it has been read, and hands over every
+output file that is complete.  `LocalTransport` is for a source on this disk and an output that
+stays there; hub/carrier.py has the transport from and to a Hub.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .workspace import Workspace
 
 
 class Carriage(ShardSource, Protocol):
-    """What moves the files of one run while it converts; a context, used from any thread."""
+    """Moves the files of one run while it converts; a context, used from any thread."""
 
     def copy(self, source: str, target: Path) -> None:
-        """Put a file that is not converted where it goes to.
+        """Copy a file that is not converted.
 
         Args:
             source: its path under the source's root.
-            target: in a directory that is there.
+            target: in a directory that exists.
 
         Raises:
-            InputError, MachineError: it cannot be had.
+            InputError, MachineError: it cannot be fetched.
         """
         ...
 
@@ -44,7 +44,7 @@ class Carriage(ShardSource, Protocol):
             digest: of its bytes, in the run's algorithm.
 
         Raises:
-            InputError, MachineError: another file could not be brought where it goes to.
+            InputError, MachineError: an earlier file could not be moved.
         """
         ...
 
@@ -53,21 +53,21 @@ class Carriage(ShardSource, Protocol):
         ...
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Wait until every file is where it goes to; after an error, stop.
+        """Wait until every file is moved; after an error, stop.
 
         Raises:
-            InputError, MachineError: one cannot be brought there.
+            InputError, MachineError: a file could not be moved.
         """
         ...
 
 
 class Transport(Protocol):
-    """See the module.
+    """Brings the source of a run, and takes its output to its destination.
 
     Attributes:
-        leaving: finished files are taken away, and no output stays here.
-        destination: what they leave for, as the journal names it; None where they stay.
-        scratch: nothing is of worth but to the next run of the same (see `Workspace`).
+        leaving: finished files are taken away, and no output stays on this disk.
+        destination: where they go, as the journal names it; None where they stay.
+        scratch: the output is made for its digests alone (see `Workspace`).
     """
 
     @property
@@ -80,31 +80,34 @@ class Transport(Protocol):
     def scratch(self) -> bool: ...
 
     def disk_needed(self, model: ModelPlan, workers: int) -> int:
-        """Return the bytes of the output's disk that are enough.
+        """Return the smallest number of bytes of the output's disk that is enough.
+
+        Args:
+            workers: threads.
 
         Raises:
-            UsageError: the bound that was asked for is below that.
+            UsageError: the user's bound on the disk is smaller.
         """
         ...
 
     def prepare(self, model: ModelPlan) -> None:
-        """See, before anything is written, that the source can come and the output can go.
+        """Check, before anything is written, that source and output can be moved.
 
         Raises:
-            UsageError, InputError, MachineError: it cannot.
+            UsageError, InputError, MachineError: they cannot.
         """
         ...
 
     def published(
         self, model: ModelPlan, is_same: Callable[[str, Manifest], bool]
     ) -> dict[str, Manifest] | None:
-        """Return the manifests by part of the output that is where this one would go to.
+        """Return the manifests, by part, of the same output that is at the destination already.
 
         Args:
-            is_same: whether the manifest of a part is that of what this run would write.
+            is_same: (part, manifest) -> whether this run would write the same part.
 
         Returns:
-            None where it is not there, is not whole, or is another.
+            None where the destination holds none, another one, or less than the whole.
         """
         ...
 
@@ -115,9 +118,11 @@ class Transport(Protocol):
         """Return what moves the files of a run, ready to begin.
 
         Args:
-            standings: by part, what an earlier run finished; of it may be forgotten what does not
-                fit on the disk beside what comes first now.
-            algorithm: of the digests that `file_done` will be given.
+            work: where the run works.
+            standings: finished work of an earlier run, by part.  Some of it may be dropped, where
+                it does not fit on the disk beside the first files of this run.
+            algorithm: of the digests that `file_done` will get.
+            workers: threads.
 
         Raises:
             UsageError: the bound on the disk is too small.
@@ -131,11 +136,13 @@ class Transport(Protocol):
         manifests: Mapping[str, Manifest],
         lost: Callable[[tuple[str, ...]], None],
     ) -> None:
-        """Let others see the output.
+        """Make the output visible to others.
 
         Args:
             directory: holds every file that was not taken away.
-            lost: told of taken files that are not where they went to, before an error about them.
+            manifests: of the output, by part.
+            lost: told the names of files that were taken away and are lost, before an error about
+                them.
 
         Raises:
             InputError, MachineError: it cannot be published.
@@ -144,7 +151,7 @@ class Transport(Protocol):
 
 
 class LocalCarriage(LocalShards):
-    """Source files where they lie, output files where they are written.
+    """Reads source files where they lie, and leaves output files where they are written.
 
     Args:
         root: of the source.
@@ -158,14 +165,14 @@ class LocalCarriage(LocalShards):
         shutil.copyfile(self._root / source, target)
 
     def file_done(self, name: str, path: Path, digest: str) -> None:
-        """Leave it where it is."""
+        """Leave the file where it is."""
 
     def __enter__(self) -> LocalCarriage:
         return self
 
 
 class LocalTransport:
-    """See `Transport`: everything is here, and stays here."""
+    """The `Transport` of a source on this disk and an output that stays there."""
 
     leaving = False
     destination: str | None = None
@@ -175,7 +182,7 @@ class LocalTransport:
         return disk_bytes(model, workers)
 
     def prepare(self, model: ModelPlan) -> None:
-        """Ask nothing."""
+        """Do nothing: source and output are on this disk."""
 
     def published(
         self, model: ModelPlan, is_same: Callable[[str, Manifest], bool]
@@ -195,7 +202,7 @@ class LocalTransport:
         manifests: Mapping[str, Manifest],
         lost: Callable[[tuple[str, ...]], None],
     ) -> None:
-        """Leave it where it is."""
+        """Leave the output where it is."""
 
 
 LOCAL = LocalTransport()

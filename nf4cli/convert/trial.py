@@ -1,4 +1,4 @@
-"""How fast this machine converts, found out by converting a small model that is made up."""
+"""Measure how fast this machine converts, with a small model of random weights."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _WEIGHTS, _SHAPE = 16, (2048, 1024)  # 64 MiB of bfloat16: a few hundredths of a
 
 
 def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) -> float:
-    """Bytes of source that a conversion with these options takes in a second, digests and writing
-    included, the page cache for a disk.
+    """Return the bytes of source that a conversion with these options takes in a second.
+
+    Digests and writing are included; the temporary directory stands for the disk.
 
     Raises:
         OSError: the temporary directory is full.
     """
-    with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as place:
-        source = Path(place) / "trial.safetensors"
+    with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as directory:
+        source = Path(directory) / "trial.safetensors"
         _write(source)
         recipe = replace(
             config, keep=(), target="transformers", on_nonfinite="error", method="rtn",
@@ -40,12 +41,12 @@ def bytes_per_second(engine: Engine, resources: Resources, config: QuantConfig) 
         started = time.perf_counter()
         run = Execution(engine, resources, fsync=False)
         with stopping.held_back():  # it is not what the command is for
-            write_model(ModelPlan.of(plan), Path(place) / "output", run)
+            write_model(ModelPlan.of(plan), Path(directory) / "output", run)
         return plan.source_bytes / (time.perf_counter() - started)
 
 
 def _write(path: Path) -> None:
-    """Normally distributed bfloat16 weights, the upper halves of float32."""
+    """Write a file of normally distributed bfloat16 weights (the upper halves of float32)."""
     values = np.random.default_rng(0).standard_normal(_SHAPE, np.float32).view(np.uint32) >> 16
     data = values.astype("<u2").tobytes()
     header = {

@@ -1,4 +1,4 @@
-"""One thread's way through a chunk: read it, encode or copy it, write it."""
+"""Take one chunk of a weight at a time: read it, quantize, decode or copy it, and write it."""
 
 from __future__ import annotations
 
@@ -31,46 +31,48 @@ class Sink(Protocol):
     """Takes output bytes, from any thread, in any order."""
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """`data` belongs at `offset` bytes into the output tensor `key`."""
+        """Take `data` (uint8 [n]), which belongs at byte `offset` of the output tensor `key`."""
         ...
 
     def finish(self, plan: TensorPlan, result: Result) -> None:
-        """Every byte of this tensor and its companions has been written."""
+        """Take note that a weight and its companions are written to their last byte."""
         ...
 
     def source_read(self, shard: Shard, digests: FileDigests) -> None:
-        """Every byte of this source file has been read and digested."""
+        """Take note that a source file is read and digested to its last byte."""
         ...
 
     def abort(self) -> None:
-        """The run has failed: let go of every thread that waits in `write`."""
+        """Release every thread that waits in `write`: the run has failed."""
         ...
 
 
 class Run(Protocol):
-    """What a worker tells of its way; from any thread."""
+    """What a worker reports to, from any thread."""
 
     def digest_source(self, shard: Shard, start: int, data: U8) -> None:
-        """Bytes of a source file that stand at `start` in it; waits for their turn."""
+        """Digest bytes that lie at byte `start` of a source file, after all bytes before them."""
         ...
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
-        """A weight to quantize holds a NaN or an infinity; `data` are the item's bytes."""
+        """Deal with a NaN or an infinity in a weight to quantize; `data` are the item's bytes."""
         ...
 
     def item_done(self, item: Item) -> None:
-        """Every byte of an item is written."""
+        """Take note that every byte of an item is written."""
         ...
 
 
 class Worker:
-    """One thread's buffers and its way through an item.
+    """One thread's buffers, and what it does with each item.
 
     Args:
-        run: what it works for.
-        readers: the source files that are open, by path; others open and close them.
+        run: told what is done.
+        engine: quantizes, decodes and casts.
+        sink: takes the output bytes.
+        readers: of the source files that are open, by path; the run opens and closes them.
         chunk: bytes of each of its two buffers.
-        packed: reads the weights to decode, None where there are none.
+        packed: reads the weights to decode; None where there are none.
     """
 
     def __init__(
@@ -82,6 +84,12 @@ class Worker:
         self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
 
     def __call__(self, item: Item | Reading) -> None:
+        """Carry out one item.
+
+        Raises:
+            InputError: a value is not finite, or too large for the dtype it is cast to.
+            OSError: a disk is full or fails.
+        """
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
             self._readers[item.shard.path].read_into(data, item.start)
@@ -102,7 +110,11 @@ class Worker:
         self._run.item_done(item)
 
     def _read(self, item: Item) -> U8:
-        """Elements [start, start + count) as they lie, into the start of the buffer."""
+        """Read an item's elements into the start of the source buffer.
+
+        Returns:
+            uint8 [count * itemsize], as they are stored.
+        """
         weight = item.job.plan.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
         data = self._source[: item.count * itemsize]
@@ -113,7 +125,14 @@ class Worker:
         return data
 
     def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
-        """Float8 -> the weight's dtype, into the rest of the buffer."""
+        """Decode an item's float8 elements into the rest of the source buffer.
+
+        Args:
+            data: uint8 [count].
+
+        Returns:
+            uint8 [count * itemsize], in the weight's dtype.
+        """
         weight, float8 = item.job.plan.weight, _float8(item)
         assert float8 is not None
         start = -(-item.count // 8) * 8  # aligned for the wider elements
@@ -125,7 +144,11 @@ class Worker:
         return out
 
     def _read_transposed(self, item: Item, view: View) -> U8:
-        """Elements [start, start + count) of the transpose of a stored matrix."""
+        """Read an item's elements of the transpose of a stored matrix.
+
+        Returns:
+            uint8 [count * itemsize].
+        """
         weight = item.job.plan.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
         first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
@@ -142,6 +165,7 @@ class Worker:
         return flat[skip : skip + item.count].view(np.uint8)
 
     def _quantize(self, item: Item, data: U8) -> None:
+        """Quantize an item by the largest magnitude of each block, and write it."""
         plan = item.job.plan
         weight, state = plan.weight, plan.state
         assert state is not None
@@ -166,7 +190,10 @@ class Worker:
             self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, absmax.view(np.uint8))
 
     def _search(self, item: Item, data: U8, ladder: Ladder) -> None:
-        """Codes under chosen scales, which are final at once: their offset is 0."""
+        """Quantize an item under scales chosen from the ladder, and write it.
+
+        The scales are final at once, as their offset is 0.
+        """
         plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
         assert state is not None
         if weight.scale is not None:
@@ -199,14 +226,21 @@ class Worker:
             self._sink.write(name + bnb_format.ABSMAX, 4 * first_block, scales.view(np.uint8))
 
     def _take_codes(self, item: Item, data: U8, packed: U8, scales: F32, sums: F64) -> None:
-        """Replace the nearest codes and what is known of their errors where others were chosen."""
+        """Put given codes (see given_codes.py) in place of the nearest, and their errors in `sums`.
+
+        Args:
+            data: the item's source bytes.
+            packed: uint8 [(count + 1) // 2], the codes; changed.
+            scales: float32 [blocks].
+            sums: float64, the engine's error sums; changed.
+        """
         job, plan, state = item.job, item.job.plan, item.job.plan.state
         if job.codes is None or state is None:
             return
-        there = job.codes.read(plan.name, item.start // 2, packed.nbytes)
-        if there is None:
+        given = job.codes.read(plan.name, item.start // 2, packed.nbytes)
+        if given is None:
             return
-        packed[:] = there
+        packed[:] = given
         errors, worst = errors_of(
             packed, data, plan.weight.dtype, state.blocksize, state.quant_type, scales, self._engine
         )
@@ -215,12 +249,12 @@ class Worker:
             job.worst_block = max(worst, job.worst_block or 0.0)
 
     def _unpack(self, item: Item, weight: PackedWeight) -> None:
-        """Decode elements of a packed weight, and write them, or their transpose."""
+        """Decode an item of a packed weight, and write it, or its transpose."""
         assert self._packed is not None
         plan = item.job.plan
         dtype, _ = plan.outputs[plan.name]
         itemsize = ITEMSIZE[dtype]
-        fits = item.count * itemsize <= self._output.nbytes  # an item of a large unit may not
+        fits = item.count * itemsize <= self._output.nbytes  # a single unit may be larger
         buffers = (self._source, self._output) if fits else ()
         data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
         if plan.view is None:
@@ -238,6 +272,7 @@ class Worker:
             self._sink.write(plan.name, (column * rows + first) * itemsize, raw[column])
 
     def _keep(self, item: Item, data: U8) -> None:
+        """Write an item of a weight that is not quantized, decoded or cast where it has to be."""
         plan = item.job.plan
         dtype = plan.weight.stored.dtype
         if plan.weight.scale is not None:
@@ -254,16 +289,16 @@ class Worker:
         try:
             self._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:
-            place = element(item, error.index)
+            index = element(item, error.index)
             raise InputError(
-                f"{plan.weight.stored.name}{list(place)} in {plan.weight.shard.path} is too large "
+                f"{plan.weight.stored.name}{list(index)} in {plan.weight.shard.path} is too large "
                 f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
             ) from error
         self._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
 
 
 def _float8(item: Item) -> Float8 | None:
-    """What decodes the item, None for one that is stored in its own dtype."""
+    """Return the factors that decode an item; None where its weight is not stored in float8."""
     weight = item.job.plan.weight
     if weight.scale is None:
         return None

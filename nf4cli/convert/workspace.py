@@ -1,8 +1,8 @@
-"""The directory that a run works in, beside its output: found again, locked, committed.
+"""Own the directory that a run works in: lock it, find an earlier run's work, make it the output.
 
-`.NAME.partial` holds `files`, which becomes the output in one rename, the journal, and `source`,
-what was fetched from a Hub and is not read yet.  The journal is also the lock: the system releases
-it when its process ends, however it ends.
+It lies beside the output, as `.NAME.partial`, and holds `files`, which becomes the output in one
+rename; the journal; and `source`, files that were fetched from a Hub and are not read yet.  The
+journal is also the lock: the system releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ _LARGEST_JOURNAL = 2_000_000_000  # bytes: 1,000 a weight, and no model has a mi
 
 
 class Workspace:
-    """A run's own place.  Leaving it in good order makes `directory` the output.
+    """A run's own directory; leaving the context without an error makes `directory` the output.
 
     Args:
         output: must not exist, or be an empty directory.
-        source: root of what is read, which `output` must not lie in; its directory for a file.
-        header: what is being made of what; a run with another one is not continued.  None for
-            a run that finishes no weight before its end, and so never can be.
-        total: weights of the whole output, for messages.
-        resume: continue what an earlier run left; without it such a thing is an error.
-        scratch: nothing in it is of worth but to the next run of the same, which goes on without
-            being asked to, and which removes what another one left.
-        fsync: see Journal; at the end, wait for everything.
+        source: (root of the source, whether the source is one file in that directory).  `output`
+            must not lie in a source that is a directory.
+        header: see `resume.header`; an earlier run with another one is not continued.  None for a
+            run that journals no weight, so that it cannot be continued.
+        total: number of weights of the whole output, for messages.
+        fsync: see `Journal`; at the end, sync the whole output.
+        resume: continue an earlier run; without it, an earlier run's work is an error.
+        scratch: the files are only for the next run with the same header.  That run continues
+            without `resume`; a run with another header removes them.
 
     Attributes:
-        output: absolute.
+        output: absolute path.
         root: the workspace.
-        directory: what will be the output; empty, or with an earlier run's files.
-        fetched: where source files may be put that come from elsewhere; made by who needs it.
-        discard: at the end nothing is to stay here: the output is somewhere else.
-        earlier: the journal of an earlier run; empty for a new one.
-        complete: an output is there, which a run that is resumed may be content with.
+        directory: what becomes the output; empty at first, or with an earlier run's files.
+        fetched: where fetched source files may be put; whoever needs it creates it.
+        discard: set it where the output lies elsewhere, so that nothing stays here at the end.
+        earlier: the journal of an earlier run; empty where there is none.
+        complete: an output exists already, which a run with `resume` may accept.
     """
 
     earlier: Contents
@@ -88,6 +89,14 @@ class Workspace:
         self.discard = False
 
     def __enter__(self) -> Workspace:
+        """Lock the workspace, and find or discard an earlier run's work.
+
+        Raises:
+            UsageError: the output exists, another run is writing it, or an earlier run's work is
+                in the way.
+            MachineError: the file system has no locks.
+            OSError: the disk fails.
+        """
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._fd = self._lock()
         try:
@@ -112,6 +121,13 @@ class Workspace:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Make `directory` the output; after an error, keep finished work.
+
+        Raises:
+            UnfinishedRunError: finished work was kept; it names the error.
+            MachineError: the output is complete, but its parent directory could not be synced.
+            OSError: the disk failed.
+        """
         try:
             if error is not None:
                 self.journal.close()
@@ -130,11 +146,14 @@ class Workspace:
             os.close(self._fd)
 
     def _leave_late(self, error: BaseException) -> None:
-        """A run that had nothing left to do but to wait for the disk, or to clean up.
+        """Deal with an error at the end of a run that had only to sync or to rename.
+
+        A stop after the rename is ignored: the output is complete.
 
         Raises:
-            `error`, or what `_leave` makes of it; nothing where the output is there and the user
-            only did not want to wait.
+            UnfinishedRunError: see `_leave`.
+            MachineError: the output is complete, but its parent directory could not be synced.
+            BaseException: `error` itself.
         """
         self.journal.close()
         if not self._committed:
@@ -149,6 +168,12 @@ class Workspace:
             raise error
 
     def _lock(self) -> int:
+        """Create and lock the workspace, and return the open journal.
+
+        Raises:
+            UsageError: something else lies there, or another run holds the lock.
+            MachineError: see `_lock_file`.
+        """
         while True:
             with suppress(FileExistsError):
                 self.root.mkdir()
@@ -163,7 +188,7 @@ class Workspace:
             try:
                 fd = os.open(path, flags, 0o644)
             except FileNotFoundError:
-                continue  # another run, which has just finished, removed the directory
+                continue  # another run has just finished and removed the directory
             except (IsADirectoryError, PermissionError) as error:
                 raise UsageError(self._no_journal(path)) from error
             except OSError as error:
@@ -177,9 +202,15 @@ class Workspace:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # that run has just finished
+            os.close(fd)  # another run has just finished and removed this journal
 
     def _lock_file(self, fd: int, path: Path) -> None:
+        """Lock the journal at `path`, which is open as `fd`.
+
+        Raises:
+            UsageError: it is no journal, or another run holds the lock.
+            MachineError: the file system has no locks.
+        """
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_JOURNAL:
             raise UsageError(self._no_journal(path))
@@ -203,6 +234,7 @@ class Workspace:
         )
 
     def _begin(self) -> None:
+        """Remove what an earlier run wrote; keep fetched files only for the same run again."""
         shutil.rmtree(self.directory, ignore_errors=True)
         if not self._resume or self.earlier.header != self._header:
             shutil.rmtree(self.fetched, ignore_errors=True)
@@ -210,6 +242,7 @@ class Workspace:
         self.directory.mkdir()
 
     def _require_the_same(self) -> None:
+        """Raise UsageError unless the earlier run can be continued, and the user asked for that."""
         unfinished = (
             f"an unfinished run of nf4 quantize lies in {self.root} "
             f"({self.earlier.finished:,} weights done)"
@@ -234,6 +267,7 @@ class Workspace:
             )
 
     def _commit(self) -> None:
+        """Rename the directory to the output, with everything on the disk where `fsync` is set."""
         if self._fsync:
             for path in (*self.directory.rglob("*"), self.directory):
                 stopping.check()
@@ -245,7 +279,11 @@ class Workspace:
             sync(self.output.parent)
 
     def _leave(self, error: BaseException) -> None:
-        """Keep what is worth to be continued: bad input will not become better by itself."""
+        """Keep finished work after an error, unless a new run would meet the same bad input.
+
+        Raises:
+            UnfinishedRunError: in place of `error`, where finished work was kept.
+        """
         finished = journal.read(self._fd).finished
         fetched = self._has_fetched()
         useless = isinstance(error, (InputError, UsageError)) and not self.earlier.finished
@@ -260,10 +298,10 @@ class Workspace:
         if isinstance(error, (InputError, UsageError)):
             advice = "if they are of no use now, remove them"
         else:
-            going_on = "continue with the same command and --resume"
+            continuing = "continue with the same command and --resume"
             if self._scratch:
-                going_on = "the same command goes on from there"
-            advice = f"{going_on}, or remove it"
+                continuing = "the same command goes on from there"
+            advice = f"{continuing}, or remove it"
         raise UnfinishedRunError(f"{kept}: {advice}: {self._removal}", error) from error
 
     def _has_fetched(self) -> bool:
@@ -274,18 +312,18 @@ class Workspace:
         return f"rm -r {shlex.quote(str(self.root))}"
 
     def _remove(self) -> None:
-        """Everything that is ours; what others put there stays."""
+        """Remove everything that nf4 put into the workspace; other files stay."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.fetched, ignore_errors=True)
         try:
             (self.root / "journal").unlink(missing_ok=True)
             self.root.rmdir()
         except OSError:
-            pass  # not empty, or the disk fails: nothing that the result depends on
+            pass  # not empty, or the disk fails: the output does not depend on it
 
 
 def earlier_header(output: Path) -> Json:
-    """What an unfinished run of `output` makes of what, {} where there is none."""
+    """Return the header of an unfinished run of `output`; {} where there is none."""
     try:
         fd = os.open(workspace_of(output) / "journal", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -299,13 +337,17 @@ def earlier_header(output: Path) -> Json:
         os.close(fd)
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """Where two headers differ, in words."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in (*there, *(key for key in here if key not in there)):
+def _differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield, in words, where the header of an earlier run differs from that of this one.
+
+    Args:
+        name: path of the two values in the headers.
+    """
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for key in (*earlier, *(key for key in now if key not in earlier)):
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(there.get(key), here.get(key), inner.replace("parts..", ""))
-    elif there != here and name.endswith("plan"):
+            yield from _differences(earlier.get(key), now.get(key), inner.replace("parts..", ""))
+    elif earlier != now and name.endswith("plan"):
         yield "the plan (names, shapes or kinds of tensors, or config.json)"
-    elif there != here:
-        yield f"{name} was {there!r}, is {here!r}"
+    elif earlier != now:
+        yield f"{name} was {earlier!r}, is {now!r}"

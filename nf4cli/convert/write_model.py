@@ -1,4 +1,4 @@
-"""Writing a 4-bit model: the files, their digests, the manifests, all or nothing."""
+"""Write a 4-bit model: its files, their digests and its manifests, all of them or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..planning.model_plan import ModelPlan, path_in_model, place_for
 from ..planning.pipeline_plan import INDEX_FILE
 from ..planning.plan import Plan
 from ..planning.resources import Resources
-from .conversion import Conversion
+from .conversion import Conversion, Tools
 from .journal import Part
 from .listener import NOBODY, Listener
 from .output_place import check_output
@@ -35,15 +35,17 @@ from .workspace import Workspace, earlier_header
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How a plan is carried out: nothing of it changes a byte of the weights that are written.
+    """How a plan is carried out.  Nothing here changes a byte of the weights that are written.
 
     Attributes:
+        engine: quantizes.
+        resources: threads, and bytes of their buffers.
         digest: algorithm of the files' digests.
         fsync: wait for the disk, so that a power failure costs no more than a killed process.
-        resume: continue a run of the same that was stopped, if there is one; be content with an
-            output that is there already, if it is what this would write.
-        listener: told how it goes on.
-        transport: brings the source, and takes the output where it goes to.
+        resume: continue an earlier run that was stopped, if there is one; accept an output that
+            exists already, if it is what this run would write.
+        listener: told of the run's progress.
+        transport: brings the source files, and takes the output files to their destination.
     """
 
     engine: Engine
@@ -56,7 +58,7 @@ class Execution:
 
 
 def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
-    """Quantize into `output`, which appears complete, with its manifests, or not at all.
+    """Quantize a model into `output`, which appears complete, with its manifests, or not at all.
 
     Everything is written in a workspace beside it, whose files become the output in one rename.
 
@@ -67,7 +69,7 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
         UsageError, MachineError: see `check_output`, `Transport` and `Workspace`.
         InputError: see `Conversion.run`.
         OSError: a disk is full or fails.
-        UnfinishedRunError: the same, and the work done so far was kept.
+        UnfinishedRunError: in place of one of these, when finished work was kept.
     """
     transport, workers = run.transport, run.resources.workers
     need = transport.disk_needed(model, workers)
@@ -75,14 +77,15 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
     transport.prepare(model)
     if transport.leaving and run.resume and not earlier_header(output):
 
-        def is_same(part: str, found: Manifest) -> bool:
+        def is_same(part: str, manifest: Manifest) -> bool:
             plan = model.parts[part]
-            return is_of_commit(plan, found) and not differs(plan, found, run.digest)
+            return is_of_commit(plan, manifest) and not differs(plan, manifest, run.digest)
 
-        there = transport.published(model, is_same)
-        if there is not None:
-            return there
-    # What is only made for its digests is not what the command is for: a stop is never too late.
+        published = transport.published(model, is_same)
+        if published is not None:
+            return published
+    # An output that is made only for its digests (verify --disk) can be stopped at any time: when
+    # it is complete, the command is not done.
     with stopping.held_back() if transport.scratch else stopping.finishing():
         manifests = _write_in_workspace(model, output, run)
         if not transport.leaving:
@@ -92,7 +95,7 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
 
 
 def _write_in_workspace(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
-    """Write everything, and publish it where it does not stay; the manifest of each part."""
+    """Write everything, publish an output that does not stay, and return each part's manifest."""
     transport = run.transport
     recipe = header(model.parts, run.digest, transport.destination)
     with Workspace(
@@ -113,34 +116,44 @@ def _write_in_workspace(model: ModelPlan, output: Path, run: Execution) -> dict[
 
 @contextmanager
 def unpublished(output: Path) -> Iterator[None]:
-    """Have an error say that an output is there, all the same."""
+    """Make errors within the block say that the output is complete, but not published.
 
-    def told(why: BaseException) -> str:
+    Raises:
+        InterruptedRunError, InputError, UsageError, MachineError: with the exit code of the error
+            in the block.
+    """
+
+    def message(why: BaseException) -> str:
         return f"{output} is complete, but was not published: {why}. Publish it with nf4 push"
 
     try:
         yield
     except InterruptedRunError as error:
-        raise InterruptedRunError(told(error), leaves=True) from error
+        raise InterruptedRunError(message(error), leaves=True) from error
     except Nf4Error as error:
         kind = {kind.exit_code: kind for kind in (InputError, UsageError)}
-        raise kind.get(error.exit_code, MachineError)(told(error)) from error
+        raise kind.get(error.exit_code, MachineError)(message(error)) from error
 
 
 def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
-    """Return the manifests of the output that is there, when it is what this run would write."""
+    """Return the manifests of the output that exists already.
+
+    Raises:
+        UsageError: it is not what this run would write.
+        InputError: the source cannot be read.
+    """
     manifests = {}
     for part, plan in model.parts.items():
-        place = work.output / part
-        manifests[part] = confirm(plan, place, run.digest, run.resources, run.listener.progress)
-        run.listener.note(f"{place} is complete already, and as this would write it")
+        directory = work.output / part
+        manifests[part] = confirm(plan, directory, run.digest, run.resources, run.listener.progress)
+        run.listener.note(f"{directory} is complete already, and as this would write it")
     if model.is_pipeline:
         confirm_pipeline(work.output, model.root, [*model.parts])
     return manifests
 
 
 def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:
-    """Write everything into a workspace, from wherever an earlier run got to."""
+    """Write into a workspace whatever no earlier run has written, and return the manifests."""
     standings = {part: _standing(work, part, plan, run) for part, plan in model.parts.items()}
     carriage = run.transport.carry(work, model, standings, run.digest, run.resources.workers)
     if model.is_pipeline:
@@ -165,7 +178,7 @@ def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manife
 
 
 def _standing(work: Workspace, part: str, plan: Plan, run: Execution) -> Standing:
-    """Return what an earlier run finished of a part, checked."""
+    """Check what an earlier run finished of a part, and return what stands."""
     directory = work.directory / part
     directory.mkdir(exist_ok=True)
     recorded = work.earlier.parts.get(part, Part())
@@ -179,7 +192,7 @@ def _standing(work: Workspace, part: str, plan: Plan, run: Execution) -> Standin
 
 
 def _write_beside(work: Workspace, part: str, plan: Plan, standing: Standing) -> None:
-    """Write everything small of a part anew, and remove what no finished weight lies in."""
+    """Write a part's small files anew, and remove every shard that holds no finished weight."""
     directory = work.directory / part
     begun = {plan.shards[t.file].filename for t in plan.tensors if t.name in standing.results}
     kept = {directory / name for name in begun - standing.uploads.keys()}
@@ -187,7 +200,7 @@ def _write_beside(work: Workspace, part: str, plan: Plan, standing: Standing) ->
     if plan.checkpoint.origin is None:
         work.journal.identities(part, plan.checkpoint.shards)
     write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
-    if plan.importance is not None:  # with it every byte can be derived again
+    if plan.importance is not None:  # `nf4 verify --source` needs it to make every byte again
         shutil.copyfile(plan.importance.path, directory / IMPORTANCE)
 
 
@@ -201,18 +214,18 @@ def _convert(
     )
     try:
         files.open()
+        tools = Tools(run.engine, run.resources, run.listener.progress)
         conversion = Conversion(
-            plan, run.engine, run.resources, files, run.digest, work.root, run.listener.progress,
-            standing, carriage,
-        )  # fmt: skip
+            plan, tools, files, run.digest, standing, carriage, scratch=work.root
+        )
         conversion.run()
     finally:
         files.close()
     shards = {layout.filename: layout.size for layout in plan.shards}
-    known = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
+    records = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
     manifest = replace(
         conversion.manifest(files.tensor_digests),
-        output_files=file_records(directory, run.digest, known),
+        output_files=file_records(directory, run.digest, records),
     )
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -221,10 +234,11 @@ def _convert(
 def _copy(
     work: Workspace, model: ModelPlan, carriage: Carriage, algorithm: str
 ) -> dict[str, FileRecord]:
-    """Write what a pipeline's output has beside its converted components.
+    """Write the files of a pipeline that lie beside its converted components.
 
     Returns:
-        Size and digest of each file that holds weights, by its path: it may have been taken away.
+        Size and digest of each file that holds weights, by its path.  The file itself may have
+        been taken away.
     """
     uploads = work.earlier.parts.get("", Part()).uploads
     weights, copied = model.copies.weight_files, {}
@@ -248,7 +262,11 @@ def _write_record(
     algorithm: str,
     copied: Mapping[str, FileRecord],
 ) -> None:
-    """Write nf4_pipeline.json; `copied` is what `_copy` returns."""
+    """Write nf4_pipeline.json.
+
+    Args:
+        copied: what `_copy` returns.
+    """
     converted = {
         path_in_model(part, name): record
         for part, manifest in manifests.items()

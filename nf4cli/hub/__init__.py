@@ -1,5 +1,5 @@
-"""Models that lie on a Hub: found, read ahead of the conversion, published.
+"""Find models on a Hub, fetch them ahead of the conversion, and publish outputs.
 
 Everything goes through huggingface_hub, so that HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and
-proxies mean what its users expect; it is imported when a Hub is really spoken to.
+proxies mean what its users expect.  It is imported when a Hub is first asked.
 """

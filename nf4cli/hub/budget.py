@@ -1,9 +1,9 @@
-"""The bound on what a run holds on the disk: who may take how much, and when.
+"""Keep a run within its bound on the disk: decide which file may take room, and when.
 
-The unit of admission is a source file together with the output files that are made of it.  Steps
-are admitted in order, and what an admitted step needs is reserved whole, so it never waits for
-more: whatever is admitted runs to its end and gives back what it took.  A step that fits alone is
-therefore admitted at some time, and no two can wait for each other.
+A step is a source file with the output files that are made of it.  Steps are admitted in order, and
+all the room that a step needs is reserved at once.  So an admitted step never waits for room: it
+runs to its end and frees what it took.  A step that fits alone is admitted sooner or later, and no
+two steps can wait for each other.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..planning.model_plan import ModelPlan, path_in_model
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A source file, and what is made of it.
+    """A source file, and the output files that are made of it.
 
     Attributes:
-        source: bytes that it takes of the run's room until it has been read; 0 where it takes
-            none, or becomes an output file itself.
-        outputs: paths of the output files that are made of it.
-        name: path of the file under the source's root.
-        shard: what it holds, None for a file that goes into the output as it is.
+        source: bytes of the run's room that the source file takes until it has been read; 0 where
+            it takes none, or becomes an output file itself.
+        outputs: paths of the output files.
+        name: path of the source file under the source's root.
+        shard: what the source file holds; None for a file that is copied as it is.
     """
 
     source: int
@@ -44,9 +44,9 @@ def steps_of(
     """Return a step for each source file that is still needed, in the order of the run.
 
     Args:
-        fetched: paths of the source files that take room of the run's.
-        standings: by part, what is done already; None for nothing.
-        gone: paths of output files that were taken away already.
+        fetched: paths of the source files that take room of the run.
+        standings: finished work of an earlier run, by part; None for none.
+        gone: paths of copied files that need not be copied again.
     """
     steps = []
     for part, plan in model.parts.items():
@@ -73,19 +73,20 @@ def smallest(
     sizes: Mapping[str, int],
     base: int,
     leaving: bool,
-    there: Collection[str] = (),
+    begun: Collection[str] = (),
 ) -> int:
-    """The smallest bound under which every step can be admitted, in bytes.
+    """Return the smallest bound under which every step can be admitted, in bytes.
 
     Args:
-        sizes: of the output files, by name.
-        base: what lies on the disk all the time.
-        leaving: output files leave the disk when they are complete; else they stay.
-        there: output files that an earlier run began.
+        steps: in order.
+        sizes: bytes of each output file, by path.
+        base: bytes that lie on the disk all the time.
+        leaving: whether output files leave the disk when they are complete.
+        begun: paths of the output files on the disk that an earlier run began.
     """
     if not leaving:
         return base + sum(sizes.values()) + max((step.source for step in steps), default=0)
-    first = dict.fromkeys(there, 0)
+    first = dict.fromkeys(begun, 0)
     last: dict[str, int] = {}
     for number, step in enumerate(steps):
         for name in step.outputs:
@@ -99,12 +100,12 @@ def smallest(
 
 
 class Budget:
-    """Bytes of the disk, handed out; every method is thread-safe.
+    """Hands out the bytes of the disk within a bound; every method is thread-safe.
 
     Args:
-        limit: the bound, None for none; at least `smallest`.
-        sizes, base, leaving, there: see `smallest`.
-        transfers: told of everything that is held.
+        limit: the bound, at least `smallest`; None for none.
+        sizes, base, leaving, begun: see `smallest`.
+        transfers: counts everything that is held.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Budget:
         base: int,
         leaving: bool,
         transfers: Transfers,
-        there: Collection[str] = (),
+        begun: Collection[str] = (),
     ) -> None:
         self._limit = limit
         self._sizes = sizes
@@ -125,12 +126,12 @@ class Budget:
         self._failed = False
         transfers.disk_limit = limit
         self._take(base)
-        for name in there if leaving else sizes:
+        for name in begun if leaving else sizes:
             self._hold(name)
 
     @property
     def bounded(self) -> bool:
-        """Whether there is a bound at all."""
+        """Whether there is a bound."""
         return self._limit is not None
 
     def _take(self, count: int) -> None:
@@ -142,14 +143,17 @@ class Budget:
         self._take(self._sizes[name])
 
     def try_admit(self, step: Step) -> bool:
-        """The same without waiting; False where it does not fit now."""
+        """Reserve all that a step needs, without waiting; return False where it does not fit."""
         with self._changed:
             return self._fits(step) and self._admit(step)
 
     def admit(self, step: Step) -> bool:
-        """Wait until a step fits, and reserve all that it needs; False when the run failed.
+        """Wait until a step fits, and reserve all that it needs.
 
-        One thread after another: the order of the calls is the order of the steps.
+        Steps are admitted in the order of the calls, so one thread at a time may call this.
+
+        Returns:
+            False where the run failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._failed or self._fits(step))
@@ -166,11 +170,11 @@ class Budget:
         return self._limit is None or self._used + step.source + new <= self._limit
 
     def source_gone(self, step: Step) -> None:
-        """The source file of a step has left the disk."""
+        """Free the room of a step's source file, which has left the disk."""
         self._give_back(lambda: step.source)
 
     def output_gone(self, name: str) -> None:
-        """An output file has left the disk, for good."""
+        """Free the room of an output file, which has left the disk."""
         self._give_back(lambda: self._sizes[name])
 
     def _give_back(self, count: Callable[[], int]) -> None:
@@ -179,7 +183,7 @@ class Budget:
             self._changed.notify_all()
 
     def fail(self) -> None:
-        """Let go of everyone who waits."""
+        """Make every `admit` return False, those that wait as well."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()

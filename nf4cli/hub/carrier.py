@@ -1,7 +1,8 @@
-"""A run whose source comes from a Hub, or whose output goes to one, within a bound on the disk.
+"""Move the files of a run from and to a Hub while it converts, within a bound on the disk.
 
 Three things overlap: source files are fetched ahead, the conversion reads them, and output files
-are uploaded as they are complete.  The budget couples them: who needs room waits for the others.
+are uploaded as they are complete.  The budget couples them: whatever needs room waits for the
+others to free some.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
 from .errors import endpoint, in_mid_run
-from .fetching import Fetcher, is_right
+from .fetching import Channel, Fetcher, is_right
 from .publish import LostUploadError, Publication, Published, Uploaded
 from .repository import read_whole
+from .retries import persist
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +54,13 @@ class Outlook:
     """What a conversion from a Hub needs, in bytes.
 
     Attributes:
-        fetch_bytes, cached_bytes: of weight files, which have to be fetched or are in the cache.
-        smallest_disk_bytes: the smallest --disk with an output that stays.
-        smallest_disk_bytes_when_pushed: that with one that leaves, file by file.
+        repo: `org/name`.
+        commit: 40 hexadecimal digits.
+        fetch_bytes: of the weight files that have to be fetched.
+        cached_bytes: of the weight files that are in the user's cache.
+        smallest_disk_bytes: the smallest --disk where the output stays on the disk.
+        smallest_disk_bytes_when_pushed: the smallest --disk where each output file leaves the disk
+            when it is uploaded.
     """
 
     repo: str
@@ -66,20 +72,22 @@ class Outlook:
 
 
 class HubTransport:
-    """See the module, and `Transport`.
+    """The `Transport` of a source on a Hub, or of an output that goes to one.
 
     Args:
-        snapshot: where the source comes from; None for one that lies here.
+        snapshot: the source; None for one on this disk.
         limit: bytes that the run may hold on the disk; source files are then removed when they
-            have been read.  None for no bound: they come to the user's cache and stay there.
-        publication: where the output goes to; None for nowhere.
-        leaving: output files are removed when they are uploaded, and no output stays here; without
-            a publication when they are complete, of an output that is made for its digests.
-        transfers: told of everything that is moved and held.
-        proved: what is proved by an output that leaves for nowhere, for the journal.
+            have been read.  None for no bound: they go to the user's cache and stay there.
+        publication: the output's destination; None where it is not published.
+        leaving: output files are removed when they are uploaded, and no output stays here.  Without
+            a publication they are removed when they are complete: the output is made for its
+            digests alone.
+        transfers: counts everything that is moved and held.
+        notify: told what the user should know.
+        proved: the output that is proved by such digests, for the journal.
 
     Attributes:
-        outcome: where the output is published, at the end.
+        outcome: where the output is published, after `publish`; None before.
     """
 
     def __init__(
@@ -112,11 +120,11 @@ class HubTransport:
         return self.leaving and self.publication is None
 
     def prepare(self, model: ModelPlan) -> None:
-        """See that the user's cache has room for what comes there, and that we may publish.
+        """Check that the user's cache has room for what is fetched, and prepare the publication.
 
         Raises:
             MachineError: the cache is too full.
-            UsageError, InputError, MachineError: see Publication.prepare.
+            UsageError, InputError, MachineError: see `Publication.prepare`.
         """
         if self.snapshot is not None and self._limit is None:
             files = self.snapshot.files
@@ -131,17 +139,16 @@ class HubTransport:
     def published(
         self, model: ModelPlan, is_same: Callable[[str, Manifest], bool]
     ) -> dict[str, Manifest] | None:
-        """Return the manifests of what is published there now, if it is whole and the same."""
         if self.publication is None:
             return None
         repo = self.publication.repo
-        head = client.persist(lambda: client.resolve(Name(repo, None)), self.notify)
-        found: dict[str, Manifest] = {}
+        head = persist(lambda: client.resolve(Name(repo, None)), self.notify)
+        manifests: dict[str, Manifest] = {}
         try:
             for part in model.parts:
                 name = path_in_model(part, MANIFEST)
-                found[part] = self._read(head, name, Manifest.from_file)
-                if not _is_whole(head, part, found[part].digest, found[part].output_files):
+                manifest = manifests[part] = self._read(head, name, Manifest.from_file)
+                if not _is_whole(head, part, manifest.digest, manifest.output_files):
                     return None
             if model.is_pipeline:
                 record = self._read(head, PIPELINE_RECORD, Record.from_file)
@@ -149,23 +156,24 @@ class HubTransport:
                     return None
         except InputError:
             return None
-        if not all(is_same(part, manifest) for part, manifest in found.items()):
+        if not all(is_same(part, manifest) for part, manifest in manifests.items()):
             return None
         stays = "; its README.md stays as well" * self.publication.replaces_card
         self.notify(f"{repo} has this already, as this would write it{stays}")
         url, private = f"{endpoint()}/{repo}", self.publication.private
         self.outcome = Published(repo, head.commit, url, private, changed=False, deleted=())
-        return found
+        return manifests
 
     def _read(self, head: Snapshot, name: str, parse: Callable[[Path], Parsed]) -> Parsed:
-        """Return a record of a commit.
+        """Fetch and parse a manifest or pipeline record of a commit.
 
         Raises:
             InputError: there is none, or it is damaged.
+            MachineError: the Hub cannot be reached.
         """
-        with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as place:
-            path = Path(place) / name.rpartition("/")[2]
-            path.write_bytes(client.persist(lambda: read_whole(head, name), self.notify))
+        with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as directory:
+            path = Path(directory) / name.rpartition("/")[2]
+            path.write_bytes(persist(lambda: read_whole(head, name), self.notify))
             return parse(path)
 
     def disk_needed(self, model: ModelPlan, workers: int) -> int:
@@ -176,10 +184,11 @@ class HubTransport:
         return need
 
     def outlook(self, model: ModelPlan, pushed: ModelPlan, workers: int) -> Outlook:
-        """Return what a run would move and need; of a source that comes from a Hub.
+        """Return what a run with a source on a Hub would move and need.
 
         Args:
             pushed: the plan of a run whose output leaves the disk.
+            workers: threads.
         """
         assert self.snapshot is not None
         files, base = self.snapshot.files, base_bytes(model, workers)
@@ -199,6 +208,7 @@ class HubTransport:
         )
 
     def _too_little(self, model: ModelPlan, need: int) -> str:
+        """Return the message about a bound that is smaller than `need` bytes."""
         largest = max((shard.size for _, shard in model.source_shards()), default=0)
         message = (
             f"--disk {self._limit:,} bytes is too little for {model.name}: the smallest "
@@ -214,7 +224,7 @@ class HubTransport:
         )
 
     def _fetched(self, model: ModelPlan) -> set[str]:
-        """Return the paths of the source files that take room of the run's."""
+        """Return the paths of the source files that are fetched within the run's bound."""
         if self.snapshot is None or self._limit is None:
             return set()
         files = self.snapshot.files
@@ -231,10 +241,13 @@ class HubTransport:
     def _load(
         self, work: Workspace, model: ModelPlan, standings: Mapping[str, Standing], workers: int
     ) -> Load:
-        """Return what is left to be moved, in a form that fits the bound.
+        """Return what is left to be moved; drop finished work that does not fit within the bound.
 
-        Under a bound, an earlier run's unfinished output files may have to go: two files that it
-        had begun at once need not fit beside what comes first now.
+        An earlier run may have begun several output files at once, which need not fit on the disk
+        beside the first files of this run.
+
+        Raises:
+            UsageError: the bound is too small all the same.
         """
         limit, fetched = self._limit_on(work), self._fetched(model)
         uploads = _uploads_of(work, model, standings)
@@ -242,21 +255,21 @@ class HubTransport:
         sizes, base = model.file_sizes, base_bytes(model, workers)
         while True:
             steps = steps_of(model, fetched, standings, {*uploads, *present})
-            here = (_begun(model, standings) - uploads.keys()) | present
-            need = smallest(steps, sizes, base, self.leaving, here)
+            begun = (_begun(model, standings) - uploads.keys()) | present
+            need = smallest(steps, sizes, base, self.leaving, begun)
             if limit is None or not self.leaving or need <= limit:
-                return Load(limit, steps, fetched, sizes, base, here, uploads, present)
+                return Load(limit, steps, fetched, sizes, base, begun, uploads, present)
             complete = {
                 path_in_model(part, name) for part, s in standings.items() for name in s.shards
             }
-            stale = here - present - complete - (steps[0].outputs if steps else frozenset())
-            if not stale:  # the cache had files that are gone
+            unfinished = begun - present - complete - (steps[0].outputs if steps else frozenset())
+            if not unfinished:  # files that `disk_needed` saw in the cache are gone
                 raise UsageError(self._too_little(model, need))
-            for part, name in map(model.part_and_name, stale):
+            for part, name in map(model.part_and_name, unfinished):
                 standings[part].forget(model.parts[part], [name])
 
     def _limit_on(self, work: Workspace) -> int | None:
-        """Return the bound, lowered to what the disk has: what is fetched ahead would fill it."""
+        """Return the bound, lowered to the free space: files fetched ahead would fill the disk."""
         room = room_for(work.output)
         if self._limit is None or room >= self._limit:
             return self._limit
@@ -269,7 +282,7 @@ class HubTransport:
     def _present(
         self, work: Workspace, model: ModelPlan, uploads: Collection[str]
     ) -> frozenset[str]:
-        """Return the paths of files that an earlier run copied and that are as the Hub has them."""
+        """Return the paths of the files that an earlier run copied, and that are as on the Hub."""
         if self.snapshot is None:
             return frozenset()
         stop, files = threading.Event(), self.snapshot.files
@@ -288,10 +301,10 @@ class HubTransport:
         manifests: Mapping[str, Manifest],
         lost: Callable[[tuple[str, ...]], None],
     ) -> None:
-        """Commit everything: from here on others see it, and a stop comes too late.
+        """Upload what is left and commit everything, so that others see it.
 
         Raises:
-            TransferError, MachineError: see Publication.commit.
+            TransferError, MachineError: see `Publication.commit`.
             InterruptedRunError: a stop was asked for; the Hub may have taken the commit or not.
         """
         if self.publication is None:
@@ -301,7 +314,8 @@ class HubTransport:
                 self.outcome = stopping.leave_behind(
                     partial(self._commit, self.publication, model, directory, manifests)
                 )
-            except LostUploadError:  # it names one of perhaps many; what is there is not sent again
+            except LostUploadError:
+                # It may name one file of many.  A file that the Hub has is not sent again.
                 lost(self.publication.restored)
                 raise
 
@@ -312,8 +326,8 @@ class HubTransport:
         directory: Path,
         manifests: Mapping[str, Manifest],
     ) -> Published:
-        """Send what was not sent yet, and commit it all."""
-        known = {
+        """Upload every file that was not uploaded, and commit them all."""
+        digests = {
             path_in_model(part, name): record.digest
             for part, manifest in manifests.items()
             for name, record in manifest.output_files.items()
@@ -322,13 +336,18 @@ class HubTransport:
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
             name = path.relative_to(directory).as_posix()
             if not publication.has(name):
-                publication.add(path, name, known.get(name))
+                publication.add(path, name, digests.get(name))
         version = next(iter(manifests.values())).tool_version
         return publication.commit(f"{model.name} in 4 bit, by nf4 {version}")
 
 
 def _is_whole(head: Snapshot, part: str, algorithm: str, records: Mapping[str, FileRecord]) -> bool:
-    """Whether a commit has the files of a manifest, as far as the Hub states it."""
+    """Return whether a commit has every file of a record, as far as the Hub states it.
+
+    Args:
+        part: whose record it is; paths in it are within the part.
+        algorithm: of the digests in the record.
+    """
     for name, record in records.items():
         file = head.files.get(path_in_model(part, name))
         digest = file and (file.sha256 if algorithm == "sha256" else None)
@@ -340,7 +359,7 @@ def _is_whole(head: Snapshot, part: str, algorithm: str, records: Mapping[str, F
 def _uploads_of(
     work: Workspace, model: ModelPlan, standings: Mapping[str, Standing]
 ) -> dict[str, Upload]:
-    """Return the output files that were taken away, by path."""
+    """Return the output files that an earlier run uploaded, by path."""
     beside = work.earlier.parts.get("", Part()).uploads if model.is_pipeline else {}
     parts = {
         path_in_model(part, name): upload
@@ -366,14 +385,14 @@ class Load:
     """What a run has to move.
 
     Attributes:
-        limit: bytes that may lie on the disk, None for no bound.
-        steps: the source files, in order.
-        fetched: paths of those that take room of the run's.
-        sizes: bytes of the output files, by path.
+        limit: bytes that may lie on the disk; None for no bound.
+        steps: the source files that are still needed, in the order of reading.
+        fetched: paths of the source files that are fetched within the bound.
+        sizes: bytes of each output file, by path.
         base: bytes that lie on the disk all the time.
-        here: output files that an earlier run began.
-        uploads: output files that an earlier run had taken away, by path.
-        present: files that an earlier run copied, and that are whole.
+        begun: paths of the output files on the disk that an earlier run began.
+        uploads: the output files that an earlier run uploaded, by path.
+        present: paths of the files that an earlier run copied, and that are whole.
     """
 
     limit: int | None
@@ -381,16 +400,20 @@ class Load:
     fetched: Collection[str]
     sizes: Mapping[str, int]
     base: int
-    here: Collection[str]
+    begun: Collection[str]
     uploads: Mapping[str, Upload]
     present: Collection[str]
 
 
 class HubCarriage:
-    """See `Carriage`: fetches and uploads while the run converts.
+    """The `Carriage` that fetches and uploads while the run converts.
 
     Args:
-        algorithm: of the digests that `file_done` is given.
+        transport: that it is made by.
+        work: where the run works.
+        model: that is converted.
+        load: what has to be moved.
+        algorithm: of the digests that `file_done` gets.
     """
 
     def __init__(
@@ -399,26 +422,25 @@ class HubCarriage:
         self._load, self._model = load, model
         self._publication, self._transfers = transport.publication, transport.transfers
         budget = Budget(
-            load.limit, load.sizes, load.base, transport.leaving, self._transfers, load.here
+            load.limit, load.sizes, load.base, transport.leaving, self._transfers, load.begun
         )
-        self._source: Fetcher | _Paced
+        self._source: Fetcher | _LocalSource
         if transport.snapshot is None:
-            self._source = _Paced(model.root, load.steps, budget)
+            self._source = _LocalSource(model.root, load.steps, budget)
         else:
             self._source = Fetcher(
-                transport.snapshot, model.root, load.steps,
-                None if load.limit is None else work.fetched, load.fetched, budget,
-                self._transfers, transport.notify,
+                Channel(transport.snapshot, self._transfers, transport.notify),
+                model.root, load.steps, None if load.limit is None else work.fetched,
+                load.fetched, budget,
             )  # fmt: skip
             files = transport.snapshot.files
             self._transfers.to_download = sum(files[step.name].size for step in load.steps)
         self._uploads: _Uploads | None = None
         if transport.publication is not None or transport.leaving:
             self._uploads = _Uploads(
-                transport.publication, work.journal, model, algorithm, transport.leaving,
-                budget, self._source,
-            )  # fmt: skip
-        self._taken = {step.name for step in load.steps if step.shard is None}
+                transport, work.journal, model, algorithm, budget, self._source
+            )
+        self._admitted_copies = {step.name for step in load.steps if step.shard is None}
         self._directory = work.directory
         self._stack = ExitStack()
 
@@ -455,7 +477,7 @@ class HubCarriage:
     def copy(self, source: str, target: Path) -> None:
         if target.relative_to(self._directory).as_posix() in self._load.present:
             return
-        if source in self._taken:
+        if source in self._admitted_copies:
             self._source.take(source, target)
         else:
             shutil.copyfile(self._model.root / source, target)
@@ -465,8 +487,14 @@ class HubCarriage:
             self._uploads.put(name, path, digest)
 
 
-class _Paced(LocalShards):
-    """Local source files, each opened when there is room for what is made of it."""
+class _LocalSource(LocalShards):
+    """Source files on this disk, each opened when there is room for what is made of it.
+
+    Args:
+        root: of the source.
+        steps: the files that are read, in order.
+        budget: admits each file.
+    """
 
     def __init__(self, root: Path, steps: Sequence[Step], budget: Budget) -> None:
         super().__init__()
@@ -480,7 +508,7 @@ class _Paced(LocalShards):
         return super().open(shard)
 
     def take(self, name: str, target: Path) -> None:
-        """Copy a file that goes into the output as it is, when there is room."""
+        """Copy a file that is not converted, when there is room."""
         self._wait_for_room(name)
         shutil.copyfile(self._root / name, target)
 
@@ -489,29 +517,42 @@ class _Paced(LocalShards):
             raise self._failure or InterruptedRunError("interrupted")
 
     def fail(self, error: BaseException) -> None:
+        """Make `open` and `take` raise an error from elsewhere in the run."""
         self._failure = error
         self.abort()
 
     def abort(self) -> None:
+        """End every wait."""
         self._budget.fail()
 
 
 class _Uploads:
-    """A thread that uploads files in the order in which they are complete."""
+    """A thread that uploads files in the order in which they are complete.
+
+    Where the output leaves the disk, it removes each file that the Hub has.
+
+    Args:
+        transport: has the publication; without one, files are only removed.
+        journal: told of every file before it is removed.
+        model: that is converted.
+        algorithm: of the digests that `put` gets.
+        budget: gets the room of removed files back.
+        source: told of a failure, so that nobody waits for room any more.
+    """
 
     def __init__(
         self,
-        publication: Publication | None,
+        transport: HubTransport,
         journal: Journal,
         model: ModelPlan,
         algorithm: str,
-        leaving: bool,
         budget: Budget,
-        source: Fetcher | _Paced,
+        source: Fetcher | _LocalSource,
     ) -> None:
-        self._publication, self._journal, self._model = publication, journal, model
+        self._publication, self._leaving = transport.publication, transport.leaving
+        self._journal, self._model = journal, model
         self._algorithm = algorithm
-        self._leaving, self._budget = leaving, budget
+        self._budget = budget
         self._source = source
         self._queue: queue.Queue[tuple[str, Path, str] | None] = queue.Queue()
         self._failure: BaseException | None = None
@@ -522,23 +563,23 @@ class _Uploads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)  # one that waits for the network ends with the process
+        self._queue.put(None)  # an upload that waits for the network ends with the process
 
     def put(self, name: str, path: Path, digest: str) -> None:
-        """Hand a file over.
+        """Queue a file that is complete.
 
         Raises:
-            InputError, MachineError: an earlier one could not be uploaded.
+            TransferError, MachineError: an earlier file could not be uploaded.
         """
         if self._failure is not None:
             raise self._failure
         self._queue.put((name, path, digest))
 
     def drain(self) -> None:
-        """Wait until everything is uploaded.
+        """Wait until every queued file is uploaded.
 
         Raises:
-            InputError, MachineError: it cannot be.
+            TransferError, MachineError: one could not be uploaded.
         """
         self._queue.put(None)
         stopping.join([self._thread])
@@ -546,6 +587,7 @@ class _Uploads:
             raise self._failure
 
     def _work(self) -> None:
+        """Upload queued files, until there comes a None; a failure is told to the source."""
         try:
             while (item := self._queue.get()) is not None:
                 with in_mid_run():
@@ -555,11 +597,17 @@ class _Uploads:
             self._source.fail(error)
 
     def _upload(self, name: str, path: Path, digest: str) -> None:
+        """Upload a file, and remove it where the output leaves the disk.
+
+        Raises:
+            UsageError: the Hub wants the file in git itself, so that it would have to stay here.
+            InputError, MachineError: see `Publication.add`.
+        """
         if self._publication is None:
-            self._leave(name, path, Upload(digest, path.stat().st_size, digest, b""))
+            self._remove(name, path, Upload(digest, path.stat().st_size, digest, b""))
             return
-        known = digest if self._algorithm == "sha256" else None
-        uploaded = self._publication.add(path, name, known)
+        sha256 = digest if self._algorithm == "sha256" else None
+        uploaded = self._publication.add(path, name, sha256)
         if self._leaving and self._budget.bounded and not uploaded.stored:
             raise UsageError(
                 f"{self._publication.repo} wants {name} in git itself, not in LFS, where it "
@@ -567,9 +615,11 @@ class _Uploads:
                 ".gitattributes, or do without --disk"
             )
         if self._leaving and uploaded.stored:
-            self._leave(name, path, Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample))
+            upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
+            self._remove(name, path, upload)
 
-    def _leave(self, name: str, path: Path, upload: Upload) -> None:
+    def _remove(self, name: str, path: Path, upload: Upload) -> None:
+        """Remove a file once the journal has a line about it on the disk."""
         self._journal.uploaded(*self._model.part_and_name(name), upload)
         path.unlink()
         self._budget.output_gone(name)

@@ -1,43 +1,42 @@
-"""What a Hub is asked, through huggingface_hub (0.34 to 2.x), and its failures in our words."""
+"""Ask a Hub about models and read their files, through huggingface_hub (0.34 to 2.x)."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from ..callbacks import Notify, no_notice
 from ..checkpoint.types import Origin
 from ..checkpoint.untrusted import JsonLimits, is_plain, parse_json
-from ..errors import InputError, MachineError, UsageError
+from ..errors import InputError, MachineError
 from .errors import endpoint, explained, is_offline
+from .retries import first_wait
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 16  # bytes of a body that are handed on at a time: what a break costs
-_MAX_FILES = 100_000  # of a repository; the largest of models have a few hundred
+_CHUNK = 1 << 16  # bytes of a body that are handed on at a time: what a broken connection loses
+_MAX_FILES = 100_000  # of a repository; the largest models have a few hundred
 _LARGEST = 1 << 50  # bytes of a file
 _ANSWER = JsonLimits(64_000_000, 2_000_000)  # about a model: some 300 bytes a file
 
-_BUSY_RETRIES = 3  # within each of the attempts, where the server says that it is busy
-_LONGEST_FIRST_WAIT = 600  # seconds
-_ATTEMPTS = 5  # of what fails for a reason that may pass
+_BUSY_RETRIES = 3  # within one attempt (see retries.py), where the server says that it is busy
 
 Chunks = Iterator[bytes]
-T = TypeVar("T")
 
 
 class Name(NamedTuple):
-    """A model of the Hub as a user writes it, `org/name@revision`; revision None is the default
-    branch."""
+    """A model on the Hub as a user writes it, `org/name@revision`.
+
+    Attributes:
+        repo: `org/name`.
+        revision: a branch, tag or commit; None for the default branch.
+    """
 
     repo: str
     revision: str | None
@@ -53,8 +52,8 @@ class RemoteFile:
     Attributes:
         name: path in the repository, with slashes.
         size: bytes.
-        sha256: of its bytes, for a file of LFS; None for one that lies in git itself.
-        blob: git's own digest of a file that lies in git.
+        sha256: of its bytes, for a file in LFS; None for a file in git itself.
+        blob: git's own digest of a file in git itself; None where it is unknown.
     """
 
     name: str
@@ -68,8 +67,9 @@ class Snapshot:
     """A commit of a model, which never changes.
 
     Attributes:
+        name: as the user wrote it.
         commit: 40 hexadecimal digits.
-        files: by name.
+        files: by path in the repository.
     """
 
     name: Name
@@ -78,10 +78,11 @@ class Snapshot:
 
     @property
     def repo(self) -> str:
+        """`org/name`."""
         return self.name.repo
 
     def origin(self, directory: str = "") -> Origin:
-        """Where the weights come from that lie in a directory of it."""
+        """Return the origin of the weight files in a directory of the repository."""
         prefix = f"{directory}/" if directory else ""
         return Origin(
             self.repo,
@@ -95,7 +96,10 @@ class Snapshot:
 
 
 def parse(text: str) -> Name | None:
-    """A model of the Hub, None for what cannot be one; whether it exists is another question."""
+    """Return the name of a model on the Hub; None for text that cannot be one.
+
+    The Hub is not asked whether the model exists.
+    """
     match = _NAME.fullmatch(text)
     if match is None or any(set(part) <= {".", "-"} for part in match["repo"].split("/")):
         return None
@@ -103,10 +107,13 @@ def parse(text: str) -> Name | None:
 
 
 def resolve(name: Name) -> Snapshot:
-    """Ask which commit a revision is now, and what it holds; offline, what the cache knows.
+    """Ask the Hub which commit a revision is now, and which files it holds.
+
+    Offline, the user's cache is asked instead.
 
     Raises:
-        InputError: no such model or revision, or no access to it.
+        InputError: no such model or revision, no access to it, or an answer that no Hub gives.
+        UsageError: no valid name.
         MachineError: the Hub cannot be reached.
     """
     if is_offline():
@@ -117,7 +124,7 @@ def resolve(name: Name) -> Snapshot:
         files = {file.name: file for file in _files(answer["siblings"])}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"the answer of {endpoint()} about {name} is none of a Hub's "
+            f"the answer of {endpoint()} about {name} is not that of a Hub "
             f"({type(error).__name__}: {error}): is HF_ENDPOINT right?"
         ) from error
     for path in files:
@@ -126,12 +133,13 @@ def resolve(name: Name) -> Snapshot:
 
 
 def _ask(name: Name) -> dict[str, Any]:
-    """What a Hub says of a model.  HfApi.model_info would take an answer of any length into memory,
-    and of any shape.
+    """Return the Hub's answer about a model, within limits.
+
+    HfApi.model_info would read an answer of any length into memory.
 
     Raises:
-        InputError: see `resolve`; it is too long.
-        MachineError: see `resolve`; it is no JSON object.
+        InputError: see `resolve`; or the answer is too long.
+        MachineError: see `resolve`; or the answer is no JSON object.
     """
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
@@ -142,20 +150,20 @@ def _ask(name: Name) -> dict[str, Any]:
         with _streamed(url, build_hf_headers()) as (response, chunks):
             hf_raise_for_status(response)
             data = first_of(chunks, _ANSWER.nbytes + 1)
-    where = f"the answer of {endpoint()} about {name} (is HF_ENDPOINT right?)"
+    what = f"the answer of {endpoint()} about {name} (is HF_ENDPOINT right?)"
     if len(data) > _ANSWER.nbytes:
-        raise InputError(f"{where} has more than {_ANSWER.nbytes:,} bytes")
+        raise InputError(f"{what} has more than {_ANSWER.nbytes:,} bytes")
     try:
-        return parse_json(data, where, _ANSWER)
-    except InputError as error:  # a page of somebody on the way, which may be gone the next time
+        return parse_json(data, what, _ANSWER)
+    except InputError as error:  # a proxy's page, which the next attempt may not meet
         raise MachineError(str(error)) from error
 
 
 def _files(listed: Any) -> Iterator[RemoteFile]:
-    """The files that a Hub lists.
+    """Yield the files in a Hub's list.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no such list.
+        KeyError, TypeError, ValueError: it is no list of files.
     """
     if not isinstance(listed, list) or len(listed) > _MAX_FILES:
         raise ValueError(f"no list of files, or one of more than {_MAX_FILES:,}")
@@ -163,11 +171,11 @@ def _files(listed: Any) -> Iterator[RemoteFile]:
 
 
 def _file(listed: dict[str, Any]) -> RemoteFile:
-    """One of them."""
+    """Return one entry of a Hub's list as a file; raises what `_files` does."""
     path, size, lfs = listed["rfilename"], listed.get("size") or 0, listed.get("lfs")
     if not isinstance(path, str):
         raise TypeError("a file without a name")
-    path.encode()  # JSON can hold what is no text
+    path.encode()  # JSON can hold a lone surrogate, which no file name can
     if type(size) is not int or not 0 <= size <= _LARGEST:
         raise ValueError(f"{path!r} has the size {size!r}")
     if lfs:
@@ -177,13 +185,18 @@ def _file(listed: dict[str, Any]) -> RemoteFile:
 
 
 def _string(value: Any, pattern: re.Pattern[str]) -> str:
+    """Return a value that is text of a pattern.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise ValueError(f"{str(value)[:100]!r} is no digest")
     return value
 
 
 def first_of(chunks: Chunks, most: int) -> bytes:
-    """The first bytes of a body, at most `most`: it may have no end."""
+    """Return the first bytes of a body, at most `most`; the rest is not read."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
@@ -193,7 +206,13 @@ def first_of(chunks: Chunks, most: int) -> bytes:
 
 
 def _resolve_in_cache(name: Name) -> Snapshot:
-    """A snapshot of what was fetched of it: the cache's files are named by their digests."""
+    """Return the snapshot of a model as far as it is in the user's cache.
+
+    The cache names files by their digests.
+
+    Raises:
+        MachineError: nothing of it is there.
+    """
     from huggingface_hub import snapshot_download
 
     with explained(str(name)):
@@ -211,38 +230,39 @@ def _resolve_in_cache(name: Name) -> Snapshot:
 
 
 def _refuse_path(name: Name, path: str) -> None:
+    """Raise InputError if the path of a file leads out of its directory."""
     if not all(is_plain(part) and "\\" not in part for part in path.split("/")):
         raise InputError(f"{name} has a file {path!r}, a name that leads out of its directory")
 
 
 def read_range(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file of the Hub, and no others.
+    """Return bytes [start, stop) of a file on the Hub.
 
     Raises:
-        InputError, MachineError: see `resolve`; the answer is shorter.
+        InputError, MachineError: see `resolve`; or fewer bytes come.
     """
     with open_at(snapshot, file, start, stop) as (position, chunks):
-        found = first_of(chunks, stop - position)[start - position :]
-    if len(found) != stop - start:
+        data = first_of(chunks, stop - position)[start - position :]
+    if len(data) != stop - start:
         raise MachineError(
-            f"{file.name} of {snapshot.name}: {endpoint()} sent {len(found):,} of "
+            f"{file.name} of {snapshot.name}: {endpoint()} sent {len(data):,} of "
             f"{stop - start:,} bytes from byte {start:,}: try again"
         )
-    return found
+    return data
 
 
 @contextmanager
 def open_at(
     snapshot: Snapshot, file: RemoteFile, start: int, stop: int | None = None
 ) -> Iterator[tuple[int, Chunks]]:
-    """A file of the Hub from byte `start` on, up to `stop` or its end.
+    """Open a file on the Hub from byte `start` on, up to `stop` or its end.
 
     Yields:
-        (offset of the first byte that comes, the bytes in pieces).  A server that knows no ranges
-        sends the file from its start.
+        (offset in the file of the first byte that comes, the bytes in pieces).  A server without
+        ranges sends the file from its start.
 
     Raises:
-        InputError, MachineError: see `resolve`; also where the connection breaks.
+        InputError, MachineError: see `resolve`; or the connection breaks, also in the block.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -260,7 +280,7 @@ def open_at(
 
 
 def _position(response: Any, asked: int) -> int:
-    """Where in the file a body begins."""
+    """Return the offset in the file at which a body begins; `asked` where it does not say."""
     if response.status_code != 206:
         return 0
     match = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
@@ -269,8 +289,11 @@ def _position(response: Any, asked: int) -> int:
 
 @contextmanager
 def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]:
-    """(response, body in pieces) of a GET that follows redirects and is tried again where the
-    server says that it is busy."""
+    """Send a GET that follows redirects, and is sent again where the server says that it is busy.
+
+    Yields:
+        (response, its body in pieces).
+    """
     from huggingface_hub import constants, utils
 
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -286,7 +309,7 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
             retry_on_exceptions=(),
             retry_on_status_codes=busy,
             max_retries=_BUSY_RETRIES,
-            base_wait_time=waits(1)[0],
+            base_wait_time=first_wait(),
         ) as response:
             yield response, response.iter_bytes(_CHUNK)
         return
@@ -299,7 +322,7 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
         stream=True,
         retry_on_status_codes=busy,
         max_retries=_BUSY_RETRIES,
-        base_wait_time=waits(1)[0],
+        base_wait_time=first_wait(),
     )
     try:
         yield response, response.iter_content(_CHUNK)
@@ -307,62 +330,19 @@ def _streamed(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Chunks]]
         response.close()
 
 
-def waits(count: int) -> list[float]:
-    """Seconds to wait between attempts, each twice the one before; the first is a second, or what
-    NF4_HUB_WAIT says.
-
-    Raises:
-        UsageError: that is no number.
-    """
-    text = os.environ.get("NF4_HUB_WAIT", "1")
-    try:
-        first = float(text)
-    except ValueError:
-        first = -1.0
-    if not 0 <= first <= _LONGEST_FIRST_WAIT:
-        raise UsageError(
-            f"NF4_HUB_WAIT is {text!r}, expected seconds from 0 to {_LONGEST_FIRST_WAIT}"
-        )
-    return [first * 2.0**number for number in range(count)]
-
-
-def persist(
-    work: Callable[[], T], notify: Notify = no_notice, stop: threading.Event | None = None
-) -> T:
-    """Try again, a few times and ever later, what fails for a reason that may pass.
-
-    Args:
-        notify: told of every failure that is not the last.
-        stop: ends the waiting.
-
-    Raises:
-        MachineError: what `work` raised the last time.
-    """
-    for wait in waits(_ATTEMPTS - 1):
-        try:
-            return work()
-        except MachineError as error:
-            if is_offline():
-                raise
-            notify(f"{error}. The next attempt is in {wait:.0f} s")
-            if (stop or threading.Event()).wait(wait):
-                raise
-    return work()
-
-
 def cached(snapshot: Snapshot, file: RemoteFile) -> Path | None:
-    """Where a file of this commit lies in the user's cache, None where it does not."""
+    """Return the path of a file in the user's cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(snapshot.repo, file.name, revision=snapshot.commit)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(snapshot.repo, file.name, revision=snapshot.commit)
+    return Path(path) if isinstance(path, str) else None
 
 
 def fetch_to_cache(snapshot: Snapshot, file: RemoteFile, again: bool = False) -> Path:
-    """Have a file in the user's cache, as `hf download` would.
+    """Fetch a file to the user's cache, as `hf download` does, and return its path.
 
     Args:
-        again: fetch it although it is there.
+        again: fetch it although it is in the cache.
 
     Raises:
         InputError, MachineError: see `resolve`.
@@ -378,8 +358,10 @@ def fetch_to_cache(snapshot: Snapshot, file: RemoteFile, again: bool = False) ->
 
 
 def remember(snapshot: Snapshot, file: RemoteFile) -> None:
-    """Have the user's cache know which commit the revision is, for work offline, by asking for a
-    file of it under that name."""
+    """Make the user's cache know which commit the revision is, for work offline.
+
+    A file is asked for by the name of the revision, not by the commit.
+    """
     from huggingface_hub import hf_hub_download
 
     with explained(f"{file.name} of {snapshot.name}"):
@@ -387,21 +369,21 @@ def remember(snapshot: Snapshot, file: RemoteFile) -> None:
 
 
 def blobs_of(repo: str) -> Path:
-    """Where the user's cache keeps the bytes of a model; unfinished ones are *.incomplete."""
+    """Return where the user's cache keeps a model's files; unfinished ones end in .incomplete."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
 
 
 def require_room_in_cache(repo: str, need: int) -> None:
-    """Raises MachineError when the disk of the user's cache has fewer than `need` bytes free."""
-    place = blobs_of(repo)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Raise MachineError if the disk of the user's cache has fewer than `need` bytes free."""
+    directory = blobs_of(repo)
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
     if free < need:
         raise MachineError(
-            f"{repo} has {need:,} bytes to fetch and the cache in {place} has {free:,} free: free "
-            "some space, set HF_HOME to another disk, or give a bound with --disk, under which "
-            "files do not stay"
+            f"{repo} has {need:,} bytes to fetch and the cache in {directory} has {free:,} free: "
+            "free some space, set HF_HOME to another disk, or give a bound with --disk, under "
+            "which files do not stay"
         )

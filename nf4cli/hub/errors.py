@@ -1,4 +1,4 @@
-"""What huggingface_hub and its HTTP library say when they fail, in our words."""
+"""Turn the failures of huggingface_hub and its HTTP library into errors that a user understands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..errors import InputError, MachineError, TransferError, UsageError
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"
 _FORBIDDEN = re.compile(r"HTTP status client error \(40[13] ")
-"""As the storage library says it, whose errors have no status but in their words."""
+"""A refusal by the storage library, whose errors state the status in their text alone."""
 
 
 def is_offline() -> bool:
-    """Whether the user forbade huggingface_hub the network (HF_HUB_OFFLINE)."""
+    """Return whether the user forbade huggingface_hub the network (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def endpoint() -> str:
-    """The Hub that is spoken to (HF_ENDPOINT)."""
+    """Return the address of the Hub (HF_ENDPOINT)."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
@@ -33,15 +33,15 @@ def endpoint() -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what huggingface_hub and its HTTP library raise into errors that a user can meet.
+    """Turn what huggingface_hub and its HTTP library raise in the block into errors of nf4.
 
     Args:
-        what: that was asked for, as it is named in the message.
+        what: was asked for, for messages.
 
     Raises:
-        InputError: it does not exist, or is not for this user.
-        UsageError: it is no name that a Hub knows.
-        MachineError: the network, the Hub or the disk.
+        InputError: it does not exist, or this user may not have it.
+        UsageError: the name is not valid, or the token cannot be one.
+        MachineError: the network or the Hub failed, or the user forbade the network.
     """
     from huggingface_hub import errors
 
@@ -87,10 +87,10 @@ def explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def in_mid_run() -> Iterator[None]:
-    """Has what a Hub refuses now not be taken for bad input, which a run leaves nothing of.
+    """Turn input errors into TransferError, so that a refusal in mid-run keeps finished work.
 
     Raises:
-        TransferError: in place of an InputError or UsageError.
+        TransferError: in place of an InputError or UsageError in the block.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def in_mid_run() -> Iterator[None]:
 
 
 def _refused(what: str, error: Any) -> InputError | MachineError:
-    """An answer of the Hub that is none of those with a name of their own."""
+    """Return the error for an answer of the Hub that has no exception class of its own."""
     status = error.response.status_code if error.response is not None else 0
     message = f"{what}: {endpoint()} answered {status}, {_first_line(error)}"
     if status == 403 and not str(error.response.url).startswith(endpoint()):
@@ -119,7 +119,10 @@ def _offline(what: str) -> MachineError:
 
 
 def _failed(what: str, error: BaseException) -> InputError | MachineError:
-    """What the HTTP library says, or that of the storage, which also says so what was refused."""
+    """Return the error for a failure of the HTTP library, or of the storage library.
+
+    The storage library reports a refusal in the same way.
+    """
     if not _FORBIDDEN.search(str(error)):
         return _unreachable(what, error)
     return InputError(
@@ -135,9 +138,11 @@ def _unreachable(what: str, error: BaseException) -> MachineError:
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """Whether it is raised by the HTTP library that huggingface_hub uses: requests, httpx, httpx2,
-    or the transfer library of its storage; or by Python, of a wait of centuries that a server asks
-    for."""
+    """Return whether an error comes from the network.
+
+    The HTTP library (requests, httpx, httpx2) or the storage library raises it; or Python, where a
+    server asks for a wait of centuries.
+    """
     names = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(names & {"requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2"}) or (
         isinstance(error, (ConnectionError, OverflowError))
@@ -145,17 +150,18 @@ def _is_of_the_network(error: Exception) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of a message, without what signed addresses carry behind a question mark."""
+    """Return the first line of a message, without the part of addresses that may be secret."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return re.sub(r"\?[^\s')]*", "", text).strip().rstrip(".")[:300]
 
 
 def report_to(notify: Notify) -> None:
-    """Have what huggingface_hub logs (attempts that failed, waits) told like our own notes, and
-    its progress bars left out: they would tear ours.
+    """Show what huggingface_hub logs (failed attempts, waits) as notes, and hide its progress bars.
+
+    Its bars would break ours.
 
     Raises:
-        UsageError: a variable of the environment is not what huggingface_hub takes.
+        UsageError: huggingface_hub does not accept a variable of the environment.
     """
     _require_address(os.environ.get("HF_ENDPOINT"))
     try:
@@ -168,22 +174,23 @@ def report_to(notify: Notify) -> None:
         ) from error
 
     disable_progress_bars()
-    logger = get_logger(
-        "huggingface_hub"
-    )  # by its own function: that adds a handler, the first time
-    logger.handlers = [_Told(notify)]
+    # By its own function, which adds a handler the first time that it is called.
+    logger = get_logger("huggingface_hub")
+    logger.handlers = [_NotifyHandler(notify)]
     logger.propagate = False
 
 
 def _require_address(endpoint: str | None) -> None:
-    """What no request could be sent to is no trouble of the network, which may pass."""
+    """Raise UsageError if HF_ENDPOINT is no address: no later attempt could reach it."""
     if endpoint and not re.match(r"https?://[^/\s]+", endpoint):
         raise UsageError(
             f"HF_ENDPOINT is {endpoint!r}, expected an address that begins with http:// or https://"
         )
 
 
-class _Told(logging.Handler):
+class _NotifyHandler(logging.Handler):
+    """Passes the first line of each warning on."""
+
     def __init__(self, notify: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self._notify = notify

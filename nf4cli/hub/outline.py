@@ -1,17 +1,16 @@
-"""A model of a Hub as a directory: its small files whole, of its weight files only the headers.
+"""Make the outline of a model on a Hub: a directory of its small files, and its weights' headers.
 
-A weight file is stood in for by a sparse file of its size that holds nothing but the header, read
-by a range request.  So what decides about a checkpoint on the disk (discovery.py, make_plan.py,
-and the safetensors library, which wants to see the file's length) decides about one on a Hub, with
-the same code, and reads no weight.
+In place of a weight file stands a sparse file of its size that holds the header alone, read by a
+range request.  So the code that plans for a checkpoint on the disk (discovery.py, make_plan.py, and
+the safetensors library, which checks the file's length) plans for one on a Hub, and reads no
+weight.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..checkpoint.types import Checkpoint
 from ..checkpoint.untrusted import MAX_HEADER
 from ..errors import InputError, InterruptedRunError, MachineError
 from ..planning.pipeline_plan import is_pipeline
+from ..threads import each
 from .client import (
     Chunks,
     RemoteFile,
@@ -35,16 +35,16 @@ from .client import (
     cached,
     fetch_to_cache,
     open_at,
-    persist,
     read_range,
     remember,
 )
 from .errors import endpoint, is_offline
 from .fetching import expected_digest, new_digest
+from .retries import persist
 
 _FIRST_READ = 1 << 16  # bytes: most headers are shorter
 _AT_A_TIME = 8  # requests
-_LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files that are no weights: no model has more
+_LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files without weights: no model has more
 _LEFT = (".gitattributes", ".gitignore")
 
 
@@ -52,11 +52,12 @@ def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
     """Make the outline of a model, or of a pipeline, in an empty directory.
 
     Args:
-        keep: small files come to the user's cache as well, as `hf download` would have it.
+        keep: fetch the small files to the user's cache as well, as `hf download` does.
 
     Raises:
-        InputError: it has no safetensors weights, or files that are not as the Hub says.
-        MachineError: the Hub cannot be reached.
+        InputError: it has no safetensors weights, or its other files are too large.
+        MachineError: the Hub cannot be reached, or a file is not as the Hub states.
+        InterruptedRunError: a stop was asked for.
     """
     files = {name: file for name, file in snapshot.files.items() if _counts(name)}
     sides = [f for name, f in files.items() if not is_weight_file(name) or _is_index(name)]
@@ -76,7 +77,7 @@ def _draw(
     sides: list[RemoteFile],
     keep: bool,
 ) -> None:
-    """Fetch the small files, `sides`, whole, and of `files` the headers of those with weights."""
+    """Fetch the small files `sides` whole, and the headers of the weight files among `files`."""
     directory = place.path
     if keep and not is_offline():
         _each(sides, lambda file: fetch_to_cache(snapshot, file))
@@ -102,10 +103,9 @@ def _draw(
 
 
 class _Place:
-    """The directory of an outline, which is left alone once the drawing has ended, however it did.
+    """The directory of an outline, in which no file appears after the block has ended.
 
-    Threads may be left behind then that wait for the network; the directory may be removed, and
-    nothing appears in it again.
+    Threads that wait for the network may be left behind then, and the directory may be removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,17 +114,17 @@ class _Place:
         self._ended = False
 
     def create(self, name: str) -> BinaryIO:
-        """Open a file for writing, anew.
+        """Create or empty a file, and open it for writing.
 
         Raises:
-            InterruptedRunError: the drawing has ended.
+            InterruptedRunError: the block has ended.
         """
-        place = self.path / name
+        path = self.path / name
         with self._lock:
             if self._ended:
                 raise InterruptedRunError("interrupted")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            return place.open("wb")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("wb")
 
     def __enter__(self) -> _Place:
         return self
@@ -135,26 +135,26 @@ class _Place:
 
 
 def open_outline(snapshot: Snapshot, directory: Path) -> Checkpoint:
-    """The checkpoint that an outline is one of."""
-    found = open_checkpoint(directory)
-    here = {*found.extra_files, *(shard.path.name for shard in found.shards), "config.json"}
+    """Open an outline as the checkpoint that it stands for, with its origin on the Hub."""
+    checkpoint = open_checkpoint(directory)
+    shards = {shard.path.name for shard in checkpoint.shards}
+    used = {*checkpoint.extra_files, *shards, "config.json"}
     origin = snapshot.origin()
-    mine = {s.path.name for s in found.shards}
-    sha256 = {name: digest for name, digest in origin.sha256.items() if name in mine}
+    sha256 = {name: digest for name, digest in origin.sha256.items() if name in shards}
     return replace(
-        found,
-        left_files=tuple(sorted(snapshot.files.keys() - here)),
+        checkpoint,
+        left_files=tuple(sorted(snapshot.files.keys() - used)),
         origin=replace(origin, sha256=sha256),
     )
 
 
 def names_in(directory: Path) -> list[str]:
-    """Names of the files that an outline has."""
+    """Return the paths of the files of an outline, sorted."""
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 
 def _counts(name: str) -> bool:
-    """Whether a file of a repository may be part of the model."""
+    """Return whether a file of a repository may be part of the model."""
     return name not in _LEFT and not any(part.startswith(".") for part in name.split("/")[:-1])
 
 
@@ -163,28 +163,36 @@ def _is_index(name: str) -> bool:
 
 
 def _needed(directory: Path, stand_ins: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """The weight files that a loader would take: the model's, or those of a pipeline's parts."""
+    """Return the weight files that a loader takes: a model's, or those of a pipeline's components.
+
+    Raises:
+        InputError: a model has none.
+    """
     pipeline = is_pipeline(directory)
-    # A model has weights beside its configuration: where there are none, find_shards says so.
+    # A model has weights beside its configuration: find_shards raises where there are none.
     by_directory: dict[Path, list[RemoteFile]] = {} if pipeline else {directory: []}
     for file in stand_ins:
-        place = (directory / file.name).parent
-        if place == directory or pipeline:
-            by_directory.setdefault(place, []).append(file)
+        parent = (directory / file.name).parent
+        if parent == directory or pipeline:
+            by_directory.setdefault(parent, []).append(file)
     needed = []
-    for place, files in by_directory.items():
+    for parent, files in by_directory.items():
         try:
-            taken = {path.name for path in find_shards(place)[1]}
+            loaded = {path.name for path in find_shards(parent)[1]}
         except InputError:
-            if place == directory:
+            if parent == directory:
                 raise
-            taken = set()  # whatever lies there, it is no part of the model
-        needed += [file for file in files if file.name.rpartition("/")[2] in taken]
+            loaded = set()  # its files are no part of the model
+        needed += [file for file in files if file.name.rpartition("/")[2] in loaded]
     return needed
 
 
 def _fetch_whole(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
-    """A small file, from the cache where it is there, compared with what the Hub says of it."""
+    """Copy a small file from the cache, or fetch it, and check its size and digest.
+
+    Raises:
+        MachineError: it is not as the Hub states.
+    """
     local = cached(snapshot, file)
     if local is not None:
         with local.open("rb") as opened:
@@ -197,7 +205,7 @@ def _fetch_whole(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
 
 
 def _write(file: RemoteFile, place: _Place, chunks: Chunks) -> str:
-    """Write the bytes of a small file; returns what is wrong with them, "" for nothing."""
+    """Write the bytes of a small file, and return what is wrong with them; "" for nothing."""
     digest, size = new_digest(file), 0
     with place.create(file.name) as out:
         for chunk in chunks:
@@ -206,13 +214,18 @@ def _write(file: RemoteFile, place: _Place, chunks: Chunks) -> str:
             size += len(chunk)
             if size > file.size:
                 return f"more than the {file.size:,} bytes came that {endpoint()} states"
-    found, expected = digest.hexdigest(), expected_digest(file)
-    if size == file.size and expected in (None, found):
+    actual, expected = digest.hexdigest(), expected_digest(file)
+    if size == file.size and expected in (None, actual):
         return ""
-    return f"{size:,} bytes with the digest {found} came, expected {file.size:,} with {expected}"
+    return f"{size:,} bytes with the digest {actual} came, expected {file.size:,} with {expected}"
 
 
 def _fetch_header(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
+    """Create a sparse file of a weight file's size that holds its header.
+
+    Raises:
+        MachineError: the file system has no sparse files of that size.
+    """
     first = min(file.size, _FIRST_READ)
     data = _read(snapshot, file, 0, first)
     length = 8 + int.from_bytes(data[:8], "little")
@@ -230,6 +243,7 @@ def _fetch_header(snapshot: Snapshot, file: RemoteFile, place: _Place) -> None:
 
 
 def _read(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file, from the cache or from the Hub."""
     local = cached(snapshot, file)
     if local is not None and local.stat().st_size == file.size:
         with local.open("rb") as opened:
@@ -238,33 +252,13 @@ def _read(snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> bytes:
     return read_range(snapshot, file, start, stop)
 
 
-def _each(files: Iterable[RemoteFile], work: Callable[[RemoteFile], object]) -> None:
-    """Several files at a time; the first failure, or Ctrl-C, ends it without waiting for the
-    network."""
-    waiting, failures = deque(files), list[BaseException]()
-    stop, lock = threading.Event(), threading.Lock()
+def _each(files: Sequence[RemoteFile], work: Callable[[RemoteFile], object]) -> None:
+    """Call `work` for several files at a time, again where the Hub may be busy.
 
-    def work_off() -> None:
-        try:
-            while not stop.is_set():
-                with lock:
-                    file = waiting.popleft() if waiting else None
-                if file is None:
-                    return
-                persist(partial(work, file), stop=stop)
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
+    The first failure, or a stop, ends it without waiting for the network.
+    """
 
-    threads = [
-        threading.Thread(target=work_off, name=f"nf4-outline-{i}", daemon=True)
-        for i in range(min(_AT_A_TIME, len(waiting)))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        stopping.join(threads, until=lambda: failures)
-    finally:
-        stop.set()
-    if failures:
-        raise failures[0]
+    def persistently(file: RemoteFile, stop: threading.Event) -> None:
+        persist(partial(work, file), stop=stop)
+
+    each(files, persistently, min(_AT_A_TIME, len(files)), leave_behind=True)

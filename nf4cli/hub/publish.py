@@ -1,7 +1,8 @@
-"""Files of an output -> one commit of a model's repository, which nobody sees half of.
+"""Publish the files of an output as one commit of a model's repository.
 
-Bytes go up file by file, as soon as there is a file, without a commit; the commit at the end names
-them all.  The Hub keeps what was sent and not committed, so that the next run need not send it.
+Each file is uploaded as soon as it exists, without a commit; the commit at the end names them all,
+so nobody sees a half of it.  The Hub keeps what was uploaded and not committed, so the next run
+need not send it again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..checkpoint.file_io import Identity
 from ..checkpoint.untrusted import read_start
 from ..errors import InputError, MachineError, UsageError
 from ..output.card import addressed
-from .client import Name, Snapshot, resolve, waits
+from .client import Name, Snapshot, resolve
 from .errors import endpoint
 from .repository import (
     Expected,
@@ -32,6 +32,7 @@ from .repository import (
     refuse_another_model,
     require_access,
 )
+from .retries import Retries
 from .upload import (
     MAX_IN_GIT,
     Sent,
@@ -51,21 +52,21 @@ from .xet_progress import reporting
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-_RETRIES = 5  # of what fails for a reason that may pass
-_LONGEST_WAIT = 300.0  # that a server may ask for
+_ATTEMPTS = 6
+_LONGEST_WAIT = 300.0  # seconds that a server may ask for
 _SAMPLE = 512  # bytes of a file's start that the Hub looks at
 Answer = TypeVar("Answer")
 
 
 def _tell_nobody(count: int) -> None:
-    pass
+    """Take a number of bytes that were sent, and do nothing."""
 
 
 class LostUploadError(MachineError):
-    """The Hub does not have bytes any more that an earlier run sent to it.
+    """The Hub no longer has bytes that an earlier run sent to it.
 
     Attributes:
-        names: the files that have to be sent again, where it says so; else all that were restored.
+        names: the files that the Hub names; where it names none, all that were restored.
     """
 
     def __init__(self, message: str, names: tuple[str, ...]) -> None:
@@ -75,15 +76,15 @@ class LostUploadError(MachineError):
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A file that was handed over.
+    """A file that was added to a publication.
 
     Attributes:
         name: path in the repository, with slashes.
         size: bytes.
         sha256: of its bytes, hexadecimal.
         sample: its first 512 bytes.
-        stored: the Hub holds its bytes, so that another process can go on with `restore`.  False
-            for a small file, which waits in memory and goes up with the commit itself.
+        stored: whether the Hub holds its bytes, so that another process can `restore` it.  False
+            for a small file, which waits in memory and is sent with the commit itself.
     """
 
     name: str
@@ -95,13 +96,15 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Attributes:
-    repo: with its owner.
-    commit: 40 hexadecimal digits.
-    url: of the model's page.
-    private: whether only its owner sees it.
-    changed: False where the repository held all of it before, and no commit was made.
-    deleted: files of an earlier output that are gone.
+    """An output in a repository.
+
+    Attributes:
+        repo: `org/name`.
+        commit: 40 hexadecimal digits.
+        url: of the model's page.
+        private: whether only those with access see it.
+        changed: False where the repository held all of it before, and no commit was made.
+        deleted: files of an earlier output that the commit deleted.
     """
 
     repo: str
@@ -119,16 +122,17 @@ class Publication:
 
     Args:
         repo: `org/name`, or `name` for the user's own.
-        public: whether a repository that does not exist yet is made for everybody to see.  One
-            that exists stays as it is.
-        replace_card: whether a README.md that is there is replaced.
-        sent: told of bytes as they go up; what was there already counts.
+        public: whether a repository that does not exist yet is created public.  One that exists
+            stays as it is.
+        replace_card: whether a README.md in the repository is replaced.
+        notify: told what the user should know.
+        sent: told the bytes that are uploaded; bytes that the Hub has already count as well.
 
     Attributes:
-        repo: with its owner, after `prepare`.
-        private: after `prepare`.
-        replaces_card: as given.
-        keeps_card: the repository has a README.md, which stays: `add` leaves ours out.
+        repo: `org/name`, after `prepare`.
+        private: whether the repository is private, after `prepare`.
+        replaces_card: `replace_card`.
+        keeps_card: whether the repository has a README.md that stays: `add` then leaves ours out.
     """
 
     def __init__(
@@ -154,22 +158,23 @@ class Publication:
         self._restored: set[str] = set()
 
     def prepare(self) -> None:
-        """Have the repository, and everything that could refuse the commit looked at.
+        """Create the repository where there is none, and check everything that may refuse a commit.
 
         Raises:
-            UsageError: another model lives there; HF_HUB_OFFLINE is set; no name of a Hub's.
+            UsageError: the repository holds another model, HF_HUB_OFFLINE is set, or `repo` is no
+                valid name.
             InputError: no token, or one that may not write there.
             MachineError: the Hub cannot be reached.
         """
         require_access(self.repo)
         try:
-            self.repo = self._asked(self.repo, self._create)
-            self._asked(self.repo, self._probe)
+            self.repo = self._ask(self.repo, self._create)
+            self._ask(self.repo, self._probe)
         except InputError as error:
             raise no_access(self.repo, error) from error
-        head = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
+        head = self._ask(self.repo, lambda: resolve(Name(self.repo, None)))
         self._recorded, why = files_of_earlier_output(
-            head, lambda name: self._asked(f"{name} of {self.repo}", lambda: read_whole(head, name))
+            head, lambda name: self._ask(f"{name} of {self.repo}", lambda: read_whole(head, name))
         )
         refuse_another_model(self.repo, head, self._recorded, why)
         self.keeps_card = CARD in head.files and not self.replaces_card
@@ -179,6 +184,7 @@ class Publication:
         self._say_who_sees_it()
 
     def _create(self) -> str:
+        """Create the repository unless it exists, and return its name with the owner."""
         from huggingface_hub import HfApi
 
         url = HfApi().create_repo(self.repo, private=not self._public, exist_ok=True)
@@ -187,15 +193,16 @@ class Publication:
         return f"{HfApi().whoami()['name']}/{url.repo_id}"
 
     def _probe(self) -> None:
-        """Ask how a file would go up, which needs the right to write, and sends nothing."""
+        """Ask how a file would be uploaded: that needs the right to write, and sends nothing."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
         HfApi().preupload_lfs_files(self.repo, [CommitOperationAdd(MANIFEST, b"{}")])
 
     def _say_who_sees_it(self) -> None:
+        """Note whether the repository is private, and tell the user where that is unexpected."""
         from huggingface_hub import HfApi
 
-        self.private = self._asked(self.repo, lambda: bool(HfApi().model_info(self.repo).private))
+        self.private = self._ask(self.repo, lambda: bool(HfApi().model_info(self.repo).private))
         if self.private and self._public:
             self._notify(
                 f"{self.repo} exists and is private, and stays so: make it public in its settings"
@@ -210,16 +217,16 @@ class Publication:
         sha256: str | None = None,
         identity: Identity | None = None,
     ) -> Uploaded:
-        """Send the bytes of a file; it may be removed afterwards.
+        """Upload the bytes of a file, which may be removed afterwards.
 
-        What the Hub has is not sent: the same file under this name, or the same bytes that an
-        earlier run sent.
+        Bytes that the Hub has are not sent: the same file under this name, or the same bytes that
+        an earlier run sent.
 
         Args:
             path: a regular file, which nobody writes to meanwhile.
             name: path in the repository, with slashes.
-            sha256: of its bytes, where the caller knows it.
-            identity: which file that was the digest of.
+            sha256: of its bytes; None where the caller does not know it.
+            identity: of the file that `sha256` was computed of; None for the file as it is now.
 
         Raises:
             InputError: the file changed meanwhile, or the Hub refuses it.
@@ -228,9 +235,9 @@ class Publication:
         """
         if name == CARD:
             return self._add_card(path)
-        sample, size, found = read_start(path, _SAMPLE)
-        identity = identity or found
-        if found != identity:
+        sample, size, identity_now = read_start(path, _SAMPLE)
+        identity = identity or identity_now
+        if identity_now != identity:
             raise _changed(path)
         if sha256 is None:
             sha256 = sha256_of(path)
@@ -240,7 +247,7 @@ class Publication:
             return Uploaded(name, size, sha256, sample, True)
         operation = addition(name, path, size, sample, sha256, self._sent)
         try:
-            self._asked(f"{name} for {self.repo}", lambda: self._send(operation))
+            self._ask(f"{name} for {self.repo}", lambda: self._send(operation))
         except (InputError, MachineError) as error:
             if read_start(path, 0)[2] != identity:
                 raise _changed(path) from error
@@ -250,11 +257,15 @@ class Publication:
         if read_start(path, 0)[2] != identity:
             raise _changed(path)
         self._expect(name, Expected(size, sha256, blob), operation)
-        counter_of(operation)(size)  # the Hub may have had it, and read nothing
+        counter_of(operation)(size)  # where the Hub had the bytes, none were read and counted
         return Uploaded(name, size, sha256, sample, stored)
 
     def _add_card(self, path: Path) -> Uploaded:
-        """The model card, with the name of the repository in it, unless one is there that stays."""
+        """Add the model card, with the repository's name, unless the repository keeps its own.
+
+        Raises:
+            InputError: it is too large, or see `add`.
+        """
         from huggingface_hub import CommitOperationAdd
 
         data, size, _ = read_start(path, MAX_IN_GIT)
@@ -264,14 +275,14 @@ class Publication:
         sha256 = hashlib.sha256(text).hexdigest()
         if not self.keeps_card:
             operation = CommitOperationAdd(CARD, text)
-            self._asked(f"{CARD} for {self.repo}", lambda: self._send(operation))
+            self._ask(f"{CARD} for {self.repo}", lambda: self._send(operation))
             blob = None if is_stored(operation) else blob_of(text)
             self._expect(CARD, Expected(len(text), sha256, blob), operation)
         self._sent(size)
         return Uploaded(CARD, len(text), sha256, text[:_SAMPLE], False)
 
     def restore(self, uploaded: Uploaded) -> None:
-        """Count a file in that an earlier process sent, and that is not on this disk any more."""
+        """Add a file that an earlier process uploaded, and that this disk may not have any more."""
         if not self._is_there(uploaded.name, uploaded.size, uploaded.sha256):
             operation = addition(
                 uploaded.name, None, uploaded.size, uploaded.sample, uploaded.sha256, self._sent
@@ -283,34 +294,42 @@ class Publication:
         self._sent(uploaded.size)
 
     def has(self, name: str) -> bool:
-        """Whether a file was added or restored."""
+        """Return whether a file was added or restored."""
         return name in self._expected
 
     @property
     def restored(self) -> tuple[str, ...]:
-        """Names of files that only an earlier process sent, sorted."""
+        """Names of the files that only an earlier process uploaded, sorted."""
         return tuple(sorted(self._restored))
 
     def _is_there(self, name: str, size: int, sha256: str) -> bool:
-        there = self._prepared.files.get(name)
-        return there is not None and (there.size, there.sha256) == (size, sha256)
+        """Return whether the repository has this file already."""
+        file = self._prepared.files.get(name)
+        return file is not None and (file.size, file.sha256) == (size, sha256)
 
     @property
     def _prepared(self) -> Snapshot:
+        """The repository's head when `prepare` looked at it."""
         assert self._head is not None, "prepare() comes first"
         return self._head
 
     def _expect(
         self, name: str, expected: Expected, operation: CommitOperationAdd | None = None
     ) -> None:
-        there = self._prepared.files.get(name)
+        """Note a file that the commit has to show, and the operation that puts it there."""
+        file = self._prepared.files.get(name)
         with self._lock:
             self._expected[name] = expected
-            if operation is None or (there and expected.blob and there.blob == expected.blob):
-                return  # it is there as it should be
+            if operation is None or (file and expected.blob and file.blob == expected.blob):
+                return  # the repository has it already
             self._operations.append(operation)
 
     def _send(self, operation: CommitOperationAdd) -> None:
+        """Upload the bytes of one file, unless it is small.
+
+        Raises:
+            UsageError: the repository's .gitignore would leave it out.
+        """
         from huggingface_hub import HfApi
 
         with reporting(counter_of(operation)):
@@ -323,43 +342,23 @@ class Publication:
 
     @property
     def stale(self) -> tuple[str, ...]:
-        """Files of the earlier output that the new one does not have; its card stays."""
-        here = self._prepared.files.keys() & self._recorded
-        return tuple(sorted(here - self._expected.keys() - {CARD, ".gitattributes"}))
+        """Files of the earlier output that the new one does not have; never the model card."""
+        earlier = self._prepared.files.keys() & self._recorded
+        return tuple(sorted(earlier - self._expected.keys() - {CARD, ".gitattributes"}))
 
     def commit(self, message: str) -> Published:
-        """Make what was added visible, all at once, and see that it is.
+        """Make everything that was added visible at once, and check that the Hub shows it.
 
         Raises:
-            MachineError: somebody else made a commit meanwhile, the Hub cannot be reached, or what
-                it shows is not what was sent.  What was sent stays there for the next run.
-            LostUploadError: the Hub does not have what an earlier run sent.
-            InputError: the Hub refuses it; README.md's metadata is not what it takes.
+            MachineError: somebody else made a commit meanwhile, the Hub cannot be reached, or it
+                shows something else.  What was uploaded stays there for the next run.
+            LostUploadError: the Hub no longer has what an earlier run uploaded.
+            InputError: the Hub refuses it, for example for the metadata of README.md.
         """
         with self._lock:
             operations, stale = list(self._operations), self.stale
-        for wait in (*waits(_RETRIES), None):
-            try:
-                commit = self._send_commit(operations, stale, message)
-                break
-            except LostUploadError:
-                raise  # the Hub has answered: no further attempt brings them back
-            except MachineError as error:
-                # The commit may have been made although its answer was lost.
-                now = self._asked(self.repo, lambda: resolve(Name(self.repo, None)))
-                if now.commit != self._prepared.commit:
-                    if not differences(now, self._expected, stale):
-                        commit = now.commit
-                        break
-                    raise MachineError(
-                        f"{self.repo} got another commit ({now.commit[:12]}) since this run "
-                        "looked at it; nothing of it was changed, and what was sent stays there: "
-                        "run the same again"
-                    ) from error
-                if wait is None or _is_conflict(error):
-                    raise
-                self._wait(error, wait)
-        shown = self._asked(self.repo, lambda: resolve(Name(self.repo, commit)))
+        commit = self._commit_persistently(operations, stale, message)
+        shown = self._ask(self.repo, lambda: resolve(Name(self.repo, commit)))
         if wrong := differences(shown, self._expected, stale):
             raise MachineError(
                 f"commit {commit[:12]} of {self.repo} is not what was sent: {wrong[0]}. Run the "
@@ -369,10 +368,40 @@ class Publication:
         url = f"{endpoint()}/{self.repo}"
         return Published(self.repo, commit, url, self.private, changed, stale)
 
+    def _commit_persistently(
+        self, operations: list[CommitOperationAdd], stale: tuple[str, ...], message: str
+    ) -> str:
+        """Send a commit until the Hub has it, and return its id; raises what `commit` does."""
+        retries = Retries(self._notify, attempts=_ATTEMPTS)
+        while True:
+            try:
+                return self._send_commit(operations, stale, message)
+            except LostUploadError:
+                raise  # the Hub has answered: no further attempt brings them back
+            except MachineError as error:
+                # The commit may have been made although its answer was lost.
+                now = self._ask(self.repo, lambda: resolve(Name(self.repo, None)))
+                if now.commit != self._prepared.commit:
+                    if not differences(now, self._expected, stale):
+                        return now.commit
+                    raise MachineError(
+                        f"{self.repo} got another commit ({now.commit[:12]}) since this run "
+                        "looked at it; nothing of it was changed, and what was sent stays there: "
+                        "run the same again"
+                    ) from error
+                if _is_conflict(error):
+                    raise
+                retries.failed(error, at_least=retry_after(error, _LONGEST_WAIT))
+
     def _send_commit(
         self, operations: list[CommitOperationAdd], stale: tuple[str, ...], message: str
     ) -> str:
-        """One attempt; the id of the commit, or of the head where there is nothing to change."""
+        """Send a commit once, and return its id, or the head's where there is nothing to change.
+
+        Raises:
+            LostUploadError: the Hub no longer has what an earlier run uploaded.
+            InputError, UsageError, MachineError: see `translated`.
+        """
         from huggingface_hub import CommitOperationDelete, HfApi
 
         head = self._prepared.commit
@@ -397,24 +426,26 @@ class Publication:
             raise
         return str(answer.oid)
 
-    def _asked(self, what: str, call: Callable[[], Answer]) -> Answer:
-        """What the Hub answers, asked again while the machine or the network may be to blame."""
-        for wait in waits(_RETRIES):
+    def _ask(self, what: str, call: Callable[[], Answer]) -> Answer:
+        """Return what the Hub answers to `call`, sent again after a MachineError.
+
+        Args:
+            what: is asked for, for messages.
+
+        Raises:
+            InputError, UsageError, MachineError: see `translated`.
+        """
+        retries = Retries(self._notify, attempts=_ATTEMPTS)
+        while True:
             try:
                 with translated(what):
                     return call()
             except MachineError as error:
-                self._wait(error, wait)
-        with translated(what):
-            return call()
-
-    def _wait(self, error: MachineError, seconds: float) -> None:
-        seconds = max(seconds, retry_after(error, _LONGEST_WAIT))
-        self._notify(f"{error}; the next attempt is in {seconds:.0f} s")
-        time.sleep(seconds)
+                retries.failed(error, at_least=retry_after(error, _LONGEST_WAIT))
 
 
 def _changed(path: Path) -> InputError:
+    """Return the error about a file that changed while it was sent."""
     return InputError(
         f"{path} changed while it was sent, and nothing was published: let nobody write there, "
         "see that it is good (nf4 verify), and run the same again"
@@ -422,13 +453,17 @@ def _changed(path: Path) -> InputError:
 
 
 def _is_conflict(error: MachineError) -> bool:
-    """Whether the Hub says that its head is another than the one that we named."""
+    """Return whether the Hub says that its head is no longer the one that the commit names."""
     response = response_of(error)
     return response is not None and response.status_code == 412
 
 
 def _lost(error: InputError, restored: Collection[str]) -> tuple[str, ...]:
-    """Files of an earlier process that the Hub says it does not have, when it refuses a commit."""
+    """Return the files that the Hub lacks, where it refuses a commit for that; () otherwise.
+
+    Args:
+        restored: names of the files that an earlier process uploaded.
+    """
     text = f"{error} {error.__cause__}"
     if not restored or not re.search(r"\blfs\b|pointer", text, re.IGNORECASE):
         return ()

@@ -1,4 +1,4 @@
-"""What a repository of a Hub holds: an earlier output, another model, or just what was sent."""
+"""Look at what a repository on a Hub holds: an earlier output, another model, or what was sent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the commit has to show of a file: `blob` is git's digest where it is no LFS file."""
+    """What a commit has to show of a file.
+
+    Attributes:
+        size: bytes.
+        sha256: of its bytes, hexadecimal.
+        blob: git's digest of a file in git itself; None for a file in LFS.
+    """
 
     size: int
     sha256: str
@@ -31,11 +37,11 @@ class Expected:
 
 
 def read_whole(head: Snapshot, name: str) -> bytes:
-    """A record of an earlier output.
+    """Return the bytes of a manifest or pipeline record in a commit.
 
     Raises:
-        InputError: there is none, or none of a size that can be.
-        MachineError: see `open_at`; it came short.
+        InputError: there is none, or it is too large.
+        MachineError: see `open_at`; or fewer bytes come than the Hub states.
     """
     file = head.files.get(name)
     if file is None or file.size > RECORD.nbytes:
@@ -54,17 +60,20 @@ def read_whole(head: Snapshot, name: str) -> bytes:
 def files_of_earlier_output(
     head: Snapshot, read: Callable[[str], bytes]
 ) -> tuple[frozenset[str], str]:
-    """(every file that the manifests of a commit answer for, why there are none).
+    """Return the files of the output that a commit holds, as its manifests list them.
 
     Args:
-        read: gives the bytes of a file of that commit.
+        read: returns the bytes of a file of that commit.
+
+    Returns:
+        (paths of the files, why there are none; "" where there are some).
     """
 
     def parsed(name: str, parse: Callable[[Path], Parsed]) -> Parsed:
         with stopping.whole(lambda: tempfile.TemporaryDirectory(prefix="nf4-")) as directory:
-            place = Path(directory) / name.rpartition("/")[2]
-            place.write_bytes(read(name))
-            return parse(place)
+            path = Path(directory) / name.rpartition("/")[2]
+            path.write_bytes(read(name))
+            return parse(path)
 
     try:
         if PIPELINE_RECORD in head.files:
@@ -84,7 +93,12 @@ def files_of_earlier_output(
 
 
 def refuse_another_model(repo: str, head: Snapshot, recorded: frozenset[str], why: str) -> None:
-    """Raises UsageError when a commit has weights that no output of nf4 answers for."""
+    """Raise UsageError if a commit has weight files that no manifest lists.
+
+    Args:
+        recorded: paths of the files that manifests list.
+        why: there are no manifests; "" where there are.
+    """
     foreign = sorted(
         name
         for name in head.files
@@ -102,25 +116,30 @@ def refuse_another_model(repo: str, head: Snapshot, recorded: frozenset[str], wh
 def differences(
     shown: Snapshot, expected: Mapping[str, Expected], stale: Iterable[str]
 ) -> list[str]:
-    """What a commit shows that is not as it was sent."""
-    found = []
-    for name, wanted in sorted(expected.items()):
+    """Return, in words, what a commit shows otherwise than it was sent.
+
+    Args:
+        expected: by path.
+        stale: paths that the commit should not have.
+    """
+    wrong = []
+    for name, sent in sorted(expected.items()):
         file = shown.files.get(name)
         if file is None:
-            found.append(f"{name} is missing")
-        elif file.size != wanted.size:
-            found.append(f"{name} has {file.size:,} bytes, expected {wanted.size:,}")
-        elif file.sha256 is not None and file.sha256 != wanted.sha256:
-            found.append(f"the sha256 of {name} is {file.sha256}, expected {wanted.sha256}")
-        elif file.sha256 is None and wanted.blob not in (None, file.blob):
-            found.append(f"{name} has git's digest {file.blob}, expected {wanted.blob}")
-        elif file.sha256 is None and wanted.blob is None:
-            found.append(f"{name} lies in git, expected in LFS")
-    return found + [f"{name} is still there" for name in stale if name in shown.files]
+            wrong.append(f"{name} is missing")
+        elif file.size != sent.size:
+            wrong.append(f"{name} has {file.size:,} bytes, expected {sent.size:,}")
+        elif file.sha256 is not None and file.sha256 != sent.sha256:
+            wrong.append(f"the sha256 of {name} is {file.sha256}, expected {sent.sha256}")
+        elif file.sha256 is None and sent.blob not in (None, file.blob):
+            wrong.append(f"{name} has git's digest {file.blob}, expected {sent.blob}")
+        elif file.sha256 is None and sent.blob is None:
+            wrong.append(f"{name} lies in git, expected in LFS")
+    return wrong + [f"{name} is still there" for name in stale if name in shown.files]
 
 
 def require_access(repo: str) -> None:
-    """What can be known of the right to write without asking anybody.
+    """Check the right to write as far as this machine knows it; the Hub is not asked.
 
     Raises:
         UsageError: HF_HUB_OFFLINE is set.
@@ -142,7 +161,7 @@ def _require_token(repo: str) -> None:
 
 
 def no_access(repo: str, error: InputError) -> InputError:
-    """The same error, in plain words where it is about the token."""
+    """Return an error in plain words where it is about the token, and unchanged otherwise."""
     status = getattr(response_of(error), "status_code", 0)
     if status not in (401, 403):
         return error

@@ -1,5 +1,4 @@
-"""What huggingface_hub commits of one file, with its bytes counted on their way, and what it says
-when it fails."""
+"""Upload one file through huggingface_hub: count its bytes on the way, and explain failures."""
 
 from __future__ import annotations
 
@@ -22,16 +21,20 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 MAX_IN_GIT = 32_000_000
-"""Bytes of a file that is none of LFS; the Hub takes up to 10 MB."""
+"""Largest file in git itself, not in LFS, in bytes; the Hub takes up to 10 MB."""
 
 _NO_XET = "A server that has no Xet storage needs HF_HUB_DISABLE_XET=1"
 
 Sent = Callable[[int], None]
-"""Told of bytes of a file that are on the Hub, from any thread."""
+"""Told how many more bytes are on the Hub, from any thread."""
 
 
 class _Counted(io.BufferedReader):
-    """A file that tells of its bytes as they are read for the first time."""
+    """A file that reports how far it was read.
+
+    Args:
+        count: told the position in the file after each read, in bytes.
+    """
 
     def __init__(self, path: Path, count: Callable[[int], None]) -> None:
         super().__init__(io.FileIO(path))
@@ -46,23 +49,27 @@ class _Counted(io.BufferedReader):
 def addition(
     name: str, path: Path | None, size: int, sample: bytes, sha256: str, sent: Sent
 ) -> CommitOperationAdd:
-    """What huggingface_hub commits, for a file whose digest is known.
+    """Return huggingface_hub's operation for a file whose digest is known.
 
-    Its own constructor would read the whole file for the digest (before 1.0), and wants a file
-    where an earlier process has sent the bytes and removed it.  So it is made without bytes, and
-    told afterwards what they are.  The names with an underscore are its private ones, the same
-    from 0.34 to 2.x; nothing else of nf4 touches them, and tests/hub/test_hub_publish.py commits
-    with both ends of that range.
+    Its own constructor would read the whole file for the digest (before 1.0), and needs the file
+    even where an earlier process has uploaded and removed it.  So the operation is made without
+    bytes, and given size, digest and path afterwards.  The names with an underscore are private to
+    huggingface_hub, and the same from 0.34 to 2.x; no other module of nf4 uses them, and
+    tests/hub/test_hub_publish.py commits with both ends of that range.
 
     Args:
-        path: None where an earlier process sent the bytes.
+        name: path in the repository, with slashes.
+        path: of the file; None where an earlier process uploaded the bytes.
+        size: bytes.
         sample: its first 512 bytes.
+        sha256: of its bytes, hexadecimal.
+        sent: told the bytes that are uploaded.
     """
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
     class Watched(CommitOperationAdd):
-        """A file whose bytes are counted as they are read, those of a second attempt not again."""
+        """An operation that counts bytes as they are read; a second attempt counts none again."""
 
         read = 0
 
@@ -92,26 +99,29 @@ def addition(
 
 
 def counter_of(operation: CommitOperationAdd) -> Position:
-    """Where it is told how far a file is, if it is one of `addition`'s; a model card's is not."""
-    found: Position = getattr(operation, "count", lambda _: None)
-    return found
+    """Return what takes an upload's position in bytes; for a model card, what ignores it."""
+    count: Position = getattr(operation, "count", lambda _: None)
+    return count
 
 
 def is_ignored(operation: CommitOperationAdd) -> bool:
-    """Whether the repository's .gitignore leaves it out, of which huggingface_hub is silent."""
+    """Return whether the repository's .gitignore leaves a file out.
+
+    huggingface_hub leaves it out without an error.
+    """
     return bool(operation._should_ignore)
 
 
 def is_stored(operation: CommitOperationAdd) -> bool:
-    """Whether its bytes are on the Hub, by LFS; a small file lies in git and has none there."""
+    """Return whether the Hub has a file's bytes in LFS; a small file is sent with the commit."""
     return operation._upload_mode == "lfs"
 
 
 def hold(operation: CommitOperationAdd, path: Path, sha256: str) -> str:
-    """Take a small file into memory, for the commit to carry; returns git's digest of it.
+    """Read a small file into memory, to be sent with the commit, and return git's digest of it.
 
     Raises:
-        InputError: it is not small, or not the file that it was.
+        InputError: the file is not small, or has changed.
     """
     data, size, _ = read_start(path, MAX_IN_GIT)
     if size > MAX_IN_GIT:
@@ -126,19 +136,24 @@ def hold(operation: CommitOperationAdd, path: Path, sha256: str) -> str:
 
 
 def blob_of(data: bytes) -> str:
-    """Git's digest of a file."""
+    """Return git's digest of a file, hexadecimal."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, hexadecimal."""
     return digests_of_file(path, {"sha256"})[1]["sha256"]
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Like `explained`, also for what huggingface_hub and its storage library raise of Python's
-    own kinds where the server's answer is none that they know.
+    """Turn errors within the block into errors of nf4, as `explained` does, and two more kinds.
+
+    huggingface_hub and its storage library raise ValueError and RuntimeError where they do not
+    understand a server's answer.
+
+    Args:
+        what: is sent or asked for, for messages.
 
     Raises:
         InputError, MachineError, UsageError: see `explained`.
@@ -160,15 +175,15 @@ def translated(what: str) -> Iterator[None]:
 
 
 def _sends_to_xet() -> bool:
-    """Whether uploads go to a storage that another Hub than the known one may not have."""
+    """Return whether uploads use Xet storage on a Hub of the user's choice, which may have none."""
     from huggingface_hub import constants
 
-    there = find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
-    return there and "HF_ENDPOINT" in os.environ
+    used = find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
+    return used and "HF_ENDPOINT" in os.environ
 
 
 def response_of(error: BaseException) -> Any:
-    """The answer of a server that an error of ours was made of, None where there was none."""
+    """Return the server's response that an error comes from; None where there was none."""
     cause: Any = error
     while cause is not None:
         if getattr(cause, "response", None) is not None:
@@ -178,7 +193,7 @@ def response_of(error: BaseException) -> Any:
 
 
 def retry_after(error: BaseException, most: float) -> float:
-    """Seconds that the server wants us to wait before the next attempt, at most `most`."""
+    """Return the seconds that the server asks to wait before the next attempt, at most `most`."""
     response = response_of(error)
     if response is None:
         return 0.0

@@ -1,9 +1,9 @@
-"""How far an upload through the Hub's storage library (hf_xet) has come.
+"""Report how far an upload through the Hub's storage library (hf_xet) has come.
 
-huggingface_hub hands that library a path, so that no read of ours can be counted, and has its
-reports drawn as bars of its own, which we cannot have beside ours.  A shard may take half an hour.
-So the session that it takes from its own `get_xet_session` is one that reports to us as well; where
-a version has no such function, a file counts when it is complete.
+huggingface_hub hands that library a path, so nf4 cannot count reads, and it draws progress bars of
+its own, which cannot stand beside ours.  A shard may take half an hour.  So its function
+`get_xet_session` is replaced by one whose sessions report to nf4 as well.  Where a version has no
+such function, a file counts when it is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ _thread = threading.local()
 
 
 class _Session:
-    """hf_xet's session, whose uploads report."""
+    """A session of hf_xet whose uploads report.
+
+    Args:
+        session: the session that does the work.
+        position: told the bytes of the file that are on the Hub.
+    """
 
     def __init__(self, session: Any, position: Position) -> None:
         self._session, self._position = session, position
@@ -32,13 +37,13 @@ class _Session:
         return self._session.new_upload_commit(**{**settings, "progress_callback": self._report})
 
     def _report(self, group: Any, *_: object) -> None:
-        """Bytes that need no transfer, as the storage has them, are counted as well."""
+        """Report the bytes that are done; those that the storage has already are among them."""
         self._position(int(getattr(group, "total_bytes_completed", 0)))
 
 
 @contextmanager
 def reporting(position: Position) -> Iterator[None]:
-    """Has an upload of one file by this thread tell how far it is."""
+    """Report, within the block, how far this thread's upload of one file is."""
     _report_sessions()
     _thread.position = position
     try:
@@ -48,10 +53,10 @@ def reporting(position: Position) -> Iterator[None]:
 
 
 def _report_sessions() -> None:
-    """Put ours in the place of huggingface_hub's function, once."""
+    """Replace huggingface_hub's function that returns the session, once."""
     try:
         from huggingface_hub.utils import _xet
-    except ImportError:  # it is private, and may move
+    except ImportError:  # a private module, which a version may not have
         return
     theirs = getattr(_xet, "get_xet_session", None)
     if theirs is None or hasattr(theirs, "of_nf4"):

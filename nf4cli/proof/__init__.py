@@ -1,1 +1,1 @@
-"""How an output is proved: against its manifest, its source, or a sample of both."""
+"""Prove an output: by its manifest, by its source, or by a sample of its tensors."""

@@ -1,9 +1,9 @@
-"""An in-toto statement of a finished output, for others to sign: docs/attest.md describes it.
+"""Make an in-toto statement of a finished output, for others to sign (docs/attest.md).
 
-The statement says that these files (SHA-256, which signing tools look for) are the ones that the
-manifests list, made from those sources with this recipe.  It is made from the files as they are
-read now, and only when every one of them is what its manifest says.  No clock, no path, no host is
-in it: the same output gives the same bytes.
+The statement says that these files, by their SHA-256, are the ones that the manifests list, made
+from those sources with this recipe.  The files are read for it, and it is made only when each is
+what its manifest says.  It holds no time, no path and no host: the same output gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:nf4cli:quantize:v1"
 SELF_ATTESTED = "urn:nf4cli:self-attested"
-"""The builder where nobody names one: no build platform vouches for the statement."""
+"""The builder where the user names none: no build platform vouches for the statement."""
 
 
 @dataclass(slots=True)
 class Attestation:
-    """What was found, and the statement when all is well.
+    """What was found, and the statement where nothing is wrong.
 
     Attributes:
-        statement: None when there are findings.
+        statement: as JSON; None where there are findings.
         findings: files that are not what their manifest says.
-        notes: what the statement leaves out.
+        notes: which files the statement leaves out, and why.
     """
 
     statement: dict[str, Any] | None = None
@@ -44,7 +44,7 @@ class Attestation:
     notes: list[str] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """The statement as it is signed."""
+        """Return the statement as it is signed."""
         return (json.dumps(self.statement, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -55,13 +55,14 @@ def attest(
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Attestation:
-    """Read every file of an output (and of its source) and make the statement.
+    """Read every file of an output, and of its source if there is one, and make the statement.
 
     Args:
         path: a directory that nf4 quantize wrote: a checkpoint or a pipeline.
-        source: what it was made from; its files are read, and their SHA-256 are in the statement.
-        builder: URI of who ran the conversion, SLSA's builder.id.
+        source: what it was made from; its files' SHA-256 are then in the statement.
+        builder: URI of who ran the conversion (SLSA's builder.id).
         workers: files read at a time.
+        progress: told the bytes of each file that are read.
 
     Raises:
         UsageError: `builder` is no URI.
@@ -70,27 +71,28 @@ def attest(
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x20]+", builder):
         raise UsageError(f"--builder-id {builder!r} is no URI: write one like https://ci.example/1")
     manifests, output = listed_output(path)
-    found = Attestation()
+    attestation = Attestation()
     for name in strays(path, output):
         message = f"{name} is in no manifest: remove it, or keep it beside {path.name}"
-        found.findings.append(Finding("manifest", name, message))
+        attestation.findings.append(Finding("manifest", name, message))
     sources = _listed_sources(manifests, source) if source else {}
     digests, findings, edited = read_listed(
         {**output, **{f"source:{n}": f for n, f in sources.items()}}, workers, progress
     )
-    found.findings += sorted(findings, key=lambda finding: (finding.level, finding.where))
-    found.notes += [f"{name} was edited since and is not in the statement" for name in edited]
-    if not found.findings:
-        found.statement = _statement(
+    attestation.findings += sorted(findings, key=lambda finding: (finding.level, finding.where))
+    attestation.notes += [f"{name} was edited since and is not in the statement" for name in edited]
+    if not attestation.findings:
+        attestation.statement = _statement(
             {name: digests[name] for name in output if name in digests},
             {name: digests[f"source:{name}"] for name in sources},
             manifests,
             builder,
         )
-    return found
+    return attestation
 
 
 def _listed_sources(manifests: Mapping[str, Manifest], source: Path) -> dict[str, Listed]:
+    """Return the source files that the manifests list, by their names in the statement."""
     return {
         path_in_model(component, name): Listed(
             source if source.is_file() else source / component / name, file, manifest.digest
@@ -106,7 +108,19 @@ def _statement(
     manifests: Mapping[str, Manifest],
     builder: str,
 ) -> dict[str, Any]:
-    """Subjects have SHA-256 only: sigstore's reader refuses digests that it does not know."""
+    """Return the statement as JSON.
+
+    Subjects have a SHA-256 only, as sigstore's reader refuses digests that it does not know.
+
+    Args:
+        subjects: SHA-256 of each output file, by name.
+        sources: SHA-256 of each source file that was read, by name.
+        manifests: by component; "" for a checkpoint alone.
+        builder: URI.
+
+    Raises:
+        InputError: the name of a file is not Unicode.
+    """
     recipes = {
         name: {"recipe": manifest.to_dict()["recipe"], "source": manifest.source_name}
         for name, manifest in sorted(manifests.items())

@@ -1,9 +1,9 @@
-"""The proof within a bound on the disk: an output made again, file by file, for its digests.
+"""Prove an output within a bound on the disk: make it again, file by file, for its digests.
 
-Neither the source nor the output has to be here.  The source's files pass through as in a
-conversion; what is made of them is compared by the digests of the manifest and removed.  Of an
-output on a Hub nothing is fetched but the manifest, the small files and the headers: the Hub states
-the SHA-256 of every weight file.
+Neither the source nor the output has to be on this disk.  The source's files pass through as in a
+conversion; each output file is compared by its digest with the manifest, and removed.  Of an output
+on a Hub only the manifest, the small files and the headers are fetched: the Hub states the SHA-256
+of every weight file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .from_source import compare_manifest
 
 
 class StatedFile(NamedTuple):
-    """What a Hub says of a file.
+    """What a Hub states of a file.
 
     Attributes:
         size: bytes.
@@ -43,8 +43,10 @@ class StatedFile(NamedTuple):
 def plan_again(
     output: Checkpoint, manifest: Manifest, original: Checkpoint, report: Report
 ) -> Plan | None:
-    """The plan that would make `output`, as its manifest has the recipe, from `original`; None, and
-    why in the report.
+    """Return the plan that would make `output` from `original`, by the recipe of its manifest.
+
+    Returns:
+        None where there is no such plan; the report then says why.
 
     Raises:
         InputError: `original` cannot be quantized.
@@ -68,12 +70,15 @@ def check_stated(
     hub: str,
     report: Report,
 ) -> None:
-    """Every file of an output on a Hub, without the bytes of its weights.
+    """Check every file of an output on a Hub, without the bytes of its weights.
 
     Args:
         output: its outline: small files whole, of weight files the headers.
-        stated: what the Hub says of its files, by name.
-        hub: its address.
+        stated: what the Hub states of its files, by name.
+        hub: the Hub's address.
+
+    Raises:
+        InputError: the Hub states no SHA-256 of a weight file.
     """
     listed = check_lists(output, {}, manifest, report)
     for shard in listed:
@@ -103,16 +108,16 @@ def check_stated(
 
 
 def make_again(plan: Plan, place: Path, run: Execution) -> Manifest:
-    """Convert a plan's source, keep nothing, and return the manifest of what it made.
+    """Convert a plan's source, keep no file, and return the manifest of what was made.
 
-    A run that is stopped leaves its workspace, and the next one goes on from there.
+    A run that is stopped leaves its workspace, and the next one continues there.
 
     Args:
         place: where an output would be; the workspace lies beside it.
-        run: its transport takes the output for nowhere.
+        run: with a transport that removes every output file.
 
     Raises:
-        UsageError: the bound is too small, or another run is at work on the same.
+        UsageError: the bound is too small, or another run is making the same.
         InputError, MachineError: see `write_model`.
     """
     return write_model(ModelPlan.of(plan), place, run)[""]
@@ -130,20 +135,23 @@ def check_made(
     """Compare an output with what was made again.
 
     Args:
-        manifest: of the output; `made`, of what was made.
-        source: that it was made from, for messages.
-        engine: that made it.
+        output: its small files and headers are read.
+        manifest: of the output.
+        plan: that was carried out.
+        made: the manifest of what was made.
+        source: that was read, for messages.
+        engine: that quantized, for messages.
     """
     compare_manifest(output, manifest, made, source, report)
     for name, record in sorted(made.output_files.items()):
-        found = manifest.output_files.get(name)
-        if found != record and name != CARD:
-            there = "no such file" if found is None else f"{found.size:,} bytes, {found.digest}"
+        listed = manifest.output_files.get(name)
+        if listed != record and name != CARD:
+            stated = "no such file" if listed is None else f"{listed.size:,} bytes, {listed.digest}"
             report.add(
                 "source",
                 name,
                 f"{name}: the source gives {record.size:,} bytes with the {made.digest} "
-                f"{record.digest}, {MANIFEST} has {there}",
+                f"{record.digest}, {MANIFEST} has {stated}",
             )
     compare_beside(output, plan, manifest, report)
     total = sum(record.size for record in made.output_files.values())

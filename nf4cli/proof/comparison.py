@@ -1,4 +1,4 @@
-"""The sink that compares what a conversion would write with what is there."""
+"""Compare the bytes that a conversion makes with those of a finished checkpoint."""
 
 from __future__ import annotations
 
@@ -22,48 +22,62 @@ _PIECE = 1 << 19  # bytes compared at a time
 
 
 class Comparison:
-    """The sink that compares: what a conversion would write, with what is there."""
+    """The sink that compares instead of writing.
+
+    Tensors that the checkpoint lacks, or has in another size, are left to the comparison of the
+    headers (output/against_source.py).
+
+    Args:
+        checkpoint: the finished one.
+        readers: read its files.
+
+    Attributes:
+        first: by tensor, the offset in bytes of the first byte that differs.
+        states: by tensor, how a quant_state differs, in words.
+        compared: bytes that were compared.
+    """
 
     def __init__(self, checkpoint: Checkpoint, readers: ShardReaders) -> None:
         self._checkpoint = checkpoint
         self._readers = readers
         self._lock = threading.Lock()
-        self.first: dict[str, int] = {}  # key -> the first byte that differs
-        self.states: dict[str, str] = {}  # key -> what is wrong with a quant_state
+        self.first: dict[str, int] = {}
+        self.states: dict[str, str] = {}
         self.compared = 0
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """Compare bytes with those of the checkpoint's tensor `key` from byte `offset` on."""
         placed = self._checkpoint.tensors.get(key)
         if placed is not None and bnb_format.is_state_key(key):
             self._compare_states(key, placed, data)
             return
         if placed is None or offset + data.nbytes > placed[1].nbytes:
-            return  # reported by the comparison of the headers
+            return
         shard, tensor = placed
         with self._lock:
             self.compared += data.nbytes
         for start in range(0, data.nbytes, _PIECE):
             piece = data[start : start + _PIECE]
-            there = self._readers[shard].read(tensor.start + offset + start, piece.nbytes)
-            if not np.array_equal(there, piece):
-                place = offset + start + int(np.argmax(there != piece))
+            stored = self._readers[shard].read(tensor.start + offset + start, piece.nbytes)
+            if not np.array_equal(stored, piece):
+                first = offset + start + int(np.argmax(stored != piece))
                 with self._lock:
-                    self.first[key] = min(place, self.first.get(key, place))
+                    self.first[key] = min(first, self.first.get(key, first))
                 return
 
     def _compare_states(self, key: str, placed: Placed, data: NDArray[np.uint8]) -> None:
-        """Two quant_state blobs that mean the same are the same: padding and spacing are free."""
+        """Compare what two quant_state blobs say; spaces and padding may differ."""
         expected = bnb_format.decode_state(data.tobytes(), key)
-        there = b""
+        stored = b""
         try:
-            there = read_state(self._readers, placed)
-            same = bnb_format.decode_state(there, key) == expected
+            stored = read_state(self._readers, placed)
+            same = bnb_format.decode_state(stored, key) == expected
         except InputError:
             same = False
         with self._lock:
             self.compared += data.nbytes
             if not same:
-                self.states[key] = f"{key} is {there[:300]!r}, the source gives {expected}"
+                self.states[key] = f"{key} is {stored[:300]!r}, the source gives {expected}"
 
     def finish(self, plan: TensorPlan, result: Result) -> None: ...
 

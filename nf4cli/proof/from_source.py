@@ -1,12 +1,14 @@
-"""The proof: quantize the source again, with the code that writes, and compare every byte."""
+"""Prove an output from its source: quantize the source again and compare every byte.
+
+The conversion is the one that writes outputs, with another sink.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import __version__
-from ..callbacks import Progress
 from ..checkpoint import bnb_format
 from ..checkpoint.discovery import MANIFEST, open_checkpoint
 from ..checkpoint.given_codes import written
@@ -14,9 +16,8 @@ from ..checkpoint.packed import PackedWeight, has_chosen_scales
 from ..checkpoint.reader import ByteReader, ShardReaders
 from ..checkpoint.types import Checkpoint
 from ..checkpoint.untrusted import RECORD, read_json
-from ..convert.conversion import Conversion
+from ..convert.conversion import Conversion, Tools
 from ..convert.find_nonfinite import scanner
-from ..engines.protocol import Engine
 from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
@@ -28,136 +29,136 @@ from ..planning import selection, skip_list
 from ..planning.families import names_of
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
-from ..planning.resources import Resources
 from .comparison import Comparison
 from .foreign import ForeignConversion
 
 
-def check_source(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    manifest: Manifest | None,
-    source: Path,
-    engine: Engine,
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-) -> None:
-    """Quantize `source` again, in memory, and compare it with everything of `checkpoint`.
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A checkpoint that is proved from its source, and what the proof works with.
+
+    Attributes:
+        checkpoint: the one that is proved.
+        weights: its packed weights, by name.
+        manifest: its record; None where it has none, so that another program may have written it.
+        source: path of the checkpoint that it was made from.
+        tools: the engine that quantizes again, its threads and buffers, and who is told of it.
+        report: takes the findings.
+    """
+
+    checkpoint: Checkpoint
+    weights: dict[str, PackedWeight]
+    manifest: Manifest | None
+    source: Path
+    tools: Tools
+    report: Report
+
+
+def check_source(proof: Proof) -> None:
+    """Quantize the source again, in memory, and compare it with everything of the checkpoint.
 
     With a manifest, which only nf4 writes, nothing may differ: shards, headers, index,
-    configuration, copied files, and the manifest itself.  Without one the checkpoint may be
-    anybody's: tensors are compared, config.json where both say something (see also foreign.py).
+    configuration, copied files, and the manifest itself.  Without one any program may have written
+    the checkpoint: its tensors are compared, and what both config.json state (see also foreign.py).
 
     Raises:
         InputError: the source cannot be quantized.
     """
-    plan = plan_of(checkpoint, weights, manifest, source, engine, resources, report)
+    manifest, report = proof.manifest, proof.report
+    plan = plan_of(proof)
     if plan is None:
         return
-    conversion, sink = compare(
-        checkpoint, weights, plan, engine, resources, report, progress,
-        foreign=manifest is None, algorithm=manifest.digest if manifest else None,
-    )  # fmt: skip
+    conversion, sink = compare(proof, plan, manifest.digest if manifest else None)
     if manifest is not None:
         digests = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
-        compare_manifest(checkpoint, manifest, conversion.manifest(digests), source, report)
-    add_differences(checkpoint, weights, sink, report)
-    compare_beside(checkpoint, plan, manifest, report)
+        made = conversion.manifest(digests)
+        compare_manifest(proof.checkpoint, manifest, made, proof.source, report)
+    add_differences(proof, sink)
+    compare_beside(proof.checkpoint, plan, manifest, report)
     same = (
         "is the one the source gives, or as good (see the note)"
         if report.notes
         else "is the one the source gives"
     )
-    made = f"({sink.compared:,} bytes, quantized again with {engine.name})"
+    how = f"({sink.compared:,} bytes, quantized again with {proof.tools.engine.name})"
     if manifest is None or manifest.config.method != "gptq":
-        report.check("source", f"every byte {same} {made}")
+        report.check("source", f"every byte {same} {how}")
         return
     bound = max(
         (r.error.worst_block or 0.0 for r in conversion.results.values() if r.error), default=0.0
     )
     report.check(
         "source",
-        f"every byte but the codes {same} {made}; the codes, which gptq chose by text that is not "
+        f"every byte but the codes {same} {how}; the codes, which gptq chose by text that is not "
         "here, lose of every weight what the manifest says: no block's root mean square error is "
         f"above {bound:.4f} of its scale",
     )
 
 
-def plan_of(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    manifest: Manifest | None,
-    source: Path,
-    engine: Engine,
-    resources: Resources,
-    report: Report,
-) -> Plan | None:
-    """The plan that would make `checkpoint` from `source`; None, and why in the report."""
+def plan_of(proof: Proof) -> Plan | None:
+    """Return the plan that would make the checkpoint from its source; None where there is none.
+
+    The report then says why.
+
+    Raises:
+        InputError: the source cannot be quantized.
+    """
+    weights, manifest, report = proof.weights, proof.manifest, proof.report
     if manifest is None and not weights:
         report.unchecked.append("the bytes against the source: no quantization state is complete")
         return None
-    config = manifest.config if manifest else recipe_of(checkpoint, weights)
-    original = open_checkpoint(source)
-    importance = recorded_importance(checkpoint, config, report)
+    config = manifest.config if manifest else recipe_of(proof.checkpoint, weights)
+    original = open_checkpoint(proof.source)
+    importance = recorded_importance(proof.checkpoint, config, report)
     if config.importance and importance is None:
         return None
+    scan = scanner(proof.tools.engine, proof.tools.resources)
     try:
-        plan = make_plan(
-            original, config, lambda _: recorded_answer(manifest), scanner(engine, resources),
-            importance,
-        )  # fmt: skip
+        plan = make_plan(original, config, lambda _: recorded_answer(manifest), scan, importance)
         # GPTQ's codes follow from the calibration text, which is not here: they are taken from the
         # output, and have to lose what the manifest says.
         return replace(plan, codes=written(fed_back(weights, manifest))) if manifest else plan
     except UsageError as error:
         report.add(
-            "source", str(source), f"{source} does not fit the recipe of {checkpoint.root}: {error}"
+            "source",
+            str(proof.source),
+            f"{proof.source} does not fit the recipe of {proof.checkpoint.root}: {error}",
         )
         return None
 
 
 def compare(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    plan: Plan,
-    engine: Engine,
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-    foreign: bool,
-    algorithm: str | None = None,
+    proof: Proof, plan: Plan, algorithm: str | None = None
 ) -> tuple[Conversion, Comparison]:
-    """Carry `plan` out and compare every tensor's bytes.
+    """Carry a plan out, and compare every tensor's bytes with those of the checkpoint.
 
     Args:
-        foreign: whether another program may have written the checkpoint: see foreign.py.
-        algorithm: for the source's digests, None for none.
+        algorithm: of the source files' digests; None to compute none.
+
+    Returns:
+        (the conversion, which has run, and what its sink found).
     """
-    with ShardReaders(checkpoint.shards) as readers:
-        sink = Comparison(checkpoint, readers)
-        if not foreign:
-            conversion = Conversion(plan, engine, resources, sink, algorithm, progress=progress)
+    with ShardReaders(proof.checkpoint.shards) as readers:
+        sink = Comparison(proof.checkpoint, readers)
+        if proof.manifest is not None:
+            conversion = Conversion(plan, proof.tools, sink, algorithm)
             conversion.run()
         else:
-            conversion = theirs = ForeignConversion(
-                weights, readers, plan=plan, engine=engine, resources=resources, sink=sink,
-                digest=algorithm, progress=progress,
-            )  # fmt: skip
-            theirs.run()
-            if note := theirs.note():
-                report.notes.append(note)
+            conversion = foreign = ForeignConversion(
+                proof.weights, readers, plan, proof.tools, sink, algorithm
+            )
+            foreign.run()
+            if note := foreign.note():
+                proof.report.notes.append(note)
     return conversion, sink
 
 
-def add_differences(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], sink: Comparison, report: Report
-) -> None:
-    """What a comparison found, tensor by tensor."""
-    for key, place in sorted(sink.first.items()):
-        report.add("source", key, _difference(checkpoint, weights, key, place))
+def add_differences(proof: Proof, sink: Comparison) -> None:
+    """Report what a comparison found, tensor by tensor."""
+    for key, offset in sorted(sink.first.items()):
+        proof.report.add("source", key, _difference(proof, key, offset))
     for key, message in sorted(sink.states.items()):
-        report.add("source", key, message)
+        proof.report.add("source", key, message)
 
 
 def compare_manifest(
@@ -167,7 +168,14 @@ def compare_manifest(
     source: Path,
     report: Report,
 ) -> None:
-    """The manifest's statements, against those of the run just made; but for its list of files."""
+    """Compare a checkpoint's manifest with that of a new run, but for its list of output files.
+
+    Args:
+        checkpoint: whose manifest it is.
+        made: the manifest of the new run.
+        source: that the run read, for messages.
+        report: takes what differs.
+    """
     expected = replace(
         made,
         source_name=manifest.source_name,  # a directory may be renamed
@@ -175,23 +183,23 @@ def compare_manifest(
         tool_version=manifest.tool_version,
     )
     for name, record in expected.source_files.items():
-        found = manifest.source_files.get(name)
-        if found != record:
-            place = source if source.is_file() else source / name
-            named = found.digest if found else "no such file"
+        listed = manifest.source_files.get(name)
+        if listed != record:
+            path = source if source.is_file() else source / name
+            digest = listed.digest if listed else "no such file"
             report.add(
                 "source",
                 name,
-                f"{place} is not the file that this was made from: its {manifest.digest} is "
-                f"{record.digest}, the manifest has {named}",
+                f"{path} is not the file that this was made from: its {manifest.digest} is "
+                f"{record.digest}, the manifest has {digest}",
             )
     counted = any(t.error and t.error.outlier_blocks is not None for t in manifest.tensors.values())
     for name, tensor in expected.tensors.items():
-        there, error = manifest.tensors.get(name), tensor.error
-        if error is not None and not counted:  # an earlier nf4 did not
+        recorded, error = manifest.tensors.get(name), tensor.error
+        if error is not None and not counted:  # an earlier version of nf4 wrote the manifest
             error = replace(error, blocks=None, outlier_blocks=None)
         expected_record = replace(tensor, reason="", error=error)
-        if there is None or replace(there, reason="") != expected_record:
+        if recorded is None or replace(recorded, reason="") != expected_record:
             report.add(
                 "source", name, f"{MANIFEST} has of {name} another record than the source gives"
             )
@@ -209,20 +217,20 @@ def compare_manifest(
 def _compare_text(
     checkpoint: Checkpoint, manifest: Manifest, expected: Manifest, report: Report
 ) -> None:
-    """This very version wrote the manifest, so its JSON must be the same, field by field."""
-    there = read_json(checkpoint.root / MANIFEST, RECORD)
-    wanted = expected.to_dict()
-    for part in (there, wanted):
-        part.pop("run", None)  # earlier manifests have it: how long a run took
+    """Compare the JSON of a manifest that this very version wrote, field by field."""
+    written_json = read_json(checkpoint.root / MANIFEST, RECORD)
+    expected_json = expected.to_dict()
+    for document in (written_json, expected_json):
+        document.pop("run", None)  # earlier manifests have it: how long a run took
         for key in ("repo", "commit"):  # where the bytes came from is not in the bytes
-            part["source"].pop(key, None)
-    for key in sorted(there.keys() | wanted.keys()):
-        if there.get(key) != wanted.get(key):
+            document["source"].pop(key, None)
+    for key in sorted(written_json.keys() | expected_json.keys()):
+        if written_json.get(key) != expected_json.get(key):
             report.add("source", MANIFEST, f"{MANIFEST}: {key} is not what the source gives")
 
 
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:
-    """The options that would have made a checkpoint without manifest, as far as it shows them."""
+    """Return the recipe of a checkpoint without manifest, as far as its files show it."""
     weight = next(iter(weights.values()))
     kept = next(
         (
@@ -234,8 +242,8 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         ),
         "auto",
     )
-    found = checkpoint.config.get("quantization_config")
-    compute = found.get("bnb_4bit_compute_dtype") if isinstance(found, dict) else None
+    section = checkpoint.config.get("quantization_config")
+    compute = section.get("bnb_4bit_compute_dtype") if isinstance(section, dict) else None
     context = selection.Context.of(checkpoint)
     names = names_of(checkpoint.config)
     keys = bnb_format.skip_list(checkpoint.config)
@@ -262,18 +270,17 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
     )
 
 
-def _difference(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], key: str, place: int
-) -> str:
-    shard, tensor = checkpoint.tensors[key]
+def _difference(proof: Proof, key: str, offset: int) -> str:
+    """Return what to say of a tensor whose first different byte lies at `offset` in it."""
+    shard, tensor = proof.checkpoint.tensors[key]
     with ByteReader(shard.path, shard.size) as reader:
-        value = int(reader.read(tensor.start + place, 1)[0])
-    if key in weights:
-        where = f"elements {2 * place} and {2 * place + 1}"
+        value = int(reader.read(tensor.start + offset, 1)[0])
+    if key in proof.weights:
+        elements = f"elements {2 * offset} and {2 * offset + 1}"
     else:
-        width = max(1, tensor.nbytes // max(1, tensor.numel))
-        where = f"element {place // width}"
+        itemsize = max(1, tensor.nbytes // max(1, tensor.numel))
+        elements = f"element {offset // itemsize}"
     return (
-        f"{key} in {shard.path.name}: byte {place:,} ({where}) is 0x{value:02x}, not what the "
+        f"{key} in {shard.path.name}: byte {offset:,} ({elements}) is 0x{value:02x}, not what the "
         "source gives; it is the first difference"
     )

@@ -1,4 +1,4 @@
-"""A whole diffusers pipeline proved, component by component."""
+"""Verify a whole diffusers pipeline, component by component."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from .verify import verify
 
 @dataclass(slots=True)
 class PipelineReport:
-    """Attributes:
-    own: what was found beside the converted components.
-    parts: by component.
+    """What was found in a pipeline.
+
+    Attributes:
+        own: the report on everything but the converted components.
+        parts: the report of each converted component, by name.
     """
 
     own: Report = field(default_factory=Report)
@@ -36,39 +38,49 @@ def verify_pipeline(
 ) -> PipelineReport:
     """Check a pipeline with 4-bit components, written by nf4 or not.
 
+    Args:
+        path: the pipeline.
+        source: the pipeline that it was made from; None for no proof.
+        engine, resources, progress: see `Tools`.
+
     Raises:
-        InputError: `path` holds no 4-bit component, or `source` is no pipeline.
+        InputError: `path` holds no 4-bit component, `source` is no pipeline, or a component of it
+            is damaged.
     """
-    found = PipelineReport()
-    record = read_record(path, found.own)
+    report = PipelineReport()
+    record = read_record(path, report.own)
     try:
         components = components_of(path)
     except InputError as error:
         if record is None:
             raise
-        found.own.add("structure", INDEX_FILE, str(error))
-        return found
+        report.own.add("structure", INDEX_FILE, str(error))
+        return report
     recorded = record.components if record else ()
     packed = list(dict.fromkeys([*packed_components(path, components), *recorded]))
-    if not packed and found.own.ok:
+    if not packed and report.own.ok:
         raise InputError(
             f"{path} has no component with bitsandbytes 4-bit weights: there is nothing to "
             "verify. Make one with nf4 quantize"
         )
-    originals = _originals(source, packed, found.own)
-    found.own.check("structure", "model_index.json names what is there")
-    check_recorded(path, record, packed, found.own)
+    originals = _originals(source, packed, report.own)
+    report.own.check("structure", "model_index.json names what is there")
+    check_recorded(path, record, packed, report.own)
     for name in packed:
-        found.parts[name] = _verify_part(
+        report.parts[name] = _verify_part(
             path / name, originals.get(name), engine, resources, progress
         )
     if source is not None:
-        check_copies(path, source, packed, found.own)
-    return found
+        check_copies(path, source, packed, report.own)
+    return report
 
 
 def _originals(source: Path | None, packed: list[str], report: Report) -> dict[str, Path]:
-    """The source's directory of each component."""
+    """Return the source's directory of each packed component; report those that it lacks.
+
+    Raises:
+        InputError: `source` is no pipeline, or a component of it is damaged.
+    """
     if source is None:
         return {}
     if not is_pipeline(source):
@@ -78,13 +90,14 @@ def _originals(source: Path | None, packed: list[str], report: Report) -> dict[s
         if name not in components:
             report.add("structure", name, f"{source} has no component {name}")
         else:
-            open_checkpoint(source / name)  # what is wrong with a source ends the run
+            open_checkpoint(source / name)  # a damaged source ends the run, see `_verify_part`
     return {name: source / name for name in packed if name in components}
 
 
 def _verify_part(
     path: Path, source: Path | None, engine: Engine, resources: Resources, progress: Progress
 ) -> Report:
+    """Verify a component; report an InputError, so that the others are verified as well."""
     try:
         return verify(path, source, engine, resources, progress)
     except InputError as error:

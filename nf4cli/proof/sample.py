@@ -1,8 +1,8 @@
-"""A quick look at a large or remote checkpoint: everything small, and some of the tensors.
+"""Verify a sample of a large checkpoint: everything small, and tensors chosen at random.
 
 Headers, index, configuration and the completeness of every quantization state are checked as
-`verify` does.  Of the bytes, only those of tensors chosen at random are read: their statistics,
-their digests against the manifest, and with a source their quantization, repeated and compared.
+`verify` does.  Of the chosen tensors the bytes are read: their statistics are checked, their
+digests compared with the manifest, and with a source they are quantized again and compared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..checkpoint.digest import digest_tensor
 from ..checkpoint.packed import PackedReader, PackedWeight, Placed, by_shard
 from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint
+from ..convert.conversion import Tools
 from ..engines.protocol import Engine
 from ..errors import UsageError
 from ..output.against_manifest import check_lists, read_manifest, recorded_digests, tensor_findings
@@ -26,20 +27,20 @@ from ..output.manifest import Manifest
 from ..output.report import LEVELS, Report, Sample
 from ..planning.resources import Resources
 from ..threads import run
-from .from_source import add_differences, compare, plan_of
+from .from_source import Proof, add_differences, compare, plan_of
 from .verify import check_config, check_states, check_structure, open_or_report
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is looked at as a whole: a packed weight with its companions, or a kept tensor."""
+    """What is chosen as a whole: a packed weight with its companions, or a kept tensor."""
 
     name: str
     parts: tuple[Placed, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(tensor.nbytes for _, tensor in self.parts)
 
 
@@ -55,58 +56,45 @@ def verify_sample(
     """Check a sample of a 4-bit checkpoint; `Report.sample` says how much that was.
 
     Args:
-        size: how much to look at: a float from 0 to 1 for a share of the bytes, an int for bytes.
-            At least one tensor is.
+        path: the checkpoint.
+        source: the checkpoint that it was made from, None for none; only the tensors that the
+            sample needs are read.
+        size: how much to check: a float from 0 to 1 for a share of the bytes, an int for bytes.
+            At least one tensor is checked.
         seed: of the random choice.
-        source: as of `verify`; only what the sample needs of it is read.
+        engine, resources, progress: see `Tools`.
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
         UsageError: `size` is not positive, or a share above 1.
     """
-    if not size > 0 or (isinstance(size, float) and size > 1):  # a NaN is not
+    if not size > 0 or (isinstance(size, float) and size > 1):  # `not >` refuses NaN as well
         raise UsageError("--sample must be more than nothing and at most 100%")
     report = Report()
     checkpoint = open_or_report(path, report)
     if checkpoint is None:
         return report
+    tools = Tools(engine, resources, progress)
     with ShardReaders(checkpoint.shards) as readers:
         weights = check_structure(checkpoint, readers, report)
         check_config(checkpoint, weights, report)
-        units = units_of(checkpoint, weights)
-        total = sum(unit.nbytes for unit in units)
-        chosen = choose(units, int(size * total) if isinstance(size, float) else size, seed)
-        report.sample = Sample(
-            seed,
-            sum(len(unit.parts) for unit in chosen),
-            sum(unit.nbytes for unit in chosen),
-            sum(len(unit.parts) for unit in units),
-            total,
-        )
+        chosen, report.sample = _draw(units_of(checkpoint, weights), size, seed)
         names = {unit.name for unit in chosen}
         sampled = {name: weight for name, weight in weights.items() if name in names}
         check_states(
-            PackedReader(readers, engine),
-            by_shard(sampled),
-            resources.workers,
-            report,
-            zeros_are_wrong=False,
-            where=" in the sample",
-        )
+            PackedReader(readers, engine), by_shard(sampled), resources.workers, report,
+            zeros_are_wrong=False, where=" in the sample",
+        )  # fmt: skip
         manifest = read_manifest(checkpoint, report)
         if manifest is not None:
             check_lists(checkpoint, weights, manifest, report)
-            _check_digests(chosen, readers, manifest, resources, report, progress)
+            _check_digests(chosen, readers, manifest, tools, report)
     if source is None:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     else:
-        _check_source(
-            checkpoint, weights, names, manifest, source, engine, resources, report, progress
-        )
-        if manifest is not None:
-            report.unchecked.append("that the whole source is the one that the manifest names")
+        _check_source(Proof(checkpoint, weights, manifest, source, tools, report), names)
     report.unchecked.append(
         f"{1 - report.sample.share:.1%} of the bytes, and the digests of whole files: this was a "
         "sample; without --sample all are checked"
@@ -116,17 +104,33 @@ def verify_sample(
 
 
 def units_of(checkpoint: Checkpoint, weights: Mapping[str, PackedWeight]) -> list[Unit]:
-    """Everything that can be chosen; companions of incomplete weights count as tensors."""
+    """Return everything that can be chosen.
+
+    Each companion of an incomplete weight counts as a tensor of its own.
+    """
     units = [Unit(name, weight.parts()) for name, weight in weights.items()]
-    taken = {tensor.name for unit in units for _, tensor in unit.parts}
+    in_units = {tensor.name for unit in units for _, tensor in unit.parts}
     units += [
-        Unit(name, (placed,)) for name, placed in checkpoint.tensors.items() if name not in taken
+        Unit(name, (placed,)) for name, placed in checkpoint.tensors.items() if name not in in_units
     ]
     return units
 
 
+def _draw(units: list[Unit], size: float | int, seed: int) -> tuple[list[Unit], Sample]:
+    """Choose a sample, and return it with the record of its size."""
+    total = sum(unit.nbytes for unit in units)
+    chosen = choose(units, int(size * total) if isinstance(size, float) else size, seed)
+    return chosen, Sample(
+        seed,
+        sum(len(unit.parts) for unit in chosen),
+        sum(unit.nbytes for unit in chosen),
+        sum(len(unit.parts) for unit in units),
+        total,
+    )
+
+
 def choose(units: list[Unit], nbytes: int, seed: int) -> list[Unit]:
-    """At random, from every file in turn, as many as `nbytes` hold, and at least one."""
+    """Choose units at random, from every file in turn, that fit into `nbytes`, and at least one."""
     chance = random.Random(seed)
     files: dict[Path, list[Unit]] = {}
     for unit in sorted(units, key=lambda unit: unit.name):
@@ -151,52 +155,47 @@ def _check_digests(
     chosen: list[Unit],
     readers: ShardReaders,
     manifest: Manifest,
-    resources: Resources,
+    tools: Tools,
     report: Report,
-    progress: Progress,
 ) -> None:
+    """Compare the digests of the chosen tensors with those of the manifest."""
     expected = recorded_digests(manifest)
     lock = threading.Lock()
 
     def check(placed: Placed) -> None:
         shard, tensor = placed
         name = shard.path.name
-        digest = digest_tensor(readers[shard], tensor, lambda count: progress(name, count))
-        found = {tensor.name: digest}
-        # A tensor that the manifest does not list was told of already.
-        if found[tensor.name] != expected.get(tensor.name, found[tensor.name]):
+        digest = digest_tensor(readers[shard], tensor, lambda count: tools.progress(name, count))
+        # `check_lists` has reported a tensor that the manifest does not list.
+        if digest != expected.get(tensor.name, digest):
+            digests = {tensor.name: digest}
             with lock:
-                report.findings += tensor_findings(name, found, found, expected)
+                report.findings += tensor_findings(name, digests, digests, expected)
 
     parts = [placed for unit in chosen for placed in unit.parts]
-    run(parts, lambda: check, resources.workers, lambda: None)
+    run(parts, lambda: check, tools.resources.workers, lambda: None)
     report.check("manifest", "the sampled tensors are the ones written (xxh3_128 of the manifest)")
 
 
-def _check_source(
-    checkpoint: Checkpoint,
-    weights: dict[str, PackedWeight],
-    names: set[str],
-    manifest: Manifest | None,
-    source: Path,
-    engine: Engine,
-    resources: Resources,
-    report: Report,
-    progress: Progress,
-) -> None:
-    plan = plan_of(checkpoint, weights, manifest, source, engine, resources, report)
-    if plan is None:
-        return
-    part = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names))
-    _, sink = compare(
-        checkpoint, weights, part, engine, resources, report, progress, foreign=manifest is None
-    )
-    add_differences(checkpoint, weights, sink, report)
-    compare_beside(checkpoint, plan, manifest, report)
-    if manifest is not None and manifest.config.method == "gptq":
-        report.unchecked.append("what the codes that gptq chose lose: run without --sample")
-    report.check(
-        "source",
-        f"the sampled tensors are those the source gives ({sink.compared:,} bytes, quantized again "
-        f"with {engine.name})",
-    )
+def _check_source(proof: Proof, names: set[str]) -> None:
+    """Quantize the chosen weights again, and compare their bytes.
+
+    Args:
+        names: of the chosen weights.
+    """
+    manifest, report = proof.manifest, proof.report
+    plan = plan_of(proof)
+    if plan is not None:
+        part = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names))
+        _, sink = compare(proof, part)
+        add_differences(proof, sink)
+        compare_beside(proof.checkpoint, plan, manifest, report)
+        if manifest is not None and manifest.config.method == "gptq":
+            report.unchecked.append("what the codes that gptq chose lose: run without --sample")
+        report.check(
+            "source",
+            f"the sampled tensors are those the source gives ({sink.compared:,} bytes, quantized "
+            f"again with {proof.tools.engine.name})",
+        )
+    if manifest is not None:
+        report.unchecked.append("that the whole source is the one that the manifest names")

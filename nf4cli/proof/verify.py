@@ -1,9 +1,8 @@
-"""Is this output what it should be?  Three levels, each needing more than the one before.
+"""Verify a 4-bit checkpoint, on three levels that each need more than the one before.
 
-Alone: every file opens, every quantization state is complete and sane, config.json says what the
-tensors need.  With the manifest beside it: every byte is the one that was written.  With the
-source: every byte is the one that the source gives, by quantizing again in memory, with the same
-code that writes, and comparing.
+Alone: every file opens, every quantization state is complete and plausible, and config.json says
+what the tensors need.  With the manifest beside it: every byte is the one that was written.  With
+the source: every byte is the one that the source gives (see from_source.py).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from ..checkpoint.packed import (
 )
 from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint
+from ..convert.conversion import Tools
 from ..engines.protocol import Engine
 from ..errors import InputError
 from ..format.codebook import codebook
@@ -38,14 +38,14 @@ from ..planning import selection, skip_list
 from ..planning.families import names_of
 from ..planning.resources import Resources
 from ..threads import run
-from .from_source import check_source
+from .from_source import Proof, check_source
 
 if TYPE_CHECKING:
     from ..engines.protocol import F32
 
 _BLOCKS_AT_A_TIME = 1 << 18
-_SIGNED_SHARE = 0.1  # of negative scales; about half of those that are chosen are
-_NESTED_ROUNDING = 0.01  # of nested_absmax: what 8-bit codes round by, half their widest step
+_SIGNED_SHARE = 0.1  # negative scales above this share were chosen; about half of those are
+_NESTED_ROUNDING = 0.01  # of nested_absmax: half the widest step of the 8-bit codes
 
 
 def verify(
@@ -60,8 +60,9 @@ def verify(
 
     Args:
         path: the checkpoint.
-        source: the full-precision checkpoint that it was made from, for the proof.
-        elsewhere: the bytes are compared with the source in another way.
+        source: the full-precision checkpoint that it was made from; None for no proof.
+        engine, resources, progress: see `Tools`.
+        elsewhere: the caller compares the bytes with the source (see by_digests.py).
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
@@ -89,13 +90,14 @@ def verify(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     if source is not None:
-        check_source(checkpoint, weights, manifest, source, engine, resources, report, progress)
+        tools = Tools(engine, resources, progress)
+        check_source(Proof(checkpoint, weights, manifest, source, tools, report))
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 
 
 def open_or_report(path: Path, report: Report) -> Checkpoint | None:
-    """A checkpoint to verify; None where it is damaged, which the report then says.
+    """Open a checkpoint to verify; report that it is damaged, and return None.
 
     Raises:
         InputError: it is not a checkpoint at all.
@@ -115,6 +117,11 @@ def open_or_report(path: Path, report: Report) -> Checkpoint | None:
 def check_structure(
     checkpoint: Checkpoint, readers: ShardReaders, report: Report
 ) -> dict[str, PackedWeight]:
+    """Check that every quantization state is complete, and return the packed weights by name.
+
+    Raises:
+        InputError: the checkpoint has none, not even an incomplete one.
+    """
     weights, problems = find_weights(checkpoint, readers)
     for owner, problem in problems:
         report.add("structure", owner, problem)
@@ -139,6 +146,7 @@ def check_structure(
 
 
 def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
+    """Check that config.json describes the packed weights, and lists those that are not packed."""
     if not checkpoint.config:
         report.unchecked.append("config.json: there is none")
         return
@@ -153,8 +161,15 @@ def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repor
             "which modules are not packed: config.json has no llm_int8_skip_modules, so each "
             "version of transformers derives its own list"
         )
-        report.check("config", "config.json says what the tensors need")
-        return
+    else:
+        _check_skip_list(checkpoint, weights, report)
+    report.check("config", "config.json says what the tensors need")
+
+
+def _check_skip_list(
+    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
+) -> None:
+    """Check that llm_int8_skip_modules means each linear layer that is not packed, and no other."""
     keys = bnb_format.skip_list(checkpoint.config)
     context = selection.Context.of(checkpoint)
     hits = skip_list.hits_v4 if context.diffusers else skip_list.hits
@@ -174,10 +189,10 @@ def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repor
             continue
         rule = selection.rule_of(context, tensor)
         module = selection.module_path(name)
-        # No bare model holds a head, so that a head has no name inside of one.
-        own = replace(names, base_prefix="") if rule.name == "head" else names
+        # A bare model holds no head, so the name of a head has no form without the base prefix.
+        own_names = replace(names, base_prefix="") if rule.name == "head" else names
         if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, own) for key in keys
+            skip_list.means(key, module, own_names) for key in keys
         ):
             report.add(
                 "config",
@@ -185,7 +200,6 @@ def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], repor
                 f"{name} is full precision but no entry of llm_int8_skip_modules means it: loaders "
                 "expect it in 4 bit and fail at the first forward",
             )
-    report.check("config", "config.json says what the tensors need")
 
 
 def check_states(
@@ -196,12 +210,14 @@ def check_states(
     zeros_are_wrong: bool,
     where: str = "",
 ) -> None:
-    """Tables and statistics of every one of `weights`.
+    """Check the tables and statistics of packed weights.
 
     Args:
-        zeros_are_wrong: whether a weight of nothing but zeros is a finding: there are models with
-            such weights, but where nothing else proves the bytes it is likely to be a loss.
-        where: for the report: what `weights` are, where they are not all.
+        weights: in the order of reading.
+        workers: threads.
+        zeros_are_wrong: report a weight of nothing but zeros.  There are models with such weights,
+            but where nothing else proves the bytes, they are more likely lost data.
+        where: for the report: which weights these are, where they are not all.
     """
     lock = threading.Lock()
 
@@ -217,7 +233,8 @@ def check_states(
 
 def _state_problems(
     reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool
-) -> Iterable[str]:
+) -> Iterator[str]:
+    """Yield what is wrong with the quantization state of a weight."""
     table = reader.floats(weight.quant_map)
     if not np.array_equal(table, codebook(weight.state.quant_type).decode):
         yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
@@ -260,12 +277,23 @@ def _state_problems(
 
 
 def _are_signed(absmax: F32) -> bool:
-    """Whether these are chosen scales, of either sign, and not one that was overwritten."""
+    """Return whether so many scales are negative that they were chosen, not damaged.
+
+    Args:
+        absmax: float32 [blocks].
+    """
     return bool((absmax < 0).mean() > _SIGNED_SHARE)
 
 
 def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:
-    """Runs of double-quantized scales that differ although their own scale is zero."""
+    """Yield the runs of double-quantized scales whose codes differ although their scale is zero.
+
+    Args:
+        nested: float32, the scale of each run.
+
+    Yields:
+        The number of the run.
+    """
     size = weight.state.nested_blocksize
     for number in np.flatnonzero(nested == 0).tolist():
         start = number * size
@@ -277,15 +305,15 @@ def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> I
 def _say_what_is_kept(
     checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
 ) -> None:
-    """Weights in full precision that could be packed: kept on purpose, or left behind?"""
+    """Report weights in full precision that could be packed: nothing says why they are not."""
     context = selection.Context.of(checkpoint)
-    left = [
+    unpacked = [
         (name, selection.rule_of(context, tensor).name)
         for name, (_, tensor) in checkpoint.tensors.items()
         if name not in weights and bnb_format.companion_owner(name) not in weights
     ]
     for rule, what in (("linear", "linear weights"), ("experts", "weights of experts")):
-        kept = [name for name, found in left if found == rule]
+        kept = [name for name, its_rule in unpacked if its_rule == rule]
         if kept:
             report.unchecked.append(
                 f"whether {len(kept)} {what} were meant to stay in full precision "

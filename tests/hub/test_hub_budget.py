@@ -89,7 +89,7 @@ def test_an_output_that_was_begun_counts_until_its_last_step():
     steps = [Step(10, frozenset({"a"})), Step(10, frozenset({"b"}))]
     sizes = {"a": 5, "b": 7}
     assert smallest(steps, sizes, 0, leaving=True) == 17
-    assert smallest(steps, sizes, 0, leaving=True, there={"b"}) == 22
+    assert smallest(steps, sizes, 0, leaving=True, begun={"b"}) == 22
 
 
 @pytest.mark.parametrize("fail", [False, True])
