@@ -40,22 +40,18 @@ def read_manifest(checkpoint: Checkpoint, report: Report) -> Manifest | None:
 def check_manifest(
     checkpoint: Checkpoint,
     weights: Mapping[str, PackedWeight],
+    manifest: Manifest,
     resources: Resources,
     report: Report,
     progress: Progress,
-) -> Manifest | None:
+) -> None:
     """Check that every file and tensor has the digest of the manifest, and that nothing was added.
 
     Args:
         weights: packed weights of the checkpoint, by name.
+        manifest: of the checkpoint.
         report: takes the findings.
-
-    Returns:
-        The manifest, None where none can be read.
     """
-    manifest = read_manifest(checkpoint, report)
-    if manifest is None:
-        return None
     shards = check_lists(checkpoint, weights, manifest, report)
     expected = recorded_digests(manifest)
     digests = digest_shards(shards, manifest.digest, resources.workers, progress, tensors=False)
@@ -69,7 +65,6 @@ def check_manifest(
     for shard, (digest, tensors) in zip(wrong, digests, strict=True):
         report.findings += _digest_findings(shard, digest, tensors, manifest, expected)
     report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
-    return manifest
 
 
 def recorded_digests(manifest: Manifest) -> dict[str, str]:

@@ -42,7 +42,7 @@ def confirm(
         raise unlike_planned(output, why)
     _require_source(plan, output, manifest, resources, progress)
     report = Report()
-    check_manifest(checkpoint, {}, resources, report, progress)
+    check_manifest(checkpoint, {}, manifest, resources, report, progress)
     compare_beside(checkpoint, plan, manifest, report)
     require_no_finding(output, report)
     return manifest

@@ -81,11 +81,12 @@ def verify_sample(
         chosen, report.sample = _draw(units_of(checkpoint, weights), size, seed)
         names = {unit.name for unit in chosen}
         sampled = {name: weight for name, weight in weights.items() if name in names}
+        manifest = read_manifest(checkpoint, report)
         check_states(
             PackedReader(readers, engine), by_shard(sampled), resources.workers, report,
             zeros_are_wrong=False, where=" in the sample",
+            signed=manifest is not None and manifest.config.scale == "search",
         )  # fmt: skip
-        manifest = read_manifest(checkpoint, report)
         if manifest is not None:
             check_lists(checkpoint, weights, manifest, report)
             _check_digests(chosen, readers, manifest, tools, report)

@@ -32,7 +32,7 @@ from ..convert.conversion import Tools
 from ..engines.protocol import Engine
 from ..errors import InputError
 from ..format.codebook import codebook
-from ..output.against_manifest import check_manifest
+from ..output.against_manifest import check_manifest, read_manifest
 from ..output.report import LEVELS, Report
 from ..planning import selection, skip_list
 from ..planning.families import names_of
@@ -75,16 +75,19 @@ def verify(
         weights = check_structure(checkpoint, readers, report)
         check_config(checkpoint, weights, report)
         recorded = (checkpoint.root / MANIFEST).is_file()
+        manifest = read_manifest(checkpoint, report)
         check_states(
             PackedReader(readers, engine),
             by_shard(weights),
             resources.workers,
             report,
             zeros_are_wrong=source is None and not (recorded or elsewhere),
+            signed=manifest is not None and manifest.config.scale == "search",
         )
-    manifest = check_manifest(checkpoint, weights, resources, report, progress)
     if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
+    else:
+        check_manifest(checkpoint, weights, manifest, resources, report, progress)
     if source is None and not elsewhere:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
@@ -208,6 +211,7 @@ def check_states(
     workers: int,
     report: Report,
     zeros_are_wrong: bool,
+    signed: bool,
     where: str = "",
 ) -> None:
     """Check the tables and statistics of packed weights.
@@ -217,12 +221,13 @@ def check_states(
         workers: threads.
         zeros_are_wrong: report a weight of nothing but zeros.  There are models with such weights,
             but where nothing else proves the bytes, they are more likely lost data.
+        signed: scales of either sign were chosen for them, as their manifest says.
         where: for the report: which weights these are, where they are not all.
     """
     lock = threading.Lock()
 
     def check(weight: PackedWeight) -> None:
-        problems = list(_state_problems(reader, weight, zeros_are_wrong))
+        problems = list(_state_problems(reader, weight, zeros_are_wrong, signed))
         with lock:
             for message in problems:
                 report.add("state", weight.name, message)
@@ -232,9 +237,10 @@ def check_states(
 
 
 def _state_problems(
-    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool
+    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool, signed: bool
 ) -> Iterator[str]:
     """Yield what is wrong with the quantization state of a weight."""
+    signed = signed or has_chosen_scales(weight)
     table = reader.floats(weight.quant_map)
     if not np.array_equal(table, codebook(weight.state.quant_type).decode):
         yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
@@ -258,15 +264,15 @@ def _state_problems(
     all_zero = True
     for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
         absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        signed = has_chosen_scales(weight) or _are_signed(absmax)
-        good = np.isfinite(absmax) & (signed | (absmax >= least))
+        any_sign = signed or _are_signed(absmax)
+        good = np.isfinite(absmax) & (any_sign | (absmax >= least))
         if not good.all():
             bad = int(np.argmin(good))
             yield (
                 f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected "
                 + (
                     "a finite scale"
-                    if signed
+                    if any_sign
                     else "the largest magnitude of a block, which is finite and not negative"
                 )
             )
