@@ -234,7 +234,7 @@ class _Run:
         }
         all_pieces = [piece for of_text in pieces.values() for piece in of_text]
         with self._stage(2 * len(all_pieces), source, output) as progress:
-            expected, found = (
+            of_source, of_output = (
                 embeddings.embed(
                     directory, all_pieces, tokenizer, asked.context, asked.dtype, self.device,
                     progress,
@@ -244,7 +244,9 @@ class _Run:
         texts, start = {}, 0
         for name, of_text in pieces.items():
             rows = slice(start, start + len(of_text))
-            texts[name] = Measured(len(of_text), embeddings.compare(expected[rows], found[rows]))
+            texts[name] = Measured(
+                len(of_text), embeddings.compare(of_source[rows], of_output[rows])
+            )
             start = rows.stop
         return texts
 
