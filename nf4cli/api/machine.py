@@ -11,6 +11,7 @@ from ..convert.listener import NOBODY, Listener
 from ..engines.protocol import GRANULE, Engine
 from ..errors import UsageError
 from ..planning.resources import Resources, make_resources
+from ..units import size_for_option
 
 
 def processors() -> int:
@@ -52,8 +53,8 @@ class Machine:
             try:
                 make_resources(engine, 1, self.memory, processors())
             except UsageError:
-                note(f"a GPU is here, but does not fit into {self.memory:,} bytes of memory: using "
-                     "the CPU")  # fmt: skip
+                bound = size_for_option(self.memory)
+                note(f"a GPU is here, but does not fit into --memory {bound}: using the CPU")
                 return engines.load("cpu")
         return engine
 
