@@ -122,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.fault.endless:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        time.sleep(self.fault.stall)
         if self.command != "HEAD":
             self.wfile.write(data)
             self._go_on()
