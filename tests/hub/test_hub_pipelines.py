@@ -141,7 +141,7 @@ def test_what_is_pushed_and_stays_is_hashed_once(nf4_hub, hub, flux, expected):
     assert same_files(nf4_hub.work / "out", expected)
 
 
-@pytest.mark.parametrize("where", [r"PUT /upload", r"GET /files/.*vae"])
+@pytest.mark.parametrize("where", [r"PUT /upload", r"GET /files/.*vae", r"POST .*/commit/main"])
 def test_a_stopped_run_goes_on(nf4_hub, hub_with_flux, expected, where):
     limit = smallest(nf4_hub, "smallest_disk_bytes_when_pushed")
     command = ("quantize", "org/flux", *PUSH, "--disk", str(limit))
