@@ -42,12 +42,25 @@ WITHOUT_A_GPU = {
 
 LONGEST = (
     "test_model_architectures",
-    "test_hub_faults",
-    "test_hub_push",
+    "test_quality",
+    "test_gpu_day",
     "test_hub_quantize",
-    "test_cuda_mutations",
+    "test_hub_push",
+    "test_hub_faults",
     "test_faults",
+    "test_calibration",
+    "test_github_action",
+    "test_cuda_mutations",
+    "test_cuda_kernels",
+    "test_pipeline_loaders",
+    "test_by_digests",
+    "test_cuda_machine_code",
+    "test_hub_mirror",
+    "test_container",
     "test_signed_scales",
+    "test_eval",
+    "test_loaders",
+    "test_stopping",
     "test_scale_search",
 )
 """Files of tests that take the most time, the longest first."""
