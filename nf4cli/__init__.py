@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .api import (
         attest,
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     )
     from .convert.listener import Listener
     from .format.config import QuantConfig
-
-__version__ = "0.2.0"
 
 __all__ = [
     "Listener", "QuantConfig", "attest", "dequantize", "evaluate", "inspect", "inspect_tensor",

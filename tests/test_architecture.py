@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 WINGS = (
     ("__main__",),
     ("cli",),
+    ("__init__",),  # offers what api has, loaded when it is asked for
     ("api",),
     ("quality", "hub", "proof"),
     ("convert",),
@@ -27,7 +28,16 @@ WINGS = (
     ("checkpoint",),
     ("engines",),
     ("format",),
-    ("errors", "callbacks", "threads", "stopping", "units", "process_memory", "__init__"),
+    (
+        "errors",
+        "callbacks",
+        "threads",
+        "stopping",
+        "units",
+        "version",
+        "process_memory",
+        "__init__",
+    ),
 )
 FLOOR = {wing: floor for floor, wings in enumerate(reversed(WINGS)) for wing in wings}
 HEAVY = {"torch", "transformers", "diffusers", "cupy"}
@@ -40,8 +50,6 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-# nf4cli/__init__.py offers what api has, loaded when it is asked for; others take its version.
-FRONT = PACKAGE / "__init__.py"
 MODULES = {name_of(path): path for path in FILES}
 
 
@@ -61,7 +69,7 @@ def imports(path: Path) -> frozenset[str]:
             module = getattr(node, "module", None) or ""
             names = [module, *(alias.name for alias in node.names)]
             assert not any(n.split(".")[0] == "nf4cli" for n in names), f"{path}: not relative"
-    return frozenset(found - {name_of(path)}) if path != FRONT else frozenset()
+    return frozenset(found - {name_of(path)})
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

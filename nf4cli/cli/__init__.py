@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import typer
 
-from .. import __version__, stopping
+from .. import stopping
+from ..version import __version__
 from .attest import attest
 from .dequantize import dequantize
 from .eval import eval_

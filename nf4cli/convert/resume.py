@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..callbacks import Progress
 from ..checkpoint.digest import digest_shard, digest_tensor, new_tensor_hash
 from ..checkpoint.file_io import identity_of, sync
@@ -22,6 +21,7 @@ from ..output import manifest
 from ..output.manifest import Result
 from ..planning.plan import Plan, TensorPlan
 from ..threads import each
+from ..version import __version__
 from . import journal
 from .journal import Part, Upload
 

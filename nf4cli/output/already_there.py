@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import __version__
 from ..callbacks import Progress
 from ..checkpoint.digest import digest_shards
 from ..checkpoint.discovery import MANIFEST, open_checkpoint
 from ..errors import InputError, UsageError
 from ..planning.plan import Plan
 from ..planning.resources import Resources
+from ..version import __version__
 from .against_manifest import check_manifest
 from .against_source import compare_beside
 from .manifest import Manifest

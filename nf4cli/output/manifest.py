@@ -14,7 +14,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..checkpoint.bnb_format import QuantState, decode_state, encode_state
 from ..checkpoint.digest import ALGORITHMS, TENSOR_ALGORITHM
 from ..checkpoint.types import FileDigests
@@ -22,6 +21,7 @@ from ..checkpoint.untrusted import RECORD, read_json
 from ..errors import InputError
 from ..format.config import QuantConfig
 from ..planning.plan import Plan, TensorPlan
+from ..version import __version__
 
 
 @dataclass(frozen=True, slots=True)

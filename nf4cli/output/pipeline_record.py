@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..checkpoint.digest import ALGORITHMS, digest_file
 from ..checkpoint.discovery import PIPELINE_RECORD
 from ..checkpoint.untrusted import is_plain, is_regular, read_json
 from ..errors import InputError
 from ..planning.pipeline_plan import components_of, copies_of, stray_weights
+from ..version import __version__
 from .against_manifest import check_other_file
 from .already_there import require_no_finding
 from .manifest import FileRecord

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import __version__
 from ..checkpoint import bnb_format
 from ..checkpoint.discovery import MANIFEST, open_checkpoint
 from ..checkpoint.given_codes import written
@@ -29,6 +28,7 @@ from ..planning import selection, skip_list
 from ..planning.families import names_of
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
+from ..version import __version__
 from .comparison import Comparison
 from .foreign import ForeignConversion
 
