@@ -75,6 +75,18 @@ def shallow(config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def without_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a small backbone of transformers' own; no backbone ties anything."""
+    if not config.keys() & {"backbone_config", "use_timm_backbone"}:
+        return config
+    backbone = {
+        "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 16, 16],
+        "depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"],
+    }  # fmt: skip
+    changes = {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone}
+    return {**{k: v for k, v in config.items() if k != "backbone_kwargs"}, **changes}
+
+
 def rules_of_its_own(model_class: Any) -> bool:
     """Whether a class ties more than an output layer to an embedding."""
     keys = [*(getattr(model_class, "_tied_weights_keys", None) or ())]
@@ -110,7 +122,8 @@ def survey_family(model_type: str) -> dict[str, Any]:
         return {*tied_linears(meta_model.build(model_class, made))}
 
     for model_class in classes_of(config_class()):
-        for config in map(with_ties, (shallow(short), short, full, filled(short), filled(full))):
+        given = (shallow(short), short, full, filled(short), filled(full))
+        for config in map(with_ties, (*given, *map(without_timm, given[:2]))):
             try:
                 found = tied_in(model_class, config)
             except Exception as error:
@@ -180,8 +193,22 @@ def in_version(python: str, only: list[str]) -> dict[str, Any]:
         return families
 
 
-def merged(versions: list[dict[str, Any]]) -> dict[str, Any]:
-    """ties.json: ties of any version, float32 of the newest that knows a family."""
+def merged(versions: list[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+    """ties.json: ties of any version, float32 of the newest that knows a family.
+
+    Args:
+        before: ties.json with what is known of families that are not surveyed now.
+    """
+    surveyed = {model_type for families in versions for model_type in families}
+    new = of_surveyed(versions)
+    for key, table in new.items():
+        others = {k: v for k, v in before.get(key, {}).items() if k not in surveyed}
+        new[key] = dict(sorted({**others, **table}.items()))
+    return new
+
+
+def of_surveyed(versions: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ties.json has of the surveyed families."""
     tied: dict[str, dict[str, set[str]]] = {}
     float32: dict[str, dict[str, list[str]]] = {"float32": {}, "float32_in_float16": {}}
     for families in versions:
@@ -224,7 +251,7 @@ def text_of(document: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("python", nargs="*", default=[sys.executable])
-    parser.add_argument("--only", action="append", default=[], help="survey this family alone")
+    parser.add_argument("--only", action="append", default=[], help="survey this family again")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--report", type=Path, help="also write everything that was found here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -236,7 +263,8 @@ def main() -> None:
         versions = list(pool.map(partial(in_version, only=arguments.only), arguments.python))
     if arguments.report:
         arguments.report.write_text(json.dumps(versions, indent=1))
-    arguments.output.write_text(text_of(merged(versions)))
+    before = json.loads(arguments.output.read_text()) if arguments.only else {}
+    arguments.output.write_text(text_of(merged(versions, before)))
     for families in versions:
         failed = [
             k for k, facts in families.items() if facts.get("failures") or "tied" not in facts

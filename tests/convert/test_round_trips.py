@@ -14,8 +14,8 @@ from helpers import INPUT, LLAMA, nf4_ok, read_all, refused, write_checkpoint_di
 from safetensors.torch import save_file
 from tiny_models import MODELS, SPECIAL, UNTIED, VISION, WIDE_HEADS, Tiny, V
 
+from nf4cli import engines
 from nf4cli.convert.dequantize import plan_decoding, write_decoded
-from nf4cli.engines import open_engine
 from nf4cli.errors import InputError
 from nf4cli.planning.resources import Resources
 from nf4cli.planning.weights import regions
@@ -217,7 +217,7 @@ def test_experts_of_several_files_and_chunks(tmp_path):
     nf4_ok("quantize", source, out, "-q", "--max-shard-size", "1MB")
     assert len(list(out.glob("*.safetensors"))) > 1
     nf4_ok("dequantize", out, tmp_path / "a", "--max-shard-size", "1MB")
-    engine = open_engine("cpu")
+    engine = engines.load("cpu")
     write_decoded(plan_decoding(out, engine), tmp_path / "b", engine, Resources(3, 1 << 17, 0))
     a, b, given = (read_all(p) for p in (tmp_path / "a", tmp_path / "b", source))
     assert a.keys() == b.keys() == given.keys()
