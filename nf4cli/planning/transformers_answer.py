@@ -7,6 +7,7 @@ the checkpoint to its parameter in the model.  Versions 4.55 to 5.23 are underst
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from importlib.util import find_spec
@@ -132,6 +133,32 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, Conv1D) or type(module) is nn.Linear
 
 
+def tied_linears(model: Any) -> frozenset[str]:
+    """Return the paths of a model's linear layers that share their weights with other modules.
+
+    Of a list in which every linear layer does, it is `LIST.*`: nobody has to count them.
+    """
+    linears = {p for p, m in model.named_modules(remove_duplicate=False) if p and is_linear(m)}
+    tied = {name.removesuffix(WEIGHT) for name in _tied_parameters(model)} & linears
+    found = set()
+    for path in tied:
+        container = re.split(r"\.\d+(?:\.|$)", path)[0]
+        inside = {linear for linear in linears if linear.startswith(container + ".")}
+        found.add(f"{container}.*" if container != path and inside <= tied else path)
+    return frozenset(found)
+
+
+def _tied_parameters(model: Any) -> set[str]:
+    if not is_version_4():
+        pairs = model.all_tied_weights_keys
+        return {*pairs, *pairs.values()}
+    model.tie_weights()
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name for names in groups.values() if len(names) > 1 for name in names}
+
+
 def converts(path: str, kept: Collection[str]) -> bool:
     """Return whether the integration replaces a module under this list of names to keep."""
     if not is_version_4():
@@ -251,7 +278,22 @@ def answer_of(model: Any, shapes: Mapping[str, tuple[int, ...]], root: Path) -> 
         quantized=frozenset(quantized),
         rearranged=frozenset(rearranged),
         modules={path: paths for path, paths in modules.items() if paths != (path,)},
+        tied=tied_linears(model),
+        float32=_float32(model, targets),
     )
+
+
+def _float32(model: Any, targets: Mapping[str, tuple[tuple[str, ...], bool]]) -> frozenset[str]:
+    """Return the names of the tensors that a model holds in float32 in every 16-bit dtype.
+
+    Args:
+        targets: see `targets_of`.
+    """
+    patterns = [part.replace("*", ".*") for part in model._keep_in_fp32_modules_strict or ()]
+    if not patterns:
+        return frozenset()
+    pattern = re.compile("|".join(patterns))
+    return frozenset(name for name, (paths, _) in targets.items() if pattern.search(paths[0]))
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], root: Path) -> None:
