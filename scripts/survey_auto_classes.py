@@ -9,6 +9,8 @@ made.  Of several Auto classes that give the same class, the one is taken that a
 and whose name says the task of the class.
 """
 
+# ruff: noqa: PLC0415  - transformers is imported by the worker alone
+
 from __future__ import annotations
 
 import argparse

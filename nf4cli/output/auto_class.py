@@ -56,7 +56,7 @@ def _known_classes() -> frozenset[str]:
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
-    """Return whether a model comes with code of its own, which a loader has to be allowed to run."""
+    """Return whether a model comes with code of its own, which loaders run only when allowed to."""
     return "auto_map" in config
 
 
@@ -75,21 +75,23 @@ def auto_class(config: Mapping[str, Any], tensors: Collection[str] = ()) -> str:
     names = config.get("architectures")
     name = class_name(names[0]) if isinstance(names, list) and names else None
     family = config.get("model_type")
-    if own := _of_own_code(config, name):
-        return own
-    if name is None:
-        return _by_tensors(config, tensors)
-    if isinstance(family, str) and (found := _surveyed(family, name)):
-        return found
-    if name in _known_classes() and isinstance(family, str):
-        return name  # no Auto class gives this class for this family
-    if head := next((head for head in _HEADS if name.endswith(f"For{head}")), None):
-        return f"AutoModelFor{head}"
-    if needs_remote_code(config):  # transformers has no class of that name
-        return "AutoModelForCausalLM" if "LMHead" in name else "AutoModel"
-    if "For" in name or "Head" in name:
-        return name
-    return _by_tensors(config, tensors)
+    found = _of_own_code(config, name)
+    if found is None and name and isinstance(family, str):
+        # Where no Auto class gives a known class for its family, it is loaded by its own name.
+        found = _surveyed(family, name) or (name if name in _known_classes() else None)
+    if found is None and name:
+        found = _by_name(name, needs_remote_code(config))
+    return found or _by_tensors(config, tensors)
+
+
+def _by_name(name: str, has_own_code: bool) -> str | None:
+    """Return the class that loads a class which the survey did not find; None where its name says
+    nothing of a head."""
+    head = next((head for head in _HEADS if name.endswith(f"For{head}")), None)
+    if head or "LMHead" in name:
+        return f"AutoModelFor{head or 'CausalLM'}"
+    # transformers has no class of that name where the model comes with its own code.
+    return name if ("For" in name or "Head" in name) and not has_own_code else None
 
 
 def _surveyed(family: str, name: str) -> str | None:

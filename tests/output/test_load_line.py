@@ -45,8 +45,8 @@ for name, auto in vars(modeling_auto).items():
                 if model: found.append([name, family, model])
 print(json.dumps([transformers.__version__, found, sorted(transformers._class_to_module)]))
 """
-"""Prints (version, [Auto class, family, model class] of every model, names of all classes): asked of
-the Auto classes' own tables, without loading a model."""
+"""Prints (version, [Auto class, family, model class] of every model, names of all classes), asked
+of the Auto classes' own tables, without loading a model."""
 
 
 @cache
@@ -252,6 +252,41 @@ print(type(model).__name__, packed, bool(out.isfinite().all()), tuple(out.shape)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForCausalLM.from_pretrained(" in card
     assert 'device_map="auto", trust_remote_code=True)' in card
+
+
+@pytest.mark.loaders
+def test_the_line_of_a_model_for_sentence_transformers(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    source = tmp_path / "source"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "sentence"]
+    config = BertConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).bfloat16().save_pretrained(source)
+    (source / "vocab.txt").write_text("\n".join(words))
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    line = printed_line(nf4_ok("quantize", source, tmp_path / "out"))
+    assert line.startswith("SentenceTransformer(")
+    then = """
+import bitsandbytes
+packed = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+for module in packed: module.support_avx512bf16_for_cpu = False
+print(len(packed), model.encode(["a sentence"]).shape)
+"""
+    said = run_line(line, "sentence_transformers", then, tmp_path)
+    assert said.splitlines()[-1] == "6 (1, 64)"
 
 
 def test_the_line_for_vllm_names_the_plugin(tmp_path):
