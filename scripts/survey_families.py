@@ -172,10 +172,14 @@ def layer_names(result: Mapping[str, Any], facts: Mapping[str, Any]) -> list[dic
                 layers |= {path.rpartition(".")[2]} if ".*." in path and path[-1] != "*" else set()
                 places |= {path.partition(".*")[0]} if ".*" in path else set()
             for a, b in ((old, new), (new, old)):
-                places |= {b + place[len(a) :] for place in places if f"{place}.".startswith(f"{a}.")}
+                places |= {
+                    b + place[len(a) :] for place in places if f"{place}.".startswith(f"{a}.")
+                }
         prefix = naming["prefix"] + "."
         if prefix != ".":
-            places |= {p.removeprefix(prefix) if p.startswith(prefix) else prefix + p for p in places}
+            places |= {
+                p.removeprefix(prefix) if p.startswith(prefix) else prefix + p for p in places
+            }
         alike.setdefault((tuple(sorted(layers)), tuple(sorted(places - {""}))), []).append(family)
     return [
         {"families": families, "layers": list(layers), "places": list(places)}

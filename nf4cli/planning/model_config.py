@@ -61,7 +61,9 @@ def dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
         dtype: the one that was taken, as torch spells it.
     """
     config = checkpoint.config
-    said = [f"{k} {config[k]!r}" for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)]
+    said = [
+        f"{k} {config[k]!r}" for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)
+    ]
     notes = []
     if len({str(config[entry.split(" ")[0]]).removeprefix("torch.") for entry in said}) > 1:
         notes.append(

@@ -34,8 +34,8 @@ _HOLDERS = frozenset(
         "policy actor student state_dict"
     ).split()
 )
-"""Names of the attributes in which wrappers and training scripts hold a model.  Any other first part
-may be that of a class which layer_names.json does not know."""
+"""Names of the attributes in which wrappers and training scripts hold a model.  Any other first
+part may be that of a class which layer_names.json does not know."""
 _MOST_HOLDERS = 4
 
 

@@ -2,8 +2,8 @@
 
 Most tensors are a weight as they lie.  But a float8 weight comes with its scales, and Llama 4
 stores all experts of a layer in two 3-D tensors, while every loader of quantized models expects a
-matrix for each expert.  A float64 tensor becomes one of the model's dtype.  And a wrapper around the
-model (torch.compile, DDP, PEFT) may have put its own parts into the names (tensor_names.py).
+matrix for each expert.  A float64 tensor becomes one of the model's dtype.  And a wrapper around
+the model (torch.compile, DDP, PEFT) may have put its own parts into the names (tensor_names.py).
 """
 
 from __future__ import annotations
