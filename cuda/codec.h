@@ -30,7 +30,7 @@ typedef long long int64_t;
 #endif
 
 // Element types; the numbers are part of the C ABI and of the kernels' names (engines/).
-enum nf4_dtype { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2, NF4_E4M3 = 3 };
+enum nf4_dtype { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2, NF4_E4M3 = 3, NF4_F64 = 4 };
 
 constexpr float kAbsmaxFloor = 1e-38f;  // the least that bitsandbytes' own code divides by
 constexpr int kMaxBlock = 4096;         // elements: the largest blocksize that bitsandbytes accepts

@@ -275,6 +275,30 @@ i64 cast(const void* src, void* dst, i64 n) {
   return i;
 }
 
+// Return the float32 that a float64 rounds to, its last bit set where it is not exact ("to odd").
+// Rounding that to a dtype with fewer bits gives what rounding the float64 once would give.
+NF4_FN float to_odd(double value) {
+  const float near = (float)value;
+  const double distance = (double)near - value;
+  if (distance == 0.0 || distance != distance) return near;  // exact; infinite or NaN
+  const bool away = value > 0.0 ? distance > 0.0 : distance < 0.0;
+  return nf4_float_of_bits((nf4_bits_of_float(near) - (uint32_t)away) | 1u);
+}
+
+// Round n float64 once.  Return as `cast`.
+template <int kTo>
+i64 cast_f64(const void* src, void* dst, i64 n) {
+  const auto* in = static_cast<const double*>(src);
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  i64 first = -1;
+  for (i64 i = 0; i < n; i++) {
+    out[i] = Element<kTo>::store(kTo == NF4_F32 ? (float)in[i] : to_odd(in[i]));
+    const bool finite = in[i] - in[i] == 0.0;
+    if (first < 0 && finite && !is_finite(Element<kTo>::load(out[i]))) first = i;
+  }
+  return first;
+}
+
 // -- FP8 weights with scales --
 
 // Decode the elements [first, first + n) of a row-major matrix that has a scale for each block_rows
@@ -391,10 +415,13 @@ NF4_EXPORT(void nf4_nested_dequantize)
   }
 }
 
-// Round n elements of dtype `from` to n elements of `to`, to nearest even.
+// Round n elements of dtype `from`, which may be NF4_F64, to n elements of `to`, once, to nearest
+// even.
 // Return -1, or the index of the first finite value that became infinite.
 NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n) {
   const DefaultFloatEnvironment environment;
+  if (from == NF4_F64)
+    return with_dtype(to, [&](auto to_kind) { return cast_f64<to_kind()>(src, dst, n); });
   return with_dtype(from, [&](auto from_kind) {
     return with_dtype(to, [&](auto to_kind) { return cast<from_kind(), to_kind()>(src, dst, n); });
   });

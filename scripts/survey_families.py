@@ -37,6 +37,7 @@ from survey_one_family import survey_family
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "nf4cli" / "planning" / "families.json"
+LAYER_NAMES = OUTPUT.with_name("layer_names.json")
 FACTS = ROOT / "tests" / "goldens" / "families.json"
 
 SECONDS = 120  # for one family
@@ -158,6 +159,37 @@ def merged(versions: list[dict[str, Any]], before: Mapping[str, Any]) -> dict[st
     }
 
 
+def layer_names(result: Mapping[str, Any], facts: Mapping[str, Any]) -> list[dict[str, list[str]]]:
+    """layer_names.json: what the linear layers of each family that follows the rules are called,
+    and where its numbered layers lie.  Families that agree share an entry."""
+    usual = {"prefix": "model", "renamed": []}
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for family in result["follow"]:
+        naming = result["names"].get(family, usual)
+        tensors = facts.get(family, {}).get("tensors", {})
+        matrices = {n.removesuffix(".weight") for n, shape in tensors.items() if len(shape) == 2}
+        layers = {path.rpartition(".")[2] for path in matrices if ".*." in path}
+        places = {name.partition(".*.")[0] for name in tensors if ".*." in name}
+        for old, new in naming["renamed"]:
+            for path in (old, new):
+                layers |= {path.rpartition(".")[2]} if ".*." in path and path[-1] != "*" else set()
+                places |= {path.partition(".*")[0]} if ".*" in path else set()
+            for a, b in ((old, new), (new, old)):
+                places |= {
+                    b + place[len(a) :] for place in places if f"{place}.".startswith(f"{a}.")
+                }
+        prefix = naming["prefix"] + "."
+        if prefix != ".":
+            places |= {
+                p.removeprefix(prefix) if p.startswith(prefix) else prefix + p for p in places
+            }
+        alike.setdefault((tuple(sorted(layers)), tuple(sorted(places - {""}))), []).append(family)
+    return [
+        {"families": families, "layers": list(layers), "places": list(places)}
+        for (layers, places), families in sorted(alike.items(), key=lambda entry: entry[1])
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("python", nargs="*", default=[sys.executable])
@@ -188,6 +220,8 @@ def main() -> None:
     FACTS.write_text(json.dumps(dict(sorted(facts.items())), indent=None) + "\n")
     result = merged(versions, before)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    entries = ",\n".join(json.dumps(entry) for entry in layer_names(result, facts))
+    LAYER_NAMES.write_text(f"[\n{entries}\n]\n")
     print(
         f"transformers {', '.join(result['transformers'])}: {len(result['follow'])} families "
         f"follow the rules, {len(result['differ'])} differ, {len(result['not_built'])} not built"

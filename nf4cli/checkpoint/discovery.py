@@ -39,6 +39,9 @@ IMPORTANCE = "nf4_importance.dat"
 .safetensors, since some loaders would then take it for weights."""
 _OURS = (MANIFEST, PIPELINE_RECORD, IMPORTANCE)
 
+WEIGHTS_KEY = "transformers_weights"
+"""The key of config.json that names the weight file, or the index, which transformers loads."""
+
 # Formats that may hold the same weights again, or a pickle, which nf4 never reads: not copied.
 _WEIGHT_FORMATS = (
     "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
@@ -134,7 +137,8 @@ def _config(root: Path, files: list[Path]) -> dict[str, Any]:
 def find_shards(root: Path) -> tuple[str | None, list[Path]]:
     """Find the shards of a model, in the same order of preference as loaders.
 
-    Files of a variant (model.fp16.safetensors) are used if there are no others.
+    What config.json names (`transformers_weights`) comes first.  Files of a variant
+    (model.fp16.safetensors) are used if there are no others.
 
     Returns:
         (name of the index, or None; paths of the shards, in the order of their names).
@@ -142,6 +146,9 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
     Raises:
         InputError: there are no shards, one is missing, or they cannot be told from other files.
     """
+    named = _named_weights(root)
+    if named is not None:
+        return (named.name, _indexed_files(named)) if named.suffix == ".json" else (None, [named])
     files = sorted(p for p in root.iterdir() if p.suffix == ".safetensors" and is_regular(p))
     for stem in (MODEL_STEM, DIFFUSERS_STEM):
         single, index = root / shard_name(stem, 0, 1), root / index_name(stem)
@@ -178,6 +185,52 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
         f"{root} has {len(files)} .safetensors files and no index that says which belong "
         f"together: {', '.join(p.name for p in files[:6])}. Give one file instead of the directory"
     )
+
+
+def _named_weights(root: Path) -> Path | None:
+    """Return the weight file or the index that config.json names, None if it names none.
+
+    transformers loads this one, whatever else lies beside it.
+
+    Raises:
+        InputError: it is missing, or is neither of the two.
+    """
+    path = root / "config.json"
+    if not is_regular(path):
+        return None
+    name = read_json(path).get(WEIGHTS_KEY)
+    if name is None:
+        return None
+    says = f"{path} says that the weights are in {str(name)[:200]!r} ({WEIGHTS_KEY})"
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise InputError(
+            f"{says}, but transformers loads a .safetensors file or a .safetensors.index.json: "
+            f"name one, or remove {WEIGHTS_KEY}"
+        )
+    if not is_plain(name) or not is_regular(root / name):
+        there = ", ".join(sorted(p.name for p in root.glob("*.safetensors*"))[:6]) or "none"
+        raise InputError(
+            f"{says}, but there is no such file beside it (weight files there: {there}): download "
+            f"it, or remove {WEIGHTS_KEY} if another file is the model"
+        )
+    return root / name
+
+
+def weights_note(checkpoint: Checkpoint) -> list[str]:
+    """Return a note about the weight files that config.json passes over, in a list; [] for none."""
+    name = checkpoint.config.get(WEIGHTS_KEY)
+    if name is None or checkpoint.is_file:
+        return []
+    others = [
+        file
+        for file in checkpoint.left_files
+        if file.endswith((".safetensors", ".safetensors.index.json")) and "/" not in file
+    ]
+    also = f"; left, as transformers does not load it: {', '.join(others[:5])}" if others else ""
+    return [
+        f"the weights are those of {name}, which config.json names ({WEIGHTS_KEY}){also}. The "
+        "output's config.json has no such key, because its files have the usual names"
+    ]
 
 
 def shard_name(stem: str, number: int, count: int) -> str:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from .. import stopping
 from ..callbacks import Progress, no_progress
-from ..checkpoint.discovery import MANIFEST, name_of_directory, open_checkpoint, shard_name
+from ..checkpoint.discovery import (
+    MANIFEST,
+    WEIGHTS_KEY,
+    name_of_directory,
+    open_checkpoint,
+    shard_name,
+)
 from ..checkpoint.packed import PackedReader, PackedWeight, load_weights
 from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint, FileDigests, Region, Shard, TensorInfo, View, Weight
@@ -18,7 +24,7 @@ from ..checkpoint.writer import ShardLayout, ShardWriter, fill_shards, lay_out
 from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
-from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
+from ..format.dtypes import FLOAT64, SAFETENSORS_NAME, TORCH_NAME
 from ..output.manifest import Manifest, Result, TensorRecord
 from ..planning import selection
 from ..planning.make_plan import check_shard_size, index_of
@@ -184,7 +190,8 @@ def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: in
     tensors, layouts = _lay_out(
         _tensor_plans(checkpoint, weights, dtype), checkpoint.stem, max_shard_size
     )
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    left = ("quantization_config", WEIGHTS_KEY)
+    config = {k: v for k, v in checkpoint.config.items() if k not in left}
     if config and dtype != "auto":
         set_dtype(config, dtype)
     return Plan(
@@ -296,7 +303,7 @@ def _decoded(
 def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
     """Return the plan of a tensor that is not packed."""
     output_dtype = stored.dtype
-    if stored.dtype in TORCH_NAME and dtype != "auto":
+    if stored.dtype in (*TORCH_NAME, FLOAT64) and dtype != "auto":
         output_dtype = SAFETENSORS_NAME[dtype]
     weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
     outputs = {stored.name: (output_dtype, stored.shape)}

@@ -18,7 +18,7 @@ from ..checkpoint.file_io import read_at, write_at
 from ..checkpoint.given_codes import CodeSource
 from ..checkpoint.types import Scale, Shard
 from ..format.codebook import Ladder
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import TensorError
 from ..planning.plan import TensorPlan
 from ..planning.selection import module_path
@@ -126,7 +126,7 @@ def widest(plan: TensorPlan) -> int:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     if plan.view is not None:
         return 4 * stored  # reading it transposed takes a block and its copy as well
-    if plan.weight.scale is not None:
+    if plan.weight.scale is not None or plan.weight.stored.dtype == FLOAT64:
         return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
     if plan.action == "cast":  # an upcast writes more than it reads
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])

@@ -16,7 +16,7 @@ from ..checkpoint.types import FileDigests, Scale, Shard, View
 from ..engines.protocol import ChosenScales, Engine, Float8, Importance, NestedAbsmax
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import Ladder
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan
 from .items import Item, Reading, damaged, element
@@ -101,6 +101,8 @@ class Worker:
             self._run.item_done(item)
             return
         data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
+            data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
             self._search(item, data, item.job.ladder)
         elif plan.action == "quantize":
@@ -141,6 +143,23 @@ class Worker:
             self._engine.decode_float8(data, float8, out, weight.dtype)
         except NonFiniteError as error:
             raise InputError(damaged(item, error.index, data, scale)) from error
+        return out
+
+    def _rounded(self, item: Item, data: U8) -> U8:
+        """Return an item's float64 elements, rounded once to the weight's dtype.
+
+        Args:
+            data: uint8 [8 * count].
+
+        Returns:
+            uint8 [count * itemsize], in the rest of the source buffer where it is large enough.
+        """
+        plan = item.job.plan
+        dtype = plan.weight.dtype
+        rest = self._source[data.nbytes if plan.view is None else 0 :]
+        nbytes = item.count * ITEMSIZE[dtype]
+        out = rest[:nbytes] if nbytes <= rest.nbytes else np.empty(nbytes, np.uint8)
+        self._round(item, data, FLOAT64, out, dtype)
         return out
 
     def _read_transposed(self, item: Item, view: View) -> U8:
@@ -288,15 +307,25 @@ class Worker:
         plan = item.job.plan
         dtype, _ = plan.outputs[plan.name]
         out = self._output[: item.count * ITEMSIZE[dtype]]
+        self._round(item, data, from_dtype, out, dtype)
+        self._write(item, out, ITEMSIZE[dtype])
+
+    def _round(self, item: Item, data: U8, from_dtype: str, out: U8, dtype: str) -> None:
+        """Round an item's elements into `out`.
+
+        Raises:
+            InputError: a finite value becomes infinite.
+        """
+        weight = item.job.plan.weight
         try:
             self._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:
             index = element(item, error.index)
+            kept = ", the dtype of the kept tensors" if item.job.plan.state is None else ""
             raise InputError(
-                f"{plan.weight.stored.name}{list(index)} in {plan.weight.shard.path} is too large "
-                f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
+                f"{weight.stored.name}{list(index)} in {weight.shard.path} is too large "
+                f"for {dtype}{kept}: choose another with --dtype"
             ) from error
-        self._write(item, out, ITEMSIZE[dtype])
 
     def _write(self, item: Item, data: U8, itemsize: int) -> None:
         """Write an item's elements, row by row where its weight is a part of an output tensor.

@@ -17,7 +17,16 @@ import numpy as np
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
 from ..format.dtypes import ITEMSIZE
-from .protocol import DTYPE_CODES, GRANULE, STATS, ChosenScales, Float8, Importance, NestedAbsmax
+from .protocol import (
+    CAST_CODES,
+    DTYPE_CODES,
+    GRANULE,
+    STATS,
+    ChosenScales,
+    Float8,
+    Importance,
+    NestedAbsmax,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -321,7 +330,7 @@ class CpuEngine:
         n = src.nbytes // ITEMSIZE[from_dtype]
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
         nonfinite = self._cast(
-            _address(src), DTYPE_CODES[from_dtype], _address(dst), DTYPE_CODES[to_dtype], n
+            _address(src), CAST_CODES[from_dtype], _address(dst), DTYPE_CODES[to_dtype], n
         )
         if nonfinite >= 0:
             raise NonFiniteError(nonfinite)

@@ -34,6 +34,9 @@ DTYPE_CODES = {"F32": 0, "F16": 1, "BF16": 2}
 cuda/codec.h defines these constants as well; tests/engines/test_native_constants.py compares
 them."""
 
+CAST_CODES = {**DTYPE_CODES, "F64": 4}
+"""The same for `Engine.cast`, which reads float64 as well."""
+
 
 @dataclass(frozen=True, slots=True)
 class Float8:
@@ -249,7 +252,8 @@ class Engine(Protocol):
         """Round every element to `to_dtype`, to the nearest value, of two equally near to the even.
 
         Args:
-            src: raw bytes of n elements of `from_dtype`.
+            src: raw bytes of n elements of `from_dtype`, which may be "F64".  A float64 is rounded
+                once, and not to float32 first.
             dst: output, raw bytes of n elements of `to_dtype`.
 
         Raises:

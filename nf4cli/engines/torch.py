@@ -248,12 +248,28 @@ class TorchEngine:
 
     def cast(self, src: U8, from_dtype: str, dst: U8, to_dtype: str) -> None:
         torch = self._torch
-        x = self._load(src, from_dtype)
-        y = x.to(self._dtypes[to_dtype])
+        if from_dtype == "F64":
+            x = self._to(src).view(torch.float64)
+            y = (x.float() if to_dtype == "F32" else self._to_odd(x)).to(self._dtypes[to_dtype])
+        else:
+            x = self._load(src, from_dtype)
+            y = x.to(self._dtypes[to_dtype])
         _store(dst, y.view(torch.uint8))
         nonfinite = (torch.isfinite(x) & ~torch.isfinite(y)).nonzero()
         if len(nonfinite):
             raise NonFiniteError(int(nonfinite[0]))
+
+    def _to_odd(self, x: Any) -> Any:
+        """Return float64 [n] as float32, with the last bit set where that is not exact.
+
+        Rounding it to 16 bits then gives what rounding the float64 once would give; torch rounds to
+        float32 and then again.
+        """
+        torch, near = self._torch, x.float()
+        distance = near.double() - x
+        away = torch.where(x > 0, distance > 0, distance < 0).int()
+        odd = ((near.view(torch.int32) - away) | 1).view(torch.float32)
+        return torch.where((distance == 0) | distance.isnan(), near, odd)
 
     def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
         torch = self._torch

@@ -18,6 +18,9 @@ TORCH_NAME: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bf
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """The float8 dtypes in which a checkpoint may store weights, by safetensors name."""
 
+FLOAT64 = "F64"
+"""The dtype that is read but never written: no loader of quantized models computes in it."""
+
 SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.items()}
 """Torch's name -> safetensors dtype; the inverse of TORCH_NAME."""
 

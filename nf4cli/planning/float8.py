@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.bnb_format import quant_method, quantization_of
+from ..checkpoint.bnb_format import find_quantized, quant_method, quantization_of
 from ..checkpoint.types import Checkpoint, Scale, Shard, TensorInfo
 from ..errors import InputError
 from ..format.dtypes import FLOAT8
+from .quantizers import is_leftover, quantizer_of
 
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = {"fp8": ("_scale_inv", "_scale"), "compressed-tensors": ("_scale",)}
@@ -34,21 +35,20 @@ _FOLDED = (
 """Suffixes of tensors that only float8 kernels read: scales of activations and of the key-value
 cache."""
 
-_TELLTALES = {
-    ".qweight": "GPTQ or AWQ", ".weight_packed": "compressed-tensors",
-    "_proj_blocks": "MXFP4", ".SCB": "bitsandbytes 8-bit",
-}  # fmt: skip
-
 WHERE_TO_GO = "start from the original full-precision checkpoint"
 
 
 def is_float8(checkpoint: Checkpoint) -> bool:
     """Return whether a source is a float8 checkpoint of a kind that nf4 reads.
 
+    The tensors decide: where none of them is quantized, a quantization_config is a leftover (of
+    a QLoRA run whose adapter was merged, say), and it says nothing of them.
+
     Raises:
         InputError: it is quantized in another way, which the message names.
     """
     method, config = quant_method(checkpoint.config), quantization_of(checkpoint.config) or {}
+    found = quantizer_of(checkpoint)
     if method == "fp8":
         problem = _fp8_problem(config)
     elif method == "compressed-tensors":
@@ -56,23 +56,23 @@ def is_float8(checkpoint: Checkpoint) -> bool:
     elif method is not None:
         problem = f"quant_method {method!r} in config.json's quantization_config"
     else:
-        problem = _telltale(checkpoint)
+        problem = None
+    if method is not None and problem is not None and is_leftover(checkpoint):
+        return False
+    stores = f"{found.tensor!r} is how {found.program} stores weights" if found else ""
+    if found is not None and (problem is None or (found.methods and method not in found.methods)):
+        says = "says nothing" if method is None else f"says quant_method {method!r}"
+        problem = f"{stores}, though config.json {says}"
+    elif found is not None:
+        problem = f"{problem}; {stores}"
     if problem is None:
         return method is not None
-    advice = "undo it first: nf4 dequantize" if method == "bitsandbytes" else WHERE_TO_GO
+    packed = bool(find_quantized(checkpoint))
     raise InputError(
-        f"{checkpoint.root} is already quantized ({problem}): {advice}. The quantized sources that "
+        f"{checkpoint.root} is already quantized ({problem}): "
+        f"{'undo it first: nf4 dequantize' if packed else WHERE_TO_GO}. The quantized sources that "
         "nf4 reads are float8 e4m3 of quant_method 'fp8' and 'compressed-tensors'"
     )
-
-
-def _telltale(checkpoint: Checkpoint) -> str | None:
-    """Return which quantization the names of the tensors reveal, None for none."""
-    for name in checkpoint.tensors:
-        for suffix, method in _TELLTALES.items():
-            if name.endswith(suffix):
-                return f"{name!r} is how {method} stores weights, though config.json says nothing"
-    return None
 
 
 def _fp8_problem(config: Mapping[str, Any]) -> str | None:

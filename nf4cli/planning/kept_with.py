@@ -3,6 +3,8 @@ that are kept."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..errors import UsageError
 from . import selection, skip_list, vllm_rules
 

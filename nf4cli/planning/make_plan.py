@@ -14,15 +14,15 @@ from typing import Any
 
 from ..checkpoint import bnb_format
 from ..checkpoint.bnb_format import QuantState
-from ..checkpoint.discovery import shard_count, shard_name
+from ..checkpoint.discovery import WEIGHTS_KEY, shard_count, shard_name
 from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
 from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
 from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, QUANT_TYPES
 from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
-from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
-from . import kept_with, model_config, selection, ties
+from ..format.dtypes import FLOAT64, ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
+from . import adapters, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
@@ -36,6 +36,10 @@ rules are enough."""
 Scan = Callable[[Plan], Collection[str]]
 """Given a plan, returns the names of those weights to quantize that hold a NaN or an infinity
 (convert/find_nonfinite.py)."""
+
+
+_FLOAT32_RULES = (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
+"""The rules that keep a tensor as it is stored, because its loader computes it in float32."""
 
 
 def no_scan(plan: Plan) -> Collection[str]:
@@ -69,10 +73,12 @@ def make_plan(
             "reads uint8 only"
         )
     _refuse_part_of_a_set(checkpoint)
+    adapters.refuse_adapter(checkpoint)
     _refuse_packed(checkpoint)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype)
     content = contents(checkpoint, model_dtype)
     model = content.as_checkpoint(checkpoint)
+    tensor_names.check_layers(model)
     model_config.check_headers(model)
     answer = oracle(model)
     torch_dtype = TORCH_NAME[model_dtype]
@@ -189,14 +195,16 @@ def _plan_weight(
 ) -> TensorPlan:
     rule, view = choice.rule, weight.view
     if not choice.quantize:
+        if weight.stored.dtype == FLOAT64 and rule in _FLOAT32_RULES:
+            weight = replace(weight, dtype="F32")
         cast = (
             weight.dtype in TORCH_NAME
             and weight.stored.dtype != model_dtype
-            and rule not in (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
+            and rule not in _FLOAT32_RULES
             and not (choice.float32 and weight.stored.dtype == "F32")
         )
         outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
-        action = "cast" if cast else "copy"
+        action = "cast" if cast or weight.stored.dtype == FLOAT64 else "copy"
         return TensorPlan(weight, action, rule.name, rule.reason, view, None, outputs)
     shape = weight.shape
     if choice.transposed:
@@ -284,6 +292,7 @@ def _output_config(
     if not checkpoint.config:
         return None
     output = model_config.without_quantization(checkpoint.config)
+    output.pop(WEIGHTS_KEY, None)  # the output's files have the names that a loader looks for
     model_config.set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
         config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip

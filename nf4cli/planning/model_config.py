@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint.bnb_format import QUANTIZATION_KEYS
 from ..checkpoint.types import Checkpoint
 from ..errors import InputError
-from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
+from ..format.dtypes import FLOAT64, SAFETENSORS_NAME, TORCH_NAME
 
 _LAYER = re.compile(
     r"(?:(?:model|transformer|language_model|language_model\.model|model\.language_model)\.)?"
@@ -34,16 +34,57 @@ def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
     """
     if requested != "auto":
         return SAFETENSORS_NAME[requested]
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        declared = config.get("dtype") or config.get("torch_dtype")
-        if isinstance(declared, str) and declared.removeprefix("torch.") in SAFETENSORS_NAME:
-            return SAFETENSORS_NAME[declared.removeprefix("torch.")]
+    declared = declared_dtype(checkpoint.config)
+    if declared is not None:
+        return declared
     nbytes: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors.values():
         if tensor.dtype in TORCH_NAME:
             nbytes[tensor.dtype] += tensor.nbytes
-    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype), default="BF16")
+    all_float64 = any(tensor.dtype == FLOAT64 for _, tensor in checkpoint.tensors.values())
+    default = "F32" if all_float64 else "BF16"
+    return max(nbytes, key=lambda dtype: (nbytes[dtype], dtype), default=default)
+
+
+def dtype_notes(checkpoint: Checkpoint, dtype: str) -> list[str]:
+    """Return notes about a config.json whose dtype contradicts itself or every tensor.
+
+    Args:
+        dtype: the one that was taken, as torch spells it.
+    """
+    config = checkpoint.config
+    said = [
+        f"{k} {config[k]!r}" for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)
+    ]
+    notes = []
+    if len({str(config[entry.split(" ")[0]]).removeprefix("torch.") for entry in said}) > 1:
+        notes.append(
+            f"config.json says both {' and '.join(said)}: the kept tensors are in {dtype}, and the "
+            "output's config.json says so under both keys"
+        )
+    stored = {tensor.dtype for _, tensor in checkpoint.tensors.values()} & TORCH_NAME.keys()
+    if said and declared_dtype(config) == SAFETENSORS_NAME[dtype] and len(stored) == 1:
+        only = TORCH_NAME[next(iter(stored))]
+        if only != dtype:
+            notes.append(
+                f"config.json says {said[0]}, but the tensors are in {only}: those that stay in "
+                f"full precision are cast to {dtype}, as a loader does it; --dtype {only} keeps "
+                "them"
+            )
+    return notes
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the safetensors dtype that config.json states, None if it states none that nf4 writes.
+
+    Of two keys `dtype` counts, as for transformers 5.
+    """
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        declared = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(declared, str) and declared.removeprefix("torch.") in SAFETENSORS_NAME:
+            return SAFETENSORS_NAME[declared.removeprefix("torch.")]
+    return None
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> None:

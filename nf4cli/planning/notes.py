@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..checkpoint.discovery import links_note
+from ..checkpoint.discovery import links_note, weights_note
 from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.types import Checkpoint
 from ..errors import InputError
 from ..format.config import QuantConfig
-from ..format.dtypes import TORCH_NAME
-from . import kept_with, selection, vllm_rules
+from ..format.dtypes import FLOAT64, TORCH_NAME
+from . import kept_with, model_config, selection, vllm_rules
 from .plan import TensorPlan
+from .quantizers import leftover_note
+from .tensor_names import prefix_note
 
 
 def _some(names: list[str]) -> str:
@@ -118,6 +120,27 @@ def _vllm_notes(config: QuantConfig, tensors: list[TensorPlan], nonfinite: bool)
         )
 
 
+def _is_renamed(tensor: TensorPlan) -> bool:
+    """Return whether a wrapper has changed a tensor's name; an expert of a fused tensor is one part
+    of it, and a float8 weight has the name it is stored under."""
+    stored = tensor.weight.stored.name
+    return tensor.name != stored and tensor.weight.shape == tensor.weight.stored.shape
+
+
+def _float64_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
+    """Return a note about the tensors that are stored in float64, in a list; [] if there are none.
+
+    Args:
+        dtype: the model's, as torch spells it.
+    """
+    names = [t.name for t in tensors if t.weight.stored.dtype == FLOAT64 and t.outputs]
+    return names and [
+        f"{_some(names)} {'are' if names[1:] else 'is'} stored in float64, in which no loader of "
+        f"4-bit models computes: each value is rounded once to {dtype}, the model's dtype, and "
+        "what becomes 4-bit is packed from that"
+    ]
+
+
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     """Return the notes of a checkpoint's plan.
 
@@ -154,6 +177,11 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
             f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
             "the manifest)"
         )
+    notes += leftover_note(checkpoint)
+    notes += weights_note(checkpoint)
+    notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if _is_renamed(t))
+    notes += _float64_note(tensors, config.dtype)
+    notes += model_config.dtype_notes(checkpoint, config.dtype)
     notes += links_note(checkpoint.root, checkpoint.left_files)
     pickles = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
     if pickles:

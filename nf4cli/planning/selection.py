@@ -35,7 +35,7 @@ HEADS = frozenset(
 HEAD_PARTS = frozenset(
     (
         "classifier lm_predictions bbox_embed class_embed bbox_predictor enc_bbox_head "
-        "enc_score_head"
+        "enc_score_head v_head value_head"
     ).split()
 )
 """Name parts in the paths of heads with several layers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -273,6 +274,7 @@ def answer_of(model: Any, shapes: Mapping[str, tuple[int, ...]], root: Path) -> 
             f"has a place in {type(model).__name__}, which config.json describes. Correct "
             "model_type and architectures in config.json"
         )
+    _check_filled(model, packed, targets, shapes, root)
     return Answer(
         version=str(transformers.__version__),
         quantized=frozenset(quantized),
@@ -294,6 +296,38 @@ def _float32(model: Any, targets: Mapping[str, tuple[tuple[str, ...], bool]]) ->
         return frozenset()
     pattern = re.compile("|".join(patterns))
     return frozenset(name for name, (paths, _) in targets.items() if pattern.search(paths[0]))
+
+
+def _check_filled(
+    model: Any,
+    packed: AbstractSet[str],
+    targets: Mapping[str, tuple[tuple[str, ...], bool]],
+    names: Collection[str],
+    root: Path,
+) -> None:
+    """Raise InputError if most linear layers of the model get no tensor.
+
+    transformers would fill them with random numbers.  A few may be missing: a pooler, another task.
+
+    Args:
+        packed: the weights of its linear layers.
+        targets: as `targets_of` returns.
+        names: of the checkpoint's tensors.
+    """
+    loaded = {target for name in names for target in targets.get(name, ((), False))[0]}
+    missing = sorted(packed - loaded)
+    if 2 * len(missing) <= len(packed):
+        return
+    state = model.state_dict().keys()
+    placeless = [n for n in names if state.isdisjoint(targets.get(n, ((), False))[0])]
+    raise InputError(
+        f"{root}: {len(missing):,} of {len(packed):,} linear weights of {type(model).__name__}, "
+        f"which config.json describes, have no tensor (the first is {missing[0]!r}), and "
+        f"{len(placeless):,} tensors have no place in it"
+        + (f" (the first is {placeless[0]!r})" if placeless else "")
+        + ": a loader would fill them with random numbers. Correct model_type and architectures in "
+        "config.json, or the names of the tensors"
+    )
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], root: Path) -> None:

@@ -2,7 +2,8 @@
 
 Most tensors are a weight as they lie.  But a float8 weight comes with its scales, and Llama 4
 stores all experts of a layer in two 3-D tensors, while every loader of quantized models expects a
-matrix for each expert.
+matrix for each expert.  A float64 tensor becomes one of the model's dtype.  And a wrapper around
+the model (torch.compile, DDP, PEFT) may have put its own parts into the names (tensor_names.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 from ..checkpoint.types import Checkpoint, Region, Shard, TensorInfo, View, Weight
 from ..errors import InputError
-from ..format.dtypes import TORCH_NAME
-from . import float8
+from ..format.dtypes import FLOAT64, TORCH_NAME
+from . import float8, tensor_names
 
 _LLAMA4 = ("llama4", "llama4_text")
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -46,30 +47,31 @@ class Contents:
         return replace(checkpoint, tensors=tensors)
 
 
-def contents(checkpoint: Checkpoint, float8_dtype: str) -> Contents:
+def contents(checkpoint: Checkpoint, model_dtype: str) -> Contents:
     """Return every weight of a source.
 
     Args:
-        float8_dtype: safetensors dtype that float8 weights are decoded to ("BF16").
+        model_dtype: safetensors dtype that float8 weights are decoded to, and float64 tensors
+            rounded to ("BF16").
 
     Raises:
-        InputError: it is quantized in a way that cannot be read, or its scales do not fit.
+        InputError: it is quantized in a way that cannot be read, or its scales do not fit; two
+            tensors have the same name without what a wrapper added.
     """
     scales, unused = float8.find_scales(checkpoint)
+    names = tensor_names.names_in_model(checkpoint)
     weights: list[Weight] = []
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
             if tensor.name in unused:
                 continue
-            if tensor.name in scales:
-                scale = scales[tensor.name]
-                weights.append(
-                    Weight(tensor.name, float8_dtype, tensor.shape, shard, tensor, scale=scale)
-                )
-            elif _is_fused(checkpoint.config, tensor):
-                weights += _experts(shard, tensor)
+            name, scale = names.get(tensor.name, tensor.name), scales.get(tensor.name)
+            changed = scale is not None or tensor.dtype == FLOAT64
+            dtype = model_dtype if changed else tensor.dtype
+            if scale is None and _is_fused(checkpoint.config, tensor):
+                weights += _experts(shard, tensor, name, dtype)
             else:
-                weights.append(Weight(tensor.name, tensor.dtype, tensor.shape, shard, tensor))
+                weights.append(Weight(name, dtype, tensor.shape, shard, tensor, scale=scale))
     return Contents(tuple(weights), unused)
 
 
@@ -83,21 +85,25 @@ def _is_fused(config: Any, tensor: TensorInfo) -> bool:
         and leaf in _FUSED
         and len(tensor.shape) == 3
         and tensor.shape[2] % len(_FUSED[leaf]) == 0
-        and tensor.dtype in TORCH_NAME
+        and tensor.dtype in (*TORCH_NAME, FLOAT64)
         and tensor.numel > 0
     )
 
 
-def _experts(shard: Shard, tensor: TensorInfo) -> Iterator[Weight]:
-    """Yield the matrices [out, in] of each expert in a fused tensor [experts, in, out]."""
-    path, _, leaf = tensor.name.rpartition(".")
+def _experts(shard: Shard, tensor: TensorInfo, name: str, dtype: str) -> Iterator[Weight]:
+    """Yield the matrices [out, in] of each expert in a fused tensor [experts, in, out].
+
+    Args:
+        name, dtype: of the tensor in the model.
+    """
+    path, _, leaf = name.rpartition(".")
     experts, rows, width = tensor.shape
     columns = width // len(_FUSED[leaf])
     for expert in range(experts):
-        for part, name in enumerate(_FUSED[leaf]):
+        for part, module in enumerate(_FUSED[leaf]):
             view = View(expert * rows * width + part * columns, rows, columns, width)
             yield Weight(
-                f"{path}.{expert}.{name}.weight", tensor.dtype, (columns, rows), shard, tensor, view
+                f"{path}.{expert}.{module}.weight", dtype, (columns, rows), shard, tensor, view
             )
 
 

@@ -78,7 +78,8 @@ def test_a_hub_id_is_told_apart(work, monkeypatch):
 
 def test_names_with_brackets_are_not_markup(work):
     tensors = {"a.0.[/x].[bold]b.weight": torch.ones(64, 64), "n.weight": torch.ones(3)}
-    write_checkpoint_dir(work / "m[v2]", tensors, LLAMA)
+    own_code = {**LLAMA, "auto_map": {"AutoModel": "own.Model"}}  # with its own names
+    write_checkpoint_dir(work / "m[v2]", tensors, own_code)
     assert "out[/v2]" in nf4_ok("quantize", "m[v2]", "out[/v2]", cwd=work)
     assert "[bold]b.weight" in nf4_ok("inspect", "out[/v2]", cwd=work)
     nf4_ok("inspect", "out[/v2]", "a.0.[/x].[bold]b.weight", cwd=work)
@@ -265,13 +266,15 @@ def test_a_kept_value_that_does_not_fit_the_dtype(work):
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fbgemm_fp8", "mxfp4"])
 def test_already_quantized_config(work, method):
     config = {**LLAMA, "quantization_config": {"quant_method": method}}
-    write_checkpoint_dir(work / "model", llama_tensors(), config)
-    refused(INPUT, "quantize", "model", says=("already quantized", repr(method)), cwd=work)
+    tensors = {**llama_tensors(), UP: torch.zeros(128, 64, dtype=torch.int8)}
+    write_checkpoint_dir(work / "model", tensors, config)
+    refused(INPUT, "quantize", "model", says=("already quantized", repr(method), UP), cwd=work)
 
 
 @pytest.mark.parametrize("value", [{}, [], "x", {"load_in_4bit": True}])
 def test_any_quantization_config(work, value):
-    write_checkpoint_dir(work / "model", llama_tensors(), {**LLAMA, "quantization_config": value})
+    tensors = {**llama_tensors(), UP: torch.zeros(128, 64, dtype=torch.int8)}
+    write_checkpoint_dir(work / "model", tensors, {**LLAMA, "quantization_config": value})
     refused(INPUT, "quantize", "model", says=("already quantized",), cwd=work)
 
 

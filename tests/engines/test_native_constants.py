@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nf4cli.engines import cpu, launches, nvrtc, torch
-from nf4cli.engines.protocol import DTYPE_CODES, GRANULE, OUTLIERS, ROW, SEGMENT, STATS
+from nf4cli.engines.protocol import CAST_CODES, DTYPE_CODES, GRANULE, OUTLIERS, ROW, SEGMENT, STATS
 from nf4cli.format import codebook
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,6 +29,7 @@ CONSTANTS = {
     "kOutlierMost": torch._OUTLIER_MOST,
     **{f"NF4_{name}": code for name, code in DTYPE_CODES.items()},
     "NF4_E4M3": launches._E4M3,
+    "NF4_F64": CAST_CODES["F64"],
     "kThreads": launches._THREADS,
     "kWarp": launches._WARP,
     "kOwn": launches._OWN,
