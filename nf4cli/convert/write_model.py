@@ -148,7 +148,7 @@ def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Man
         manifests[part] = confirm(plan, directory, run.digest, run.resources, run.listener.progress)
         run.listener.note(f"{directory} is complete already, and as this would write it")
     if model.is_pipeline:
-        confirm_pipeline(work.output, model.root, [*model.parts])
+        confirm_pipeline(work.output, model.copies, [*model.parts])
     return manifests
 
 

@@ -15,6 +15,7 @@ from ..planning.resources import Resources
 from .against_manifest import check_manifest
 from .against_source import compare_beside
 from .manifest import Manifest
+from .recorded_choices import copied_names
 from .report import Report
 
 
@@ -40,6 +41,7 @@ def confirm(
         raise unlike_planned(output, str(error)) from error
     if (why := differs(plan, manifest, algorithm)) is not None:
         raise unlike_planned(output, why)
+    _require_copies(plan, output, manifest)
     _require_source(plan, output, manifest, resources, progress)
     report = Report()
     check_manifest(checkpoint, {}, manifest, resources, report, progress)
@@ -78,6 +80,16 @@ def is_of_commit(plan: Plan, manifest: Manifest) -> bool:
         and (manifest.source_repo, manifest.source_commit) == (origin.repo, origin.commit)
         and names == manifest.source_files.keys()
     )
+
+
+def _require_copies(plan: Plan, output: Path, manifest: Manifest) -> None:
+    """Raise UsageError unless an output has the copies that `plan` makes, and no others."""
+    planned = {*plan.checkpoint.extra_files} - {"config.json"}
+    recorded = copied_names(manifest)
+    if more := sorted(recorded - planned):
+        raise unlike_planned(output, f"it has a copy of {more[0]}, which this does not copy")
+    if fewer := sorted(planned - recorded):
+        raise unlike_planned(output, f"it has no copy of {fewer[0]}")
 
 
 def _require_source(
