@@ -81,7 +81,8 @@ def plan(
 
 def quantize(
     source: Place, output: Place | None = None, config: QuantConfig | None = None, *,
-    copy: Sequence[str] = (), importance: Place | None = None, calibration: Calibrating | None = None,
+    copy: Sequence[str] = (), importance: Place | None = None,
+    calibration: Calibrating | None = None,
     max_shard_size: int | None = None, exact: bool = False, trust_remote_code: bool = False,
     digest: str = "auto", engine: str = "auto", device: str | None = None,
     workers: int | None = None, memory: int | None = None, disk: int | None = None,

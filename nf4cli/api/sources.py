@@ -106,7 +106,7 @@ def found(
     keep: bool,
     listener: Listener = NOBODY,
     continued: Callable[[str], Path] | None = None,
-    files: Files = Files(),  # noqa: B008 - frozen
+    files: Files = Files(),
 ) -> Iterator[Source]:
     """Yield a source that can be planned from; of a model on a Hub, its outline.
 

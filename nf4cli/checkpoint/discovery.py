@@ -356,11 +356,13 @@ def other_files(
         (files to copy, files not to copy), relative to root, sorted.
     """
     shards = tuple(shards)
-    names, left = _walk(root, {index, *_OURS, *(path.name for path in shards)}, home_of(root, shards))
+    names, left = _walk(
+        root, {index, *_OURS, *(path.name for path in shards)}, home_of(root, shards)
+    )
     modules = {p.relative_to(root).as_posix() for p in sentence_transformers_modules(root)}
     is_part = _part_test(root, shards)
     code = _code_of(root, names)
-    extra = []
+    extra: list[str] = []
     for name in names:
         if name in REPOSITORYS or model_files.never_kind(name):
             copied = False
@@ -383,7 +385,8 @@ def _walk(
         ours: names of shards and of what a run writes itself, in neither list.
         home: see `home_of`.
     """
-    names, left = [], []
+    names: list[str] = []
+    left: list[str] = []
     for directory, subdirectories, files in os.walk(root):
         links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
         left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]

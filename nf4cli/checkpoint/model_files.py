@@ -1,7 +1,7 @@
-"""Say what a model is made of: which files an output copies, which it leaves, and which it never takes.
+"""Say what a model is made of: which files an output copies, leaves, and never takes.
 
-The tables here are the only place where that is decided by a file's name.  A name is a path relative
-to the model's directory, with "/" between its parts.
+The tables here are the only place where that is decided by a file's name.  A name is a path
+relative to the model's directory, with "/" between its parts.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ NEVER = (
         "credentials*", "*_credentials*", "*-credentials*", "*credential*.json", "client_secret*",
         "secret", "secret.*", "secrets", "secrets.*", "*_secret.*", "*_secrets.*", "*-secret.*",
         "*service_account*.json", "*service-account*.json", "kubeconfig*",
-        "token", "token.txt", "token.json", "tokens.env", "stored_tokens", "hf_token*", ".hf_token*",
+        "token", "token.txt", "token.json", "tokens.env", "stored_tokens", "hf_token*",
+        ".hf_token*",
         "*_token", "*_token.txt", "access_token*", "auth_token*", "api_token*",
         "*api_key*", "*apikey*", "*api-key*", "*password*", ".*_history",
     ), (".ssh", ".aws", ".gnupg", ".kube", ".docker", ".azure", ".config", ".huggingface",
@@ -99,13 +100,14 @@ NEVER = (
 SAME_WEIGHTS = (
     "model.*", "model-*", "pytorch_model*", "diffusion_pytorch_model*", "tf_model*", "flax_model*",
     "rust_model*", "keras_*", "open_clip*", "consolidated*", "model_state*", "saved_model*",
-    "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.mlpackage",
-    "*.ot", "*.msgpack", "*.h5", "*.index.json", "*.index.*.json",
+    "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel",
+    "*.mlpackage", "*.ot", "*.msgpack", "*.h5", "*.index.json", "*.index.*.json",
 )  # fmt: skip
 """Names under which a model's directory holds the model's own weights once more."""
 OTHER_FORMATS = (
-    "onnx*", "openvino*", "gguf*", "ggml*", "original", "metal", "coreml*", "*.mlpackage", "tflite*",
-    "tensorrt*", "mlx*", "saved_model*", "flax*", "tf*", "ctranslate2*", "awq*", "gptq*", "exl2*",
+    "onnx*", "openvino*", "gguf*", "ggml*", "original", "metal", "coreml*", "*.mlpackage",
+    "tflite*", "tensorrt*", "mlx*", "saved_model*", "flax*", "tf*", "ctranslate2*", "awq*",
+    "gptq*", "exl2*",
 )  # fmt: skip
 """Directories that hold the model's own weights once more."""
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl", "*.pickle")
@@ -113,11 +115,13 @@ _ADAPTER = ("adapter_config.json", "adapter_model.*", "adapter_model-*")
 _DIFFERENT_PARTS = ("adapter.*.safetensors",)
 """Weights that replace some of the model's own, under their names: MMS has them for languages."""
 _CODE = (".py", ".cpp", ".cu", ".cuh", ".h", ".hpp")
-_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.+(\w+)|import_module\(\s*['\"]\.(\w+))", re.MULTILINE)
+_RELATIVE_IMPORT = re.compile(
+    r"^\s*(?:from\s+\.+(\w+)|import_module\(\s*['\"]\.(\w+))", re.MULTILINE
+)
 
 
 def is_like(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether the last part of a path matches one of the patterns, in any case of letters."""
+    """Return whether the last part of a path matches a pattern, in any case of letters."""
     last = name.rpartition("/")[2].lower()
     return any(fnmatchcase(last, pattern) for pattern in patterns)
 

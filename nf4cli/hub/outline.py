@@ -161,13 +161,13 @@ def _fetch_parts(
     """
     directory = place.path
     asked = {n for n in files if any(matches(pattern, n) for pattern in copy) and not never_kind(n)}
-    there = {*names_in(directory)}
+    there, pipeline = {*names_in(directory)}, is_pipeline(directory)
     candidates = [
         file
         for name, file in files.items()
         if name.endswith(".safetensors")
         and name not in there
-        and (name in asked or may_be_part(name))
+        and (name in asked or _may_be_part(name, pipeline))
     ]
     if not candidates:
         return
@@ -190,8 +190,16 @@ def _fetch_parts(
     _each(parts, lambda file: _fetch_whole(snapshot, file, place))
 
 
+def _may_be_part(name: str, pipeline: bool) -> bool:
+    """Return whether a file may be a part, by its name; a pipeline's are those of a component."""
+    if not pipeline:
+        return may_be_part(name)
+    component, _, rest = name.partition("/")
+    return bool(component and rest) and may_be_part(rest)
+
+
 def _copied_in(directory: Path) -> set[str]:
-    """Return the files of an outline that an output would copy: of a pipeline, of its directories."""
+    """Return the files that an output would copy; of a pipeline, those in its directories."""
     if not is_pipeline(directory):
         return _copied_of_one(directory)
     return {
@@ -213,13 +221,16 @@ def _copied_of_one(directory: Path) -> set[str]:
 def _recorded_copies(directory: Path) -> set[str]:
     """Return the files that the manifest or the record of an output lists, if there is one."""
     names: set[str] = set()
+    damaged = (InputError, AttributeError, KeyError, TypeError)  # whoever verifies it says so
     for path in (*directory.glob(MANIFEST), *directory.glob(f"*/{MANIFEST}")):
-        with suppress(InputError):
+        with suppress(*damaged):
             listed = read_json(path, RECORD).get("output", {}).get("files", [])
             part = path.parent.relative_to(directory)
             names.update((part / str(file["name"])).as_posix() for file in listed)
-    with suppress(InputError):
-        names.update(str(f["name"]) for f in read_json(directory / PIPELINE_RECORD, RECORD)["files"])
+    with suppress(*damaged):
+        names.update(
+            str(f["name"]) for f in read_json(directory / PIPELINE_RECORD, RECORD)["files"]
+        )
     return names
 
 

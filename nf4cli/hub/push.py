@@ -92,8 +92,8 @@ def _refuse_private(path: Path, names: Iterable[str]) -> None:
         said = "; ".join(f"{kind}: {', '.join(names[:10])}" for kind, names in kinds.items())
         raise InputError(
             f"{path} is not published, since its manifest lists files that nobody should see "
-            f"({said}), which an earlier version of nf4 copied from the source. Quantize the source "
-            "again, which leaves them out, and remove this output"
+            f"({said}), which an earlier version of nf4 copied from the source. Quantize the "
+            "source again, which leaves them out, and remove this output"
         )
 
 

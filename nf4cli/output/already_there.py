@@ -41,7 +41,8 @@ def confirm(
         raise unlike_planned(output, str(error)) from error
     if (why := differs(plan, manifest, algorithm)) is not None:
         raise unlike_planned(output, why)
-    _require_copies(plan, output, manifest)
+    if (why := copies_otherwise(plan, manifest)) is not None:
+        raise unlike_planned(output, why)
     _require_source(plan, output, manifest, resources, progress)
     report = Report()
     check_manifest(checkpoint, {}, manifest, resources, report, progress)
@@ -82,14 +83,15 @@ def is_of_commit(plan: Plan, manifest: Manifest) -> bool:
     )
 
 
-def _require_copies(plan: Plan, output: Path, manifest: Manifest) -> None:
-    """Raise UsageError unless an output has the copies that `plan` makes, and no others."""
+def copies_otherwise(plan: Plan, manifest: Manifest) -> str | None:
+    """Return how the copies of an output are not those that `plan` makes; None if they are."""
     planned = {*plan.checkpoint.extra_files} - {"config.json"}
     recorded = copied_names(manifest)
     if more := sorted(recorded - planned):
-        raise unlike_planned(output, f"it has a copy of {more[0]}, which this does not copy")
+        return f"it has a copy of {more[0]}, which this does not copy"
     if fewer := sorted(planned - recorded):
-        raise unlike_planned(output, f"it has no copy of {fewer[0]}")
+        return f"it has no copy of {fewer[0]}"
+    return None
 
 
 def _require_source(

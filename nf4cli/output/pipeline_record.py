@@ -144,8 +144,8 @@ def check_copies(
     since = {n for n in copies.files if record and n not in record.files and _is_part(n)}
     if since:
         report.unchecked.append(
-            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version of "
-            "nf4 that wrote it copied no such files"
+            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version "
+            "of nf4 that wrote it copied no such files"
         )
     files = {name: file for name, file in copies.files.items() if name not in since}
     _compare_copies(path, replace(copies, files=files), report)

@@ -89,11 +89,13 @@ def recorded_copies(original: Checkpoint, manifest: Manifest | None, report: Rep
         report.unchecked.append(
             f"that {', '.join(missing[:10])} of the output came from the source: not fetched"
         )
-    since = {name for name in original.extra_files if name not in listed and _is_new(original, name)}
+    since = {
+        name for name in original.extra_files if name not in listed and _is_new(original, name)
+    }
     if since:
         report.unchecked.append(
-            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version of "
-            "nf4 that wrote it copied no such files"
+            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version "
+            "of nf4 that wrote it copied no such files"
         )
     names = ({*original.extra_files} - since) | present
     left = tuple(name for name in original.left_files if name not in names)

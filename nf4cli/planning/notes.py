@@ -17,8 +17,7 @@ from ..format.dtypes import TORCH_NAME
 from . import kept_with, selection
 from .plan import TensorPlan
 
-
-_OTHERS = "that no list of a model's files names"
+_OTHERS = "files that a model is not made of"
 
 
 def _some(names: list[str]) -> str:
@@ -121,7 +120,7 @@ def copies_notes(
         shards: weight files of the model; of a pipeline none, whose components have them.
     """
     shards, copied = tuple(shards), tuple(copied)
-    rest = {name for name in left if name not in REPOSITORYS}
+    rest = {n for n in left if n not in REPOSITORYS and not n.endswith(".index.json")}
     home = home_of(root, shards)
     links = {n for n in rest if (root / n).is_symlink() and leads_out(root / n, root, home)}
     links = {name for name in links if not is_weight_file(name)}
@@ -151,9 +150,9 @@ def _adapter_note(adapters: Collection[str]) -> list[str]:
     if not adapters:
         return []
     return [
-        f"{' and '.join(sorted(adapters))} beside the model {_are(adapters)} of a PEFT adapter, and "
-        f"{_are(adapters)} not copied: loaders would apply the adapter once more, or fail. If it is "
-        "not merged into these weights yet, merge it first"
+        f"{' and '.join(sorted(adapters))} beside the model {_are(adapters)} of a PEFT adapter, "
+        f"and {_are(adapters)} not copied: loaders would apply the adapter once more, or fail. If "
+        "it is not merged into these weights yet, merge it first"
     ]
 
 
@@ -164,8 +163,8 @@ def _parts_note(root: Path, copied: Iterable[str]) -> list[str]:
     if not parts:
         return []
     return [
-        f"{_some(parts)} {'lie' if parts[1:] else 'lies'} beside the model and {_are(parts)} copied "
-        "byte for byte, in full precision"
+        f"{_some(parts)} {'lie' if parts[1:] else 'lies'} beside the model and {_are(parts)} "
+        "copied byte for byte, in full precision"
     ]
 
 
@@ -214,7 +213,7 @@ def _left_note(root: Path, left: Iterable[str]) -> list[str]:
         kinds.setdefault(_kind_of(root, name), []).append(name)
     if not kinds:
         return []
-    said = [f"{len(names):,} {kind} ({_places(names)})" for kind, names in sorted(kinds.items())]
+    said = [f"{kind} ({_places(names)})" for kind, names in sorted(kinds.items())]
     advice = "; --copy PATTERN copies more" if _OTHERS in kinds else ""
     return [f"not copied: {', '.join(said)}{advice}"]
 

@@ -213,7 +213,9 @@ def _with_copies(
     chosen = model_files.chosen_files(patterns, names, str(root), why)
     with_files = {}
     for part, plan in parts.items():
-        added = {name.removeprefix(f"{part}/") for name in chosen & own if name.startswith(f"{part}/")}
+        added = {
+            name.removeprefix(f"{part}/") for name in chosen & own if name.startswith(f"{part}/")
+        }
         with_files[part] = replace(plan, checkpoint=plan.checkpoint.with_extra(added))
     return with_files, copies_of(root, components, parts, sorted(chosen))
 

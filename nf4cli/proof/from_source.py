@@ -23,7 +23,12 @@ from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
 from ..output.against_source import compare_beside
 from ..output.manifest import Manifest
-from ..output.recorded_choices import fed_back, recorded_answer, recorded_copies, recorded_importance
+from ..output.recorded_choices import (
+    fed_back,
+    recorded_answer,
+    recorded_copies,
+    recorded_importance,
+)
 from ..output.report import Report
 from ..planning import selection, skip_list
 from ..planning.families import names_of
