@@ -172,7 +172,8 @@ def _tied_parameters(model: Any) -> Iterable[set[str]]:
 
 def _context(model: Any) -> Context:
     """Return what the rules need to know of a model without a checkpoint."""
-    items = [*config_items(model.config.to_dict())]
+    # Labels are numbered: their keys are no strings.
+    items = [(k, v) for k, v in config_items(model.config.to_dict()) if isinstance(k, str)]
     sizes = (v for k, v in items if k.endswith("vocab_size") and isinstance(v, int) and v > 1)
     return Context(
         model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
