@@ -26,8 +26,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,15 +46,15 @@ SHOWN = 5
 # -- all families of one version ----------------------------------------------------------------
 
 
-def in_a_fork(model_type: str, older: Mapping[str, list[str]]) -> dict[str, Any]:
-    """`survey_family` in a process of its own, which may hang or die."""
+def in_a_fork(survey: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a survey in a process of its own, which may hang or die."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
         os.close(reader)
         try:
-            found = survey_family(model_type, older)
+            found = survey()
         except BaseException as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             found = {"outcome": "not_built", "reason": text}
@@ -83,7 +84,9 @@ def survey_version(only: list[str], result: Path) -> None:
     survey_family("llama", {})  # imports once what every fork needs
     wanted = sorted({*only} & {*CONFIG_MAPPING} if only else CONFIG_MAPPING)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the threads only wait for their forks
-        found = pool.map(lambda name: in_a_fork(name, called.get(name, {})), wanted)
+        found = pool.map(
+            lambda name: in_a_fork(partial(survey_family, name, called.get(name, {}))), wanted
+        )
         families = {}
         for model_type, facts in zip(wanted, found, strict=True):
             families[model_type] = facts

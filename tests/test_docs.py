@@ -188,6 +188,7 @@ def test_scripts_can_be_run():
         "bench_verify.py",
         "families_page.py",
         "survey_families.py",
+        "survey_ties.py",
     ):
         assert os.access(ROOT / "scripts" / name, os.X_OK)
     assert "scripts/test" in (ROOT / ".ci" / "run").read_text()

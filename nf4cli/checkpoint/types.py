@@ -64,6 +64,23 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """A matrix inside an output tensor that several weights are written into.
+
+    Attributes:
+        key: of the output tensor.
+        shape: of the output tensor.
+        start: index of the matrix's first element in the flattened output tensor.
+        stride: elements from the start of one row to the start of the next.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One safetensors file.
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import stopping
 from ..callbacks import Progress, no_progress
-from ..checkpoint.discovery import name_of_directory, open_checkpoint, shard_name
+from ..checkpoint.discovery import MANIFEST, name_of_directory, open_checkpoint, shard_name
 from ..checkpoint.packed import PackedReader, PackedWeight, load_weights
 from ..checkpoint.reader import ShardReaders
-from ..checkpoint.types import Checkpoint, FileDigests, Shard, TensorInfo, View, Weight
+from ..checkpoint.types import Checkpoint, FileDigests, Region, Shard, TensorInfo, View, Weight
 from ..checkpoint.writer import ShardLayout, ShardWriter, fill_shards, lay_out
 from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
-from ..output.manifest import Result
+from ..output.manifest import Manifest, Result, TensorRecord
 from ..planning import selection
 from ..planning.make_plan import check_shard_size, index_of
 from ..planning.model_config import set_dtype
@@ -27,6 +27,7 @@ from ..planning.model_plan import ModelPlan
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
+from ..planning.weights import regions
 from .conversion import Conversion, Tools
 from .output_place import refuse_place, require_disk
 from .side_files import write_side_files
@@ -66,7 +67,7 @@ class _Files:
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._writers = [ShardWriter(directory, layout) for layout in plan.shards]
-        self._of = {t.name: self._writers[t.file] for t in plan.tensors}
+        self._of = {t.key: self._writers[t.file] for t in plan.tensors}
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None:
         self._of[key].write(key, offset, data)
@@ -192,33 +193,104 @@ def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: in
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _WayBack:
+    """How the weights of a 4-bit checkpoint lie in its source.
+
+    Attributes:
+        regions: name -> place in a fused tensor, of those that were a part of one.
+        transposed: names of the packed weights whose source is stored as [in, out] (Conv1D).
+    """
+
+    regions: Mapping[str, Region]
+    transposed: frozenset[str]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> _WayBack:
+        """Return what the manifest records of each weight, and else what its family's rules say.
+
+        Args:
+            shapes: name -> shape of each weight, packed or not.
+
+        Raises:
+            InputError: see `weights.regions`.
+        """
+        records = _records(checkpoint)
+        alone = {name for name, record in records.items() if record.source_tensor == name}
+        parts = {name: shape for name, shape in shapes.items() if name not in alone}
+        model_types = selection.Context.of(checkpoint).model_types
+
+        def is_transposed(name: str) -> bool:
+            if name in alone:
+                return records[name].transposed
+            return selection.is_transposed(
+                model_types, selection.module_path(name).rpartition(".")[2]
+            )
+
+        places = regions(checkpoint.config, parts, str(checkpoint.root))
+        for region in places.values():
+            if region.key in checkpoint.tensors:
+                raise InputError(
+                    f"{checkpoint.root} holds {region.key} and the matrices of experts that it is "
+                    "made of: expected one or the other. Download the checkpoint again"
+                )
+        matrices = (name for name, shape in shapes.items() if len(shape) == 2)
+        return _WayBack(
+            places,
+            frozenset(filter(is_transposed, matrices)),
+        )
+
+
+def _records(checkpoint: Checkpoint) -> Mapping[str, TensorRecord]:
+    """Return the manifest's record of each weight, {} where no manifest can be read.
+
+    A damaged one is no reason to refuse: the weights are whole, and the rules say the same.
+    """
+    with suppress(InputError, OSError):
+        if not checkpoint.is_file:
+            return Manifest.from_file(checkpoint.root / MANIFEST).tensors
+    return {}
+
+
 def _tensor_plans(
     checkpoint: Checkpoint, weights: Mapping[str, PackedWeight], dtype: str
 ) -> list[TensorPlan]:
-    """Return the plan of each output tensor, in the order of the checkpoint's tensors."""
-    model_types = selection.Context.of(checkpoint).model_types
+    """Return the plan of each weight, in the order of the checkpoint's tensors.
+
+    Raises:
+        InputError: an output tensor cannot be put together, see `weights.regions`.
+    """
     companions = {part[1].name for w in weights.values() for part in w.parts()[1:]}
+    stored = {k: placed for k, placed in checkpoint.tensors.items() if k not in companions}
+    shapes = {
+        name: tuple(weights[name].state.shape) if name in weights else tensor.shape
+        for name, (_, tensor) in stored.items()
+    }
+    way_back = _WayBack.of(checkpoint, shapes)
     plans = []
-    for name, (shard, stored) in checkpoint.tensors.items():
-        if name in companions:
-            continue
-        weight = weights.get(name)
-        if weight is None:
-            plans.append(_kept(shard, stored, dtype))
-            continue
-        output_dtype = SAFETENSORS_NAME[weight.state.dtype if dtype == "auto" else dtype]
-        shape = tuple(weight.state.shape)
-        leaf = selection.module_path(name).rpartition(".")[2]
-        view = None
-        if len(shape) == 2 and selection.is_transposed(model_types, leaf):
-            view = View(0, *shape, stride=shape[1])
-            shape = shape[::-1]
-        decoded = Weight(name, output_dtype, shape, shard, stored)
-        outputs = {name: (output_dtype, shape)}
-        plans.append(
-            TensorPlan(decoded, "decode", "packed", "", view, None, outputs, packed=weight)
-        )
-    return plans
+    for name, (shard, tensor) in stored.items():
+        if name in weights:
+            plan = _decoded(shard, tensor, weights[name], dtype, name in way_back.transposed)
+        else:
+            plan = _kept(shard, tensor, dtype)
+        plans.append(plan)
+    return list(_put_together(plans, way_back.regions))
+
+
+def _decoded(
+    shard: Shard, stored: TensorInfo, packed: PackedWeight, dtype: str, transposed: bool
+) -> TensorPlan:
+    """Return the plan of a packed weight.
+
+    Args:
+        transposed: whether the output has the transpose of what the codes decode to.
+    """
+    output_dtype = SAFETENSORS_NAME[packed.state.dtype if dtype == "auto" else dtype]
+    shape = tuple(packed.state.shape)
+    weight = Weight(packed.name, output_dtype, shape, shard, stored)
+    outputs = {packed.name: (output_dtype, shape)}
+    plan = TensorPlan(weight, "decode", "packed", "", None, None, outputs, packed=packed)
+    return _transposed(plan) if transposed else plan
 
 
 def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
@@ -226,10 +298,47 @@ def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
     output_dtype = stored.dtype
     if stored.dtype in TORCH_NAME and dtype != "auto":
         output_dtype = SAFETENSORS_NAME[dtype]
-    action = "copy" if output_dtype == stored.dtype else "cast"
     weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
     outputs = {stored.name: (output_dtype, stored.shape)}
-    return TensorPlan(weight, action, "kept", "", None, None, outputs)
+    return TensorPlan(weight, _keeping(weight, output_dtype), "kept", "", None, None, outputs)
+
+
+def _keeping(weight: Weight, output_dtype: str) -> str:
+    return "copy" if output_dtype == weight.stored.dtype else "cast"
+
+
+def _transposed(plan: TensorPlan) -> TensorPlan:
+    """Return a matrix's plan with the transpose of the matrix as output."""
+    rows, columns = plan.weight.shape
+    weight = replace(plan.weight, shape=(columns, rows))
+    outputs = {name: (dtype, (columns, rows)) for name, (dtype, _) in plan.outputs.items()}
+    return replace(plan, weight=weight, view=View(0, rows, columns, columns), outputs=outputs)
+
+
+def _put_together(plans: list[TensorPlan], places: Mapping[str, Region]) -> Iterator[TensorPlan]:
+    """Yield the plans, with those of matrices that make up one output tensor changed for that.
+
+    Such a tensor has the dtype of its matrices, float32 where they differ: it holds all of them.
+
+    Args:
+        places: by name of a matrix.
+    """
+    dtypes: dict[str, set[str]] = {}
+    for plan in plans:
+        if region := places.get(plan.name):
+            dtypes.setdefault(region.key, set()).add(plan.outputs[plan.name][0])
+    for plan in plans:
+        region = places.get(plan.name)
+        if region is None:
+            yield plan
+            continue
+        of_parts = dtypes[region.key]
+        dtype = next(iter(of_parts)) if len(of_parts) == 1 else "F32"
+        action = plan.action if plan.packed else _keeping(plan.weight, dtype)
+        changed = replace(
+            plan, action=action, region=region, outputs={plan.name: (dtype, plan.weight.shape)}
+        )
+        yield _transposed(changed)
 
 
 def _lay_out(
@@ -240,21 +349,17 @@ def _lay_out(
     Returns:
         (the plans in the order of reading, each with the number of its file, the files).
     """
-    files = fill_shards(
-        plans,
-        lambda plan: [(key, dtype, shape) for key, (dtype, shape) in plan.outputs.items()],
-        max_shard_size,
-    )
+    tensors: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    for plan in plans:
+        dtype, shape = plan.outputs[plan.name]
+        tensors[plan.key] = (plan.key, dtype, plan.region.shape if plan.region else shape)
+    files = fill_shards(list(tensors.values()), lambda tensor: [tensor], max_shard_size)
     layouts = tuple(
-        lay_out(
-            shard_name(stem, number, len(files)),
-            [(t.name, *t.outputs[t.name]) for t in members],
-            (),
-        )
+        lay_out(shard_name(stem, number, len(files)), members, ())
         for number, members in enumerate(files)
     )
-    file_of = {t.name: number for number, members in enumerate(files) for t in members}
-    placed = (replace(t, file=file_of[t.name]) for t in plans)
+    file_of = {key: number for number, members in enumerate(files) for key, _, _ in members}
+    placed = (replace(t, file=file_of[t.key]) for t in plans)
     return tuple(
         sorted(placed, key=lambda t: (t.weight.shard.path.name, t.weight.stored.start))
     ), layouts

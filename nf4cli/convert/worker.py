@@ -258,18 +258,20 @@ class Worker:
         buffers = (self._source, self._output) if fits else ()
         data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
         if plan.view is None:
-            self._sink.write(plan.name, item.start * itemsize, data)
+            self._sink.write(plan.key, item.start * itemsize, data)
             return
         # Rows [first, last) of the decoded matrix are columns of the stored one.
         rows, columns = plan.view.rows, plan.view.columns
         first, last = item.start // columns, (item.start + item.count) // columns
         block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, columns).T)
         raw = block.view(np.uint8)
-        if last - first == rows:
-            self._sink.write(plan.name, 0, raw.reshape(-1))
+        start, stride = (plan.region.start, plan.region.stride) if plan.region else (0, rows)
+        if last - first == stride:
+            self._sink.write(plan.key, start * itemsize, raw.reshape(-1))
             return
         for column in range(columns):
-            self._sink.write(plan.name, (column * rows + first) * itemsize, raw[column])
+            position = start + column * stride + first
+            self._sink.write(plan.key, position * itemsize, raw[column])
 
     def _keep(self, item: Item, data: U8) -> None:
         """Write an item of a weight that is not quantized, decoded or cast where it has to be."""
@@ -280,7 +282,7 @@ class Worker:
         if plan.outputs[plan.name][0] != dtype:
             self._cast(item, data, dtype)
         else:
-            self._sink.write(plan.name, item.start * ITEMSIZE[dtype], data)
+            self._write(item, data, ITEMSIZE[dtype])
 
     def _cast(self, item: Item, data: U8, from_dtype: str) -> None:
         plan = item.job.plan
@@ -294,7 +296,27 @@ class Worker:
                 f"{plan.weight.stored.name}{list(index)} in {plan.weight.shard.path} is too large "
                 f"for {dtype}, the dtype of the kept tensors: choose another with --dtype"
             ) from error
-        self._sink.write(plan.name, item.start * ITEMSIZE[dtype], out)
+        self._write(item, out, ITEMSIZE[dtype])
+
+    def _write(self, item: Item, data: U8, itemsize: int) -> None:
+        """Write an item's elements, row by row where its weight is a part of an output tensor.
+
+        Args:
+            data: uint8 [count * itemsize].
+        """
+        plan = item.job.plan
+        if plan.region is None:
+            self._sink.write(plan.key, item.start * itemsize, data)
+            return
+        *_, width = plan.outputs[plan.name][1]
+        done = 0
+        while done < item.count:
+            row, column = divmod(item.start + done, width)
+            count = min(width - column, item.count - done)
+            position = plan.region.start + row * plan.region.stride + column
+            piece = data[done * itemsize : (done + count) * itemsize]
+            self._sink.write(plan.key, position * itemsize, piece)
+            done += count
 
 
 def _float8(item: Item) -> Float8 | None:

@@ -30,6 +30,11 @@ def recorded_answer(manifest: Manifest | None) -> Answer | None:
             if t.action == "quantize" or t.rule in packable
         ),
         rearranged=frozenset(n for n, t in manifest.tensors.items() if t.rule == rearranged),
+        float32=frozenset(
+            name
+            for name, t in manifest.tensors.items()
+            if t.action == "copy" and t.source_dtype == "F32"
+        ),
     )
 
 

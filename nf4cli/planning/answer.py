@@ -18,9 +18,14 @@ class Answer:
             cannot be done with a packed weight.
         modules: path of a module in the checkpoint -> its paths in the model, where they differ.
             A weight that is split has several.
+        tied: paths in the model of linear layers that share their weights with other modules, see
+            `tied_linears`.
+        float32: names of the tensors that it holds in float32, whatever 16-bit dtype is asked for.
     """
 
     version: str
     quantized: frozenset[str]
     rearranged: frozenset[str]
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
+    float32: frozenset[str] = frozenset()

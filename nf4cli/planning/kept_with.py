@@ -13,7 +13,10 @@ FOLLOWING = (selection.ENTANGLED.name, selection.FUSED_WITH.name)
 
 
 def skip_modules(
-    choices: dict[str, selection.Choice], names: skip_list.Names, target: str
+    choices: dict[str, selection.Choice],
+    names: skip_list.Names,
+    target: str,
+    tied: Collection[str] = (),
 ) -> list[str]:
     """Return the skip list of a selection, and keep what no list can tell from a kept module.
 
@@ -21,6 +24,8 @@ def skip_modules(
         choices: by tensor name.  Those that have to be kept in addition are changed in place.
         names: what loaders call the modules.
         target: the loader, see config.TARGETS.
+        tied: paths in the model of tied layers without a weight in the files, see
+            `ties.absent_tied`: no packed module may be taken for one of them either.
 
     Raises:
         UsageError: --keep names a module that cannot be told from packed ones, or a part of what
@@ -39,7 +44,13 @@ def skip_modules(
         skip = skip_list.skip_modules([*entries, *fused], packed, names)
         ambiguous = next(skip_list.unmeant(entries, skip, names), None)
         if ambiguous is None:
-            return skip
+            tied_keys = skip_list.unmatched(tied, skip)
+            others = {o for key in tied_keys for o in skip_list.entangled(key, packed, names)}
+            if not others:
+                return [*skip, *tied_keys]
+            for module in others:
+                choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
+            continue
         if kept[entries[ambiguous]].rule is selection.USER:
             raise UsageError(
                 f"--keep cannot leave {ambiguous} alone in full precision: loaders would take its "

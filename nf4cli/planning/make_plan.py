@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, QUANT_TYPES
 from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
 from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
-from . import kept_with, model_config, selection
+from . import kept_with, model_config, selection, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
@@ -83,11 +83,15 @@ def make_plan(
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
     )
+    names = names_of(checkpoint.config, answer)
+    tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
+    is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
 
     def decide(nonfinite: Collection[str]) -> Plan:
         choices = selection.select(model, config.keep, config.target, answer, nonfinite)
-        skip = kept_with.skip_modules(choices, names_of(checkpoint.config, answer), config.target)
+        skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
+        choices = {n: replace(c, float32=is_float32(n)) for n, c in choices.items()}
         return _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
 
     plan = decide(())
@@ -189,6 +193,7 @@ def _plan_weight(
             weight.dtype in TORCH_NAME
             and weight.stored.dtype != model_dtype
             and rule not in (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
+            and not (choice.float32 and weight.stored.dtype == "F32")
         )
         outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}
         action = "cast" if cast else "copy"

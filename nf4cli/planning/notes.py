@@ -51,6 +51,20 @@ def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> l
     ]
 
 
+def _stays_in_float32(tensor: TensorPlan, config: QuantConfig) -> bool:
+    """Return whether a float32 tensor of a 16-bit model is kept for the family's sake.
+
+    What chooses between experts has a rule of its own, and so has diffusers.
+    """
+    has_rule = tensor.rule in (selection.DIFFUSERS_FP32.name, selection.KEPT_FP32.name)
+    return (
+        tensor.action == "copy"
+        and tensor.weight.dtype == "F32"
+        and config.dtype != "float32"
+        and not has_rule
+    )
+
+
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     """Return the notes of a checkpoint's plan.
 
@@ -82,6 +96,13 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
                 else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
                 "--target vllm, --target unsloth"
             )
+        )
+    float32 = [t.name for t in tensors if _stays_in_float32(t, config)]
+    if float32:
+        notes.append(
+            f"{_some(float32)} {'stay' if float32[1:] else 'stays'} in float32, as in the source: "
+            f"transformers holds {'them' if float32[1:] else 'it'} in float32 whatever the model's "
+            "dtype is"
         )
     if not checkpoint.config:
         notes.append(

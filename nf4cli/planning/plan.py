@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.packed import PackedWeight
-from ..checkpoint.types import Checkpoint, View, Weight
+from ..checkpoint.types import Checkpoint, Region, View, Weight
 from ..checkpoint.writer import ShardLayout
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, TORCH_NAME
@@ -38,6 +38,8 @@ class TensorPlan:
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
         packed: for "decode": where the codes and their scales lie.
+        region: the part of an output tensor that it is written to, where several weights become one
+            tensor (an expert's matrix, decoded); None where it becomes a tensor of its own.
     """
 
     weight: Weight
@@ -49,11 +51,17 @@ class TensorPlan:
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
     file: int = 0
     packed: PackedWeight | None = None
+    region: Region | None = None
 
     @property
     def name(self) -> str:
-        """Key of the weight in the output."""
+        """Key of the weight in the output, unless `region` has another."""
         return self.weight.name
+
+    @property
+    def key(self) -> str:
+        """Key of the output tensor that the weight, or its codes, is written to."""
+        return self.region.key if self.region else self.name
 
     @property
     def numel(self) -> int:

@@ -50,8 +50,10 @@ ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "wg"])
 
 CONV1D_FAMILIES: Mapping[str, frozenset[str]] = {
     family: frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
-    for family in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-}
+    for family in (
+        "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
+    )
+}  # fmt: skip
 """Family -> last name parts of its Conv1D layers.  Their weights are stored as [in, out], and
 bitsandbytes encodes the transposed weight."""
 
@@ -346,12 +348,14 @@ class Choice:
         rule: the rule that decided.
         transposed: whether it is stored as [in, out] (Conv1D).
         matrix: whether it is the 2-D weight of a module.
+        float32: whether the model holds it in float32 whatever its dtype is, see `ties`.
     """
 
     quantize: bool
     rule: Rule
     transposed: bool = False
     matrix: bool = True
+    float32: bool = False
 
 
 def module_path(tensor_name: str) -> str:

@@ -192,6 +192,23 @@ def unmeant(kept: Iterable[str], keys: Collection[str], names: Names) -> Iterato
                 break
 
 
+def unmatched(paths: Iterable[str], keys: Collection[str]) -> list[str]:
+    """Return the keys that have to be added to a skip list so that it names modules of the model.
+
+    Args:
+        paths: of the modules in the model; `LIST.*` for all of a list.
+        keys: the skip list.
+    """
+    return [
+        path.removesuffix(".*")
+        for path in paths
+        if not all(
+            any(matches(key, path.replace("*", "1")) for key in keys)
+            for matches in (hits_v4, hits_v5)
+        )
+    ]
+
+
 def entangled(module: str, quantized: Iterable[str], names: Names) -> list[str]:
     """Return the packed modules that a loader would match with an entry for `module`."""
     keys = names.forms(module)

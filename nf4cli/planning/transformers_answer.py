@@ -7,6 +7,7 @@ the checkpoint to its parameter in the model.  Versions 4.55 to 5.23 are underst
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.bnb_format import ABSMAX
+from ..checkpoint.types import TensorInfo
 from ..errors import InputError, MachineError
 from .answer import Answer
 from .meta_model import (
@@ -26,7 +28,8 @@ from .meta_model import (
     quiet,
     refuse_absurd,
 )  # fmt: skip
-from .selection import WEIGHT
+from .model_config import config_items
+from .selection import QUANTIZED, WEIGHT, Context, rule_of
 
 _INSTALL = "pip install 'nf4cli[exact]'"
 
@@ -130,6 +133,59 @@ def is_linear(module: Any) -> bool:
         attention = nn.modules.linear.NonDynamicallyQuantizableLinear
         return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, attention)
     return isinstance(module, Conv1D) or type(module) is nn.Linear
+
+
+def tied_linears(model: Any) -> frozenset[str]:
+    """Return the paths of a model's linear layers that share float weights with other modules.
+
+    Of a list in which every linear layer does, it is `LIST.*`: nobody has to count them.  Layers
+    that share a weight which the rules pack are left out: a packed weight is shared as any other.
+    """
+    linears = {p for p, m in model.named_modules(remove_duplicate=False) if p and is_linear(m)}
+    context = _context(model)
+    tied: set[str] = set()
+    for group in _tied_parameters(model):
+        members = {name.removesuffix(WEIGHT) for name in group} & linears
+        packed = [m for m in members if _is_packed(context, m, model.get_submodule(m))]
+        if len(members) == 1 or not packed:
+            tied |= members
+    found = set()
+    for path in tied:
+        container = re.split(r"\.\d+(?:\.|$)", path)[0]
+        inside = {linear for linear in linears if linear.startswith(container + ".")}
+        found.add(f"{container}.*" if container != path and inside <= tied else path)
+    return frozenset(found)
+
+
+def _tied_parameters(model: Any) -> Iterable[set[str]]:
+    """Return groups of names of parameters that share their values."""
+    groups: dict[Any, set[str]] = {}
+    if not is_version_4():
+        for target, source in model.all_tied_weights_keys.items():
+            groups.setdefault(source, {source}).add(target)
+        return groups.values()
+    model.tie_weights()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _context(model: Any) -> Context:
+    """Return what the rules need to know of a model without a checkpoint."""
+    # Labels are numbered: their keys are no strings.
+    items = [(k, v) for k, v in config_items(model.config.to_dict()) if isinstance(k, str)]
+    sizes = (v for k, v in items if k.endswith("vocab_size") and isinstance(v, int) and v > 1)
+    return Context(
+        model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
+        vocab_sizes=frozenset(sizes),
+        num_layers=None,
+        names=frozenset(model.state_dict()),
+    )
+
+
+def _is_packed(context: Context, path: str, module: Any) -> bool:
+    tensor = TensorInfo(path + WEIGHT, "BF16", tuple(module.weight.shape), 0)
+    return rule_of(context, tensor) is QUANTIZED
 
 
 def converts(path: str, kept: Collection[str]) -> bool:
@@ -251,7 +307,22 @@ def answer_of(model: Any, shapes: Mapping[str, tuple[int, ...]], root: Path) -> 
         quantized=frozenset(quantized),
         rearranged=frozenset(rearranged),
         modules={path: paths for path, paths in modules.items() if paths != (path,)},
+        tied=tied_linears(model),
+        float32=_float32(model, targets),
     )
+
+
+def _float32(model: Any, targets: Mapping[str, tuple[tuple[str, ...], bool]]) -> frozenset[str]:
+    """Return the names of the tensors that a model holds in float32 in every 16-bit dtype.
+
+    Args:
+        targets: see `targets_of`.
+    """
+    patterns = [part.replace("*", ".*") for part in model._keep_in_fp32_modules_strict or ()]
+    if not patterns:
+        return frozenset()
+    pattern = re.compile("|".join(patterns))
+    return frozenset(name for name, (paths, _) in targets.items() if pattern.search(paths[0]))
 
 
 def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], root: Path) -> None:

@@ -7,16 +7,22 @@ matrix for each expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
+from ..checkpoint.types import Checkpoint, Region, Shard, TensorInfo, View, Weight
+from ..errors import InputError
 from ..format.dtypes import TORCH_NAME
 from . import float8
 
 _LLAMA4 = ("llama4", "llama4_text")
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EXPERT = re.compile(
+    r"((?:.*\.)?feed_forward\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight"
+)
+_SOURCE_OF = {part: leaf for leaf, parts in _FUSED.items() for part in parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,4 +98,79 @@ def _experts(shard: Shard, tensor: TensorInfo) -> Iterator[Weight]:
             view = View(expert * rows * width + part * columns, rows, columns, width)
             yield Weight(
                 f"{path}.{expert}.{name}.weight", tensor.dtype, (columns, rows), shard, tensor, view
+            )
+
+
+def regions(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, Region]:
+    """Return the place of each expert's matrix in the fused tensor that the source had.
+
+    This is the way back of `_experts`: matrices [out, in], transposed, become [experts, in, out].
+
+    Args:
+        config: of the 4-bit checkpoint.
+        shapes: name -> shape of each of its weights that may be an expert's matrix.
+        where: the checkpoint, for messages.
+
+    Raises:
+        InputError: matrices of a layer are missing, or are of different shapes.
+    """
+    if config.get("model_type") not in _LLAMA4:
+        return {}
+    fused: dict[str, dict[tuple[int, str], str]] = {}
+    for name in shapes:
+        if match := _EXPERT.fullmatch(name):
+            key = f"{match[1]}.{_SOURCE_OF[match[3]]}"
+            fused.setdefault(key, {})[int(match[2]), match[3]] = name
+    text = config.get("text_config")
+    stated = (text if isinstance(text, dict) else config).get("num_local_experts")
+    found: dict[str, Region] = {}
+    for key, names in fused.items():
+        experts = 1 + max(expert for expert, _ in names)
+        if type(stated) is int and stated > 0:
+            experts = max(stated, experts)
+        found |= dict(_regions_of(key, names, shapes, experts, where))
+    return found
+
+
+def _regions_of(
+    key: str,
+    names: Mapping[tuple[int, str], str],
+    shapes: Mapping[str, tuple[int, ...]],
+    experts: int,
+    where: str,
+) -> Iterator[tuple[str, Region]]:
+    """Yield (name, place) of each matrix of one fused tensor.
+
+    Args:
+        key: of the fused tensor.
+        names: (expert, part) -> name of the matrix.
+        shapes: by name.
+        experts: how many the layer has.
+    """
+    parts = _FUSED[key.rpartition(".")[2]]
+    path = key.rpartition(".")[0]
+    shape = shapes[next(iter(names.values()))]
+    for expert in range(experts):
+        for number, part in enumerate(parts):
+            name = names.get((expert, part))
+            if name is None:
+                raise InputError(
+                    f"{where}: {path}.{expert}.{part}.weight is missing, one of the {experts} "
+                    f"experts that {key} is made of: files are missing, or config.json is of "
+                    "another model. Download both again"
+                )
+            if shapes[name] != shape or len(shape) != 2:
+                raise InputError(
+                    f"{where}: {name} has shape {list(shapes[name])}, other experts of its layer "
+                    f"have {list(shape)}: they make no {key}. Download the checkpoint again"
+                )
+            columns, rows = shape
+            width = columns * len(parts)
+            yield (
+                name,
+                Region(
+                    key, (experts, rows, width), (expert * rows) * width + number * columns, width
+                ),
             )
