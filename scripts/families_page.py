@@ -33,7 +33,7 @@ Written by `scripts/families_page.py` from the selection rules; a test holds it 
 **What loads where.** The output of `--target transformers`, the default, loads in stock
 transformers 4.55 and newer and 5.x, in PEFT and, but for mixtures of experts, in vLLM: the tests
 load {tested} architectures in transformers 5.23.0 and 4.57.6, run them, and compare every byte with
-bitsandbytes. (The tests run neither vLLM nor unsloth; what those read was read in their sources.)
+bitsandbytes. [loaders.md](loaders.md) says what was tried in vLLM, unsloth and other programs.
 Experts stay in 16 bit there, because transformers 5 fuses them; `--target vllm` and
 `--target unsloth` write each expert in 4 bit, which transformers 5 cannot load. Llama 4's experts
 are 4-bit for every target.

@@ -4,9 +4,10 @@ A program, not a test: test_model_architectures.py runs it once per version of t
 all models at once, because importing transformers takes ten seconds.
 
     architecture_worker.py sources FOLDER
-    architecture_worker.py load SOURCES QUANTIZED REPORT [--save FOLDER]
+    architecture_worker.py load SOURCES QUANTIZED LINES REPORT [--save FOLDER]
 
-The folders hold one checkpoint per case: `clip@4` is the clip that transformers 4 saved.
+The folders hold one checkpoint per case: `clip@4` is the clip that transformers 4 saved.  LINES has
+the line of code that nf4 printed for each case.
 """
 
 from __future__ import annotations
@@ -98,7 +99,15 @@ def loaded(tiny: Tiny, path: Path, **options: Any) -> tuple[Any, dict[str, list[
     return model, {key: names for key, names in wrong.items() if names}
 
 
-def load(tiny: Tiny, source: Path, quantized: Path, save_to: Path | None) -> dict[str, Any]:
+def by_line(line: str) -> Any:
+    """The model that a line of code loads, where its class has been imported."""
+    name = line.partition(".")[0]
+    return eval(line, {name: getattr(transformers, name)})  # the line that nf4 printed
+
+
+def load(
+    tiny: Tiny, source: Path, quantized: Path, save_to: Path | None, line: str
+) -> dict[str, Any]:
     """The report of one case: how it loaded, and how far its output is from the real flow's."""
     report: dict[str, Any] = {"errors": {}}
 
@@ -118,7 +127,12 @@ def load(tiny: Tiny, source: Path, quantized: Path, save_to: Path | None) -> dic
         report["modules"] = sorted(linears(ours))
     if ours is not None:
         with noting("forward"):
-            report["finite"] = bool(forward(ours, tiny).isfinite().all())
+            as_it_is = forward(ours, tiny)
+            report["finite"] = bool(as_it_is.isfinite().all())
+            with noting("line"):
+                printed = by_line(line)
+                report["class by the line"] = type(printed).__name__
+                report["the line gives the same"] = torch.equal(forward(printed, tiny), as_it_is)
             ours, _ = loaded(tiny, quantized, dtype=torch.bfloat16)
             our_out = forward(ours, tiny)
     with noting("real flow"):
@@ -142,11 +156,13 @@ def load(tiny: Tiny, source: Path, quantized: Path, save_to: Path | None) -> dic
     return report
 
 
-def load_all(sources: Path, quantized: Path, save: Path | None) -> dict[str, Any]:
+def load_all(
+    sources: Path, quantized: Path, save: Path | None, lines: dict[str, str]
+) -> dict[str, Any]:
     return {
         path.name: load(
             MODELS[path.name.partition("@")[0]], sources / path.name.partition("+")[0], path,
-            save / path.name if save else None,
+            save / path.name if save else None, lines[path.name],
         )
         for path in sorted(quantized.iterdir())
     }  # fmt: skip
@@ -157,14 +173,15 @@ def main() -> None:
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("sources").add_argument("folder", type=Path)
     step = steps.add_parser("load")
-    for name in ("sources", "quantized", "report"):
+    for name in ("sources", "quantized", "lines", "report"):
         step.add_argument(name, type=Path)
     step.add_argument("--save", type=Path)
     given = parser.parse_args()
     if given.step == "sources":
         make_sources(given.folder)
     else:
-        report = load_all(given.sources, given.quantized, given.save)
+        lines = json.loads(given.lines.read_text())
+        report = load_all(given.sources, given.quantized, given.save, lines)
         report = {"transformers": transformers.__version__, "cases": report}
         given.report.write_text(json.dumps(report, indent=1))
 

@@ -28,6 +28,7 @@ from ..planning.make_plan import make_plan
 from ..planning.model_plan import ModelPlan
 from ..planning.pipeline_plan import is_pipeline, make_pipeline_plan
 from ..planning.resources import Resources, unit_of
+from ..planning.vllm_rules import require_loadable
 from . import sources
 from .machine import Machine
 from .sources import Source, require_repository
@@ -362,6 +363,7 @@ def _planned(
     # A calibrated model is planned twice; transformers is asked and NaN are looked for once.
     recipe, ask, scan = request.recipe, _once(request.oracle), _once(request.scan)
     plan = make_plan(checkpoint, recipe, ask, scan, request.importance)
+    require_loadable(plan)
     if calibrating is None:
         yield source, ModelPlan.of(plan), output
         return

@@ -24,10 +24,14 @@ from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
 from ..checkpoint.untrusted import printable
 from ..planning.diffusers_rules import converts
 from ..units import in_decimal_unit
+from .auto_class import auto_class, class_name, needs_remote_code
 from .front_matter import Metadata, format_metadata, read_metadata
 from .manifest import Manifest, TensorError, TensorRecord
 from .markdown import ACTIONS, escape, table
 from .recipe_words import how_chosen, options_of, why_not_by_digests
+
+VLLM_PLUGIN = "vllm-bnb-plugin"
+"""Package that loads bitsandbytes checkpoints in vLLM 0.28 and newer."""
 
 HERE = "your-name/this-model"
 """Stands in a card for the name of its repository, until the output is published."""
@@ -36,11 +40,6 @@ _WORST = 5
 _FILES = 20
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _IN_CODE = re.compile(r"[\w./@:+-]{1,200}", re.ASCII)
-_CLASS = re.compile(r"[A-Za-z]\w{0,100}", re.ASCII)
-_HEADS = (
-    "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
-    "MultipleChoice", "ImageClassification", "AudioClassification", "CTC",
-)  # fmt: skip
 _LIBRARIES = ("transformers", "diffusers", "sentence-transformers")
 
 
@@ -200,31 +199,40 @@ def _loading(subject: Subject) -> list[str]:
     if not subject.library:
         return []
     lines = ["## Loading it", ""]
+    remote = ", trust_remote_code=True" if needs_remote_code(subject.config) else ""
     if target == "vllm":
-        return [*lines, *_fenced("sh", f"pip install vllm bitsandbytes\nvllm serve {HERE}")]
+        trusting = _VLLM + (" --trust-remote-code" if remote else "")
+        return [*lines, *_fenced("sh", trusting), _VLLM_LIMITS, ""]
     if target == "unsloth":
-        return [*lines, *_fenced("python", _UNSLOTH)]
+        return [*lines, *_fenced("python", _UNSLOTH.format(remote=remote))]
     if subject.library == "diffusers":
         lines += _fenced("sh", "pip install diffusers transformers accelerate bitsandbytes")
         return [*lines, *_fenced("python", _diffusers_code(subject))]
     if subject.library == "sentence-transformers":
         lines += _fenced("sh", "pip install sentence-transformers accelerate bitsandbytes")
-        return [*lines, *_fenced("python", _SENTENCES)]
-    kind = auto_class(subject.config)
+        return [*lines, *_fenced("python", _SENTENCES.format(remote=remote))]
+    kind = auto_class(subject.config, subject.first.tensors)
     lines += _fenced("sh", "pip install transformers accelerate bitsandbytes")
-    lines += _fenced("python", _transformers_code(subject, kind))
+    lines += _fenced("python", _transformers_code(subject, kind, remote))
     if kind == "AutoModelForCausalLM":
         lines += ["To train it with LoRA (QLoRA; `pip install peft`):", ""]
         lines += _fenced("python", _PEFT)
     return lines
 
 
+_VLLM = f"""pip install vllm bitsandbytes
+pip install --no-deps {VLLM_PLUGIN}  # for vLLM 0.28 and newer
+vllm serve {HERE}"""
+_VLLM_LIMITS = (
+    "vLLM refuses tensor parallelism for a checkpoint that is quantized in this way. On several "
+    "GPUs use `--pipeline-parallel-size`."
+)
 _UNSLOTH = f"""from unsloth import FastLanguageModel
 
-model, tokenizer = FastLanguageModel.from_pretrained("{HERE}", load_in_4bit=True)"""
+model, tokenizer = FastLanguageModel.from_pretrained("{HERE}", load_in_4bit=True{{remote}})"""
 _SENTENCES = f"""from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{HERE}")
+model = SentenceTransformer("{HERE}"{{remote}})
 embeddings = model.encode(["a sentence", "another one"])"""
 _PEFT = """from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -232,23 +240,8 @@ model = prepare_model_for_kbit_training(model)
 model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))"""
 
 
-def auto_class(config: Mapping[str, Any]) -> str:
-    """Return the class of transformers that loads a model: an Auto class, or the model's own."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or not _CLASS.fullmatch(name):
-        return "AutoModel"
-    head = next((head for head in _HEADS if name.endswith(f"For{head}")), None)
-    if head:
-        return f"AutoModelFor{head}"
-    # Which Auto class knows another model depends on its family, so the model's own class is named.
-    # transformers has no class of that name where the model comes with its own code.
-    return name if "For" in name and "auto_map" not in config else "AutoModel"
-
-
-def _transformers_code(subject: Subject, kind: str) -> str:
+def _transformers_code(subject: Subject, kind: str, remote: str) -> str:
     files = subject.first.output_files
-    remote = ", trust_remote_code=True" if "auto_map" in subject.config else ""
     processor = ""
     if "preprocessor_config.json" in files or "processor_config.json" in files:
         processor = "AutoProcessor"
@@ -272,23 +265,26 @@ def _transformers_code(subject: Subject, kind: str) -> str:
 
 
 def diffusers_class(subject: Subject) -> tuple[str, str]:
-    """Return the class of diffusers that loads an output, and the torch dtype to load it in."""
+    """Return the class of diffusers that loads an output, and the other arguments of its
+    from_pretrained, as code."""
     dtype = subject.first.config.compute_dtype
     dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "bfloat16"
+    arguments = f"torch_dtype=torch.{dtype}"
     if subject.is_pipeline:
-        return "DiffusionPipeline", dtype
-    name = str(subject.config.get("_class_name"))
-    return (name if _CLASS.fullmatch(name) else "AutoModel"), dtype
+        return "DiffusionPipeline", arguments
+    if needs_remote_code(subject.config):
+        return "AutoModel", f"{arguments}, trust_remote_code=True"
+    return class_name(subject.config.get("_class_name")) or "AutoModel", arguments
 
 
 def _diffusers_code(subject: Subject) -> str:
-    name, dtype = diffusers_class(subject)
+    name, arguments = diffusers_class(subject)
     variable = "pipeline" if subject.is_pipeline else "model"
     lines = [
         "import torch",
         f"from diffusers import {name}",
         "",
-        f'{variable} = {name}.from_pretrained("{HERE}", torch_dtype=torch.{dtype})',
+        f'{variable} = {name}.from_pretrained("{HERE}", {arguments})',
     ]
     if subject.is_pipeline:
         lines.append("pipeline.enable_model_cpu_offload()")

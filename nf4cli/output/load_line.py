@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .card import Subject, auto_class, diffusers_class
+from .auto_class import auto_class, needs_remote_code
+from .card import VLLM_PLUGIN, Subject, diffusers_class
 from .manifest import Manifest
 
 
@@ -24,15 +25,18 @@ def loading_call(
     target = subject.first.config.target
     if not subject.library:
         return None
+    remote = ", trust_remote_code=True" if needs_remote_code(config) else ""
     if target == "vllm":
-        return f"vllm serve {shlex.quote(place)}"
+        trusting = " --trust-remote-code" if remote else ""
+        install = f"pip install --no-deps {VLLM_PLUGIN}"
+        return f"vllm serve {shlex.quote(place)}{trusting}  # vLLM 0.28 and newer: {install}"
     quoted = json.dumps(place, ensure_ascii=False)
     if target == "unsloth":
-        return f"FastLanguageModel.from_pretrained({quoted}, load_in_4bit=True)"
+        return f"FastLanguageModel.from_pretrained({quoted}, load_in_4bit=True{remote})"
     if subject.library == "diffusers":
-        name, dtype = diffusers_class(subject)
-        return f"{name}.from_pretrained({quoted}, torch_dtype=torch.{dtype})"
+        name, arguments = diffusers_class(subject)
+        return f"{name}.from_pretrained({quoted}, {arguments})"
     if subject.library == "sentence-transformers":
-        return f"SentenceTransformer({quoted})"
-    remote = ", trust_remote_code=True" if "auto_map" in config else ""
-    return f"{auto_class(config)}.from_pretrained({quoted}{remote})"
+        return f"SentenceTransformer({quoted}{remote})"
+    name = auto_class(config, subject.first.tensors)
+    return f"{name}.from_pretrained({quoted}{remote})"

@@ -3,10 +3,10 @@ that are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from ..errors import UsageError
-from . import model_config, selection, skip_list
+from . import selection, skip_list, vllm_rules
 
 FOLLOWING = (selection.ENTANGLED.name, selection.FUSED_WITH.name)
 """Names of the rules that keep a module because another one is kept."""
@@ -35,12 +35,12 @@ def skip_modules(
     while True:
         kept = selection.kept_modules(choices)
         packed = {selection.module_path(n): n for n, c in choices.items() if c.quantize}
-        if target == "vllm" and (partners := _vllm_partners(kept, packed)):
+        if target == "vllm" and (partners := vllm_rules.partners_to_keep(kept, packed)):
             for module in partners:
                 choices[packed[module]] = selection.Choice(False, selection.FUSED_WITH)
             continue
         entries = skip_list.collapse(kept, packed)
-        fused = model_config.vllm_fused_modules(kept, packed) if target == "vllm" else []
+        fused = vllm_rules.fused_modules(kept, packed) if target == "vllm" else []
         skip = skip_list.skip_modules([*entries, *fused], packed, names)
         ambiguous = next(skip_list.unmeant(entries, skip, names), None)
         if ambiguous is None:
@@ -58,16 +58,3 @@ def skip_modules(
             )
         for module in skip_list.entangled(ambiguous, packed, names):
             choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
-
-
-def _vllm_partners(kept: Mapping[str, selection.Choice], packed: Collection[str]) -> set[str]:
-    """Return the packed modules that vLLM loads as one with a module that holds a NaN or infinity.
-
-    Where a module is kept for another reason, `vllm_fused_modules` has the user decide.
-    """
-    return {
-        partner
-        for module, choice in kept.items()
-        if choice.rule in (selection.NONFINITE, selection.FUSED_WITH)
-        for partner in model_config.vllm_partners(module, packed)
-    }

@@ -1,16 +1,15 @@
-"""Read and change a model's config.json: its dtype and quantization, the sizes that it states, and
-the modules that vLLM loads as one."""
+"""Read and change a model's config.json: its dtype and quantization, the sizes that it states."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.bnb_format import QUANTIZATION_KEYS
 from ..checkpoint.types import Checkpoint
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
 
 _LAYER = re.compile(
@@ -22,13 +21,6 @@ second the rest of the name."""
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _EXTRA_LAYERS = re.compile(r"nextn|mtp")  # keys that announce layers beyond the count
-
-_VLLM_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""Module of vLLM -> the modules of transformers that it loads as this one."""
 
 
 def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
@@ -76,48 +68,6 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in QUANTIZATION_KEYS
     }
-
-
-def vllm_partners(module: str, packed: Collection[str]) -> list[str]:
-    """Return the packed modules that vLLM loads as one with `module`."""
-    layer, experts, _ = module.partition(".experts.")
-    if experts:
-        return [other for other in packed if other.startswith(f"{layer}.experts.")]
-    parent, _, leaf = module.rpartition(".")
-    parts = [part for parts in _VLLM_FUSED.values() if leaf in parts for part in parts]
-    return [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in packed]
-
-
-def vllm_fused_modules(kept: Collection[str], packed: Collection[str]) -> list[str]:
-    """Return vLLM's names for the modules that it fuses from kept ones: vLLM matches its skip list
-    against these.
-
-    Raises:
-        UsageError: one part of a fused module is kept and another is packed.  All experts of a
-            layer are one fused module.
-    """
-    kept_set, packed_set = set(kept), set(packed)
-    experts = {module.partition(".experts.")[0] for module in packed_set if ".experts." in module}
-    fused = []
-    for module in sorted(kept_set):
-        if ".experts." in module and module.partition(".experts.")[0] in experts:
-            raise UsageError(
-                f"--target vllm: {module} stays in full precision and other experts of its layer "
-                "do not, but vLLM loads them as one: keep them all, or none"
-            )
-        parent, _, leaf = module.rpartition(".")
-        for name, parts in _VLLM_FUSED.items():
-            if leaf not in parts or "experts" in parent.split("."):
-                continue
-            siblings = (f"{parent}.{part}" for part in parts)
-            other = next((sibling for sibling in siblings if sibling in packed_set), None)
-            if other is not None:
-                raise UsageError(
-                    f"--target vllm: {module} stays in full precision and {other} does not, but "
-                    f"vLLM loads both as one {name}: keep both, or none"
-                )
-            fused.append(f"{parent}.{name}")
-    return list(dict.fromkeys(fused))
 
 
 def check_headers(checkpoint: Checkpoint) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..checkpoint.discovery import links_note
 from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.types import Checkpoint
 from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import TORCH_NAME
-from . import kept_with, selection
+from . import kept_with, selection, vllm_rules
 from .plan import TensorPlan
 
 
@@ -65,6 +67,57 @@ def _stays_in_float32(tensor: TensorPlan, config: QuantConfig) -> bool:
     )
 
 
+def _expert_notes(
+    checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]
+) -> Iterator[str]:
+    """Yield what experts that stay floats cost, and that vLLM does not load them.
+
+    Args:
+        config: with every "auto" resolved.
+    """
+    experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
+    vllm = "vLLM loads no bitsandbytes checkpoint with experts in 16 bits"
+    if experts:
+        weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]
+        total = sum(t.numel for t in weights)
+        bits = 8 * sum(t.nbytes_out for t in tensors) / total
+        fused = all(t.rule == "fused-experts" for t in experts)
+        yield (
+            f"the experts stay in {config.dtype}: {sum(t.numel for t in experts) / total:.0%} of "
+            f"all weights, so the output has {bits:.2f} bits a weight. "
+            + (
+                f"They lie in 3-D parameters, which no loader holds in 4 bit; {vllm}"
+                if fused
+                else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
+                f"--target vllm, --target unsloth. {vllm}, so it does not load this output"
+            )
+        )
+    elif config.target == "transformers" and not checkpoint.is_diffusers:
+        kept = [t.name for t in tensors if t.state is None and vllm_rules.is_expert(t)]
+        if kept:
+            yield f"{_some(kept)} {'stay' if kept[1:] else 'stays'} in {config.dtype}: {vllm}"
+
+
+def _vllm_notes(config: QuantConfig, tensors: list[TensorPlan], nonfinite: bool) -> Iterator[str]:
+    """Yield the notes of a plan that is made for vLLM.
+
+    Args:
+        config: with every "auto" resolved.
+        nonfinite: whether another note names what is kept along with a NaN.
+    """
+    along = [t.name for t in tensors if t.rule == selection.FUSED_WITH.name]
+    if along and not nonfinite:
+        yield (
+            f"{_some(along)} {'stay' if along[1:] else 'stays'} in {config.dtype}: vLLM loads "
+            f"{'them' if along[1:] else 'it'} as one with what has to be kept"
+        )
+    if config.dtype == "float32":
+        yield (
+            "the model is float32, and vLLM computes with bitsandbytes checkpoints in 16 bits "
+            "only: it does not load this output. Convert with --dtype bfloat16"
+        )
+
+
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     """Return the notes of a checkpoint's plan.
 
@@ -81,22 +134,9 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
             + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
             + ". Whatever the model computes with it is not finite either: repair the source"
         )
-    experts = [t for t in tensors if t.rule in ("experts", "fused-experts")]
-    if experts:
-        weights = [t for t in tensors if t.weight.dtype in TORCH_NAME and t.outputs]
-        total = sum(t.numel for t in weights)
-        bits = 8 * sum(t.nbytes_out for t in tensors) / total
-        fused = all(t.rule == "fused-experts" for t in experts)
-        notes.append(
-            f"the experts stay in {config.dtype}: {sum(t.numel for t in experts) / total:.0%} of "
-            f"all weights, so the output has {bits:.2f} bits a weight. "
-            + (
-                "They lie in 3-D parameters, which no loader holds in 4 bit"
-                if fused
-                else "transformers 5 cannot hold experts in 4 bit; vLLM and unsloth can: "
-                "--target vllm, --target unsloth"
-            )
-        )
+    notes += _expert_notes(checkpoint, config, tensors)
+    if config.target == "vllm":
+        notes += _vllm_notes(config, tensors, bool(nonfinite))
     float32 = [t.name for t in tensors if _stays_in_float32(t, config)]
     if float32:
         notes.append(

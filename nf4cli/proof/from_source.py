@@ -266,7 +266,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         dtype=kept,
         scale="search" if has_chosen_scales(weight) else "absmax",
         keep=tuple(keep),
-        target="vllm" if any("experts" in name.split(".") for name in weights) else "transformers",
+        target="unsloth" if any("experts" in n.split(".") for n in weights) else "transformers",
     )
 
 

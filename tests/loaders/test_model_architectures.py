@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -122,18 +123,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
         cases = sorted(p.name for p in sources.iterdir() if NOTHING_TO_QUANTIZE not in p.name)
         kept = [f"{case}+kept" for case in cases if case.partition("@")[0] in RENAMED]
 
-        failed = {}
+        failed, lines = {}, {}
         for case in cases + kept:
             source, plus, _ = case.partition("+")
             options = ["--keep", "*.0.*"] if plus else []
             done = nf4("quantize", sources / source, quantized / case, *options)
             if done.returncode:
                 failed[case] = done.stderr
+            else:
+                (lines[case],) = re.findall(r"^load    (.*)$", done.stdout, re.M)
+        (root / "lines.json").write_text(json.dumps(lines))
 
         def load(major: str) -> dict[str, Any]:
             path = root / f"{major}.json"
             save = ["--save", real] if major == "5" else []
-            run_worker(major, "load", sources, quantized, path, *save)
+            run_worker(major, "load", sources, quantized, root / "lines.json", path, *save)
             found = json.loads(path.read_text())
             assert found["transformers"] == VERSIONS[major]
             return found["cases"]
@@ -241,6 +245,15 @@ def test_it_loads(work: Work, name: str, saver: str, loader: str):
     assert not report["wrong"]
     weights = packed_weights(tensors_of(work.output(f"{name}@{saver}")))
     assert len(report["modules"]) == len(weights)
+
+
+@ways_of(NAMES)
+def test_the_line_that_nf4_prints_loads_it(work: Work, name: str, saver: str, loader: str):
+    """The class that config.json names, with its head, and the same outputs."""
+    report = work.report(f"{name}@{saver}", loader)
+    assert "line" not in report["errors"], report["errors"]
+    assert report["class by the line"] == MODELS[name].model
+    assert report["the line gives the same"]
 
 
 @ways_of(NAMES)

@@ -118,6 +118,9 @@ def test_base_of_the_hub(subject):
     [
         (LLAMA, "transformers", "AutoModelForCausalLM.from_pretrained"),
         (LLAMA, "vllm", f"vllm serve {HERE}"),
+        (LLAMA, "vllm", "pip install --no-deps vllm-bnb-plugin"),
+        (LLAMA, "vllm", "vLLM refuses tensor parallelism"),
+        (LLAMA, "vllm", "--pipeline-parallel-size"),
         (LLAMA, "unsloth", "FastLanguageModel"),
         ({"architectures": ["LlavaForConditionalGeneration"]}, "transformers",
          "import AutoTokenizer, LlavaForConditionalGeneration"),

@@ -88,7 +88,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
         },
         other=quantized(other, "other", *small),
         half=quantized(llama, "half", "--keep", "model.layers.1.*", *small),
-        kept_experts=quantized(experts, "kept", "--target", "vllm", "--keep", "experts"),
+        kept_experts=quantized(experts, "kept", "--target", "unsloth", "--keep", "experts"),
         sources={"nested": llama, "plain": llama, "fp4": llama, "experts": experts},
     )
 
