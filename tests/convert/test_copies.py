@@ -83,7 +83,7 @@ def test_a_training_directory(source, tmp_path):
         "README.md", "LICENSE", "config.json", "model.safetensors", "tokenizer.json", "vocab.txt",
         MANIFEST,
     }  # fmt: skip
-    assert said.count("not copied:") == 1
+    assert said.count("note: not copied:") == 1
     for words in ("secrets (", ".env", "leftovers of training (", "checkpoint-500/", "figures/"):
         assert words in " ".join(said.split())
     nf4_ok("verify", tmp_path / "out", "--source", source)
