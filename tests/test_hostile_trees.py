@@ -87,9 +87,9 @@ def test_links_to_where_the_weights_lie_are_the_models_own(place):
     (place / "farm").mkdir()
     for file in (place / "m").iterdir():
         (place / "farm" / file.name).symlink_to(file)
-    os.link(place / "outside" / "secret.json", place / "farm" / "hard.json")
+    os.link(place / "outside" / "secret.json", place / "farm" / "vocab.json")
     seen = open_checkpoint(place / "farm")
-    assert seen.extra_files == ("config.json", "hard.json", "tokenizer.json")
+    assert seen.extra_files == ("config.json", "tokenizer.json", "vocab.json")
     assert seen.config["model_type"] == "llama"
 
 

@@ -46,6 +46,7 @@ def plan(
     output: Place | None = None,
     config: QuantConfig | None = None,
     *,
+    copy: Sequence[str] = (),
     importance: Place | None = None,
     max_shard_size: int | None = None,
     exact: bool = False,
@@ -67,6 +68,7 @@ def plan(
         output=_path(output),
         config=_recipe(config, importance, None),
         shard_size=max_shard_size,
+        copy=tuple(copy),
         importance_file=_path(importance),
         exact=exact,
         trust_remote_code=trust_remote_code,
@@ -79,7 +81,8 @@ def plan(
 
 def quantize(
     source: Place, output: Place | None = None, config: QuantConfig | None = None, *,
-    importance: Place | None = None, calibration: Calibrating | None = None,
+    copy: Sequence[str] = (), importance: Place | None = None,
+    calibration: Calibrating | None = None,
     max_shard_size: int | None = None, exact: bool = False, trust_remote_code: bool = False,
     digest: str = "auto", engine: str = "auto", device: str | None = None,
     workers: int | None = None, memory: int | None = None, disk: int | None = None,
@@ -94,6 +97,7 @@ def quantize(
             for an output on the Hub alone.
         config: the recipe, None for bitsandbytes' usual one (NF4, blocksize 64, double
             quantization). Its max_shard_size does not count; the argument below does.
+        copy: patterns of files that are copied beside those that a model is made of.
         importance: importance file of an earlier calibration; weights errors when scales are
             searched for.
         calibration: text to run through the model first.
@@ -121,6 +125,7 @@ def quantize(
     request = Request(
         source=Path(source), output=_path(output),
         config=_recipe(config, importance, calibration), shard_size=max_shard_size,
+        copy=tuple(copy),
         importance_file=_path(importance), calibrating=calibration, exact=exact,
         trust_remote_code=trust_remote_code, digest=digest,
         machine=Machine(engine, device, workers, memory, listener), disk=disk, push_to=push_to,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoint.digest import ALGORITHMS
-from ..checkpoint.discovery import name_of_directory
+from ..checkpoint.discovery import name_of_directory, with_copies
 from ..checkpoint.types import Checkpoint
 from ..convert.listener import NOBODY, Listener, Stage
 from ..convert.output_place import check_output, require_place
@@ -58,6 +58,7 @@ class Request:
             for an output on the Hub alone.
         config: the recipe; `recipe` replaces its `max_shard_size`.
         shard_size: bytes of the largest output file, None for the default.
+        copy: patterns of files that are copied beside those that a model is made of.
         importance_file: weights errors when scales are searched for, None for no data.
         calibrating: text to run through the model first, None for no calibration.
         exact: ask transformers which modules it holds in 4 bit, whatever the family.
@@ -78,6 +79,7 @@ class Request:
     output: Path | None = None
     config: QuantConfig = field(default_factory=QuantConfig)
     shard_size: int | None = None
+    copy: tuple[str, ...] = ()
     importance_file: Path | None = None
     calibrating: Calibrating | None = None
     exact: bool = False
@@ -271,7 +273,9 @@ class Job:
         recipe = replace(request.recipe, max_shard_size=size)
         if self.model.is_pipeline:
             origin_of = self.source.origin_of
-            return make_pipeline_plan(self.model.root, recipe, request.oracle, origin_of=origin_of)
+            return make_pipeline_plan(
+                self.model.root, recipe, request.oracle, origin_of=origin_of, copy=request.copy
+            )
         (plan,) = self.model.parts.values()
         return ModelPlan.of(
             make_plan(plan.checkpoint, recipe, request.oracle, importance=request.importance)
@@ -318,7 +322,8 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     """
     keep = request.disk is None and not only_plan
     continued = request.place if request.resume else None
-    with sources.found(request.source, keep, request.listener, continued) as source:
+    asked = sources.Files(request.copy, headers_only=only_plan)
+    with sources.found(request.source, keep, request.listener, continued, asked) as source:
         started = time.monotonic()
         with _planned(request, source, only_plan) as (whole, model, output):
             limits = request.machine.resources(model.tensors, unit_of(request.recipe))
@@ -350,13 +355,14 @@ def _planned(
         if scans:  # refuse before the long reading
             require_place(source.path, output, False, request.resume)
         model = make_pipeline_plan(
-            source.path, request.recipe, request.oracle, request.scan, source.origin_of
-        )
+            source.path, request.recipe, request.oracle, request.scan, source.origin_of,
+            request.copy,
+        )  # fmt: skip
         yield source, model, output
         return
     if calibrating:
         source = sources.whole(source, "--calibration", bounded, request.listener)
-    checkpoint = source.open()
+    checkpoint = with_copies(source.open(), request.copy)
     output = request.place(checkpoint.name)
     if scans or calibrating:
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)

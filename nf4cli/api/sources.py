@@ -40,6 +40,19 @@ def require_repository(name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Files:
+    """Which files of a model on a Hub are wanted beside its headers and small files.
+
+    Attributes:
+        copy: patterns of --copy.
+        headers_only: of parts beside the model too, for a plan that is not carried out.
+    """
+
+    copy: tuple[str, ...] = ()
+    headers_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A model to read.
 
@@ -93,6 +106,7 @@ def found(
     keep: bool,
     listener: Listener = NOBODY,
     continued: Callable[[str], Path] | None = None,
+    files: Files = Files(),
 ) -> Iterator[Source]:
     """Yield a source that can be planned from; of a model on a Hub, its outline.
 
@@ -100,6 +114,7 @@ def found(
         keep: small files that are fetched stay in the user's cache.
         continued: for a run that is continued: gives the output's directory for the model's name.
             The source is then at the commit that the run began with.
+        files: what is fetched.
 
     Raises:
         InputError, MachineError: see `client.resolve` and `outline.draw`.
@@ -128,7 +143,7 @@ def found(
                     raise type(error)(
                         f"{source} is no path here, and as a model of a Hub: {error}"
                     ) from error
-                draw(snapshot, directory, keep)
+                draw(snapshot, directory, keep, files.copy, files.headers_only)
             yield Source(directory, snapshot, outline=True)
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import model_files
+from .model_files import PICKLES, Code
 from .reader import read_shard
 from .types import DIFFUSERS_STEM, MODEL_STEM, Checkpoint, Shard, TensorInfo
 from .untrusted import (
@@ -45,11 +48,7 @@ _WEIGHT_FORMATS = (
     "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.ot", "*.npz", "*.pkl", "*.mlmodel",
     "*.index.json", "*.index.*.json",
 )  # fmt: skip
-_MODEL_FILES = (
-    "config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "vocab.*", "merges.txt", "*.model",
-)  # fmt: skip
-_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+_LONGEST_CODE = 2_000_000  # bytes of a module that are looked through; published ones have 200,000
 LEFT_DIRECTORIES = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
 """Directories that are not part of a model."""
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -243,7 +242,7 @@ def _not_a_checkpoint(path: Path, why: str, files: Iterable[Path]) -> str:
     message = f"{path} is not a safetensors checkpoint: {why}."
     if "adapter_config.json" in names:
         return message + " It is a PEFT adapter: merge it into its base model first"
-    if any(fnmatch(n, pattern) for n in names for pattern in _PICKLES):
+    if any(fnmatch(n, pattern) for n in names for pattern in PICKLES):
         diffusers = any(n.startswith(DIFFUSERS_STEM) for n in names)
         library, dtype = ("diffusers", "") if diffusers else ("transformers", ", dtype='auto'")
         directory = path if path.is_dir() else path.parent
@@ -349,48 +348,141 @@ def other_files(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """List the files of a model's directory beside its shards.
 
-    Not copied are weights in other formats, the files of a repository, whatever is no regular
-    file, and links that lead out of the model.
+    Copied are the files that a model is made of (model_files.py), the code that it names, the
+    modules of sentence-transformers, and parts: safetensors files with other weights than the
+    model's own.  Links that lead out of the model are not, nor is what is no regular file.
 
     Returns:
         (files to copy, files not to copy), relative to root, sorted.
     """
     shards = tuple(shards)
-    home = home_of(root, shards)
-    modules = sentence_transformers_modules(root)
-    not_extra = {index, *_OURS, *(path.name for path in shards)}
-    extra, left = [], []
-    for directory, subdirectories, names in os.walk(root):
-        links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
-        left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]
-        subdirectories[:] = sorted(d for d in subdirectories if not is_left(d) and d not in links)
-        for name in names:
-            path = Path(directory) / name
-            relative = path.relative_to(root).as_posix()
-            if relative in not_extra:
-                continue
-            of_module = name.endswith(".safetensors") and path.parent in modules
-            copied = is_regular(path) and (of_module or not is_weight_file(name))
-            copied = copied and relative not in REPOSITORYS
-            if not copied or (path.is_symlink() and leads_out(path, root, home)):
-                left.append(relative)
-            else:
-                extra.append(relative)
+    names, left = _walk(
+        root, {index, *_OURS, *(path.name for path in shards)}, home_of(root, shards)
+    )
+    modules = {p.relative_to(root).as_posix() for p in sentence_transformers_modules(root)}
+    is_part = _part_test(root, shards)
+    code = _code_of(root, names)
+    extra: list[str] = []
+    for name in names:
+        if name in REPOSITORYS or model_files.never_kind(name):
+            copied = False
+        elif is_weight_file(name.rpartition("/")[2]):
+            of_module = name.endswith(".safetensors") and name.rpartition("/")[0] in modules
+            copied = of_module or model_files.is_decoder(name) or is_part(name)
+        else:
+            of_module = any(name.startswith(f"{module}/") for module in modules)
+            copied = of_module or model_files.is_of_model(name) or code.takes(name)
+        (extra if copied else left).append(name)
     return tuple(sorted(extra)), tuple(sorted(left))
 
 
-def links_note(root: Path, left: Iterable[str]) -> list[str]:
-    """Return a note about the links that are not copied, in a list; [] if there are none.
+def _walk(
+    root: Path, ours: Collection[str | None], home: frozenset[Path]
+) -> tuple[list[str], list[str]]:
+    """Return the files below a model's directory that may be copied, and those that may not.
 
     Args:
-        left: the files that are not copied, see `other_files`.
+        ours: names of shards and of what a run writes itself, in neither list.
+        home: see `home_of`.
     """
-    links = [name for name in left if (root / name).is_symlink() and not is_weight_file(name)]
-    return links and [
-        "not copied are links that lead to something that is not the model's, which would be "
-        f"published with it: {', '.join(links[:5])}{', ...' if links[5:] else ''}. Copy the files "
-        "themselves there if they belong to it"
-    ]
+    names: list[str] = []
+    left: list[str] = []
+    for directory, subdirectories, files in os.walk(root):
+        links = [d for d in subdirectories if (Path(directory) / d).is_symlink()]
+        left += [(Path(directory) / d).relative_to(root).as_posix() for d in links]
+        subdirectories[:] = sorted(d for d in subdirectories if not is_left(d) and d not in links)
+        for file in files:
+            path = Path(directory) / file
+            name = path.relative_to(root).as_posix()
+            if name in ours:
+                continue
+            good = is_regular(path) and not _is_foreign(path, root, home)
+            (names if good else left).append(name)
+    return names, left
+
+
+def _part_test(root: Path, shards: tuple[Path, ...]) -> Callable[[str], bool]:
+    """Return a function that tells whether a safetensors file is a part beside the model.
+
+    A file that has the model's own weights once more is none, nor is one that cannot be read.
+    """
+    model: dict[str, object] = {}
+
+    def is_part(name: str) -> bool:
+        if not shards or not model_files.may_be_part(name):
+            return False
+        with suppress(InputError):
+            if not model:
+                model.update({t.name: t.shape for s in map(read_shard, shards) for t in s.tensors})
+            part = {t.name: t.shape for t in read_shard(root / name).tensors}
+            return bool(part) and not model_files.repeats(name, part, model)
+        return False
+
+    return is_part
+
+
+def _code_of(root: Path, names: Iterable[str]) -> Code:
+    """Return the custom code of a model: all its modules, if a configuration names any of them."""
+    names = [name for name in names if not model_files.never_kind(name)]
+    configs = [name for name in names if "/" not in name and name.endswith("config.json")]
+    if not any(model_files.has_code(_readable_json(root / name)) for name in configs) and not any(
+        name in ("modules.json", "model_index.json") for name in names
+    ):
+        return Code.of(())
+    texts = []
+    for name in names:
+        if name.endswith(".py"):
+            with suppress(InputError, OSError):
+                texts.append(read_start(root / name, _LONGEST_CODE)[0].decode("utf-8", "replace"))
+    return Code.of(texts)
+
+
+def _readable_json(path: Path) -> Mapping[str, Any]:
+    """Return a JSON file's content; {} if it cannot be read, which whoever needs it reports."""
+    with suppress(InputError, OSError):
+        return read_json(path)
+    return {}
+
+
+def with_copies(checkpoint: Checkpoint, patterns: Collection[str]) -> Checkpoint:
+    """Return a checkpoint whose output also copies the files that match patterns of --copy.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a file that cannot be copied.
+    """
+    if not patterns:
+        return checkpoint
+    names = set(checkpoint.left_files)
+    if checkpoint.is_file:
+        shards = [shard.path for shard in checkpoint.shards]
+        names.update(*other_files(checkpoint.root, shards, None))
+    names.update(checkpoint.extra_files)
+    root = checkpoint.root
+    chosen = model_files.chosen_files(patterns, names, str(root), why_not_copied(root))
+    return checkpoint.with_extra(chosen)
+
+
+def why_not_copied(root: Path) -> Callable[[str], str]:
+    """Return a function that says why --copy cannot take a file, by its name; "" if it can."""
+    home = home_of(root)
+
+    def why(name: str) -> str:
+        path = root / name
+        if name in (*REPOSITORYS, *_OURS):
+            return "an output has its own"
+        if model_files.is_adapter(name):
+            return "loaders would apply the adapter to the model once more"
+        if "/" not in name and is_weight_file(name) and model_files.is_same_weights(name):
+            return "loaders could take it for the model's weights"
+        if os.path.lexists(path) and (not is_regular(path) or _is_foreign(path, root, home)):
+            return "it is a link that leads out of the model, or no regular file"
+        return ""
+
+    return why
+
+
+def _is_foreign(path: Path, root: Path, home: frozenset[Path]) -> bool:
+    return path.is_symlink() and leads_out(path, root, home)
 
 
 def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
@@ -399,12 +491,17 @@ def _companions_of_file(root: Path, files: list[Path]) -> tuple[str, ...]:
     They are recognised by their names, since the directory may hold anything else as well.
     """
     home = home_of(root, files)
-    names = (
-        p.name
-        for p in root.iterdir()
-        if is_regular(p) and not (p.is_symlink() and leads_out(p, root, home))
+    names = [p.name for p in root.iterdir() if is_regular(p) and not _is_foreign(p, root, home)]
+    code = _code_of(root, names)
+    return tuple(
+        sorted(
+            name
+            for name in names
+            if not is_weight_file(name)
+            and name not in (*REPOSITORYS, *_OURS)
+            and (model_files.is_of_model(name) or code.takes(name))
+        )
     )
-    return tuple(sorted(n for n in names if any(fnmatch(n, pattern) for pattern in _MODEL_FILES)))
 
 
 def sentence_transformers_modules(root: Path) -> set[Path]:

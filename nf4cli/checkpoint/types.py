@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,14 @@ class Checkpoint:
         if self.config:
             return is_diffusers_config(self.config)
         return self.shards[0].path.name.startswith(DIFFUSERS_STEM)
+
+    def with_extra(self, names: Collection[str]) -> Checkpoint:
+        """Return the checkpoint with more files that an output copies, relative to root."""
+        return replace(
+            self,
+            extra_files=tuple(sorted({*self.extra_files, *names})),
+            left_files=tuple(name for name in self.left_files if name not in names),
+        )
 
     @property
     def stem(self) -> str:

@@ -272,6 +272,16 @@ def quantize(
             rich_help_panel=panels.OUTPUT,
         ),
     ] = None,
+    copy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--copy",
+            metavar="GLOB",
+            show_default=False,
+            help="More files of the source to copy; repeatable",
+            rich_help_panel=panels.OUTPUT,
+        ),
+    ] = None,
     digest: Annotated[
         str,
         typer.Option(
@@ -312,6 +322,7 @@ def quantize(
             method=_method(method, calibration, save_importance),
         ),
         shard_size=_size(max_shard_size, "--max-shard-size"),
+        copy=tuple(copy or ()),
         importance_file=importance,
         calibrating=Calibrating.of(
             calibration, calibration_tokens, calibration_length, damping, save_importance

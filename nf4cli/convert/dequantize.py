@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 from .. import stopping
 from ..callbacks import Progress, no_progress
 from ..checkpoint.discovery import MANIFEST, name_of_directory, open_checkpoint, shard_name
+from ..checkpoint.model_files import never_kind
 from ..checkpoint.packed import PackedReader, PackedWeight, load_weights
 from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint, FileDigests, Region, Shard, TensorInfo, View, Weight
+from ..checkpoint.untrusted import is_regular
 from ..checkpoint.writer import ShardLayout, ShardWriter, fill_shards, lay_out
 from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
 from ..output.manifest import Manifest, Result, TensorRecord
+from ..output.pipeline_record import read_record
+from ..output.recorded_choices import copied_names
+from ..output.report import Report
 from ..planning import selection
 from ..planning.make_plan import check_shard_size, index_of
 from ..planning.model_config import set_dtype
@@ -159,7 +164,7 @@ def plan_decoding(
         raise UsageError(f"--dtype {dtype} is not one of auto, {', '.join(SAFETENSORS_NAME)}")
     check_shard_size(max_shard_size)
     if not is_pipeline(path):
-        checkpoint = open_checkpoint(path)
+        checkpoint = _with_recorded(open_checkpoint(path))
         return ModelPlan.of(_plan(checkpoint, engine, dtype, max_shard_size))
     components = components_of(path)
     packed = packed_components(path, components)
@@ -168,10 +173,26 @@ def plan_decoding(
             f"{path} has no component with bitsandbytes 4-bit weights: there is nothing to decode"
         )
     parts = {
-        name: _plan(open_checkpoint(path / name), engine, dtype, max_shard_size) for name in packed
+        name: _plan(_with_recorded(open_checkpoint(path / name)), engine, dtype, max_shard_size)
+        for name in packed
     }
-    copies = copies_of(path, components, parts)
+    record = read_record(path, Report())  # a damaged one is for nf4 verify to report
+    recorded = [name for name in (record.files if record else ()) if not never_kind(name)]
+    copies = copies_of(path, components, parts, recorded)
     return ModelPlan(path, False, name_of_directory(path), parts, copies, ())
+
+
+def _with_recorded(checkpoint: Checkpoint) -> Checkpoint:
+    """Return an output with the files to copy that its run was told to copy, by its manifest."""
+    place = checkpoint.root / MANIFEST
+    if checkpoint.is_file or not is_regular(place):
+        return checkpoint
+    try:
+        names = copied_names(Manifest.from_file(place))
+    except InputError:  # damaged, which nf4 verify reports
+        return checkpoint
+    left = {name for name in checkpoint.left_files if is_regular(checkpoint.root / name)}
+    return checkpoint.with_extra({name for name in names & left if not never_kind(name)})
 
 
 def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int) -> Plan:

@@ -14,7 +14,7 @@ from ..checkpoint.discovery import IMPORTANCE, MANIFEST, PIPELINE_RECORD
 from ..checkpoint.untrusted import read_json
 from ..engines.protocol import Engine
 from ..errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
-from ..output.already_there import confirm, differs, is_of_commit
+from ..output.already_there import confirm, copies_otherwise, differs, is_of_commit
 from ..output.card import write_card
 from ..output.manifest import FileRecord, Manifest
 from ..output.pipeline_record import Record, confirm_pipeline
@@ -79,7 +79,8 @@ def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Man
 
         def is_same(part: str, manifest: Manifest) -> bool:
             plan = model.parts[part]
-            return is_of_commit(plan, manifest) and not differs(plan, manifest, run.digest)
+            same = is_of_commit(plan, manifest) and not differs(plan, manifest, run.digest)
+            return same and copies_otherwise(plan, manifest) is None
 
         published = transport.published(model, is_same)
         if published is not None:
@@ -148,7 +149,7 @@ def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Man
         manifests[part] = confirm(plan, directory, run.digest, run.resources, run.listener.progress)
         run.listener.note(f"{directory} is complete already, and as this would write it")
     if model.is_pipeline:
-        confirm_pipeline(work.output, model.root, [*model.parts])
+        confirm_pipeline(work.output, model.copies, [*model.parts])
     return manifests
 
 

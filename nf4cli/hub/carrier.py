@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .. import stopping
 from ..callbacks import Notify
 from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD
+from ..checkpoint.model_files import never_kind
 from ..checkpoint.reader import ByteReader, LocalShards
 from ..checkpoint.types import Shard, TensorInfo
 from ..convert.journal import Journal, Part, Upload
@@ -335,7 +336,9 @@ class HubTransport:
         }
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
             name = path.relative_to(directory).as_posix()
-            if not publication.has(name):
+            if kind := never_kind(name):  # somebody put it into a finished output
+                self.notify(f"not pushed: {name}, one of the {kind}")
+            elif not publication.has(name):
                 publication.add(path, name, digests.get(name))
         version = next(iter(manifests.values())).tool_version
         return publication.commit(f"{model.name} in 4 bit, by nf4 {version}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,17 @@ from typing import BinaryIO
 
 from .. import stopping
 from ..checkpoint.discovery import (
+    MANIFEST,
+    PIPELINE_RECORD,
     find_shards,
     is_weight_file,
     open_checkpoint,
+    other_files,
     sentence_transformers_modules,
 )
+from ..checkpoint.model_files import is_decoder, matches, may_be_part, never_kind
 from ..checkpoint.types import Checkpoint
-from ..checkpoint.untrusted import MAX_HEADER
+from ..checkpoint.untrusted import MAX_HEADER, RECORD, read_json
 from ..errors import InputError, InterruptedRunError, MachineError
 from ..planning.pipeline_plan import is_pipeline
 from ..threads import each
@@ -48,11 +53,19 @@ _LARGEST_SIDE_FILE = 2_000_000_000  # bytes of all files without weights: no mod
 _LEFT = (".gitattributes", ".gitignore")
 
 
-def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
+def draw(
+    snapshot: Snapshot,
+    directory: Path,
+    keep: bool = False,
+    copy: Collection[str] = (),
+    headers_only: bool = False,
+) -> None:
     """Make the outline of a model, or of a pipeline, in an empty directory.
 
     Args:
         keep: fetch the small files to the user's cache as well, as `hf download` does.
+        copy: patterns of files that an output copies, which are fetched whole.
+        headers_only: of the parts beside the model fetch headers alone, for a plan.
 
     Raises:
         InputError: it has no safetensors weights, or its other files are too large.
@@ -60,14 +73,36 @@ def draw(snapshot: Snapshot, directory: Path, keep: bool = False) -> None:
         InterruptedRunError: a stop was asked for.
     """
     files = {name: file for name, file in snapshot.files.items() if _counts(name)}
-    sides = [f for name, f in files.items() if not is_weight_file(name) or _is_index(name)]
-    if sum(file.size for file in sides) > _LARGEST_SIDE_FILE:
-        raise InputError(
-            f"{snapshot.name} has files of {sum(file.size for file in sides):,} bytes that are "
-            f"no weights, expected at most {_LARGEST_SIDE_FILE:,}: this is no model"
-        )
+    # An earlier version may have copied what is never copied now: its output is still verified.
+    is_output = any(name in files for name in (MANIFEST, PIPELINE_RECORD))
+    sides = [
+        file
+        for name, file in files.items()
+        if (not is_weight_file(name) or _is_index(name) or is_decoder(name))
+        and (is_output or not never_kind(name))
+    ]
+    sides += [
+        file
+        for name, file in files.items()
+        if file not in sides
+        and not never_kind(name)
+        and not name.endswith(".safetensors")
+        and any(matches(pattern, name) for pattern in copy)
+    ]
+    _require_small(snapshot, sides, "that are no weights")
     with _Place(directory) as place:
         _draw(snapshot, place, files, sides, keep)
+        _fetch_parts(snapshot, place, files, copy, None if headers_only else keep)
+
+
+def _require_small(snapshot: Snapshot, files: Iterable[RemoteFile], what: str) -> None:
+    """Raise InputError if files that are fetched whole are too large."""
+    total = sum(file.size for file in files)
+    if total > _LARGEST_SIDE_FILE:
+        raise InputError(
+            f"{snapshot.name} has files of {total:,} bytes {what}, expected at most "
+            f"{_LARGEST_SIDE_FILE:,}: this is no model"
+        )
 
 
 def _draw(
@@ -83,6 +118,10 @@ def _draw(
         _each(sides, lambda file: fetch_to_cache(snapshot, file))
         _each(sides[:1], lambda file: remember(snapshot, file))
     _each(sides, lambda file: _fetch_whole(snapshot, file, place))
+    recorded = _recorded_copies(directory)
+    pickles = [f for n, f in files.items() if n in recorded and f not in sides]
+    pickles = [file for file in pickles if not file.name.endswith(".safetensors")]
+    _each(pickles, lambda file: _fetch_whole(snapshot, file, place))
     modules = {
         path.relative_to(directory).as_posix() for path in sentence_transformers_modules(directory)
     }
@@ -100,6 +139,99 @@ def _draw(
     for file in stand_ins:
         if file not in needed:
             (directory / file.name).unlink()
+
+
+def _fetch_parts(
+    snapshot: Snapshot,
+    place: _Place,
+    files: dict[str, RemoteFile],
+    copy: Collection[str],
+    keep: bool | None,
+) -> None:
+    """Fetch the safetensors files that an output copies: parts beside a model, and those of --copy.
+
+    Their headers tell whether they hold the model's own weights once more.
+
+    Args:
+        place: the outline, with everything else.
+        keep: see `draw`; None for headers alone.
+
+    Raises:
+        InputError: they are too large for a run within a bound on the disk.
+    """
+    directory = place.path
+    asked = {n for n in files if any(matches(pattern, n) for pattern in copy) and not never_kind(n)}
+    there, pipeline = {*names_in(directory)}, is_pipeline(directory)
+    candidates = [
+        file
+        for name, file in files.items()
+        if name.endswith(".safetensors")
+        and name not in there
+        and (name in asked or _may_be_part(name, pipeline))
+    ]
+    if not candidates:
+        return
+    _each(candidates, lambda file: _fetch_header(snapshot, file, place))
+    copied = asked | _copied_in(directory)
+    parts = [file for file in candidates if file.name in copied]
+    for file in candidates:
+        if file not in parts:
+            (directory / file.name).unlink()
+    if keep is None:
+        return
+    if keep and not is_offline():
+        _each(parts, lambda file: fetch_to_cache(snapshot, file))
+    elif not keep and sum(file.size for file in parts) > _LARGEST_SIDE_FILE:
+        names = ", ".join(file.name for file in parts[:5])
+        raise InputError(
+            f"{snapshot.name} has parts of {sum(file.size for file in parts):,} bytes beside the "
+            f"model ({names}), which are copied whole and do not go with --disk: leave it out"
+        )
+    _each(parts, lambda file: _fetch_whole(snapshot, file, place))
+
+
+def _may_be_part(name: str, pipeline: bool) -> bool:
+    """Return whether a file may be a part, by its name; a pipeline's are those of a component."""
+    if not pipeline:
+        return may_be_part(name)
+    component, _, rest = name.partition("/")
+    return bool(component and rest) and may_be_part(rest)
+
+
+def _copied_in(directory: Path) -> set[str]:
+    """Return the files that an output would copy; of a pipeline, those in its directories."""
+    if not is_pipeline(directory):
+        return _copied_of_one(directory)
+    return {
+        f"{part.name}/{name}"
+        for part in directory.iterdir()
+        if part.is_dir()
+        for name in _copied_of_one(part)
+    }
+
+
+def _copied_of_one(directory: Path) -> set[str]:
+    try:
+        index, shards = find_shards(directory)
+    except InputError:
+        return set()
+    return {*other_files(directory, shards, index)[0]}
+
+
+def _recorded_copies(directory: Path) -> set[str]:
+    """Return the files that the manifest or the record of an output lists, if there is one."""
+    names: set[str] = set()
+    damaged = (InputError, AttributeError, KeyError, TypeError)  # whoever verifies it says so
+    for path in (*directory.glob(MANIFEST), *directory.glob(f"*/{MANIFEST}")):
+        with suppress(*damaged):
+            listed = read_json(path, RECORD).get("output", {}).get("files", [])
+            part = path.parent.relative_to(directory)
+            names.update((part / str(file["name"])).as_posix() for file in listed)
+    with suppress(*damaged):
+        names.update(
+            str(f["name"]) for f in read_json(directory / PIPELINE_RECORD, RECORD)["files"]
+        )
+    return names
 
 
 class _Place:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..callbacks import Notify, no_notice
 from ..checkpoint.discovery import CARD, MANIFEST
 from ..checkpoint.file_io import Identity
+from ..checkpoint.model_files import never_kind
 from ..checkpoint.untrusted import read_start
 from ..errors import InputError, MachineError, UsageError
 from ..output.card import addressed
@@ -229,12 +230,15 @@ class Publication:
             identity: of the file that `sha256` was computed of; None for the file as it is now.
 
         Raises:
-            InputError: the file changed meanwhile, or the Hub refuses it.
+            InputError: the file changed meanwhile, is one that is never published, or the Hub
+                refuses it.
             UsageError: the repository's .gitignore would leave it out.
             MachineError: the Hub cannot be reached, or says again and again that it is busy.
         """
         if name == CARD:
             return self._add_card(path)
+        if kind := never_kind(name):
+            raise InputError(f"{path} is one of the {kind}, which are never published: remove it")
         sample, size, identity_now = read_start(path, _SAMPLE)
         identity = identity or identity_now
         if identity_now != identity:

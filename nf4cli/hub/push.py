@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from .. import stopping
 from ..callbacks import Progress, no_progress
 from ..checkpoint.discovery import CARD
 from ..checkpoint.file_io import Identity
+from ..checkpoint.model_files import never_kind
 from ..checkpoint.untrusted import is_regular, read_start
-from ..errors import InterruptedRunError
+from ..errors import InputError, InterruptedRunError
 from ..output.listed_files import listed_output, read_listed, strays
 from ..output.manifest import Manifest
 from ..output.report import Finding
@@ -66,9 +67,11 @@ def check(path: Path, workers: int = 1, progress: Progress = no_progress) -> Che
         progress: told the bytes of each file that are read.
 
     Raises:
-        InputError: `path` has no manifest, one is damaged, or names a file outside.
+        InputError: `path` has no manifest, one is damaged, names a file outside, or lists one that
+            is never published.
     """
     manifests, files = listed_output(path)
+    _refuse_private(path, files)
     files = {name: listed for name, listed in files.items() if name != CARD}
     # Taken before the files are read: one that changes from here on is refused by `push`.
     identities = {n: read_start(f.path, 0)[2] for n, f in files.items() if is_regular(f.path)}
@@ -76,6 +79,22 @@ def check(path: Path, workers: int = 1, progress: Progress = no_progress) -> Che
     # A file that may be edited, like a component's card, is pushed as it is.
     digests = {**sha256, **dict.fromkeys(edited)}
     return Checked(path, manifests, digests, identities, findings, list(strays(path, files)))
+
+
+def _refuse_private(path: Path, names: Iterable[str]) -> None:
+    """Raise InputError if an output has files that are never published: an earlier nf4 copied
+    them."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if kind := never_kind(name):
+            kinds.setdefault(kind, []).append(name)
+    if kinds:
+        said = "; ".join(f"{kind}: {', '.join(names[:10])}" for kind, names in kinds.items())
+        raise InputError(
+            f"{path} is not published, since its manifest lists files that nobody should see "
+            f"({said}), which an earlier version of nf4 copied from the source. Quantize the "
+            "source again, which leaves them out, and remove this output"
+        )
 
 
 def push(

@@ -15,6 +15,7 @@ from ..version import __version__
 from .against_manifest import check_manifest
 from .against_source import compare_beside
 from .manifest import Manifest
+from .recorded_choices import copied_names
 from .report import Report
 
 
@@ -39,6 +40,8 @@ def confirm(
     except InputError as error:
         raise unlike_planned(output, str(error)) from error
     if (why := differs(plan, manifest, algorithm)) is not None:
+        raise unlike_planned(output, why)
+    if (why := copies_otherwise(plan, manifest)) is not None:
         raise unlike_planned(output, why)
     _require_source(plan, output, manifest, resources, progress)
     report = Report()
@@ -78,6 +81,17 @@ def is_of_commit(plan: Plan, manifest: Manifest) -> bool:
         and (manifest.source_repo, manifest.source_commit) == (origin.repo, origin.commit)
         and names == manifest.source_files.keys()
     )
+
+
+def copies_otherwise(plan: Plan, manifest: Manifest) -> str | None:
+    """Return how the copies of an output are not those that `plan` makes; None if they are."""
+    planned = {*plan.checkpoint.extra_files} - {"config.json"}
+    recorded = copied_names(manifest)
+    if more := sorted(recorded - planned):
+        return f"it has a copy of {more[0]}, which this does not copy"
+    if fewer := sorted(planned - recorded):
+        return f"it has no copy of {fewer[0]}"
+    return None
 
 
 def _require_source(

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint import model_files
 from ..checkpoint.digest import ALGORITHMS, digest_file
-from ..checkpoint.discovery import PIPELINE_RECORD
+from ..checkpoint.discovery import MANIFEST, PIPELINE_RECORD, is_weight_file
 from ..checkpoint.untrusted import is_plain, is_regular, read_json
 from ..errors import InputError
+from ..planning.model_plan import Copies
 from ..planning.pipeline_plan import components_of, copies_of, stray_weights
 from ..version import __version__
 from .against_manifest import check_other_file
-from .already_there import require_no_finding
+from .already_there import require_no_finding, unlike_planned
 from .manifest import FileRecord
 from .report import Report
 
@@ -127,15 +129,37 @@ def check_recorded(path: Path, record: Record | None, packed: list[str], report:
     )
 
 
-def check_copies(path: Path, source: Path, packed: list[str], report: Report) -> None:
+def check_copies(
+    path: Path, source: Path, packed: list[str], record: Record | None, report: Report
+) -> None:
     """Check that the copied files of an output are those of its source.
 
     Args:
         path: directory of the output.
         source: directory of the source.
         packed: names of the converted components.
+        record: of the output: it lists what --copy added, or an earlier version copied.
     """
-    copies = copies_of(source, components_of(source), packed)
+    copies = copies_of(source, components_of(source), packed, record.files if record else ())
+    since = {n for n in copies.files if record and n not in record.files and _is_part(n)}
+    if since:
+        report.unchecked.append(
+            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version "
+            "of nf4 that wrote it copied no such files"
+        )
+    files = {name: file for name, file in copies.files.items() if name not in since}
+    _compare_copies(path, replace(copies, files=files), report)
+
+
+def _is_part(name: str) -> bool:
+    """Return whether a file holds weights beside a component's own."""
+    last = name.rpartition("/")[2]
+    return is_weight_file(last) and not model_files.is_same_weights(last)
+
+
+def _compare_copies(path: Path, copies: Copies, report: Report) -> None:
+    """Check that each file of `copies` is in an output as it is in the source."""
+    source = copies.root
     for name, original in copies.files.items():
         copy = path / name
         if not is_regular(copy):
@@ -152,14 +176,19 @@ def check_copies(path: Path, source: Path, packed: list[str], report: Report) ->
     report.check("source", f"{len(copies.files)} copied files are those of the source")
 
 
-def confirm_pipeline(output: Path, root: Path, converted: list[str]) -> None:
+def confirm_pipeline(output: Path, copies: Copies, converted: list[str]) -> None:
     """Raise UsageError unless what lies beside an output's components is what a run would write.
 
     Args:
-        root: directory of the source.
+        copies: what the run would copy.
         converted: names of the converted components.
     """
     report = Report()
-    check_recorded(output, read_record(output, report), converted, report)
-    check_copies(output, root, converted, report)
+    record = read_record(output, report)
+    check_recorded(output, record, converted, report)
+    _compare_copies(output, copies, report)
     require_no_finding(output, report)
+    manifests = {f"{name}/{MANIFEST}" for name in converted}
+    more = sorted({*(record.files if record else ())} - {*copies.files, *copies.texts} - manifests)
+    if more:
+        raise unlike_planned(output, f"it has a copy of {more[0]}, which this does not copy")

@@ -1,12 +1,21 @@
 """Read from an output what a proof cannot derive from the source: the answer of transformers, the
-importance of inputs, and which codes error feedback chose."""
+importance of inputs, which codes error feedback chose, and which files the run copied."""
 
 from __future__ import annotations
 
-from ..checkpoint.discovery import IMPORTANCE, MANIFEST
+from dataclasses import replace
+
+from ..checkpoint.discovery import (
+    CARD,
+    IMPORTANCE,
+    MANIFEST,
+    is_weight_file,
+    sentence_transformers_modules,
+)
 from ..checkpoint.importance_file import ImportanceFile, load
 from ..checkpoint.packed import PackedWeight
 from ..checkpoint.types import Checkpoint
+from ..checkpoint.untrusted import is_plain, is_regular
 from ..errors import InputError
 from ..format.config import QuantConfig
 from ..planning import selection
@@ -64,6 +73,57 @@ def recorded_importance(
         )
         return None
     return importance
+
+
+def recorded_copies(original: Checkpoint, manifest: Manifest | None, report: Report) -> Checkpoint:
+    """Return a source whose files to copy are those that its output has by its manifest.
+
+    A run also copies what --copy names, and earlier versions copied everything but weights.
+
+    Args:
+        manifest: None for the output of another program.
+        report: takes the names of files that cannot be compared.
+    """
+    if manifest is None:
+        return original
+    listed, in_source = copied_names(manifest), {*original.extra_files, *original.left_files}
+    if original.is_file:
+        in_source.update(n for n in listed if is_plain(n) and is_regular(original.root / n))
+    present = {name for name in listed & in_source if is_regular(original.root / name)}
+    if missing := sorted(listed & in_source - present):
+        report.unchecked.append(
+            f"that {', '.join(missing[:10])} of the output came from the source: not fetched"
+        )
+    since = {
+        name for name in original.extra_files if name not in listed and _is_new(original, name)
+    }
+    if since:
+        report.unchecked.append(
+            f"{', '.join(sorted(since)[:10])} of the source, which the output lacks: the version "
+            "of nf4 that wrote it copied no such files"
+        )
+    names = ({*original.extra_files} - since) | present
+    left = tuple(name for name in original.left_files if name not in names)
+    return replace(original, extra_files=tuple(sorted(names)), left_files=left)
+
+
+def copied_names(manifest: Manifest) -> set[str]:
+    """Return the files of an output that its run copied, by its manifest."""
+    shards = {record.output_file for record in manifest.tensors.values()}
+    names = {name for name in manifest.output_files if not _is_index(name)}
+    return names - shards - {"config.json", IMPORTANCE, MANIFEST, CARD}
+
+
+def _is_index(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors.index.json")
+
+
+def _is_new(original: Checkpoint, name: str) -> bool:
+    """Return whether nf4 0.2.0 and earlier did not copy a file that is copied now."""
+    if original.is_file:
+        return True
+    of_module = (original.root / name).parent in sentence_transformers_modules(original.root)
+    return is_weight_file(name.rpartition("/")[2]) and not of_module
 
 
 def fed_back(weights: dict[str, PackedWeight], manifest: Manifest) -> dict[str, PackedWeight]:

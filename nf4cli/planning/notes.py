@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
-from ..checkpoint.discovery import links_note
+from ..checkpoint import model_files
+from ..checkpoint.discovery import REPOSITORYS, is_weight_file, sentence_transformers_modules
 from ..checkpoint.importance_file import ImportanceFile
+from ..checkpoint.reader import read_shard
 from ..checkpoint.types import Checkpoint
+from ..checkpoint.untrusted import home_of, is_regular, leads_out
 from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import TORCH_NAME
 from . import kept_with, selection, vllm_rules
 from .plan import TensorPlan
+
+_OTHERS = "files that a model is not made of"
 
 
 def _some(names: list[str]) -> str:
@@ -154,11 +160,145 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
             f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
             "the manifest)"
         )
-    notes += links_note(checkpoint.root, checkpoint.left_files)
-    pickles = [f for f in checkpoint.left_files if f.endswith("_Dense/pytorch_model.bin")]
-    if pickles:
+    return notes + copies_notes(
+        checkpoint.root,
+        checkpoint.extra_files,
+        checkpoint.left_files,
+        [shard.path for shard in checkpoint.shards],
+    )
+
+
+def copies_notes(
+    root: Path, copied: Iterable[str], left: Iterable[str], shards: Iterable[Path] = ()
+) -> list[str]:
+    """Return notes about the files beside a model: what is copied in full precision, what is not.
+
+    Args:
+        root: directory of the model.
+        copied, left: paths relative to it.
+        shards: weight files of the model; of a pipeline none, whose components have them.
+    """
+    shards, copied = tuple(shards), tuple(copied)
+    rest = {n for n in left if n not in REPOSITORYS and not n.endswith(".index.json")}
+    home = home_of(root, shards)
+    links = {n for n in rest if (root / n).is_symlink() and leads_out(root / n, root, home)}
+    links = {name for name in links if not is_weight_file(name)}
+    adapters = {name for name in rest - links if model_files.is_adapter(name)}
+    pickles = _needed_pickles(rest - links, copied)
+    rest -= links | adapters | pickles
+    return [
+        *_links_note(links),
+        *_adapter_note(adapters),
+        *(_parts_note(root, copied) if shards else ()),
+        *_pickles_note(root, pickles),
+        *_left_note(root, rest),
+    ]
+
+
+def _links_note(links: Collection[str]) -> list[str]:
+    if not links:
+        return []
+    return [
+        "not copied are links that lead to something that is not the model's, which would be "
+        f"published with it: {_some(sorted(links))}. Copy the files themselves there if they "
+        "belong to it"
+    ]
+
+
+def _adapter_note(adapters: Collection[str]) -> list[str]:
+    if not adapters:
+        return []
+    return [
+        f"{' and '.join(sorted(adapters))} beside the model {_are(adapters)} of a PEFT adapter, "
+        f"and {_are(adapters)} not copied: loaders would apply the adapter once more, or fail. If "
+        "it is not merged into these weights yet, merge it first"
+    ]
+
+
+def _parts_note(root: Path, copied: Iterable[str]) -> list[str]:
+    """Return a note that names the parts beside a model which are copied in full precision."""
+    modules = sentence_transformers_modules(root)
+    parts = [n for n in copied if n.endswith(".safetensors") and (root / n).parent not in modules]
+    if not parts:
+        return []
+    return [
+        f"{_some(parts)} {'lie' if parts[1:] else 'lies'} beside the model and {_are(parts)} "
+        "copied byte for byte, in full precision"
+    ]
+
+
+def _needed_pickles(left: Iterable[str], copied: Iterable[str]) -> set[str]:
+    """Return the pickles among the files that are left which hold something else than the model."""
+    has_weights = {name.rpartition("/")[0] for name in copied if name.endswith(".safetensors")}
+    return {
+        name
+        for name in left
+        if model_files.is_like(name, model_files.PICKLES)
+        and not model_files.never_kind(name)
+        and not model_files.is_same_weights(name)
+        and not (
+            name.rpartition("/")[0] in has_weights
+            and model_files.is_same_weights(name.rpartition("/")[2])
+        )
+    }
+
+
+def _pickles_note(root: Path, pickles: Collection[str]) -> list[str]:
+    modules = sentence_transformers_modules(root)
+    needed = sorted(name for name in pickles if (root / name).parent in modules)
+    others = sorted(set(pickles) - {*needed})
+    notes = []
+    if needed:
         notes.append(
-            f"{pickles[0]} is a pickle that sentence-transformers needs and nf4 does not copy: "
-            "save the model again with safetensors first"
+            f"{_some(needed)} {'are pickles' if needed[1:] else 'is a pickle'} that "
+            "sentence-transformers needs and nf4 does not copy: save the model again with "
+            "safetensors first, or copy the file as it is with --copy"
+        )
+    if others:
+        notes.append(
+            f"{_some(others)} beside the model {'are pickles' if others[1:] else 'is a pickle'}, "
+            "which nf4 neither opens nor copies: a program that loads "
+            f"{'them' if others[1:] else 'it'} will find nothing. Save "
+            f"{'them' if others[1:] else 'it'} as safetensors first, or copy what you trust with "
+            "--copy"
         )
     return notes
+
+
+def _left_note(root: Path, left: Iterable[str]) -> list[str]:
+    """Return a note about the other files that are not copied, by kind.
+
+    There is none where all of them repeat the model's weights, as in most repositories.
+    """
+    left = sorted(left)
+    if all(is_weight_file(n) and model_files.is_same_weights(n.rpartition("/")[2]) for n in left):
+        return []
+    kinds: dict[str, list[str]] = {}
+    for name in left:
+        kinds.setdefault(_kind_of(root, name), []).append(name)
+    said = [f"{kind} ({_places(names)})" for kind, names in sorted(kinds.items())]
+    advice = "; --copy PATTERN copies more" if _OTHERS in kinds else ""
+    return [f"not copied: {', '.join(said)}{advice}"]
+
+
+def _kind_of(root: Path, name: str) -> str:
+    """Return the kind of a file that is not copied, in words."""
+    if kind := model_files.never_kind(name):
+        return kind
+    if not is_weight_file(name.rpartition("/")[2]):
+        return _OTHERS
+    if model_files.may_be_part(name) and is_regular(root / name):
+        try:
+            read_shard(root / name)
+        except InputError:
+            return "safetensors that cannot be read"
+    return "other weight files"
+
+
+def _places(names: Iterable[str]) -> str:
+    """Return files in words; those in a subdirectory by the subdirectory alone."""
+    return _some(list(dict.fromkeys(n.partition("/")[0] + "/" * ("/" in n) for n in names)))
+
+
+def _are(names: Collection[str]) -> str:
+    return "are" if len(names) > 1 else "is"

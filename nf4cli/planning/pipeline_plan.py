@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import bnb_format
+from ..checkpoint import bnb_format, model_files
 from ..checkpoint.discovery import (
     MANIFEST,
     PIPELINE_RECORD,
@@ -23,12 +23,12 @@ from ..checkpoint.discovery import (
     find_shards,
     is_left,
     is_weight_file,
-    links_note,
     name_of_directory,
     open_checkpoint,
     other_files,
     plain_index,
     plain_name,
+    why_not_copied,
 )
 from ..checkpoint.types import Checkpoint, Origin
 from ..checkpoint.untrusted import INDEX, home_of, is_plain, is_regular, leads_out, read_json
@@ -38,6 +38,7 @@ from .diffusers_rules import converts
 from .families import consult
 from .make_plan import Oracle, Scan, make_plan, no_scan
 from .model_plan import Copies, ModelPlan
+from .notes import copies_notes
 from .plan import Plan
 from .selection import matches, module_path
 
@@ -143,6 +144,7 @@ def make_pipeline_plan(
     oracle: Oracle = consult,
     scan: Scan = no_scan,
     origin_of: Callable[[str], Origin | None] = _no_origin,
+    copy: Collection[str] = (),
 ) -> ModelPlan:
     """Decide the whole conversion of a pipeline.
 
@@ -150,9 +152,11 @@ def make_pipeline_plan(
         config: `keep` patterns may begin with a component's name, or be one.
         oracle, scan: see `make_plan`.
         origin_of: given a component's name, returns where it comes from.
+        copy: patterns of files that are copied beside those that a pipeline is made of.
 
     Raises:
-        UsageError: see `make_plan`; the target loads no pipelines.
+        UsageError: see `make_plan`; the target loads no pipelines; a pattern of `copy` matches
+            nothing, or what is never copied.
         InputError: see `make_plan`; no component has anything to quantize.
     """
     if config.target != "transformers":
@@ -182,9 +186,38 @@ def make_pipeline_plan(
         notes += [f"{name}: {note}" for note in plan.notes]
     if not parts:
         raise InputError(f"{root} has nothing to quantize: {'; '.join(notes)}")
-    copies = copies_of(root, components, parts)
-    notes += [*links_note(root, copies.left), *_full_precision_note(components.values(), copies)]
+    parts, copies = _with_copies(root, components, parts, copy)
+    notes += [
+        *copies_notes(root, copies.files, copies.left),
+        *_full_precision_note(components.values(), copies),
+    ]
     return ModelPlan(root, False, name_of_directory(root), parts, copies, tuple(notes))
+
+
+def _with_copies(
+    root: Path, components: Collection[str], parts: Mapping[str, Plan], patterns: Collection[str]
+) -> tuple[dict[str, Plan], Copies]:
+    """Return the parts and the copies of a pipeline, with the files that --copy adds to them.
+
+    Raises:
+        UsageError: see `chosen_files`.
+    """
+    copies = copies_of(root, components, parts)
+    own = {
+        f"{part}/{name}"
+        for part, plan in parts.items()
+        for name in (*plan.checkpoint.extra_files, *plan.checkpoint.left_files)
+    }
+    names = {*copies.left, *copies.files, *own}
+    why = why_not_copied(root)
+    chosen = model_files.chosen_files(patterns, names, str(root), why)
+    with_files = {}
+    for part, plan in parts.items():
+        added = {
+            name.removeprefix(f"{part}/") for name in chosen & own if name.startswith(f"{part}/")
+        }
+        with_files[part] = replace(plan, checkpoint=plan.checkpoint.with_extra(added))
+    return with_files, copies_of(root, components, parts, sorted(chosen))
 
 
 def _open_components(
@@ -261,8 +294,20 @@ def _own_pattern(pattern: str, component: str) -> str:
     return rest if is_prefixed else pattern
 
 
-def copies_of(root: Path, components: Collection[str], converted: Collection[str]) -> Copies:
-    """Return what an output copies of a pipeline: everything but the converted components."""
+def copies_of(
+    root: Path,
+    components: Collection[str],
+    converted: Collection[str],
+    copy: Collection[str] = (),
+) -> Copies:
+    """Return what an output copies of a pipeline beside its converted components.
+
+    Copied are the other components, what the list of a model's files names (model_files.py), and
+    directories of such files and weights that model_index.json does not name.
+
+    Args:
+        copy: paths of files that are copied in any case.
+    """
     copies = Copies(root, {}, {}, [])
     home = home_of(root)
     for path in sorted(root.iterdir()):
@@ -273,11 +318,22 @@ def copies_of(root: Path, components: Collection[str], converted: Collection[str
                 _add_directory(copies, path, path.name in components)
         elif path.name == PIPELINE_RECORD:
             continue
-        elif is_regular(path) and not is_weight_file(path.name) and path.name not in REPOSITORYS:
+        elif is_regular(path) and _is_of_pipeline(path.name):
             copies.files[path.name] = path.name
         else:
             copies.left.append(path.name)
+    for name in copy:
+        if name in copies.left and is_regular(root / name):
+            copies.left.remove(name)
+            copies.files[name] = name
     return copies
+
+
+def _is_of_pipeline(name: str) -> bool:
+    """Return whether a file directly in a pipeline's directory is copied."""
+    if is_weight_file(name) or name in REPOSITORYS or model_files.never_kind(name):
+        return False
+    return model_files.is_of_model(name) or name.endswith(".py")
 
 
 def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
@@ -287,18 +343,22 @@ def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
         copies: changed in place.
         component: whether model_index.json names the directory.
     """
+    prefix = directory.name + "/"
     try:
         index, shards = find_shards(directory)
     except InputError:
         index, shards = None, []
     extra, not_copied = other_files(directory, shards, index)
-    if not shards and component:  # pickles, or what else its loader reads: not for us to judge
-        extra, not_copied = tuple(sorted((*extra, *not_copied))), ()
+    if component:  # its class is not for us to judge; without shards not even what its weights are
+        more = {n for n in not_copied if _is_of_component(directory, n, bool(shards))}
+        extra, not_copied = (*extra, *more), tuple(n for n in not_copied if n not in more)
+    elif model_files.never_kind(prefix + "x") or model_files.is_same_weights(prefix + "x"):
+        index, extra, not_copied = None, (), (*extra, *not_copied, *(s.name for s in shards))
+        shards = []
     if (directory / MANIFEST).is_file():
         extra = (*extra, MANIFEST)
-    prefix = directory.name + "/"
-    copies.files.update({prefix + name: prefix + name for name in extra})
-    copies.left.extend(prefix + name for name in not_copied)
+    copies.files.update({prefix + name: prefix + name for name in sorted(extra)})
+    copies.left.extend(prefix + name for name in sorted(not_copied))
     copies.files.update({prefix + plain_name(s.name): prefix + s.name for s in shards})
     if index is None:
         return
@@ -309,6 +369,20 @@ def _add_directory(copies: Copies, directory: Path, component: bool) -> None:
     weight_map = {tensor: plain_name(file) for tensor, file in content["weight_map"].items()}
     text = json.dumps({**content, "weight_map": weight_map}, indent=2) + "\n"
     copies.texts[prefix + plain_index(shards[0].name)] = text
+
+
+def _is_of_component(directory: Path, name: str, has_shards: bool) -> bool:
+    """Return whether a file that no list names is copied with the component that it lies in.
+
+    Args:
+        has_shards: whether the component has safetensors weights, so that others are repetitions.
+    """
+    path = directory / name
+    if model_files.never_kind(name) or not is_regular(path):
+        return False
+    if path.is_symlink() and leads_out(path, directory, home_of(directory)):
+        return False
+    return not has_shards or not (is_weight_file(name) or name in REPOSITORYS)
 
 
 def stray_weights(root: Path, listed: Collection[str], converted: Collection[str]) -> list[str]:

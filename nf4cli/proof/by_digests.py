@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError
 from ..output.against_manifest import check_lists
 from ..output.against_source import compare_beside
 from ..output.manifest import Manifest
-from ..output.recorded_choices import recorded_answer, recorded_importance
+from ..output.recorded_choices import recorded_answer, recorded_copies, recorded_importance
 from ..output.report import LEVELS, Report
 from ..planning.make_plan import make_plan
 from ..planning.model_plan import ModelPlan
@@ -51,6 +51,7 @@ def plan_again(
     Raises:
         InputError: `original` cannot be quantized.
     """
+    original = recorded_copies(original, manifest, report)
     importance = recorded_importance(output, manifest.config, report)
     if manifest.config.importance and importance is None:
         return None

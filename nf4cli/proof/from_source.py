@@ -22,7 +22,12 @@ from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
 from ..output.against_source import compare_beside
 from ..output.manifest import Manifest
-from ..output.recorded_choices import fed_back, recorded_answer, recorded_importance
+from ..output.recorded_choices import (
+    fed_back,
+    recorded_answer,
+    recorded_copies,
+    recorded_importance,
+)
 from ..output.report import Report
 from ..planning import selection, skip_list
 from ..planning.families import names_of
@@ -108,7 +113,7 @@ def plan_of(proof: Proof) -> Plan | None:
         report.unchecked.append("the bytes against the source: no quantization state is complete")
         return None
     config = manifest.config if manifest else recipe_of(proof.checkpoint, weights)
-    original = open_checkpoint(proof.source)
+    original = recorded_copies(open_checkpoint(proof.source), manifest, report)
     importance = recorded_importance(proof.checkpoint, config, report)
     if config.importance and importance is None:
         return None

@@ -71,7 +71,7 @@ def verify_pipeline(
             path / name, originals.get(name), engine, resources, progress
         )
     if source is not None:
-        check_copies(path, source, packed, report.own)
+        check_copies(path, source, packed, record, report.own)
     return report
 
 
