@@ -123,7 +123,8 @@ def survey_family(model_type: str) -> dict[str, Any]:
 
     for model_class in classes_of(config_class()):
         given = (shallow(short), short, full, filled(short), filled(full))
-        for config in map(with_ties, (*given, *map(without_timm, given[:2]))):
+        own = *given, *map(without_timm, given[:2])
+        for config in (*map(with_ties, own), *own):  # some refuse to tie
             try:
                 found = tied_in(model_class, config)
             except Exception as error:
@@ -219,8 +220,9 @@ def of_surveyed(versions: list[dict[str, Any]]) -> dict[str, Any]:
                 table[model_type] = facts.get(key, table.get(model_type, []))
     return {
         "tied": {
-            model_type: {name: without_inner(classes[name]) for name in sorted(classes)}
+            model_type: {name: kept for name in sorted(classes) if (kept := told(classes[name]))}
             for model_type, classes in sorted(tied.items())
+            if any(map(told, classes.values()))
         },
         **{
             key: {
@@ -231,10 +233,18 @@ def of_surveyed(versions: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def without_inner(paths: set[str]) -> list[str]:
-    """The paths that do not lie inside a list that is named too."""
+def told(paths: set[str]) -> list[str]:
+    """The paths that do not lie inside a list that is named too.
+
+    Layers that are shared by blocks with numbers are not told by a class, but by a configuration.
+    """
     lists = [path.removesuffix("*") for path in paths if path.endswith(".*")]
-    return sorted(p for p in paths if p.endswith(".*") or not p.startswith(tuple(lists)))
+    return sorted(
+        path
+        for path in paths
+        if not re.search(r"\.\d+(\.|$)", path)
+        and (path.endswith(".*") or not path.startswith(tuple(lists)))
+    )
 
 
 def text_of(document: Mapping[str, Any]) -> str:

@@ -299,12 +299,16 @@ def _pickles_note(root: Path, pickles: Collection[str]) -> list[str]:
 
 
 def _left_note(root: Path, left: Iterable[str]) -> list[str]:
-    """Return a note about the other files that are not copied, by kind."""
-    kinds: dict[str, list[str]] = {}
-    for name in sorted(left):
-        kinds.setdefault(_kind_of(root, name), []).append(name)
-    if not kinds:
+    """Return a note about the other files that are not copied, by kind.
+
+    There is none where all of them repeat the model's weights, as in most repositories.
+    """
+    left = sorted(left)
+    if all(is_weight_file(n) and model_files.is_same_weights(n.rpartition("/")[2]) for n in left):
         return []
+    kinds: dict[str, list[str]] = {}
+    for name in left:
+        kinds.setdefault(_kind_of(root, name), []).append(name)
     said = [f"{kind} ({_places(names)})" for kind, names in sorted(kinds.items())]
     advice = "; --copy PATTERN copies more" if _OTHERS in kinds else ""
     return [f"not copied: {', '.join(said)}{advice}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.bnb_format import ABSMAX
+from ..checkpoint.types import TensorInfo
 from ..errors import InputError, MachineError
 from .answer import Answer
 from .meta_model import (
@@ -28,7 +29,8 @@ from .meta_model import (
     quiet,
     refuse_absurd,
 )  # fmt: skip
-from .selection import WEIGHT
+from .model_config import config_items
+from .selection import QUANTIZED, WEIGHT, Context, rule_of
 
 _INSTALL = "pip install 'nf4cli[exact]'"
 
@@ -135,12 +137,19 @@ def is_linear(module: Any) -> bool:
 
 
 def tied_linears(model: Any) -> frozenset[str]:
-    """Return the paths of a model's linear layers that share their weights with other modules.
+    """Return the paths of a model's linear layers that share float weights with other modules.
 
-    Of a list in which every linear layer does, it is `LIST.*`: nobody has to count them.
+    Of a list in which every linear layer does, it is `LIST.*`: nobody has to count them.  Layers
+    that share a weight which the rules pack are left out: a packed weight is shared as any other.
     """
     linears = {p for p, m in model.named_modules(remove_duplicate=False) if p and is_linear(m)}
-    tied = {name.removesuffix(WEIGHT) for name in _tied_parameters(model)} & linears
+    context = _context(model)
+    tied: set[str] = set()
+    for group in _tied_parameters(model):
+        members = {name.removesuffix(WEIGHT) for name in group} & linears
+        packed = [m for m in members if _is_packed(context, m, model.get_submodule(m))]
+        if len(members) == 1 or not packed:
+            tied |= members
     found = set()
     for path in tied:
         container = re.split(r"\.\d+(?:\.|$)", path)[0]
@@ -149,15 +158,35 @@ def tied_linears(model: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _tied_parameters(model: Any) -> set[str]:
+def _tied_parameters(model: Any) -> Iterable[set[str]]:
+    """Return groups of names of parameters that share their values."""
+    groups: dict[Any, set[str]] = {}
     if not is_version_4():
-        pairs = model.all_tied_weights_keys
-        return {*pairs, *pairs.values()}
+        for target, source in model.all_tied_weights_keys.items():
+            groups.setdefault(source, {source}).add(target)
+        return groups.values()
     model.tie_weights()
-    groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name for names in groups.values() if len(names) > 1 for name in names}
+        groups.setdefault(id(parameter), set()).add(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _context(model: Any) -> Context:
+    """Return what the rules need to know of a model without a checkpoint."""
+    # Labels are numbered: their keys are no strings.
+    items = [(k, v) for k, v in config_items(model.config.to_dict()) if isinstance(k, str)]
+    sizes = (v for k, v in items if k.endswith("vocab_size") and isinstance(v, int) and v > 1)
+    return Context(
+        model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
+        vocab_sizes=frozenset(sizes),
+        num_layers=None,
+        names=frozenset(model.state_dict()),
+    )
+
+
+def _is_packed(context: Context, path: str, module: Any) -> bool:
+    tensor = TensorInfo(path + WEIGHT, "BF16", tuple(module.weight.shape), 0)
+    return rule_of(context, tensor) is QUANTIZED
 
 
 def converts(path: str, kept: Collection[str]) -> bool:

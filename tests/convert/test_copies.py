@@ -83,7 +83,7 @@ def test_a_training_directory(source, tmp_path):
         "README.md", "LICENSE", "config.json", "model.safetensors", "tokenizer.json", "vocab.txt",
         MANIFEST,
     }  # fmt: skip
-    assert said.count("not copied:") == 1
+    assert said.count("note: not copied:") == 1
     for words in ("secrets (", ".env", "leftovers of training (", "checkpoint-500/", "figures/"):
         assert words in " ".join(said.split())
     nf4_ok("verify", tmp_path / "out", "--source", source)
@@ -193,7 +193,7 @@ def test_parts_beside_the_model_are_copied_and_recorded(source, tmp_path):
 
 def test_pickles_beside_the_model_are_named(source, tmp_path):
     (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
-    fill(source, "colbert_linear.pt", "2_Dense/pytorch_model.bin", "pytorch_model.bin")
+    fill(source, "colbert_linear.pt", "2_Dense/pytorch_model.bin", "pytorch_model.bin", "a.png")
     said = " ".join(nf4_ok("quantize", source, tmp_path / "out").split())
     assert "colbert_linear.pt beside the model is a pickle" in said
     assert "2_Dense/pytorch_model.bin is a pickle that sentence-transformers needs" in said
