@@ -414,3 +414,31 @@ def test_a_kept_value_above_the_range_of_the_dtype_is_refused(tmp_path):
     write_checkpoint_dir(tmp_path / "m", tensors, {**LLAMA, "torch_dtype": "float16"})
     says = (f"{NORM}[5]", "too large for F16", "--dtype")
     refused(INPUT, "quantize", "m", "out", says=says, cwd=tmp_path)
+
+
+# -- as transformers loads it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda tensors: ({f"_orig_mod.{name}": t for name, t in tensors.items()}, {}),
+        lambda tensors: (tensors, {"quantization_config": BNB}),
+        lambda tensors: ({n: t.double() for n, t in tensors.items()}, {}),
+    ],
+    ids=["wrapped", "leftover", "float64"],
+)
+def test_transformers_loads_every_weight_of_the_output(tmp_path, changed):
+    reason = "loading an output needs transformers and bitsandbytes"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    bnb = pytest.importorskip("bitsandbytes", reason=reason)
+    tensors, keys = changed(llama_tensors())
+    out, _ = converted(tmp_path / "m", tensors, {**LLAMA, **keys})
+    auto = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    packed = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(packed) == 14
+    assert all(m.weight.quant_state is not None for m in packed)
+    assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()
