@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, TORCH_NAME
 from . import kept_with, model_config, selection
-from .plan import TensorPlan
+from .plan import TensorPlan, is_renamed
 from .quantizers import leftover_note
 from .tensor_names import prefix_note
 
@@ -51,13 +51,6 @@ def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> l
         f"nothing is known of the inputs of {_some(missing)}: {'their' if missing[1:] else 'its'} "
         "scales were chosen without data"
     ]
-
-
-def _is_renamed(tensor: TensorPlan) -> bool:
-    """Return whether a wrapper has changed a tensor's name; an expert of a fused tensor is one part
-    of it, and a float8 weight has the name it is stored under."""
-    stored = tensor.weight.stored.name
-    return tensor.name != stored and tensor.weight.shape == tensor.weight.stored.shape
 
 
 def _float64_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
@@ -118,7 +111,7 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
         )
     notes += leftover_note(checkpoint)
     notes += weights_note(checkpoint)
-    notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if _is_renamed(t))
+    notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if is_renamed(t))
     notes += _float64_note(tensors, config.dtype)
     notes += model_config.dtype_notes(checkpoint, config.dtype)
     notes += links_note(checkpoint.root, checkpoint.left_files)

@@ -14,6 +14,7 @@ from helpers import (
     INPUT,
     LLAMA,
     UP,
+    USAGE,
     llama_tensors,
     nf4_ok,
     raw,
@@ -242,6 +243,19 @@ def test_a_value_head_stays_in_full_precision(tmp_path):
     head = torch.randn(1, 64).bfloat16()
     out, _ = converted(tmp_path / "m", {**llama_tensors(), "v_head.summary.weight": head})
     assert torch.equal(read_all(out)["v_head.summary.weight"], head)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_calibration_does_not_run_a_model_that_transformers_reads_otherwise(tmp_path, wrapped):
+    tensors, config = llama_tensors(), {**LLAMA, "quantization_config": BNB}
+    if wrapped:
+        tensors, config = {f"module.{name}": t for name, t in tensors.items()}, LLAMA
+    write_checkpoint_dir(tmp_path / "m", tensors, config)
+    (tmp_path / "text.txt").write_text("some text " * 500)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    options = ("--scale", "search", "--calibration", "text.txt")
+    says = ("wrapper" if wrapped else "leftover", "mend the source")
+    refused(USAGE, "quantize", "m", "out", *options, says=says, cwd=tmp_path)
 
 
 # -- float64 ---------------------------------------------------------------------------------------
