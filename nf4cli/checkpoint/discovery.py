@@ -294,7 +294,10 @@ def _not_a_checkpoint(path: Path, why: str, files: Iterable[Path]) -> str:
     names = sorted(p.name for p in files)
     message = f"{path} is not a safetensors checkpoint: {why}."
     if "adapter_config.json" in names:
-        return message + " It is a PEFT adapter: merge it into its base model first"
+        return message + (
+            " It is a PEFT adapter: merge it into its base model first, with PEFT's "
+            "merge_and_unload(), and give the merged model"
+        )
     if any(fnmatch(n, pattern) for n in names for pattern in PICKLES):
         diffusers = any(n.startswith(DIFFUSERS_STEM) for n in names)
         library, dtype = ("diffusers", "") if diffusers else ("transformers", ", dtype='auto'")

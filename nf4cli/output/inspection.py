@@ -19,7 +19,7 @@ from ..checkpoint.untrusted import is_regular
 from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.codebook import codebook
-from ..format.dtypes import FLOAT8, TORCH_NAME
+from ..format.dtypes import FLOAT8, FLOAT64, TORCH_NAME
 from .manifest import Manifest, TensorError
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def overview(checkpoint: Checkpoint) -> Overview:
         Group(kind, packed, len(rows), sum(r[1] for r in rows), sum(r[2] for r in rows), rows[0][0])
         for (kind, packed), rows in kinds.items()
     ]
-    parameters = sum(g.elements for g in groups if g.packed or g.kind in (*TORCH_NAME, *FLOAT8))
+    floats = (*TORCH_NAME, *FLOAT8, FLOAT64)
+    parameters = sum(g.elements for g in groups if g.packed or g.kind in floats)
     manifest = _manifest(checkpoint)
     model_type = checkpoint.config.get("model_type", checkpoint.config.get("_class_name"))
     return Overview(

@@ -35,6 +35,9 @@ _FOLDED = (
 """Suffixes of tensors that only float8 kernels read: scales of activations and of the key-value
 cache."""
 
+_NO_WEIGHTS, _NO_FORMAT = "no weights", "a fmt that is no string"
+"""The problems of a config.json that is damaged, and therefore no leftover."""
+
 WHERE_TO_GO = "start from the original full-precision checkpoint"
 
 
@@ -57,7 +60,8 @@ def is_float8(checkpoint: Checkpoint) -> bool:
         problem = f"quant_method {method!r} in config.json's quantization_config"
     else:
         problem = None
-    if method is not None and problem is not None and is_leftover(checkpoint):
+    damaged = problem is not None and problem.endswith((_NO_WEIGHTS, _NO_FORMAT))
+    if problem is not None and not damaged and is_leftover(checkpoint):
         return False
     stores = f"{found.tensor!r} is how {found.program} stores weights" if found else ""
     if found is not None and (problem is None or (found.methods and method not in found.methods)):
@@ -77,6 +81,8 @@ def is_float8(checkpoint: Checkpoint) -> bool:
 
 def _fp8_problem(config: Mapping[str, Any]) -> str | None:
     fmt = config.get("fmt", "e4m3")
+    if not isinstance(fmt, str):
+        return f"quant_method 'fp8' with {_NO_FORMAT}"
     if fmt not in ("e4m3", "float8_e4m3fn"):
         return f"quant_method 'fp8' with fmt {fmt!r}"
     return None
@@ -97,7 +103,7 @@ def _compressed_problem(config: Mapping[str, Any]) -> str | None:
 def _group_problem(group: object) -> str | None:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
-        return "no weights"
+        return _NO_WEIGHTS
     if weights.get("symmetric") is False:
         return "weights with zero points"
     kind, bits = weights.get("type"), weights.get("num_bits")

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, TORCH_NAME
 from . import kept_with, model_config, selection, vllm_rules
-from .plan import TensorPlan
+from .plan import TensorPlan, is_renamed
 from .quantizers import leftover_note
 from .tensor_names import prefix_note
 
@@ -131,13 +131,6 @@ def _vllm_notes(config: QuantConfig, tensors: list[TensorPlan], nonfinite: bool)
         )
 
 
-def _is_renamed(tensor: TensorPlan) -> bool:
-    """Return whether a wrapper has changed a tensor's name; an expert of a fused tensor is one part
-    of it, and a float8 weight has the name it is stored under."""
-    stored = tensor.weight.stored.name
-    return tensor.name != stored and tensor.weight.shape == tensor.weight.stored.shape
-
-
 def _float64_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
     """Return a note about the tensors that are stored in float64, in a list; [] if there are none.
 
@@ -190,7 +183,7 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
         )
     notes += leftover_note(checkpoint)
     notes += weights_note(checkpoint)
-    notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if _is_renamed(t))
+    notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if is_renamed(t))
     notes += _float64_note(tensors, config.dtype)
     notes += model_config.dtype_notes(checkpoint, config.dtype)
     return notes + copies_notes(

@@ -79,6 +79,15 @@ class TensorPlan:
         return sum(ITEMSIZE[dtype] * prod(shape) for dtype, shape in self.outputs.values())
 
 
+def is_renamed(tensor: TensorPlan) -> bool:
+    """Return whether a wrapper around the source's model has changed a tensor's name.
+
+    An expert of a fused tensor has a name of its own too, but is only a part of it.
+    """
+    stored = tensor.weight.stored
+    return tensor.name != stored.name and tensor.weight.shape == stored.shape
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that the conversion of one checkpoint will do.

@@ -35,10 +35,14 @@ HEADS = frozenset(
 HEAD_PARTS = frozenset(
     (
         "classifier lm_predictions bbox_embed class_embed bbox_predictor enc_bbox_head "
-        "enc_score_head v_head value_head"
+        "enc_score_head"
     ).split()
 )
 """Name parts in the paths of heads with several layers."""
+
+VALUE_HEADS = ("v_head", "value_head")
+"""What reinforcement learning (TRL) calls the head that it adds to a model, beside it.  Within a
+model the same name may be a layer's (Funnel's attention)."""
 
 EMBEDDINGS = re.compile(
     r"embed|_emb$|codebook|reference_points|^query_feat|^queries_feat|^query_\d"
@@ -243,6 +247,7 @@ RULES: tuple[Rule, ...] = (
             not c.diffusers
             and (
                 p[-1] in HEADS
+                or p[0] in VALUE_HEADS
                 or not HEAD_PARTS.isdisjoint(p)
                 or (p[-1] == "decoder" and len(p) > 1 and p[-2] in ("predictions", "lm_head"))
                 or p[-2:] == ["pred_layer", "proj"]

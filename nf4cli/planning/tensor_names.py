@@ -37,6 +37,8 @@ _HOLDERS = frozenset(
 """Names of the attributes in which wrappers and training scripts hold a model.  Any other first
 part may be that of a class which layer_names.json does not know."""
 _MOST_HOLDERS = 4
+_FEWEST_LAYERS = 3
+"""Kinds of linear layers from which on a source is taken for a whole model, and no fragment."""
 
 
 @cache
@@ -154,7 +156,7 @@ def check_layers(model: Checkpoint) -> None:
     lacks_most = len(families) == 1 and 2 * len(fitting) <= len(called) and (
         2 * len(fitting) <= len(known)
     )  # fmt: skip
-    if not linears or not known or (fitting and not lacks_most):
+    if len(called) < _FEWEST_LAYERS or not known or (fitting and not lacks_most):
         return
     strange = next(name for name in linears if name.split(".")[-2] not in known)
     raise InputError(

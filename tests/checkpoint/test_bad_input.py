@@ -78,8 +78,7 @@ def test_a_hub_id_is_told_apart(work, monkeypatch):
 
 def test_names_with_brackets_are_not_markup(work):
     tensors = {"a.0.[/x].[bold]b.weight": torch.ones(64, 64), "n.weight": torch.ones(3)}
-    own_code = {**LLAMA, "auto_map": {"AutoModel": "own.Model"}}  # with its own names
-    write_checkpoint_dir(work / "m[v2]", tensors, own_code)
+    write_checkpoint_dir(work / "m[v2]", tensors, LLAMA)
     assert "out[/v2]" in nf4_ok("quantize", "m[v2]", "out[/v2]", cwd=work)
     assert "[bold]b.weight" in nf4_ok("inspect", "out[/v2]", cwd=work)
     nf4_ok("inspect", "out[/v2]", "a.0.[/x].[bold]b.weight", cwd=work)

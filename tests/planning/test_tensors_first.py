@@ -14,6 +14,7 @@ from helpers import (
     INPUT,
     LLAMA,
     UP,
+    USAGE,
     llama_tensors,
     nf4_ok,
     raw,
@@ -244,6 +245,19 @@ def test_a_value_head_stays_in_full_precision(tmp_path):
     assert torch.equal(read_all(out)["v_head.summary.weight"], head)
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_calibration_does_not_run_a_model_that_transformers_reads_otherwise(tmp_path, wrapped):
+    tensors, config = llama_tensors(), {**LLAMA, "quantization_config": BNB}
+    if wrapped:
+        tensors, config = {f"module.{name}": t for name, t in tensors.items()}, LLAMA
+    write_checkpoint_dir(tmp_path / "m", tensors, config)
+    (tmp_path / "text.txt").write_text("some text " * 500)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    options = ("--scale", "search", "--calibration", "text.txt")
+    says = ("wrapper" if wrapped else "leftover", "mend the source")
+    refused(USAGE, "quantize", "m", "out", *options, says=says, cwd=tmp_path)
+
+
 # -- float64 ---------------------------------------------------------------------------------------
 
 
@@ -414,3 +428,31 @@ def test_a_kept_value_above_the_range_of_the_dtype_is_refused(tmp_path):
     write_checkpoint_dir(tmp_path / "m", tensors, {**LLAMA, "torch_dtype": "float16"})
     says = (f"{NORM}[5]", "too large for F16", "--dtype")
     refused(INPUT, "quantize", "m", "out", says=says, cwd=tmp_path)
+
+
+# -- as transformers loads it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda tensors: ({f"_orig_mod.{name}": t for name, t in tensors.items()}, {}),
+        lambda tensors: (tensors, {"quantization_config": BNB}),
+        lambda tensors: ({n: t.double() for n, t in tensors.items()}, {}),
+    ],
+    ids=["wrapped", "leftover", "float64"],
+)
+def test_transformers_loads_every_weight_of_the_output(tmp_path, changed):
+    reason = "loading an output needs transformers and bitsandbytes"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    bnb = pytest.importorskip("bitsandbytes", reason=reason)
+    tensors, keys = changed(llama_tensors())
+    out, _ = converted(tmp_path / "m", tensors, {**LLAMA, **keys})
+    auto = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    packed = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(packed) == 14
+    assert all(m.weight.quant_state is not None for m in packed)
+    assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()

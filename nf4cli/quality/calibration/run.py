@@ -196,6 +196,8 @@ def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | 
 def _require_model(plan: Plan) -> None:
     """Raise UsageError if the source is no model that calibration can run."""
     from ...errors import UsageError
+    from ...planning.plan import is_renamed
+    from ...planning.quantizers import is_leftover
 
     checkpoint = plan.checkpoint
     if checkpoint.is_file or not checkpoint.config:
@@ -207,6 +209,20 @@ def _require_model(plan: Plan) -> None:
         raise UsageError(
             f"{checkpoint.name} is stored in float8, which calibration does not run: use --scale "
             "search, or the checkpoint in 16 bit"
+        )
+    what = " and ".join(
+        words
+        for words, holds in (
+            ("names that a wrapper has changed", any(is_renamed(t) for t in plan.tensors)),
+            ("a leftover quantization_config", is_leftover(checkpoint)),
+        )
+        if holds
+    )
+    if what:
+        raise UsageError(
+            f"{checkpoint.name} has {what}: nf4 reads it, but transformers, which runs the model "
+            "for a calibration, would read other weights. Use --scale search, which needs no data, "
+            "or mend the source"
         )
 
 
