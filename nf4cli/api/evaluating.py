@@ -127,7 +127,7 @@ class Evaluated:
 
     @property
     def ok(self) -> bool:
-        """Whether every limit is kept."""
+        """Return whether every limit is kept."""
         return not self.failures
 
 

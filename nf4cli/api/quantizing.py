@@ -105,7 +105,7 @@ class Request:
 
     @property
     def leaving(self) -> bool:
-        """Whether the output goes to the Hub alone."""
+        """Return whether the output goes to the Hub alone."""
         return self.push_to is not None and self.output is None
 
     @cached_property

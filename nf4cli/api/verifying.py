@@ -83,7 +83,7 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return all(report.ok for report in (self.own, *self.parts.values()))
 
     @property

@@ -187,7 +187,7 @@ class Checkpoint:
 
     @property
     def is_diffusers(self) -> bool:
-        """Whether it is a component of a diffusers pipeline, with other file names and loaders."""
+        """Return whether it is a component of a diffusers pipeline, with names of its own."""
         if self.config:
             return is_diffusers_config(self.config)
         return self.shards[0].path.name.startswith(DIFFUSERS_STEM)
@@ -202,7 +202,7 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """What the names of its weight files begin with, as its loader expects."""
+        """Return what the names of its weight files begin with, as its loader expects."""
         return DIFFUSERS_STEM if self.is_diffusers else MODEL_STEM
 
 
