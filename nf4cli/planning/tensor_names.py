@@ -63,6 +63,11 @@ def _families(config: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     return found if found and len(found) == len(known) else None
 
 
+def knows(config: Mapping[str, Any]) -> bool:
+    """Return whether the names of the layers of a config's families are recorded."""
+    return _families(config) is not None
+
+
 def names_in_model(checkpoint: Checkpoint) -> dict[str, str]:
     """Return stored name -> name in the model, of every tensor whose name a wrapper has changed.
 

@@ -27,8 +27,9 @@ from ..output.manifest import Manifest
 from ..output.report import LEVELS, Report, Sample
 from ..planning.resources import Resources
 from ..threads import run
+from .for_loaders import check_config
 from .from_source import Proof, add_differences, compare, plan_of
-from .verify import check_config, check_states, check_structure, open_or_report
+from .verify import check_states, check_structure, open_or_report
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +33,10 @@ from ..errors import InputError
 from ..format.codebook import codebook
 from ..output.against_manifest import check_manifest, read_manifest
 from ..output.report import LEVELS, Report
-from ..planning import selection, skip_list
-from ..planning.families import names_of
+from ..planning import selection
 from ..planning.resources import Resources
 from ..threads import run
+from .for_loaders import check_config
 from .from_source import Proof, check_source
 
 if TYPE_CHECKING:
@@ -146,63 +145,6 @@ def check_structure(
         f"every file opens, {len(weights)} quantization states are complete",
     )
     return weights
-
-
-def check_config(checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report) -> None:
-    """Check that config.json describes the packed weights, and lists those that are not packed."""
-    if not checkpoint.config:
-        report.unchecked.append("config.json: there is none")
-        return
-    for problem in bnb_format.config_problems(
-        checkpoint.config,
-        (weight.state for weight in weights.values()),
-        {bnb_format.storage_of(weight.packed[1]) or "" for weight in weights.values()},
-    ):
-        report.add("config", "config.json", problem)
-    if not bnb_format.has_skip_list(checkpoint.config):
-        report.unchecked.append(
-            "which modules are not packed: config.json has no llm_int8_skip_modules, so each "
-            "version of transformers derives its own list"
-        )
-    else:
-        _check_skip_list(checkpoint, weights, report)
-    report.check("config", "config.json says what the tensors need")
-
-
-def _check_skip_list(
-    checkpoint: Checkpoint, weights: dict[str, PackedWeight], report: Report
-) -> None:
-    """Check that llm_int8_skip_modules means each linear layer that is not packed, and no other."""
-    keys = bnb_format.skip_list(checkpoint.config)
-    context = selection.Context.of(checkpoint)
-    hits = skip_list.hits_v4 if context.diffusers else skip_list.hits
-    packed = {selection.module_path(name) for name in weights}
-    for module in sorted(packed):
-        key = next((key for key in keys if hits(key, module)), None)
-        if key is not None:
-            report.add(
-                "config",
-                "config.json",
-                f"llm_int8_skip_modules has {key!r}, which some loader takes to mean {module}, "
-                "whose weight is packed",
-            )
-    names = names_of(checkpoint.config)
-    for name, (_, tensor) in checkpoint.tensors.items():
-        if name in weights or bnb_format.companion_owner(name) in weights:
-            continue
-        rule = selection.rule_of(context, tensor)
-        module = selection.module_path(name)
-        # A bare model holds no head, so the name of a head has no form without the base prefix.
-        own_names = replace(names, base_prefix="") if rule.name == "head" else names
-        if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, own_names) for key in keys
-        ):
-            report.add(
-                "config",
-                name,
-                f"{name} is full precision but no entry of llm_int8_skip_modules means it: loaders "
-                "expect it in 4 bit and fail at the first forward",
-            )
 
 
 def check_states(
