@@ -60,6 +60,25 @@ _VARIANT = re.compile(
 )
 """Matches model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and
 model-00001-of-00002.fp16.safetensors, which earlier versions of diffusers wrote."""
+_COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|\w*position_ids|token_type_ids|masked_bias|num_batches_tracked|"
+    r"(attn|attention)\.bias|(cos|sin)_cached|causal_mask)$"
+)
+"""Matches buffers that models compute and earlier versions of them stored."""
+_TO_MERGE = {
+    "adapter_config.json": " It is a PEFT adapter: merge it into its base model first, with PEFT's "
+    "merge_and_unload(), and give the merged model",
+    "__0_0.distcp": " It is a distributed checkpoint of PyTorch: merge it first, with `accelerate "
+    "merge-weights DIRECTORY OUT`",
+    "zero_to_fp32.py": " DeepSpeed has split it over devices: merge it first, with `python "
+    "zero_to_fp32.py . OUT --safe_serialization` in that directory",
+}
+"""A file of a directory that holds parts of a model -> how to make a model of them."""
+_PIECE = re.compile(
+    r".*?(?:^|[._-])(?:mp_|tp_|pp_|ep_)?(?:rank|tp|pp|ep|mp)[_-]?\d+.*|consolidated\.\d+",
+    re.IGNORECASE,
+)
+"""Matches the stem of a file that holds one device's piece of a model."""
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
 
 
@@ -83,6 +102,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise InputError(
                 _not_a_checkpoint(path, f"{path.name} is no .safetensors file", [path])
             )
+        beside = [file for file in root.glob("*.safetensors") if is_regular(file)]
+        if _PIECE.fullmatch(path.stem):
+            _refuse_pieces(beside)
         files = [path]
     else:
         what = "is no regular file" if os.path.lexists(path) else "does not exist"
@@ -94,14 +116,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _merge(shards)
     if not tensors:
         raise InputError(f"{path} holds no tensor: {', '.join(s.path.name for s in shards)}")
-    if index is not None:
-        _check_index(root / index, shards)
-    config = _config(root, files)
+    errors = () if index is None else _index_errors(root / index, shards, tensors)
+    config = _config(root, "config.json", files)
+    params = {} if config else _config(root, "params.json", files)
     if path.is_dir():
         extra, left = other_files(root, files, index)
     else:
         extra, left = _companions_of_file(root, files) if config else (), ()
-    return Checkpoint(root, name, shards, tensors, config, not path.is_dir(), extra, left)
+    return Checkpoint(
+        root, name, shards, tensors, config, not path.is_dir(), extra, left,
+        params=params, index_errors=errors,
+    )  # fmt: skip
 
 
 def name_of_directory(root: Path) -> str:
@@ -115,14 +140,14 @@ def name_of_directory(root: Path) -> str:
     return root.name
 
 
-def _config(root: Path, files: list[Path]) -> dict[str, Any]:
-    """Return config.json, {} if there is none.
+def _config(root: Path, name: str, files: Iterable[Path]) -> dict[str, Any]:
+    """Return the content of a configuration file of a model, {} if there is none.
 
     Raises:
         InputError: it is damaged, or a link to a file that is not part of the model.  The output's
-            config.json is made from it, and would publish that file.
+            own is made from it, and would publish that file.
     """
-    path = root / "config.json"
+    path = root / name
     if not os.path.lexists(path):
         return {}
     if path.is_symlink() and leads_out(path, root, home_of(root, files)):
@@ -166,8 +191,6 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
     if not files:
         why = "it has no .safetensors file"
         raise InputError(_not_a_checkpoint(root, why, root.iterdir()))
-    if len(files) == 1:
-        return None, files
     matches = [_NUMBERED.fullmatch(p.name) for p in files]
     stems = {(m["stem"], m["count"]) for m in matches if m}
     if all(matches) and len(stems) == 1:
@@ -180,10 +203,27 @@ def find_shards(root: Path) -> tuple[str | None, list[Path]]:
                 f"{', '.join(f'{n:05d}' for n in missing[:5])}. Download them again"
             )
         return None, files
+    if len(files) == 1:
+        return None, files
+    _refuse_pieces(files)
     raise InputError(
         f"{root} has {len(files)} .safetensors files and no index that says which belong "
         f"together: {', '.join(p.name for p in files[:6])}. Give one file instead of the directory"
     )
+
+
+def _refuse_pieces(files: Collection[Path]) -> None:
+    """Raise InputError if files are the pieces of a model that was split over several devices.
+
+    Each piece has a part of every weight, so none of them is a model.
+    """
+    pieces = [file for file in files if _PIECE.fullmatch(file.stem)]
+    if len(pieces) > 1:
+        raise InputError(
+            f"{pieces[0].parent} has pieces of a model that was split over {len(pieces)} devices "
+            f"({', '.join(p.name for p in pieces[:4])}), each with a part of every weight: have "
+            "the program that wrote them save a whole model, and give that"
+        )
 
 
 def _named_weights(root: Path) -> Path | None:
@@ -192,12 +232,10 @@ def _named_weights(root: Path) -> Path | None:
     transformers loads this one, whatever else lies beside it.
 
     Raises:
-        InputError: it is missing, or is neither of the two.
+        InputError: it is missing, or is neither of the two; see `_config`.
     """
     path = root / "config.json"
-    if not is_regular(path):
-        return None
-    name = read_json(path).get(WEIGHTS_KEY)
+    name = _config(root, path.name, root.glob("*.safetensors")).get(WEIGHTS_KEY)
     if name is None:
         return None
     says = f"{path} says that the weights are in {str(name)[:200]!r} ({WEIGHTS_KEY})"
@@ -293,11 +331,9 @@ def _not_a_checkpoint(path: Path, why: str, files: Iterable[Path]) -> str:
     """
     names = sorted(p.name for p in files)
     message = f"{path} is not a safetensors checkpoint: {why}."
-    if "adapter_config.json" in names:
-        return message + (
-            " It is a PEFT adapter: merge it into its base model first, with PEFT's "
-            "merge_and_unload(), and give the merged model"
-        )
+    advice = next((text for name, text in _TO_MERGE.items() if name in names), None)
+    if advice is not None:
+        return message + advice
     if any(fnmatch(n, pattern) for n in names for pattern in PICKLES):
         diffusers = any(n.startswith(DIFFUSERS_STEM) for n in names)
         library, dtype = ("diffusers", "") if diffusers else ("transformers", ", dtype='auto'")
@@ -308,6 +344,11 @@ def _not_a_checkpoint(path: Path, why: str, files: Iterable[Path]) -> str:
             f'If you trust them, convert them once: python -c "from {library} import AutoModel; '
             f"AutoModel.from_pretrained('{directory}'{dtype})"
             ".save_pretrained('OUT')\" (with your model's Auto class)"
+        )
+    if path.is_dir() and (inside := _modules_with_weights(path)):
+        return message + (
+            f" modules.json says that the model is in {inside[0]}: convert that directory, "
+            f"{path / inside[0]}, to OUT/{inside[0]}, and copy the other files beside it"
         )
     if any(n.endswith(".gguf") for n in names):
         return message + (
@@ -358,22 +399,42 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(index: Path, shards: Iterable[Shard]) -> None:
-    """Raise InputError if an index and the headers of its shards list different tensors."""
-    held = {shard.path.name: {t.name for t in shard.tensors} for shard in shards}
+def _index_errors(
+    index: Path, shards: Iterable[Shard], tensors: Mapping[str, tuple[Shard, TensorInfo]]
+) -> tuple[str, ...]:
+    """Return how an index differs from its shards without harm, one clause for each kind.
+
+    Loaders take from it which files there are, and read all tensors of these.  So an entry with
+    another file does no harm, nor a missing entry, nor one for a buffer that models compute.
+
+    Raises:
+        InputError: the index lists a weight that no shard has.
+    """
     weight_map = _weight_map(index)
-    for tensor, file in weight_map.items():
-        if tensor not in held[file]:
-            raise InputError(
-                f"{index} says that {file} holds {tensor!r}, but its header does not list it: "
-                "index and shard are of different versions. Download both again"
-            )
-    for file, names in held.items():
-        for tensor in sorted(names - weight_map.keys()):
-            raise InputError(
-                f"{file} holds {tensor!r}, which {index} does not list: "
-                "index and shard are of different versions. Download both again"
-            )
+    missing = [name for name in weight_map if name not in tensors]
+    lost = next((name for name in missing if not _COMPUTED.search(name)), None)
+    if lost is not None:
+        raise InputError(
+            f"{index} says that {weight_map[lost]} holds {lost!r}, but neither its header nor "
+            "another shard's lists it: index and shard are of different versions. Download both "
+            "again"
+        )
+    unlisted = [name for name in tensors if name not in weight_map]
+    moved = [
+        name
+        for name, file in weight_map.items()
+        if name in tensors and tensors[name][0].path.name != file
+    ]
+    kinds = (
+        (missing, "{} buffers that no shard has, such as {!r}, which models compute themselves"),
+        (unlisted, "no entry for {} tensors of its shards, such as {!r}"),
+        (moved, "another file for {} tensors than the one that has them, such as {!r}"),
+    )
+    return tuple(
+        f"{index.name} has {text.format(f'{len(names):,}', names[0])}"
+        for names, text in kinds
+        if names
+    )
 
 
 def _merge(shards: Iterable[Shard]) -> Mapping[str, tuple[Shard, TensorInfo]]:
@@ -573,3 +634,12 @@ def sentence_transformers_modules(root: Path) -> set[Path]:
     except (InputError, OSError, TypeError, KeyError):
         return set()
     return {root / path for path in paths if path}
+
+
+def _modules_with_weights(root: Path) -> list[str]:
+    """Return the subdirectories with safetensors files that modules.json names, sorted."""
+    return sorted(
+        directory.relative_to(root).as_posix()
+        for directory in sentence_transformers_modules(root)
+        if any(directory.glob("*.safetensors"))
+    )

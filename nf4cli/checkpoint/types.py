@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,8 @@ class Checkpoint:
             root, sorted.
         origin: where a model of a Hub comes from, else None.  The shards of such a model need not
             be on the disk yet, or any more.
+        params: params.json, the configuration in Mistral's and Meta's own layout, {} if there is
+            none or a config.json.
     """
 
     root: Path
@@ -184,6 +186,8 @@ class Checkpoint:
     extra_files: tuple[str, ...]
     left_files: tuple[str, ...]
     origin: Origin | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    index_errors: tuple[str, ...] = ()
 
     @property
     def is_diffusers(self) -> bool:

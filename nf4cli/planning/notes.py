@@ -173,13 +173,23 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
         )
     if not checkpoint.config:
         notes.append(
-            "there is no config.json: the output holds tensors only, and heads or embeddings with "
-            "unusual names were not recognised by their vocabulary size"
+            "there is no config.json: the output holds tensors only"
+            + (
+                ""
+                if checkpoint.params.get("vocab_size")
+                else ", and heads or embeddings with unusual names were not recognised by their "
+                "vocabulary size"
+            )
         )
     if config.asked:
         notes.append(
             f"{config.asked} was asked which modules it holds in 4 bit (its answer is recorded in "
             "the manifest)"
+        )
+    if checkpoint.index_errors:
+        notes.append(
+            f"{'; '.join(checkpoint.index_errors)}: loaders pass over that, and the output's index "
+            "is right"
         )
     notes += leftover_note(checkpoint)
     notes += weights_note(checkpoint)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from typing import Any
 
 from ..checkpoint.types import Checkpoint, TensorInfo
 from ..errors import NothingToQuantizeError, UsageError
@@ -88,13 +89,18 @@ T5_FAMILIES = frozenset(
 )
 
 
+_TOKEN_EMBEDDING = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|word_embeddings|wte)\.weight$")
+"""Matches the embedding of tokens, whose length is the vocabulary's, in the layouts in use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What the rules know of a checkpoint.
 
     Attributes:
         model_types: model_type of the config and its sub-configs.
-        vocab_sizes: every `*vocab_size` of the config and its sub-configs, but type_vocab_size.
+        vocab_sizes: every `*vocab_size` of the config and its sub-configs, but type_vocab_size; of
+            params.json without a config; without either, the lengths of token embeddings.
         num_layers: num_hidden_layers of the decoder, None where unknown.
         names: every tensor name.
         target: the loader that the output is for, see config.TARGETS.
@@ -114,19 +120,13 @@ class Context:
     def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
         """Return what the rules need to know of a checkpoint."""
         config = checkpoint.config
-        items = list(config_items(config))
+        items = list(config_items(config or checkpoint.params))
         text = config.get("text_config")
         layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
         return Context(
             model_types=frozenset(v for k, v in items if k == "model_type" and isinstance(v, str)),
-            vocab_sizes=frozenset(
-                v
-                for k, v in items
-                if k.endswith("vocab_size")
-                and k != "type_vocab_size"
-                and isinstance(v, int)
-                and v > 1
-            ),
+            vocab_sizes=_vocab_sizes(items)
+            or (frozenset() if config else _embedding_lengths(checkpoint)),
             num_layers=layers if isinstance(layers, int) else None,
             names=frozenset(checkpoint.tensors),
             target=target,
@@ -142,6 +142,30 @@ class Context:
             or self.diffusers
             or bool(self.model_types & {"llama4", "llama4_text"})
         )
+
+
+def _vocab_sizes(items: Iterable[tuple[str, Any]]) -> frozenset[int]:
+    """Return the vocabularies' sizes among the (key, value) pairs of a configuration.
+
+    Meta's params.json says -1 where its tokenizer knows.
+    """
+    return frozenset(
+        value
+        for key, value in items
+        if key.endswith("vocab_size")
+        and key != "type_vocab_size"
+        and isinstance(value, int)
+        and value > 1
+    )
+
+
+def _embedding_lengths(checkpoint: Checkpoint) -> frozenset[int]:
+    """Return the lengths of the matrices that are called like embeddings of tokens."""
+    return frozenset(
+        tensor.shape[0]
+        for name, (_, tensor) in checkpoint.tensors.items()
+        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(name)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,8 @@ def check_structure(
     index = index_name(checkpoint.stem)
     if len(checkpoint.shards) > 1 and not (checkpoint.root / index).is_file():
         report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
+    for error in checkpoint.index_errors:
+        report.add("structure", index, f"{error}: expected what the shards' headers list")
     report.check(
         "structure",
         f"every file opens, {len(weights)} quantization states are complete",

@@ -143,13 +143,77 @@ def test_index_names_a_missing_tensor(work):
     edit_index(
         root, lambda i: i["weight_map"].update({"ghost": "model-00001-of-00002.safetensors"})
     )
-    refused(INPUT, "quantize", "split", says=("'ghost'", "does not list it"), cwd=work)
+    refused(INPUT, "quantize", "split", says=("'ghost'", "nor another shard's"), cwd=work)
 
 
-def test_index_leaves_a_tensor_out(work):
+FIRST_SHARD = "model-00001-of-00002.safetensors"
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+HARMLESS = {
+    "a buffer that models compute": (lambda m: m.update({INV_FREQ: FIRST_SHARD}), INV_FREQ),
+    "a tensor left out": (lambda m: m.pop(UP), UP),
+    "the other shard": (lambda m: m.update({"lm_head.weight": FIRST_SHARD}), "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("error", HARMLESS)
+def test_what_loaders_pass_over_in_an_index_is_noted(work, error):
+    """transformers and vLLM read all tensors of the files that an index names."""
+    from transformers import AutoModelForCausalLM
+
+    change, name = HARMLESS[error]
     root = write_checkpoint_dir(work / "split", llama_tensors(), LLAMA, shards=2)
-    edit_index(root, lambda i: i["weight_map"].pop(UP))
-    refused(INPUT, "quantize", "split", says=(UP, "does not list"), cwd=work)
+    edit_index(root, lambda index: change(index["weight_map"]))
+    _, info = AutoModelForCausalLM.from_pretrained(root, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert repr(name) in nf4_ok("quantize", "split", "out", cwd=work)
+    assert "is good" in nf4_ok("verify", "out", "--source", "split", cwd=work)
+
+
+def test_an_output_with_such_an_index_is_not_good(work):
+    wide = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(1024, 1024) for i in range(4)}
+    config = {**LLAMA, "num_hidden_layers": 4}
+    write_checkpoint_dir(work / "wide", llama_tensors() | wide, config)
+    nf4_ok("quantize", "wide", "out", "--max-shard-size", "1MB", cwd=work)
+    edit_index(work / "out", lambda index: index["weight_map"].pop(UP))
+    done = nf4("verify", "out", cwd=work)
+    assert done.returncode == 1
+    assert "model.safetensors.index.json has no entry for 1 tensors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model_rank_0", "model_rank_1"),
+        ("mp_rank_00_model", "mp_rank_01_model"),
+        ("consolidated.00", "consolidated.01"),
+        ("model-tp0", "model-tp1"),
+    ],
+)
+def test_pieces_of_a_model_split_over_devices(work, names):
+    root = work / "pieces"
+    root.mkdir()
+    for name in names:
+        save_file(llama_tensors(), root / f"{name}.safetensors")
+    for source in ("pieces", f"pieces/{names[1]}.safetensors"):
+        refused(INPUT, "quantize", source, says=("split over 2 devices", names[0]), cwd=work)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("__0_0.distcp", "merge-weights"), ("zero_to_fp32.py", "--safe_serialization")],
+)
+def test_a_distributed_checkpoint_is_to_be_merged(work, name, says):
+    (work / "pieces").mkdir()
+    (work / "pieces" / name).write_bytes(b"")
+    (work / "pieces/model.bin").write_bytes(b"")
+    refused(INPUT, "quantize", "pieces", says=(says,), cwd=work)
+
+
+def test_a_model_in_a_subdirectory_that_modules_json_names(work):
+    write_checkpoint_dir(work / "sentences/0_Transformer", llama_tensors(), LLAMA)
+    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "x.Transformer"}]
+    (work / "sentences/modules.json").write_text(json.dumps(modules))
+    refused(INPUT, "quantize", "sentences", says=("convert that directory", "0_Trans"), cwd=work)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +248,8 @@ def test_a_shard_of_a_numbered_set_is_missing(work):
     save_file({"a": torch.zeros(2)}, root / "model-00001-of-00003.safetensors")
     save_file({"b": torch.zeros(2)}, root / "model-00003-of-00003.safetensors")
     refused(INPUT, "quantize", "part", says=("2 of 3 shards", "00002"), cwd=work)
+    (root / "model-00003-of-00003.safetensors").unlink()
+    refused(INPUT, "quantize", "part", says=("1 of 3 shards", "00002, 00003"), cwd=work)
 
 
 def test_several_files_and_no_index(work):

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.checkpoint.types import Checkpoint, Shard, TensorInfo
 from nf4cli.errors import InputError, UsageError
 from nf4cli.planning import selection
@@ -104,3 +107,27 @@ def test_nothing_to_quantize_says_why():
     facts = FACTS["falcon"]
     with pytest.raises(InputError, match="own Linear class"):
         selection.select(checkpoint(facts["config"], facts["source_tensors"]))
+
+
+@pytest.mark.parametrize("params", [{"vocab_size": 64}, {"vocab_size": -1}, {}])
+def test_a_head_in_mistrals_layout_is_kept(tmp_path, params):
+    """Beside params.json there is no config.json, and the head is called `output`."""
+    tensors = {
+        "tok_embeddings.weight": torch.ones(64, 32),
+        "layers.0.feed_forward.w1.weight": torch.ones(64, 32),
+        "output.weight": torch.ones(64, 32),
+    }
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    if params:
+        (tmp_path / "params.json").write_text(json.dumps({"dim": 32, **params}))
+    choices = selection.select(open_checkpoint(tmp_path))
+    assert [n for n, c in choices.items() if c.quantize] == ["layers.0.feed_forward.w1.weight"]
+    assert choices["output.weight"].rule.name == "vocabulary"
+
+
+def test_a_vocabulary_in_params_json_is_known_without_an_embedding(tmp_path):
+    tensors = {"layers.0.w1.weight": torch.ones(64, 32), "output.weight": torch.ones(48, 32)}
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text('{"vocab_size": 48}')
+    choices = selection.select(open_checkpoint(tmp_path))
+    assert not choices["output.weight"].quantize
