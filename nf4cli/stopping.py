@@ -8,7 +8,6 @@ steps.  So no signal breaks off a cleanup, a lock or a rename, and none gets los
 
 from __future__ import annotations
 
-import _thread
 import signal
 import sys
 import threading
@@ -254,9 +253,14 @@ def _take_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
         return
     _state.raised = False
-    again = threading.Timer(_AGAIN, _thread.interrupt_main)
+    again = threading.Timer(_AGAIN, _send_to_main_thread)
     again.daemon = True
     again.start()
+
+
+def _send_to_main_thread() -> None:
+    """Send a signal that also ends a wait of the main thread, which interrupt_main does not."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _is_main_thread() -> bool:
