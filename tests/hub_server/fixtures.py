@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import nf4_command
 from helpers import LLAMA, nf4_ok, write_checkpoint_dir
 
 from . import Hub
@@ -90,9 +91,14 @@ class Runner:
     def start(
         self, *arguments: object, token: str | None = "hf_write", **more: str
     ) -> subprocess.Popen[str]:
-        """Begin to run it; `more` are environment variables."""
+        """Begin to run it; `more` are environment variables.
+
+        A process of its own imports everything anew where they change what Python imports.
+        """
+        anew = any(name.startswith(("PYTHON", "LD_")) for name in more)
+        command = (Path(sys.executable).with_name("nf4"),) if anew else nf4_command()
         return subprocess.Popen(
-            [Path(sys.executable).with_name("nf4"), *map(str, arguments)],
+            [*command, *map(str, arguments)],
             cwd=self.work, env={**self.hub.environment(self.home, token, self._xet), **more},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip

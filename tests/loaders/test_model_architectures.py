@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forking import OF_LOADERS, command
 from helpers import bnb_nested, bnb_quantize, nf4, read_all, refused
 from tiny_models import MODELS
 
@@ -105,7 +106,7 @@ class Work:
 
 def run_worker(major: str, *arguments: str | Path) -> None:
     done = subprocess.run(
-        [PYTHONS[major], HERE / "architecture_worker.py", *arguments],
+        [*command(PYTHONS[major], OF_LOADERS), HERE / "architecture_worker.py", *arguments],
         capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # two of them run at a time
     )  # fmt: skip

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from forking import OF_LOADERS, command
 from helpers import LLAMA, bnb_dequantize, nf4_ok, read_all, write_checkpoint_dir
 from safetensors.torch import save_file
 
@@ -65,8 +66,9 @@ def seen(outputs, request):
     if not python:
         pytest.skip("NF4_TRANSFORMERS4_PYTHON names no Python with transformers 4")
     done = subprocess.run(
-        [python, WORKER, outputs, *OPTIONS], capture_output=True, text=True, check=False
-    )
+        [*command(Path(python), OF_LOADERS), WORKER, outputs, *OPTIONS],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

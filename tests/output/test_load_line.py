@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import OF_LOADERS, command
 from helpers import LLAMA, llama_tensors, nf4_ok, read_all, write_checkpoint_dir
 
 from nf4cli.checkpoint.discovery import MANIFEST
@@ -54,7 +55,8 @@ def tables(major: str) -> tuple[str, set[tuple[str, str, str]], set[str]]:
     if not Path(PYTHONS[major]).exists():
         pytest.skip("no environment with transformers 4: scripts/test makes one")
     done = subprocess.run(
-        [PYTHONS[major], "-c", TABLES], capture_output=True, text=True, check=True,
+        [*command(Path(PYTHONS[major]), OF_LOADERS), "-c", TABLES],
+        capture_output=True, text=True, check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     version, found, classes = json.loads(done.stdout.splitlines()[-1])

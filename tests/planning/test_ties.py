@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import OF_LOADERS, command
 from helpers import LLAMA, llama_tensors, nf4_ok, read_all, write_checkpoint_dir
 from tiny_models import ENCODER, VISION
 
@@ -134,8 +135,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Pa
 def test_every_4bit_layer_of_a_model_with_ties_has_a_weight(outputs, python):
     cases = [part for case in outputs.values() for part in map(str, case)]
     done = subprocess.run(
-        [python, "-c", WITHOUT_STATE, *cases], capture_output=True, text=True, check=False,
-        timeout=300,
+        [*command(python, OF_LOADERS), "-c", WITHOUT_STATE, *cases],
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

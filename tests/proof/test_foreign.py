@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from damage import STATE, config, content, flip, patch, quantization, resave, shard_of, state
+from forking import OF_LOADERS, command
 from helpers import nf4, nf4_ok
 
 FOUR = os.environ.get("NF4_TRANSFORMERS4_PYTHON")
@@ -41,7 +42,8 @@ def four(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not FOUR:
         pytest.skip("NF4_TRANSFORMERS4_PYTHON names no Python with transformers 4")
     root = tmp_path_factory.mktemp("four")
-    subprocess.run([FOUR, foreign_worker.__file__, source, root], check=True)
+    program = [*command(Path(FOUR), OF_LOADERS), foreign_worker.__file__]
+    subprocess.run([*program, source, root], check=True)
     return root
 
 
