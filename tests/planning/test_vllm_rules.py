@@ -253,6 +253,8 @@ def test_a_float32_model_is_told_the_way_out(tmp_path):
     said = nf4_ok("quantize", source, tmp_path / "out", *VLLM)
     assert "Convert with --dtype bfloat16" in said.partition("\n")[0]
     mended = nf4_ok("quantize", source, tmp_path / "b", *VLLM, "--dtype", "bfloat16")
+    assert "the model is float32" in said.partition("\n")[0]
+    assert "does not load" not in said.partition("\n")[0]  # it does: test_vllm.py
     assert "the model is float32" not in mended
     assert "vLLM" not in nf4_ok("quantize", source, tmp_path / "c")
 
