@@ -180,7 +180,7 @@ def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
     if bnb_format.quant_method(checkpoint.config) is not None:
-        return  # float8.py reads it or refuses it by name
+        return  # encodings.py reads it or refuses it by name
     packed = bnb_format.find_quantized(checkpoint)
     if packed:
         raise InputError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, STATS, Codes, NestedAbsmax
 from nf4cli.format import codebook
 from nf4cli.format.dtypes import ITEMSIZE
 
@@ -86,7 +86,7 @@ def address(array: np.ndarray) -> int:
 
 def quantize(
     kernels: Kernels | real.DeviceKernels, src: np.ndarray, dtype: str, blocksize: int,
-    quant_type: str, float8: Float8 | None = None,
+    quant_type: str, float8: Codes | None = None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """(packed, absmax, stats) by the kernels."""
     n, at = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1), kernels.address
@@ -186,7 +186,7 @@ def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> 
     src[(src & 127) == 127] = 1
     src = src[: src.size // blocksize * blocksize].copy()
     scales = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
-    float8 = Float8(first, shape[1], random.uniform(0, 1e-2, scales).astype(np.float32), block)
+    float8 = Codes(first, shape[1], random.uniform(0, 1e-2, scales).astype(np.float32), block)
     what = f"quantize float8 {shape} by {block} to {dtype}"
     same_quantized(what, kernels, (src, dtype, blocksize, quant_type, float8))
 

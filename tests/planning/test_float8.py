@@ -26,7 +26,7 @@ from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.checkpoint.reader import ByteReader
 from nf4cli.convert.conversion import Conversion
-from nf4cli.engines.protocol import Float8
+from nf4cli.engines.protocol import Codes
 from nf4cli.errors import NonFiniteError
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
@@ -96,8 +96,8 @@ def test_whole_blocks_decode_as_transformers_does():
     scale = torch.rand(2, 3, generator=generator) * 0.01
     theirs = Fp8Dequantize(None)._dequantize_one(bits, scale, torch.bfloat16)
     out = np.empty(2 * bits.numel(), np.uint8)
-    float8 = Float8(0, 384, scale.reshape(-1).numpy(), (128, 128))
-    CpuEngine().decode_float8(raw(bits.view(torch.uint8)), float8, out, "BF16")
+    float8 = Codes(0, 384, scale.reshape(-1).numpy(), (128, 128))
+    CpuEngine().decode_codes(raw(bits.view(torch.uint8)), float8, out, "BF16")
     assert np.array_equal(out, raw(theirs))
 
 
@@ -133,8 +133,8 @@ def test_engines_decode_any_part_as_torch(engine, dtype, rows, columns, block):
     for first, last in ((0, rows * columns), (1, columns + 3), (columns * 2, rows * columns)):
         out = np.empty((last - first) * torch_dtype.itemsize, np.uint8)
         part = flat[first:last].copy()
-        float8 = Float8(first, columns, scale.reshape(-1).numpy(), block)
-        engine.decode_float8(part, float8, out, dtype)
+        float8 = Codes(first, columns, scale.reshape(-1).numpy(), block)
+        engine.decode_codes(part, float8, out, dtype)
         assert np.array_equal(out, raw(expected.reshape(-1)[first:last]))
 
 
@@ -146,9 +146,9 @@ def test_a_result_that_is_not_finite_is_found(engine, byte, scale):
     if scale != 1.0:
         bits[:] = byte
     out = np.empty(200, np.uint8)
-    float8 = Float8(0, 10, np.full(1, scale, np.float32), (10, 10))
+    float8 = Codes(0, 10, np.full(1, scale, np.float32), (10, 10))
     with pytest.raises(NonFiniteError) as caught:
-        engine.decode_float8(bits, float8, out, "BF16")
+        engine.decode_codes(bits, float8, out, "BF16")
     assert caught.value.index == (37 if scale == 1.0 else 0)
 
 
