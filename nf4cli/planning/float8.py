@@ -61,10 +61,11 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
         if _is_mark(name):
             found.left[name] = "says that the file is float8 with scales"
             continue
-        where = f"{name} in {shard.path}"
         place = _scale_of(checkpoint, name)
-        if place is None and (config is not None or not _may_be_raw(checkpoint)):
-            raise InputError(_no_scale(where, tensor, name, config))
+        known = config is not None or not checkpoint.config or checkpoint.is_diffusers
+        if not known or (place is None and (config is not None or _has_scales(checkpoint))):
+            suffix = _SUFFIXES[config is None or config.get("quant_method") != "fp8"]
+            raise InputError(_no_scale(f"{name} in {shard.path}", tensor, name + suffix, known))
         encoding = _unscaled(tensor) if place is None else _encoding(tensor, place, blocks)
         found.add(EncodedWeight(name, "", "", tensor.shape, encoding))
     if found.weights:
@@ -75,26 +76,26 @@ def _is_mark(name: str) -> bool:
     return name.rpartition(".")[2] == _DIFFUSION_MARK
 
 
-def _may_be_raw(checkpoint: Checkpoint) -> bool:
-    """Return whether float8 bytes of a source are values as they are: it is a file or a component
-    of a diffusion model, and none of its tensors is a scale."""
-    if checkpoint.config and not checkpoint.is_diffusers:
-        return False
+def _has_scales(checkpoint: Checkpoint) -> bool:
+    """Return whether any tensor is a scale, so that float8 bytes are not values as they are."""
     suffixes = (*_SUFFIXES, _DIFFUSION_SCALE)
-    return not any(n.endswith(suffixes) or _is_mark(n) for n in checkpoint.tensors)
+    return any(n.endswith(suffixes) or _is_mark(n) for n in checkpoint.tensors)
 
 
-def _no_scale(where: str, tensor: TensorInfo, name: str, config: Mapping[str, Any] | None) -> str:
-    """Return the message about a float8 tensor without a scale."""
-    if config is None:
+def _no_scale(where: str, tensor: TensorInfo, scale: str, known: bool) -> str:
+    """Return the message about a float8 tensor that nothing says the scale of.
+
+    Args:
+        scale: name that it should have.
+        known: whether the source is one of scaled float8.
+    """
+    if not known:
         return (
             f"{where} is {tensor.dtype}, but config.json has no quantization_config that says "
             f"how it is scaled: {WHERE_TO_GO}"
         )
-    suffix = _SUFFIXES[config.get("quant_method") != "fp8"]
     return (
-        f"{where} is {tensor.dtype} but there is no {name + suffix}: it is incomplete. "
-        "Download it again"
+        f"{where} is {tensor.dtype} but there is no {scale}: it is incomplete. Download it again"
     )
 
 
