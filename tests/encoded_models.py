@@ -16,7 +16,7 @@ GPT_OSS = {
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
 
 
-def gpt_oss(root: Path, shards: int = 2) -> dict[str, torch.Tensor]:
+def gpt_oss(root: Path, shards: int = 2, hidden: int = 64, middle: int = 96) -> dict:
     """A gpt-oss checkpoint in MXFP4; returns its tensors as transformers decodes them, in bf16."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -25,9 +25,8 @@ def gpt_oss(root: Path, shards: int = 2) -> dict[str, torch.Tensor]:
     def floats(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
-    experts, hidden, middle = (
-        GPT_OSS[k] for k in ("num_local_experts", "hidden_size", "intermediate_size")
-    )
+    experts = GPT_OSS["num_local_experts"]
+    sizes = {"hidden_size": hidden, "intermediate_size": middle}
     stored = {
         "model.embed_tokens.weight": floats(100, hidden), "lm_head.weight": floats(100, hidden),
         "model.norm.weight": floats(hidden),
@@ -57,7 +56,7 @@ def gpt_oss(root: Path, shards: int = 2) -> dict[str, torch.Tensor]:
             stored[f"{key}_bias"] = floats(experts, rows)
             decoded[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     plain = {k: v for k, v in stored.items() if not k.endswith(("_blocks", "_scales"))}
-    write_checkpoint_dir(root, stored, {**GPT_OSS, "quantization_config": MXFP4}, shards=shards)
+    write_checkpoint_dir(root, stored, {**GPT_OSS, **sizes, "quantization_config": MXFP4}, shards=shards)
     return {**plain, **decoded}
 
 
@@ -141,5 +140,41 @@ def compressed_model(
         stored |= {base + part: tensor for part, tensor in parts.items()}
         number += 1
     config = compressed(**{f"group_{i}": scheme for i, scheme in enumerate(schemes)})
+    write_checkpoint_dir(root, stored, {**LLAMA, "quantization_config": config}, shards=2)
+    return decoded
+
+
+def nvfp4_of_modelopt(root: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint as ModelOpt stores NVFP4, and one layer in float8; returns what it decodes to.
+
+    As ModelOpt's NVFP4QTensor.dequantize computes it: values times (scale times double scale), all
+    in float32, rounded once.
+    """
+    generator = torch.Generator().manual_seed(11)
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    stored, decoded = {}, {}
+    for name, value in llama_tensors().items():
+        if "layers" not in name or value.dim() != 2:
+            stored[name] = decoded[name] = value
+            continue
+        rows, columns = value.shape
+        base = name.removesuffix("weight")
+        stored[base + "input_scale"] = torch.ones(())
+        if "down_proj" in name:
+            scale = torch.rand((), generator=generator) * 0.01
+            stored[name] = (value.float() / 0.01).to(torch.float8_e4m3fn)
+            stored[name + "_scale"] = scale
+            decoded[name] = (stored[name].float() * scale).to(torch.bfloat16)
+            continue
+        codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+        shape = (rows, columns // 16)
+        scale = (torch.rand(shape, generator=generator) * 400).to(torch.float8_e4m3fn)
+        unit = torch.rand((), generator=generator) * 1e-3
+        values = table[(codes & 7).long()] * torch.where(codes > 7, -1.0, 1.0)
+        factors = (scale.float() * unit).repeat_interleave(16, 1)
+        stored[name] = codes[:, ::2] | codes[:, 1::2] << 4
+        stored[name + "_scale"], stored[name + "_scale_2"] = scale, unit
+        decoded[name] = (values * factors).to(torch.bfloat16)
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
     write_checkpoint_dir(root, stored, {**LLAMA, "quantization_config": config}, shards=2)
     return decoded

@@ -5,10 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from encoded_models import GPT_OSS, compressed_model, gpt_oss, weights
-from helpers import INPUT, LLAMA, nf4_ok, read_all, refused, write_checkpoint_dir
+from encoded_models import GPT_OSS, compressed_model, gpt_oss, nvfp4_of_modelopt, weights
+from float8_models import spread
+from helpers import (
+    INPUT,
+    LLAMA,
+    carry_out,
+    nf4_ok,
+    raw,
+    read_all,
+    refused,
+    write_checkpoint_dir,
+)
+
+from nf4cli import engines
+from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.engines.protocol import GRANULE, Codes
+from nf4cli.format import codebook
+from nf4cli.format.config import QuantConfig
+from nf4cli.planning.make_plan import make_plan
+from nf4cli.planning.resources import Resources
 
 INT4_32 = weights(4, "int", "group", group_size=32)
 SCHEMES = {
@@ -61,3 +80,74 @@ def test_compressed_tensors_decode_as_the_library_does(name, tmp_path):
 def test_scales_of_another_dtype_than_the_models(dtype, tmp_path):
     """The library computes in the dtype of the scales, and its result is rounded once more."""
     same_output(tmp_path, compressed_model(tmp_path / "source", [INT4_32], dtype), LLAMA)
+
+
+def test_modelopt_nvfp4_and_float8_in_one_checkpoint(tmp_path):
+    decoded = nvfp4_of_modelopt(tmp_path / "source")
+    same_output(tmp_path, decoded, LLAMA)
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    del config["quantization_config"]  # as older releases, which have hf_quant_config.json
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    nf4_ok("quantize", tmp_path / "source", tmp_path / "again")
+    nf4_ok("quantize", tmp_path / "plain", tmp_path / "plain-again")
+    ours, plain = read_all(tmp_path / "again"), read_all(tmp_path / "plain-again")
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_experts_in_many_pieces_have_the_same_bytes(tmp_path, name):
+    """Pieces begin and end within rows, groups and experts."""
+    decoded = gpt_oss(tmp_path / "source", hidden=160, middle=224)
+    plan = make_plan(open_checkpoint(tmp_path / "source"), QuantConfig())
+    engine = engines.load(name)
+    carry_out(plan, tmp_path / "out", engine, Resources(2, 8 * GRANULE, 0))
+    made = read_all(tmp_path / "out")
+    for layer in range(2):
+        for leaf in ("gate_up_proj", "down_proj"):
+            key = f"model.layers.{layer}.mlp.experts.{leaf}"
+            assert decoded[key].numel() > GRANULE
+            assert torch.equal(made[key].view(torch.int16), decoded[key].view(torch.int16)), key
+
+
+@pytest.mark.parametrize("kind", codebook.CODE_KINDS)
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("through", [None, "BF16", "F16"])
+def test_engines_decode_any_part_of_codes(engine, kind, dtype, through):
+    """As torch computes it; with and without zero points, by rows, columns and blocks."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    generator = torch.Generator().manual_seed(len(kind))
+    table = torch.from_numpy(codebook.code_values(kind))
+    good = torch.isfinite(table).nonzero().reshape(-1)
+    for (rows, columns), block in (((6, 96), (1, 32)), ((5, 50), (2, 50)), ((4, 40), (4, 1)),
+                                   ((3, 9000), (1, 16))):  # fmt: skip
+        picked = torch.randint(0, len(good), (rows, columns), generator=generator)
+        codes = good[picked].to(torch.uint8)
+        grid = (-(-rows // block[0]), -(-columns // block[1]))
+        scale = torch.rand(grid, generator=generator) * 0.01
+        zero = torch.randint(-7, 8, grid, generator=generator).float()
+        for zeros in (None, zero) if kind in ("int8", "offset4", "offset8", "uint8") else (None,):
+            values = table[codes.long()]
+            if zeros is not None:
+                values = values - spread(zeros, (rows, columns), block)
+            expected = values * spread(scale, (rows, columns), block)
+            expected = expected.to(names[through or "F32"]).to(names[dtype]).reshape(-1)
+            flat = codes.reshape(-1).numpy()
+            for first, last in ((0, rows * columns), (columns - 6, 2 * columns + 4)):
+                part = flat[first:last].copy()
+                if len(table) == 16:
+                    part = part[::2] | part[1::2] << 4
+                found = Codes(
+                    first, columns, scale.reshape(-1).numpy(), block, kind,
+                    None if zeros is None else zeros.reshape(-1).numpy(), through,
+                )  # fmt: skip
+                out = np.empty((last - first) * names[dtype].itemsize, np.uint8)
+                engine.decode_codes(part, found, out, dtype)
+                assert np.array_equal(out, raw(expected[first:last]))
+
+
+def test_the_values_of_codes_are_those_of_torch():
+    bits = torch.arange(256, dtype=torch.uint8)
+    for kind, dtype in (("e5m2", torch.float8_e5m2), ("int8", torch.int8)):
+        theirs = bits.view(dtype).float().numpy()
+        ours = codebook.code_values(kind)
+        assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)), kind
