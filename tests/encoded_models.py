@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose weights are stored as codes, and what the formats' own libraries decode."""
+"""Tiny checkpoints whose weights are stored as codes, and what the formats' libraries decode."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def gpt_oss(root: Path, shards: int = 2, hidden: int = 64, middle: int = 96) -> 
             stored[f"{key}_bias"] = floats(experts, rows)
             decoded[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     plain = {k: v for k, v in stored.items() if not k.endswith(("_blocks", "_scales"))}
-    write_checkpoint_dir(root, stored, {**GPT_OSS, **sizes, "quantization_config": MXFP4}, shards=shards)
+    write_checkpoint_dir(
+        root, stored, {**GPT_OSS, **sizes, "quantization_config": MXFP4}, shards=shards
+    )
     return {**plain, **decoded}
 
 
@@ -100,7 +102,10 @@ def packed(scheme: dict, weight: torch.Tensor, dtype: torch.dtype, seed: int) ->
     bits, is_float = scheme["num_bits"], scheme["type"] == "float"
     compressor, parsed = library(scheme)
     scale = (torch.rand(shape, generator=generator) * 0.9 + 0.1) * weight.abs().max().float()
-    state = {"weight": weight.float(), "weight_scale": (scale / (6 if is_float else 2 ** (bits - 1)))}
+    state = {
+        "weight": weight.float(),
+        "weight_scale": (scale / (6 if is_float else 2 ** (bits - 1))),
+    }
     if is_float and scheme["strategy"] == "tensor_group":
         state["weight_global_scale"] = torch.tensor([437.3])
         state["weight_scale"] = (state["weight_scale"] * 437.3).to(torch.float8_e4m3fn).float()

@@ -94,9 +94,7 @@ def _no_scale(where: str, tensor: TensorInfo, scale: str, known: bool) -> str:
             f"{where} is {tensor.dtype}, but config.json has no quantization_config that says "
             f"how it is scaled: {WHERE_TO_GO}"
         )
-    return (
-        f"{where} is {tensor.dtype} but there is no {scale}: it is incomplete. Download it again"
-    )
+    return f"{where} is {tensor.dtype} but there is no {scale}: it is incomplete. Download it again"
 
 
 def _scale_of(checkpoint: Checkpoint, name: str) -> Placed | None:

@@ -16,8 +16,8 @@ from typing import Any
 from ..checkpoint.types import Checkpoint, Region, Shard, TensorInfo, View, Weight
 from ..errors import InputError
 from ..format.dtypes import FLOAT64, TORCH_NAME
-from . import encodings, tensor_names
-from .encoded_weight import EncodedWeight
+from . import tensor_names
+from .encoded_weight import EncodedWeight, Found
 
 _LLAMA4 = ("llama4", "llama4_text")
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -48,18 +48,17 @@ class Contents:
         return replace(checkpoint, tensors=tensors)
 
 
-def contents(checkpoint: Checkpoint, model_dtype: str) -> Contents:
+def contents(checkpoint: Checkpoint, found: Found, model_dtype: str) -> Contents:
     """Return every weight of a source.
 
     Args:
+        found: its weights that are stored as codes.
         model_dtype: safetensors dtype that codes are decoded to, and float64 tensors rounded to
             ("BF16").
 
     Raises:
-        InputError: it is quantized in a way that cannot be read, or its scales do not fit; two
-            tensors have the same name without what a wrapper added.
+        InputError: two tensors have the same name without what a wrapper added.
     """
-    found = encodings.find(checkpoint)
     names = tensor_names.names_in_model(checkpoint)
     weights: list[Weight] = []
     for shard in checkpoint.shards:

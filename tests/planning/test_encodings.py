@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,9 @@ def same_output(
     assert ours.keys() == plain.keys()
     for key in plain:
         assert torch.equal(ours[key], plain[key]), key
-    configs = [json.loads((work / f"{n}-nf4" / "config.json").read_text()) for n in (source, "plain")]
+    configs = [
+        json.loads((work / f"{n}-nf4" / "config.json").read_text()) for n in (source, "plain")
+    ]
     for made in configs:
         made["quantization_config"]["llm_int8_skip_modules"].sort()
     assert configs[0] == configs[1]
@@ -151,3 +154,116 @@ def test_the_values_of_codes_are_those_of_torch():
         theirs = bits.view(dtype).float().numpy()
         ours = codebook.code_values(kind)
         assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)), kind
+
+
+def broken(
+    work: Path, make: Callable[[Path], object], change: Callable[[dict, dict], None]
+) -> None:
+    """A checkpoint in work/"model" that `make` writes, and `change` has edited."""
+    make(work / "whole")
+    config = json.loads((work / "whole" / "config.json").read_text())
+    tensors = read_all(work / "whole")
+    change(tensors, config)
+    write_checkpoint_dir(work / "model", tensors, config)
+
+
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
+UP = "model.layers.1.mlp.up_proj.weight"
+ASYMMETRIC = weights(4, "int", "channel", symmetric=False)
+
+
+def int4(root: Path) -> object:
+    return compressed_model(root, [INT4_32])
+
+
+def zeros(root: Path) -> object:
+    return compressed_model(root, [ASYMMETRIC])
+
+
+def nvfp4(root: Path) -> object:
+    return compressed_model(root, SCHEMES["nvfp4"])
+
+
+def drop(name: str) -> Callable[[dict, dict], None]:
+    return lambda t, c: t.pop(name)
+
+
+def cut(name: str) -> Callable[[dict, dict], None]:
+    return lambda t, c: t.update({name: t[name][:-1].clone()})
+
+
+def put(name: str, place: tuple[int, ...], value: float) -> Callable[[dict, dict], None]:
+    def change(tensors: dict, config: dict) -> None:
+        tensors[name][place] = value
+
+    return change
+
+
+def cast(name: str, dtype: torch.dtype) -> Callable[[dict, dict], None]:
+    return lambda t, c: t.update({name: t[name].to(dtype)})
+
+
+def bytes_of_zeros(t: dict, c: dict) -> None:
+    t[UP + "_zero_point"] = torch.zeros(128, 1, dtype=torch.int8)
+    t[UP + "_zero_point"][70] = 9
+
+
+def scheme(**more: object) -> Callable[[dict, dict], None]:
+    return lambda t, c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(more)
+
+
+def ordered(t: dict, c: dict) -> None:
+    t[UP + "_g_idx"] = torch.zeros(64, dtype=torch.int32)
+
+
+def smoothed(t: dict, c: dict) -> None:
+    t["model.layers.0.mlp.down_proj.pre_quant_scale"] = torch.ones(128)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "says"),
+    [
+        (gpt_oss, drop(GATE_UP + "_scales"), (GATE_UP + "_blocks", "no " + GATE_UP + "_scales")),
+        (gpt_oss, drop(GATE_UP + "_blocks"), (GATE_UP + "_scales", "incomplete")),
+        (gpt_oss, cut(GATE_UP + "_scales"), (GATE_UP + "_scales", "[2, 192, 2]", "[3, 192, 2]")),
+        (gpt_oss, cast(GATE_UP + "_scales", torch.int32), ("is I32", "expected U8")),
+        (gpt_oss, cast(GATE_UP + "_blocks", torch.int8), ("is I8", "MXFP4")),
+        (gpt_oss, put(GATE_UP + "_scales", (2, 7, 1), 255),
+         (GATE_UP + "[2, 32, 7]", GATE_UP + "_scales[2, 7, 1]", "BF16", "as it is stored")),
+        (int4, drop(UP + "_scale"), (UP + "_packed", "no " + UP + "_scale")),
+        (int4, drop(UP + "_packed"), (UP + "_s", "incomplete")),
+        (int4, drop(UP + "_shape"), (UP + "_packed", "no " + UP + "_shape")),
+        (int4, cut(UP + "_scale"), (UP + "_packed", "[127, 2]", "fits none")),
+        (int4, put(UP + "_shape", (1,), 63), (UP + "_shape", "[128, 63]", "[128, 64]")),
+        (int4, put(UP + "_scale", (5, 1), float("nan")), (UP + "[5, 32]", UP + "_scale[5, 1]")),
+        (int4, cast(UP + "_scale", torch.int32), (UP + "_scale", "is I32", "F32, F16, BF16")),
+        (int4, cast(UP + "_packed", torch.int64), (UP + "_packed", "is I64", "I32 or U8")),
+        (int4, ordered, (UP + "_g_idx", "another order")),
+        (int4, scheme(num_bits=3), ("compressed-tensors", "group_0", "3-bit int")),
+        (int4, scheme(group_size=-1), ("compressed-tensors", "groups of -1")),
+        (int4, scheme(symmetric=False), ("down_proj.weight_packed", "fits none")),
+        (int4, scheme(strategy="token"), ("compressed-tensors", "'token'")),
+        (zeros, bytes_of_zeros, (UP + "_zero_point[70, 0] is 9", "from -8 to 7")),
+        (zeros, cut(UP + "_zero_point"), (UP + "_zero_point", "[15, 1]", "fits none")),
+        (nvfp4, drop(UP + "_global_scale"), (UP + "_packed", "no " + UP + "_global_scale")),
+        (nvfp4, put(UP + "_global_scale", (0,), float("nan")), (UP + "_global_scale is nan",)),
+        (nvfp4, put(UP + "_global_scale", (0,), 0), (UP + "_global_scale is 0",)),
+        (nvfp4, cut(UP + "_scale"), (UP + "_scale", "[127, 4]", "[128, 4]")),
+        (nvfp4_of_modelopt, smoothed, ("pre_quant_scale", "scales the inputs")),
+        (nvfp4_of_modelopt, cast(UP + "_scale_2", torch.float16), (UP + "_scale_2", "F16", "F32")),
+        (nvfp4_of_modelopt, drop(UP + "_scale"), (UP, "no " + UP + "_scale")),
+        (nvfp4_of_modelopt, drop(UP), (UP + "_scale_2", "no NVFP4 weight")),
+    ],
+    ids=lambda x: "" if isinstance(x, tuple) else x.__name__,
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(work, make, change, says):
+    broken(work, make, change)
+    refused(INPUT, "quantize", "model", "-q", says=says, cwd=work)
+    refused(INPUT, "quantize", "model", "-q", "--on-nonfinite", "keep", says=says, cwd=work)
+
+
+def test_the_plan_says_that_this_is_a_second_rounding(tmp_path):
+    int4(tmp_path / "model")
+    said = nf4_ok("quantize", tmp_path / "model", "--plan")
+    assert "stored in INT4" in said
+    assert "rounded a second time" in said
