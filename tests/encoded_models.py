@@ -183,3 +183,48 @@ def nvfp4_of_modelopt(root: Path) -> dict[str, torch.Tensor]:
     config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
     write_checkpoint_dir(root, stored, {**LLAMA, "quantization_config": config}, shards=2)
     return decoded
+
+
+def _words(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Pack each 8 neighbours of a row into an int32; nibble i takes neighbour order[i]."""
+    parts = codes.reshape(codes.shape[0], -1, 8).to(torch.int64)
+    words = sum(parts[:, :, element] << 4 * nibble for nibble, element in enumerate(order))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def gptq_or_awq(
+    root: Path, method: str, dtype: torch.dtype = torch.float16, **config: object
+) -> dict[str, torch.Tensor]:
+    """A checkpoint of GPTQ or AWQ in 4 bits and groups of 32; returns what it decodes to, in bf16.
+
+    As GPTQModel and AutoAWQ compute it, in the dtype of the scales: (code - zero point) * scale.
+    """
+    generator = torch.Generator().manual_seed(13)
+    stored, decoded = {}, {}
+    for name, value in llama_tensors().items():
+        if "layers" not in name or value.dim() != 2:
+            stored[name] = decoded[name] = value
+            continue
+        rows, columns = value.shape
+        base, groups = name.removesuffix("weight"), columns // 32
+        codes = torch.randint(0, 16, (columns, rows), generator=generator)
+        zeros = torch.randint(0, 16, (groups, rows), generator=generator)
+        scales = (torch.rand(groups, rows, generator=generator) * 0.01).to(dtype)
+        order = torch.arange(columns) // 32
+        if config.get("desc_act"):
+            order = order[torch.randperm(columns, generator=generator)]
+        weight = (codes - zeros[order]).to(dtype) * scales[order]
+        decoded[name] = weight.T.contiguous().to(torch.bfloat16)
+        stored[base + "scales"] = scales
+        if method == "awq":
+            packing = (0, 2, 4, 6, 1, 3, 5, 7)
+            stored[base + "qweight"] = _words(codes, packing)
+            stored[base + "qzeros"] = _words(zeros, packing)
+            continue
+        stored[base + "qweight"] = _words(codes.T).T.contiguous()
+        less = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+        stored[base + "qzeros"] = _words((zeros - less) % 16)
+        stored[base + "g_idx"] = order.to(torch.int32)
+    quantization = {"quant_method": method, "bits": 4, "group_size": 32, **config}
+    write_checkpoint_dir(root, stored, {**LLAMA, "quantization_config": quantization}, shards=2)
+    return decoded

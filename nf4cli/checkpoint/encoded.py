@@ -6,7 +6,8 @@ says how codes and zero points lie:
 - "rows": the codes row by row, as the engines take them; zero points one a factor, as bytes, or
   packed into int32 along the rows (compressed-tensors).
 - "gptq": int32 [columns / 8, rows], each of which holds 8 neighbours of a column, and zero points
-  [blocks, rows / 8].  Scales lie transposed.
+  [blocks, rows / 8], stored as one less.  Scales lie transposed.
+- "gptq_v2": the same, with zero points as they are.
 - "awq": int32 [columns, rows / 8], each of which holds 8 neighbours of a row of that, in an order
   of its own, and zero points in the same way.
 """
@@ -159,12 +160,12 @@ class Factors:
         return tuple(int(i) for i in np.unravel_index(flat, encoding.scale[1].shape or (1,)))
 
     def codes(self, words: NDArray[np.int32]) -> U8:
-        """Return the codes of the layouts "gptq" and "awq", one a byte: uint8 [rows, columns].
+        """Return the codes of another layout than "rows", one a byte: uint8 [rows, columns].
 
         Args:
             words: int32, a slice of the stored tensor: [columns / 8, rows], or [columns, rows / 8].
         """
-        if self.encoding.layout == "gptq":
+        if self.encoding.layout != "awq":
             return np.ascontiguousarray(_unpacked(words, 0).T)
         return np.ascontiguousarray(_unpacked(words, 1, _AWQ_ORDER).T)
 
@@ -224,7 +225,7 @@ class Factors:
             )
 
     def _transposed_rows(self, row: int, count: int) -> Codes:
-        """Return `rows` of the layouts "gptq" and "awq", whose factors lie as [blocks, rows]."""
+        """Return `rows` of the other layouts, whose factors lie as [blocks, rows]."""
         encoding = self.encoding
         assert encoding.scale is not None
         tensor = encoding.scale[1]
@@ -275,7 +276,8 @@ class Factors:
                 f"{tensor.name}[{int(bad[0])}] is {int(order[bad[0]])}, expected a group from 0 to "
                 f"{self._wide - 1}: it is damaged. Download it again"
             )
-        return order
+        plain = np.arange(order.size) // self.encoding.block[1]
+        return None if np.array_equal(order, plain) else order
 
     def _check_shape(self) -> None:
         """Raise InputError if the source states another shape than the tensors have."""

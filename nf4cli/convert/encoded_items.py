@@ -58,7 +58,7 @@ class EncodedReader:
         self, weight: Weight, encoding: Encoding, factors: Factors, row: int, rows: int
     ) -> U8:
         """Return the codes of whole rows that lie as columns of words, one a byte."""
-        gptq = encoding.layout == "gptq"
+        gptq = encoding.layout != "awq"
         first, last = (row, row + rows) if gptq else (row // PER_WORD, -(-(row + rows) // PER_WORD))
         high = encoding.columns // PER_WORD if gptq else encoding.columns
         stride = encoding.rows if gptq else encoding.rows // PER_WORD

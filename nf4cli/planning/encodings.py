@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.bnb_format import find_quantized, quant_method, quantization_of
 from ..checkpoint.types import Checkpoint
 from ..errors import InputError
-from . import compressed, float8, modelopt, mxfp4
+from . import compressed, float8, gptq_awq, modelopt, mxfp4
 from .encoded_weight import WHERE_TO_GO, Found
 from .quantizers import Quantizer, is_leftover, quantizer_of
 
@@ -26,20 +26,25 @@ READS = (
 )
 
 
-def find(checkpoint: Checkpoint) -> Found:
+def find(checkpoint: Checkpoint, requantize: bool = False) -> Found:
     """Return the encoded weights of a source, and the tensors that belong to them.
+
+    Args:
+        requantize: whether GPTQ and AWQ are read as well.
 
     Raises:
         InputError: it is quantized in a way that nf4 does not read; or a tensor of a weight is
             missing, or has an impossible shape or dtype.
     """
-    config = _config(checkpoint)
+    config = _config(checkpoint, requantize)
     found = Found()
     method = None if config is None else config.get("quant_method")
     if method == "mxfp4":
         mxfp4.find(checkpoint, found)
     if config is not None and method == "compressed-tensors":
         compressed.find(checkpoint, config, found)
+    if config is not None and method in gptq_awq.METHODS:
+        gptq_awq.find(checkpoint, config, found)
     if method in (None, "modelopt"):
         modelopt.find(checkpoint, found)
     if config is None and found.weights:
@@ -48,7 +53,7 @@ def find(checkpoint: Checkpoint) -> Found:
     return found
 
 
-def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+def _config(checkpoint: Checkpoint, requantize: bool) -> Mapping[str, Any] | None:
     """Return the quantization_config that the tensors agree with, None for a source without.
 
     Where no tensor is quantized, a quantization_config is a leftover (of a QLoRA run whose adapter
@@ -59,7 +64,7 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """
     method, config = quant_method(checkpoint.config), quantization_of(checkpoint.config) or {}
     found = quantizer_of(checkpoint)
-    problem = _problem(method, config)
+    problem = _problem(method, config, requantize)
     damaged = problem is not None and problem.endswith((compressed.NO_WEIGHTS, _NO_FORMAT))
     if problem is not None and not damaged and is_leftover(checkpoint):
         return None
@@ -71,12 +76,22 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         problem = f"{problem}; {found.tensor!r} is how {found.program} stores weights"
     if problem is None:
         return None if method is None else config
-    packed = bool(find_quantized(checkpoint))
     raise InputError(
-        f"{checkpoint.root} is already quantized ({problem}): "
-        f"{'undo it first: nf4 dequantize' if packed else WHERE_TO_GO}. The quantized sources that "
-        f"nf4 reads are {READS}"
+        f"{checkpoint.root} is already quantized ({problem}): {_way_out(checkpoint, requantize)}. "
+        f"The quantized sources that nf4 reads are {READS}"
     )
+
+
+def _way_out(checkpoint: Checkpoint, requantize: bool) -> str:
+    """Return what to do about a source that is refused."""
+    if find_quantized(checkpoint):
+        return "undo it first: nf4 dequantize"
+    if not requantize and quant_method(checkpoint.config) in gptq_awq.METHODS:
+        return (
+            f"{WHERE_TO_GO}, which loses less. If there is none, --requantize decodes this one and "
+            "rounds it a second time"
+        )
+    return WHERE_TO_GO
 
 
 def _agrees(found: Quantizer, method: str | None) -> bool:
@@ -88,8 +103,10 @@ def _agrees(found: Quantizer, method: str | None) -> bool:
     return method in found.methods or (method is not None and method not in _METHODS)
 
 
-def _problem(method: str | None, config: Mapping[str, Any]) -> str | None:
+def _problem(method: str | None, config: Mapping[str, Any], requantize: bool) -> str | None:
     """Return what nf4 does not read of a quantization_config, in words; None for nothing."""
+    if requantize and method in gptq_awq.METHODS:
+        return gptq_awq.problem(config)
     if method == "fp8":
         return _fp8_problem(config)
     if method == "compressed-tensors":

@@ -75,7 +75,7 @@ def make_plan(
     _refuse_part_of_a_set(checkpoint)
     adapters.refuse_adapter(checkpoint)
     _refuse_packed(checkpoint)
-    found = encodings.find(checkpoint)
+    found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
     content = contents(checkpoint, found, model_dtype)
     model = content.as_checkpoint(checkpoint)

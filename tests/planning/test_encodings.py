@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded_models import GPT_OSS, compressed_model, gpt_oss, nvfp4_of_modelopt, weights
+from encoded_models import (
+    GPT_OSS,
+    compressed_model,
+    gpt_oss,
+    gptq_or_awq,
+    nvfp4_of_modelopt,
+    weights,
+)
 from float8_models import spread
 from helpers import (
     INPUT,
@@ -267,3 +274,90 @@ def test_the_plan_says_that_this_is_a_second_rounding(tmp_path):
     said = nf4_ok("quantize", tmp_path / "model", "--plan")
     assert "stored in INT4" in said
     assert "rounded a second time" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("gptq", {}),
+        ("gptq", {"desc_act": True}),
+        ("gptq", {"checkpoint_format": "gptq_v2"}),
+        ("awq", {"version": "gemm"}),
+    ],
+    ids=str,
+)
+def test_gptq_and_awq_are_taken_when_asked(tmp_path, method, config):
+    decoded = gptq_or_awq(tmp_path / "source", method, **config)
+    write_checkpoint_dir(tmp_path / "plain", decoded, LLAMA)
+    keep = ("--keep", "o_proj")
+    nf4_ok("quantize", tmp_path / "source", tmp_path / "a", "--requantize", *keep)
+    nf4_ok("quantize", tmp_path / "plain", tmp_path / "b", *keep)
+    a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    assert "is good" in nf4_ok("verify", tmp_path / "a", "--source", tmp_path / "source")
+    assert (
+        json.loads((tmp_path / "a/nf4_manifest.json").read_text())["recipe"]["requantize"] is True
+    )
+    assert "requantize" not in (tmp_path / "b/nf4_manifest.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_gptq_and_awq_in_many_pieces(tmp_path, layout):
+    """Pieces begin and end within rows, and within words."""
+    generator = torch.Generator().manual_seed(17)
+    high, wide = (300, 584) if layout == "gptq" else (584, 150)
+    columns, rows = (8 * high, wide) if layout == "gptq" else (high, 8 * wide)
+    bits = torch.randint(-(2**31), 2**31, (high, wide), generator=generator).to(torch.int32)
+    tensors = {
+        "a.qweight": bits, "a.scales": torch.rand(columns // 8, rows).half(),
+        "a.qzeros": torch.zeros(columns // 8, rows // 8, dtype=torch.int32),
+    }  # fmt: skip
+    config = {"quantization_config": {"quant_method": layout, "bits": 4}, "model_type": "x"}
+    write_checkpoint_dir(tmp_path / "source", tensors, config)
+    made = []
+    for chunk in (8 * GRANULE, 8 << 20):
+        checkpoint = open_checkpoint(tmp_path / "source")
+        plan = make_plan(checkpoint, QuantConfig(requantize=True, dtype="float16"), lambda _: None)
+        out = tmp_path / str(chunk)
+        carry_out(plan, out, engines.load("cpu"), Resources(2, chunk, 0))
+        made.append(read_all(out))
+    assert rows * columns > 8 * GRANULE
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptq_and_awq_are_refused_by_default(work, method):
+    gptq_or_awq(work / method, method)
+    says = ("already quantized", repr(method), "original full-precision", "--requantize")
+    refused(INPUT, "quantize", method, says=says, cwd=work)
+
+
+def wrong_group(t: dict, c: dict) -> None:
+    t[UP.replace("weight", "g_idx")][7] = 2
+
+
+def gptq(root: Path) -> object:
+    return gptq_or_awq(root, "gptq")
+
+
+def option(**more: object) -> Callable[[dict, dict], None]:
+    return lambda t, c: c["quantization_config"].update(more)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (option(bits=8), ("'gptq' with 8 bits",)),
+        (option(checkpoint_format="marlin"), ("'marlin'",)),
+        (drop(UP.replace("weight", "qzeros")), ("no " + UP.replace("weight", "qzeros"),)),
+        (drop(UP.replace("weight", "qweight")), ("no qweight beside it",)),
+        (cut(UP.replace("weight", "scales")), ("up_proj.qzeros", "[2, 16]", "[1, 16]")),
+        (wrong_group, ("up_proj.g_idx[7] is 2", "from 0 to 1")),
+    ],
+    ids=str,
+)
+def test_gptq_that_does_not_fit_is_refused(work, change, says):
+    broken(work, gptq, change)
+    refused(INPUT, "quantize", "model", "-q", "--requantize", says=says, cwd=work)
