@@ -124,26 +124,6 @@ class Factors:
         unit = unit if unit % 2 == 0 or self.encoding.bits == 8 else 2 * unit
         return start // unit * unit, min(self.encoding.columns, -(-stop // unit) * unit)
 
-    def columns(self, row: int, count: int, start: int, stop: int) -> Codes:
-        """Return what decodes the columns [start, stop) of rows [row, row + count), as a matrix of
-        its own."""
-        whole = self.rows(row, count)
-        width, wide = whole.block[1], -(-whole.columns // whole.block[1])
-        first, last = start // width, (stop - 1) // width
-
-        def part(values: F32) -> F32:
-            found = values.reshape(-1, wide)[:, first : last + 1]
-            if first < last and start % width:
-                found = found.repeat(width, axis=1)[:, start - first * width :][:, : stop - start]
-            return np.ascontiguousarray(found).reshape(-1)
-
-        columns = stop - start if first == last else 1 if start % width else width
-        return Codes(
-            whole.first // whole.columns * (stop - start), stop - start, part(whole.scale),
-            (whole.block[0], columns), whole.kind, None if whole.zero is None else part(whole.zero),
-            whole.through,
-        )  # fmt: skip
-
     def index(self, row: int, column: int) -> tuple[int, ...]:
         """Return the index in the tensor of factors that an element has, () where all are 1.
 
@@ -287,6 +267,29 @@ class Factors:
         raw = self._bytes(tensor, 0, tensor.numel)
         said = raw.view({"I64": np.int64, "I32": np.int32}[tensor.dtype]).tolist()
         refuse_shape(tensor.name, said, self.encoding)
+
+
+def columns_of(whole: Codes, start: int, stop: int) -> Codes:
+    """Return what decodes the columns [start, stop) of some rows, as a matrix of its own.
+
+    Args:
+        whole: what decodes the whole rows.
+    """
+    width, wide = whole.block[1], -(-whole.columns // whole.block[1])
+    first, last = start // width, (stop - 1) // width
+
+    def part(values: F32) -> F32:
+        found = values.reshape(-1, wide)[:, first : last + 1]
+        if first < last and start % width:
+            found = found.repeat(width, axis=1)[:, start - first * width :][:, : stop - start]
+        return np.ascontiguousarray(found).reshape(-1)
+
+    columns = stop - start if first == last else 1 if start % width else width
+    return Codes(
+        whole.first // whole.columns * (stop - start), stop - start, part(whole.scale),
+        (whole.block[0], columns), whole.kind, None if whole.zero is None else part(whole.zero),
+        whole.through,
+    )  # fmt: skip
 
 
 def refuse_shape(name: str, said: list[int], encoding: Encoding) -> None:

@@ -142,9 +142,15 @@ def widest(plan: TensorPlan) -> int:
 def is_rearranged(plan: TensorPlan) -> bool:
     """Return whether a weight's elements lie in another order than those that are stored."""
     encoding = plan.weight.encoding
-    if encoding is not None and (encoding.transposed or encoding.layout != "rows"):
+    if encoding is not None and encoding.layout != "rows":
         return True
-    return plan.view is not None
+    return plan.view is not None or is_slab(plan)
+
+
+def is_slab(plan: TensorPlan) -> bool:
+    """Return whether a weight is made of columns of stored codes."""
+    encoding = plan.weight.encoding
+    return encoding is not None and (plan.view is not None or encoding.transposed)
 
 
 def unit_of_packed(plan: TensorPlan) -> int:

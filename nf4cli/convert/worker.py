@@ -20,7 +20,7 @@ from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan
 from .encoded_items import EncodedReader
-from .items import Item, Reading, element
+from .items import Item, Reading, element, is_slab
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,6 +92,8 @@ class Worker:
             InputError: a value is not finite, or too large for the dtype it is cast to.
             OSError: a disk is full or fails.
         """
+        if isinstance(item, Reading) or not is_slab(item.job.plan):
+            self._encoded.forget()  # the buffer is used for something else
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
             self._readers[item.shard.path].read_into(data, item.start)
@@ -139,8 +141,8 @@ class Worker:
             (the codes, and what decodes them) where the engine decodes them as it quantizes;
             (their values in the weight's dtype, None) otherwise.
         """
-        plan, encoding = item.job.plan, item.job.plan.weight.encoding
-        if plan.view is not None or (encoding is not None and encoding.transposed):
+        plan = item.job.plan
+        if is_slab(plan):
             return self._encoded.transposed(item), None
         data, codes = self._encoded.codes(item)
         if item.digest:

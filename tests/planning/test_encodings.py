@@ -361,3 +361,13 @@ def option(**more: object) -> Callable[[dict, dict], None]:
 def test_gptq_that_does_not_fit_is_refused(work, change, says):
     broken(work, gptq, change)
     refused(INPUT, "quantize", "model", "-q", "--requantize", says=says, cwd=work)
+
+
+def test_inspect_counts_the_weights_and_not_their_scales(tmp_path):
+    decoded = compressed_model(tmp_path / "mixed", SCHEMES["mixed"])
+    seen = json.loads(nf4_ok("inspect", tmp_path / "mixed", "--json"))
+    assert seen["parameters"] == sum(value.numel() for value in decoded.values())
+    kinds = {group["kind"].partition(",")[0] for group in seen["groups"]}
+    assert kinds == {"INT4", "INT8", "NVFP4", "BF16"}
+    gptq(tmp_path / "gptq")
+    assert json.loads(nf4_ok("inspect", tmp_path / "gptq", "--json"))["parameters"] > 100_000
