@@ -8,8 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..format.codebook import code_values
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import CODE_BITS, ITEMSIZE
 from .file_io import Identity
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
@@ -154,7 +153,7 @@ class Encoding:
     @property
     def bits(self) -> int:
         """Bits of a code, 8 or 4."""
-        return 4 if code_values(self.kind).size == 16 or self.layout != "rows" else 8
+        return CODE_BITS[self.kind] if self.layout == "rows" else 4
 
 
 @dataclass(frozen=True, slots=True)

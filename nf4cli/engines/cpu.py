@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import CODE_BITS, ITEMSIZE
 from .protocol import (
     CAST_CODES,
     DTYPE_CODES,
@@ -165,7 +165,7 @@ class CpuEngine:
         # cached function would not do: two threads may fill its cache at once, and the table that
         # is not kept would be freed during the call.
         self._nested_midpoints = codebook.nested_midpoints()
-        self._code_values = {kind: codebook.code_values(kind) for kind in codebook.CODE_KINDS}
+        self._code_values = {kind: codebook.code_values(kind) for kind in CODE_BITS}
         library = _library()
         pointer, i64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         f32, f64 = ctypes.c_float, ctypes.c_double

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from ..format.codebook import code_values
+from ..format.dtypes import CODE_BITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,7 @@ class Codes:
     @property
     def bits(self) -> int:
         """Bits of a code, 8 or 4."""
-        return 4 if code_values(self.kind).size == 16 else 8
+        return CODE_BITS[self.kind]
 
     def count(self, src: U8) -> int:
         """Return how many codes `src` holds."""

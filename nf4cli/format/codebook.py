@@ -238,17 +238,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of a 4-bit float with two exponent bits and one mantissa bit (MXFP4, NVFP4)."""
 
 
-CODE_KINDS = ("e4m3", "e5m2", "e2m1", "int8", "offset8", "offset4", "uint8")
-"""The kinds of codes that a source may store its weights in, see `code_values`."""
-
-
 @cache
 def code_values(kind: str) -> F32:
     """Return the values of the codes that a source may store its weights in.
 
     Args:
-        kind: one of CODE_KINDS: "e4m3", "e5m2" (float8), "e2m1" (4-bit floats), "int8" (two's
-            complement), "offset8" and "offset4" (integers stored with an offset of 128, or 8),
+        kind: one of `dtypes.CODE_BITS`: "e4m3", "e5m2" (float8), "e2m1" (4-bit floats), "int8"
+            (two's complement), "offset8", "offset4" (integers with an offset of 128, or 8),
             "uint8" (integers as they are).
 
     Returns:

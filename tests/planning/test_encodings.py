@@ -34,6 +34,7 @@ from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.engines.protocol import GRANULE, Codes
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
+from nf4cli.format.dtypes import CODE_BITS
 from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.resources import Resources
 
@@ -119,7 +120,7 @@ def test_experts_in_many_pieces_have_the_same_bytes(tmp_path, name):
             assert torch.equal(made[key].view(torch.int16), decoded[key].view(torch.int16)), key
 
 
-@pytest.mark.parametrize("kind", codebook.CODE_KINDS)
+@pytest.mark.parametrize("kind", CODE_BITS)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("through", [None, "BF16", "F16"])
 def test_engines_decode_any_part_of_codes(engine, kind, dtype, through):
