@@ -47,7 +47,7 @@ _SMALLEST_ARENA = 1 << 20  # bytes that hold a granule of the widest kind of wor
 _COMPILER_MEMORY = 110_000_000  # bytes: NVRTC at its peak, as measured
 _ALIGN = 256  # bytes: arrays in device memory start at multiples of it
 _ARRAYS = 16  # more arrays than any piece of work has
-_WIDEST = 1 << 16  # columns of a float8 matrix whose scales fit beside a granule
+_WIDEST = 1 << 16  # columns of a matrix of codes whose scales fit beside a granule
 
 
 def open_devices(indices: tuple[int, ...] | None) -> Sequence[Device]:
@@ -119,7 +119,7 @@ class CudaEngine(CpuEngine):
         bits = 8 * ITEMSIZE[dtype] if codes is None else codes.bits
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
-        if codes is not None and not _even(codes, n, blocksize):
+        if codes is not None and not _even(codes, n, blocksize, dtype):
             return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, codes)
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         with self._lane() as lane:
@@ -282,15 +282,15 @@ class CudaEngine(CpuEngine):
         return None
 
 
-def _even(codes: Codes, n: int, blocksize: int) -> bool:
+def _even(codes: Codes, n: int, blocksize: int, dtype: str) -> bool:
     """Return whether the kernels can decode n codes of a matrix.
 
-    They take float8 e4m3 and need 8 neighbours that share a scale, and whole blocks.  Float8
-    weights of real models are so; others stay with the CPU engine.
+    They take some kinds of codes, and need 8 neighbours that share a scale, and whole blocks.  Of
+    these kinds, weights of real models are so; others stay with the CPU engine.
     """
     columns = codes.columns
     eights = columns % 8 == 0 and (codes.block[1] % 8 == 0 or codes.block[1] >= columns)
-    known = codes.kind == "e4m3" and codes.zero is None and codes.through is None
+    known = codes.kind in launches.CODE_SOURCES and codes.through in (None, "F32", dtype)
     return known and eights and n % blocksize == 0 and columns <= _WIDEST
 
 
@@ -313,8 +313,11 @@ def _quantize_need(bits: int, blocksize: int, codes: Codes | None) -> _Need:
     arrays += 12 * launches.entries(GRANULE, blocksize)
     if codes is None:
         return _Need(GRANULE * bits // 8 + arrays)
-    # At most one scale for every 8 elements, and those of the piece's first and last row.
-    return _Need(GRANULE + GRANULE // 2 + arrays, 8 * -(-codes.columns // codes.block[1]))
+    # At most one scale for every 8 elements, and those of the piece's first and last row; as many
+    # zero points.
+    numbers = 1 if codes.zero is None else 2
+    scales, edges = numbers * GRANULE // 2, numbers * 8 * -(-codes.columns // codes.block[1])
+    return _Need(GRANULE * bits // 8 + scales + arrays, edges)
 
 
 def _dequantize_need(itemsize: int, blocksize: int, absmax: F32 | NestedAbsmax) -> _Need:
@@ -421,16 +424,18 @@ class _Lane:
         self._waiting.clear()
         self._staged = 0
 
-    def factors(self, codes: Codes, count: int) -> launches.Float8:
+    def factors(self, codes: Codes, count: int) -> launches.Codes:
         """Upload the scales of `count` codes and return the kernels' argument."""
         rows, columns = codes.block
         row, column = divmod(codes.first, codes.columns)
         wide = -(-codes.columns // columns)
         first, last = row // rows, (codes.first + count - 1) // codes.columns // rows
-        scale = codes.scale[first * wide : (last + 1) * wide]
-        return launches.Float8(
+        part = slice(first * wide, (last + 1) * wide)
+        scale, zero = codes.scale[part], None if codes.zero is None else codes.zero[part]
+        return launches.Codes(
             row - first * rows, column, codes.columns, (rows, columns), wide,
-            self.upload(scale.view(np.uint8)),
+            self.upload(scale.view(np.uint8)), codes.kind,
+            0 if zero is None else self.upload(zero.view(np.uint8)),
         )  # fmt: skip
 
     def scales(self, absmax: F32 | NestedAbsmax, first: int, last: int) -> launches.Scales:

@@ -9,7 +9,7 @@ import pytest
 from emulator import exercise
 from emulator.device import WatchedStream
 
-from nf4cli.engines import cuda
+from nf4cli.engines import cuda, launches
 from nf4cli.engines.cuda import ARENA, CudaEngine
 from nf4cli.engines.protocol import GRANULE, Codes, NestedAbsmax
 from nf4cli.errors import MachineError, NonFiniteError
@@ -24,7 +24,7 @@ def device(new_device):
 
 
 def by(engine, src, dtype="BF16", blocksize=64, float8=None, buffer=None):
-    n = src.nbytes // (1 if float8 else 4 if dtype == "F32" else 2)
+    n = float8.count(src) if float8 else src.nbytes // (4 if dtype == "F32" else 2)
     new = buffer or (lambda count: np.empty(count, np.uint8))
     packed, absmax = new((n + 1) // 2), np.empty(-(-n // blocksize), np.float32)
     stats = engine.quantize(src, dtype, blocksize, "nf4", packed, absmax, float8)
@@ -58,6 +58,25 @@ def test_float8_in_pieces_takes_the_right_factors(device):
         expected = exercise.on_cpu(src, "BF16", 64, "nf4", float8)
         exercise.same("float8", by(engine, src, float8=float8), expected)
     assert any(launch.kernel.startswith("quantize<3,") for launch in device.launched)
+
+
+@pytest.mark.parametrize("kind", launches.CODE_SOURCES)
+def test_codes_in_pieces_take_the_right_factors_and_zero_points(device, kind):
+    engine = CudaEngine(devices=[device])
+    engine._rooms[id(device)] = 1 << 20
+    columns, block = 1024, (1, 16)
+    random = np.random.default_rng(2)
+    size = 1024 * 64
+    scale = random.uniform(0, 0.1, size).astype(np.float32)
+    zero = random.integers(-8, 8, size).astype(np.float32)
+    for zeros in (None, zero) if kind.startswith("offset") else (None,):
+        codes = Codes(512, columns, scale, block, kind, zeros, "BF16")
+        src = random.integers(0, 127, (1024 * 1024 - 512) * codes.bits // 8, np.uint8)
+        src = src[: src.size // 2048 * 2048]
+        expected = exercise.on_cpu(src, "BF16", 64, "nf4", codes)
+        exercise.same(kind, by(engine, src, float8=codes), expected)
+    source = launches.CODE_SOURCES[kind]
+    assert any(launch.kernel.startswith(f"quantize<{source},") for launch in device.launched)
 
 
 def test_float8_that_the_kernels_do_not_take_stays_with_the_cpu(device):
