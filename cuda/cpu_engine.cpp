@@ -498,8 +498,9 @@ NF4_EXPORT(int64_t nf4_decode_codes)
 (const uint8_t* src, int bits, i64 first, i64 n, i64 columns, const float* table,
  const float* scale, const float* zero, i64 block_rows, i64 block_columns, int to, void* dst) {
   const DefaultFloatEnvironment environment;
-  const Factors factors = {columns,    scale,         zero,
-                           block_rows, block_columns, (columns + block_columns - 1) / block_columns};
+  const Factors factors = {columns,       scale,
+                           zero,          block_rows,
+                           block_columns, (columns + block_columns - 1) / block_columns};
   return with_dtype(to, [&](auto kind) {
     constexpr int kTo = kind();
     if (bits == 4)

@@ -22,7 +22,8 @@ static_assert(1 << kLogSegment == kSegment && 2 * kOwn == kSegment, "a segment a
 // -- reading the source: 8 elements of each of the 4 rows of a thread's half segment --
 
 // What turns codes into values: a piece of a row-major matrix that starts in `row` at `column`, and
-// for each block of block_rows x block_columns one factor and, unless `zero` is null, one zero point.
+// for each block of block_rows x block_columns one factor and, unless `zero` is null, one zero
+// point.
 struct Codes {
   uint32_t row, column, columns, block_rows, block_columns, scale_columns;
   const float *scale, *zero;
@@ -119,11 +120,10 @@ NF4_FN void decode8(const Codes& f, i64 at, const uint32_t* words, float* x) {
 
 // Write the kOwn elements of a thread to x.  Two threads share each row, so a 2-byte row is 16
 // bytes for each; of rows of bytes, each loads two whole ones and passes on the half that the other
-// owns; of 4-bit rows, each loads its own 4 bytes.  For a segment behind the end it is those of the first one, which nobody stores; of a half
-// segment (kSmall) the missing rows are zeros.
+// owns; of 4-bit rows, each loads its own 4 bytes.  For a segment behind the end it is those of the
+// first one, which nobody stores; of a half segment (kSmall) the missing rows are zeros.
 template <int kFrom, int kTo, bool kSmall>
-NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Codes& f,
-                 float (*x)[kHalf]) {
+NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Codes& f, float (*x)[kHalf]) {
   const i64 first = segment * kSegment < n ? segment * kSegment : 0;
   const bool whole = !kSmall || first + kSegment <= n;
   if constexpr (kCodeBits<kFrom> == 8) {

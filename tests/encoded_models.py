@@ -78,17 +78,17 @@ def compressed(**groups: dict) -> dict:
     }  # fmt: skip
 
 
-def library(scheme: dict):
+def library(scheme: dict, form: str | None = None):
     """compressed-tensors' own compressor for a scheme, and the scheme as it takes it."""
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     parsed = QuantizationScheme(targets=["Linear"], weights=scheme)
-    form = {
+    form = form or {
         ("int", 4): "pack-quantized", ("int", 8): "pack-quantized", ("float", 8): "float-quantized",
         ("float", 4): "nvfp4-pack-quantized",
     }[scheme["type"], scheme["num_bits"]]  # fmt: skip
-    if scheme["strategy"] == "group" and scheme["type"] == "float":
+    if scheme["strategy"] == "group" and scheme["type"] == "float":  # not NVFP4's tensor_group
         form = "mxfp4-pack-quantized"
     return BaseCompressor.get_value_from_registry(form), parsed
 

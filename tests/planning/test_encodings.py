@@ -11,9 +11,11 @@ import pytest
 import torch
 from encoded_models import (
     GPT_OSS,
+    compressed,
     compressed_model,
     gpt_oss,
     gptq_or_awq,
+    library,
     nvfp4_of_modelopt,
     weights,
 )
@@ -22,16 +24,20 @@ from helpers import (
     INPUT,
     LLAMA,
     carry_out,
+    llama_tensors,
     nf4_ok,
     raw,
     read_all,
     refused,
+    same_files,
     write_checkpoint_dir,
 )
 
 from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.convert import conversion
 from nf4cli.engines.protocol import GRANULE, Codes
+from nf4cli.errors import InputError
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
 from nf4cli.format.dtypes import CODE_BITS
@@ -48,6 +54,9 @@ SCHEMES = {
     "int8 channel": [weights(8, "int", "channel")],
     "int8 channel, zero points": [weights(8, "int", "channel", symmetric=False)],
     "int8 group, zero points": [weights(8, "int", "group", group_size=32, symmetric=False)],
+    "int4 and int8 whose headers look alike": [
+        INT4_32, weights(8, "int", "group", group_size=16),
+    ],
     "nvfp4": [weights(4, "float", "tensor_group", group_size=16)],
     "mxfp4": [weights(4, "float", "group", group_size=32)],
     "mixed": [INT4_32, weights(4, "float", "tensor_group", group_size=16),
@@ -85,6 +94,32 @@ def test_mxfp4_experts_decode_as_transformers_does(tmp_path):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_decode_as_the_library_does(name, tmp_path):
     same_output(tmp_path, compressed_model(tmp_path / "source", SCHEMES[name]), LLAMA)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int8_that_is_not_packed(tmp_path, symmetric):
+    """The format "int-quantized": int8 as it is, and zero points as bytes."""
+    scheme = weights(8, "int", "channel", symmetric=symmetric)
+    compressor, parsed = library(scheme, "int-quantized")
+    generator = torch.Generator().manual_seed(23)
+    stored, decoded = {}, {}
+    for name, value in llama_tensors().items():
+        stored[name] = decoded[name] = value
+        if "layers" not in name or value.dim() != 2:
+            continue
+        rows = value.shape[0]
+        state = {
+            "weight": torch.randint(-128, 128, value.shape, generator=generator).to(torch.int8),
+            "weight_scale": (torch.rand(rows, 1, generator=generator) * 0.01).bfloat16(),
+        }
+        if not symmetric:
+            zeros = torch.randint(-128, 128, (rows, 1), generator=generator)
+            state["weight_zero_point"] = zeros.to(torch.int8)
+        stored |= {name.removesuffix("weight") + key: part for key, part in state.items()}
+        decoded[name] = compressor.decompress(dict(state), parsed)["weight"]
+    config = {**LLAMA, "quantization_config": compressed(group_0=scheme)}
+    write_checkpoint_dir(tmp_path / "source", stored, config)
+    same_output(tmp_path, decoded, LLAMA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -372,3 +407,47 @@ def test_inspect_counts_the_weights_and_not_their_scales(tmp_path):
     assert kinds == {"INT4", "INT8", "NVFP4", "BF16"}
     gptq(tmp_path / "gptq")
     assert json.loads(nf4_ok("inspect", tmp_path / "gptq", "--json"))["parameters"] > 100_000
+
+
+@pytest.mark.parametrize("held", [1 << 20, 0], ids=["factors in memory", "factors in the file"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, held):
+    """Also where every slice of the factors is read from its file."""
+    monkeypatch.setattr(conversion, "_HELD", held)
+    gpt_oss(tmp_path / "source")
+    plan = make_plan(open_checkpoint(tmp_path / "source"), QuantConfig())
+    engine, resources = engines.load("cpu"), Resources(1, 8 * GRANULE, 0)
+    carry_out(plan, tmp_path / "whole", engine, resources)
+    done: list[str] = []
+
+    def stop(name: str, count: int) -> None:
+        done.append(name)
+        if len(done) > len(plan.tensors) // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, tmp_path / "out", engine, resources, progress=stop)
+    assert not (tmp_path / "out").exists()
+    carry_out(plan, tmp_path / "out", engine, resources, resume=True)
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_factors_that_change_during_a_run_are_noticed(tmp_path, monkeypatch):
+    gpt_oss(tmp_path / "source", shards=1)
+    plan = make_plan(open_checkpoint(tmp_path / "source"), QuantConfig())
+    path = tmp_path / "source/model.safetensors"
+    place = next(t for t in plan.checkpoint.shards[0].tensors if t.name == GATE_UP + "_scales")
+    changed: list[str] = []
+
+    def change(name: str, count: int) -> None:
+        if name == GATE_UP and not changed:
+            changed.append(name)
+            with path.open("r+b") as file:
+                file.seek(place.start + 40)
+                file.write(b"\x70")
+
+    with pytest.raises(InputError, match="changed while it was being read"):
+        carry_out(
+            plan, tmp_path / "out", engines.load("cpu"), Resources(1, 8 * GRANULE, 0),
+            progress=change,
+        )  # fmt: skip
+    assert changed
