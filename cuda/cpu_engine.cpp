@@ -330,29 +330,32 @@ NF4_FN void look_up(const uint8_t* src, i64 i, int count, const float* table, co
   }
 }
 
-// Write `count` elements of a row from `column` on; place: of the row's first factor.  Return the
-// largest magnitude, as bits.
-template <int kTo, bool kZero>
-NF4_FN uint32_t multiply(const Factors& f, i64 place, i64 column, int count, const float* values,
-                         typename Element<kTo>::Raw* out) {
-  uint32_t largest = 0;
-  const auto write = [&](int j, float zero, float unit) {
-    out[j] = Element<kTo>::store((kZero ? values[j] - zero : values[j]) * unit);
-    const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[j]));
-    largest = bits > largest ? bits : largest;
-  };
-  if (f.block_columns == 1) {  // a factor for each column
-    const float* unit = f.scale + place + column;
-    const float* zero = kZero ? f.zero + place + column : unit;
-    for (int j = 0; j < count; j++) write(j, zero[j], unit[j]);
-    return largest;
-  }
+// Write the factor, or zero point, of each of `count` elements of a row from `column` on; place: of
+// the row's first block.  Return where they are: in `room`, or in the table itself.
+inline const float* spread(const Factors& f, const float* table, i64 place, i64 column, int count,
+                           float* room) {
+  if (f.block_columns == 1) return table + place + column;  // a factor for each column
   i64 block = column / f.block_columns;
   i64 edge = (block + 1) * f.block_columns - column;
   for (int j = 0; j < count; block++, edge += f.block_columns) {
-    const float unit = f.scale[place + block], zero = kZero ? f.zero[place + block] : 0.0f;
+    const float value = table[place + block];
     const int stop = edge < count ? (int)edge : count;
-    for (; j < stop; j++) write(j, zero, unit);
+    for (; j < stop; j++) room[j] = value;
+  }
+  return room;
+}
+
+// Write `count` elements, with a factor and a zero point for each, or one for all (kOne).  Return
+// the largest magnitude, as bits.
+template <int kTo, bool kZero, bool kOne>
+NF4_FN uint32_t multiply(int count, const float* values, const float* unit, const float* zero,
+                         typename Element<kTo>::Raw* out) {
+  uint32_t largest = 0;
+  for (int j = 0; j < count; j++) {
+    const int k = kOne ? 0 : j;
+    out[j] = Element<kTo>::store((kZero ? values[j] - zero[k] : values[j]) * unit[k]);
+    const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[j]));
+    largest = bits > largest ? bits : largest;
   }
   return largest;
 }
@@ -367,13 +370,25 @@ i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const
   if (kBits == 4) memcpy(book.decode, table, sizeof book.decode);
   const Lookup lookup(book);
   alignas(64) int32_t codes[kMaxBlock];
-  alignas(64) float values[kMaxBlock];
+  alignas(64) float values[kMaxBlock], units[kMaxBlock], zeros[kZero ? kMaxBlock : 1];
+  // Short blocks are better multiplied together, factor by factor.
+  const bool wide = f.block_columns >= 512 && f.block_columns % 2 == 0;
   i64 row = first / f.columns, column = first % f.columns;
   for (i64 i = 0; i < n;) {
     const i64 rest = f.columns - column < n - i ? f.columns - column : n - i;
-    const int count = smaller(rest, kMaxBlock);
+    const i64 block = column / f.block_columns, edge = (block + 1) * f.block_columns - column;
+    const int count = smaller(wide && edge < rest ? edge : rest, kMaxBlock);
     look_up<kBits>(src, i, count, table, lookup, codes, values);
-    const uint32_t largest = multiply<kTo, kZero>(f, f.row(row), column, count, values, out + i);
+    uint32_t largest;
+    if (wide) {
+      const i64 place = f.row(row) + block;
+      const float* zero = kZero ? f.zero + place : f.scale;
+      largest = multiply<kTo, kZero, true>(count, values, f.scale + place, zero, out + i);
+    } else {
+      const float* unit = spread(f, f.scale, f.row(row), column, count, units);
+      const float* zero = kZero ? spread(f, f.zero, f.row(row), column, count, zeros) : unit;
+      largest = multiply<kTo, kZero, false>(count, values, unit, zero, out + i);
+    }
     if (largest >= kInfinityBits) return first_nonfinite<kTo>(out, i);
     i += count;
     column += count;
