@@ -119,9 +119,9 @@ NF4_FN void decode8(const Codes& f, i64 at, const uint32_t* words, float* x) {
 }
 
 // Write the kOwn elements of a thread to x.  Two threads share each row, so a 2-byte row is 16
-// bytes for each; of rows of bytes, each loads two whole ones and passes on the half that the other
-// owns; of 4-bit rows, each loads its own 4 bytes.  For a segment behind the end it is those of the
-// first one, which nobody stores; of a half segment (kSmall) the missing rows are zeros.
+// bytes for each; of rows of codes, each loads two whole ones and passes on the half that the other
+// owns.  For a segment behind the end it is those of the first one, which nobody stores; of a half
+// segment (kSmall) nobody stores the missing rows, which are zeros, or what code 0 stands for.
 template <int kFrom, int kTo, bool kSmall>
 NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Codes& f, float (*x)[kHalf]) {
   const i64 first = segment * kSegment < n ? segment * kSegment : 0;
@@ -146,14 +146,17 @@ NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Codes& f, 
       decode8<kFrom, kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
                           words[row], x[row]);
   } else if constexpr (kCodeBits<kFrom> == 4) {
-    const uint32_t* at =
-        reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(src) + first / 2) + half;
+    uint4 raw = {};
+    if (whole || half == 0)
+      raw = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first / 2)[half];
+    const uint32_t above = __shfl_xor_sync(kAll, half ? raw.x : raw.y, 1);
+    const uint32_t below = __shfl_xor_sync(kAll, half ? raw.z : raw.w, 1);
+    const uint32_t words[kRows] = {half ? above : raw.x, half ? below : raw.z, half ? raw.y : above,
+                                   half ? raw.w : below};
 #pragma unroll
-    for (int row = 0; row < kRows; row++) {
-      const int line = row % (whole ? kRows : kRows / 2);
-      const uint32_t word = !kSmall || row < kRows / 2 || whole ? at[2 * line] : 0u;
-      decode8<kFrom, kTo>(f, first + line * kRow + half * kHalf, &word, x[row]);
-    }
+    for (int row = 0; row < kRows; row++)
+      decode8<kFrom, kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
+                          words + row, x[row]);
   } else {
 #pragma unroll
     for (int row = 0; row < kRows; row++) {
