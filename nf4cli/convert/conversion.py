@@ -270,7 +270,7 @@ class Conversion:
     def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
         """Yield every chunk of the weights that one stored tensor becomes."""
         todo = [p for p in plans if p.outputs and p.name not in self._done]
-        in_order = any(not is_rearranged(p) for p in todo)
+        in_order = any(not is_rearranged(p.weight, p.view) for p in todo)
         if plans[0].weight.shard.path in self._turns and not in_order:
             yield from self._readings(plans[0])
         for plan in todo:
@@ -303,7 +303,7 @@ class Conversion:
         self._jobs.add(job)
         if not starts:  # a tensor without elements
             self._finish(job)
-        digest = not is_rearranged(plan) and plan.weight.shard.path in self._turns
+        digest = not is_rearranged(plan.weight, plan.view) and plan.weight.shard.path in self._turns
         for start in starts:
             yield Item(job, start, min(step, plan.numel - start), digest)
 

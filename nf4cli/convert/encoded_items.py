@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoint.encoded import PER_WORD, Factors, columns_of
 from ..checkpoint.reader import ByteReader
-from ..checkpoint.types import Encoding, Weight
+from ..checkpoint.types import Encoding, View, Weight
 from ..engines.protocol import Codes, Engine
 from ..errors import InputError, NonFiniteError
 from ..format.dtypes import ITEMSIZE
@@ -51,7 +51,7 @@ class EncodedReader:
             (uint8, the codes, in the buffer where they lie as the engine takes them; what decodes
             them).
         """
-        weight, encoding, factors = _parts(item)
+        weight, _, encoding, factors = _parts(item)
         first, last = item.start // encoding.columns, item.start + item.count
         rows = -(-last // encoding.columns) - first
         place = item.start - first * encoding.columns
@@ -103,8 +103,7 @@ class EncodedReader:
         Returns:
             uint8 [count * itemsize], in the weight's dtype.
         """
-        weight, encoding, _ = _parts(item)
-        view = item.job.plan.view
+        weight, view, encoding, _ = _parts(item)
         rows, columns = (view.rows, view.columns) if view else (encoding.rows, encoding.columns)
         row, column = divmod(view.start if view else 0, encoding.columns)
         size, stop = rows * columns, item.start + item.count
@@ -129,7 +128,7 @@ class EncodedReader:
         Returns:
             unsigned integers [rows, stop - start], the bits of the weight's dtype.
         """
-        weight, encoding, factors = _parts(item)
+        weight, view, encoding, factors = _parts(item)
         first, last = factors.widened(start, stop)
         width = last - first
         block = self._columns(weight, encoding, (row, rows), (first, last))
@@ -142,7 +141,7 @@ class EncodedReader:
             below, beside = divmod(error.index, width)
             flat = _flat(item, row + below, first + beside)
             code = _code(block.reshape(-1), error.index, codes.bits)
-            raise InputError(damaged(item.job.plan, factors, flat, code)) from error
+            raise InputError(damaged(weight, view, factors, flat, code)) from error
         values: NDArray[np.uint16] = out.view(f"u{itemsize}").reshape(rows, width)
         return values[:, start - first : stop - first]
 
@@ -184,20 +183,21 @@ class EncodedReader:
 
     def error(self, item: Item, index: int, data: U8, codes: Codes) -> InputError:
         """Return the error for an item's element `index` that is not finite."""
-        _, _, factors = _parts(item)
+        weight, view, _, factors = _parts(item)
         code = _code(data, index, codes.bits)
-        return InputError(damaged(item.job.plan, factors, item.start + index, code))
+        return InputError(damaged(weight, view, factors, item.start + index, code))
 
     def _reader(self, weight: Weight) -> ByteReader:
         return self._readers[weight.shard.path]
 
 
-def _parts(item: Item) -> tuple[Weight, Encoding, Factors]:
-    """Return an item's weight, how it is encoded, and its factors."""
-    weight, factors = item.job.plan.weight, item.job.factors
+def _parts(item: Item) -> tuple[Weight, View | None, Encoding, Factors]:
+    """Return an item's weight, the stored matrix that is transposed, how it is encoded, and its
+    factors."""
+    weight, view, factors = item.job.plan.weight, item.job.plan.view, item.job.factors
     assert weight.encoding is not None
     assert factors is not None
-    return weight, weight.encoding, factors
+    return weight, view, weight.encoding, factors
 
 
 def _turned(slab: NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -222,8 +222,7 @@ def _flat(item: Item, row: int, column: int) -> int:
     Args:
         row: counted through all matrices.
     """
-    _, encoding, _ = _parts(item)
-    view = item.job.plan.view
+    _, view, encoding, _ = _parts(item)
     if view is None:
         matrix, inside = divmod(row, encoding.rows)
         return (matrix * encoding.columns + column) * encoding.rows + inside

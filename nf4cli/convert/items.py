@@ -17,7 +17,7 @@ from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.encoded import Factors
 from ..checkpoint.file_io import read_at, write_at
 from ..checkpoint.given_codes import CodeSource
-from ..checkpoint.types import Shard, Weight
+from ..checkpoint.types import Shard, View, Weight
 from ..format.codebook import Ladder
 from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import TensorError
@@ -128,7 +128,7 @@ def widest(plan: TensorPlan) -> int:
     stored = -(-weight.bits // 8)
     if plan.packed is not None:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
-    if weight.encoding is not None and is_rearranged(plan):
+    if weight.encoding is not None and is_rearranged(weight, plan.view):
         return 1 + 3 * ITEMSIZE[weight.dtype]  # the codes, their values, and those rearranged
     if plan.view is not None:
         return 4 * stored  # reading it transposed takes a block and its copy as well
@@ -139,18 +139,22 @@ def widest(plan: TensorPlan) -> int:
     return stored
 
 
-def is_rearranged(plan: TensorPlan) -> bool:
-    """Return whether a weight's elements lie in another order than those that are stored."""
-    encoding = plan.weight.encoding
+def is_rearranged(weight: Weight, view: View | None) -> bool:
+    """Return whether a weight's elements lie in another order than those that are stored.
+
+    Args:
+        view: the stored matrix whose transpose is written, None for the tensor as it lies.
+    """
+    encoding = weight.encoding
     if encoding is not None and encoding.layout != "rows":
         return True
-    return plan.view is not None or is_slab(plan)
+    return view is not None or is_slab(weight, view)
 
 
-def is_slab(plan: TensorPlan) -> bool:
-    """Return whether a weight is made of columns of stored codes."""
-    encoding = plan.weight.encoding
-    return encoding is not None and (plan.view is not None or encoding.transposed)
+def is_slab(weight: Weight, view: View | None) -> bool:
+    """Return whether a weight is made of columns of stored codes; view: as `is_rearranged`."""
+    encoding = weight.encoding
+    return encoding is not None and (view is not None or encoding.transposed)
 
 
 def unit_of_packed(plan: TensorPlan) -> int:
@@ -173,14 +177,14 @@ def element(item: Item, index: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
 
 
-def stored_place(plan: TensorPlan, flat: int) -> tuple[int, int]:
+def stored_place(weight: Weight, view: View | None, flat: int) -> tuple[int, int]:
     """Return (row, column) among the stored codes of a weight's element `flat`; rows are counted
     through all matrices."""
-    encoding = plan.weight.encoding
+    encoding = weight.encoding
     assert encoding is not None
-    if plan.view is not None:
-        column, row = divmod(flat, plan.view.rows)
-        flat = plan.view.start + row * plan.view.stride + column
+    if view is not None:
+        column, row = divmod(flat, view.rows)
+        flat = view.start + row * view.stride + column
     elif encoding.transposed:
         matrix, inside = divmod(flat, encoding.rows * encoding.columns)
         column, row = divmod(inside, encoding.rows)
@@ -188,19 +192,19 @@ def stored_place(plan: TensorPlan, flat: int) -> tuple[int, int]:
     return divmod(flat, encoding.columns)
 
 
-def damaged(plan: TensorPlan, factors: Factors, flat: int, code: int) -> str:
+def damaged(weight: Weight, view: View | None, factors: Factors, flat: int, code: int) -> str:
     """Return the message about a code that does not decode to a finite value.
 
     Args:
+        view: as `is_rearranged`.
         factors: of the weight.
         flat: index of its element in the weight, flattened.
         code: the code itself.
     """
-    weight: Weight = plan.weight
     encoding = weight.encoding
     assert encoding is not None
     index = [int(i) for i in np.unravel_index(flat, weight.shape)]
-    place = list(factors.index(*stored_place(plan, flat)))
+    place = list(factors.index(*stored_place(weight, view, flat)))
     what = "byte" if encoding.bits == 8 else "code"
     times = f", times its factor in {encoding.scale[1].name}{place}" if encoding.scale else ""
     return (

@@ -92,7 +92,7 @@ class Worker:
             InputError: a value is not finite, or too large for the dtype it is cast to.
             OSError: a disk is full or fails.
         """
-        if isinstance(item, Reading) or not is_slab(item.job.plan):
+        if isinstance(item, Reading) or not is_slab(item.job.plan.weight, item.job.plan.view):
             self._encoded.forget()  # the buffer is used for something else
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
@@ -142,7 +142,7 @@ class Worker:
             (their values in the weight's dtype, None) otherwise.
         """
         plan = item.job.plan
-        if is_slab(plan):
+        if is_slab(plan.weight, plan.view):
             return self._encoded.transposed(item), None
         data, codes = self._encoded.codes(item)
         if item.digest:
