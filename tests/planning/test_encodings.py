@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from helpers import (
 
 from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.checkpoint.types import Origin
 from nf4cli.convert import conversion
 from nf4cli.engines.protocol import GRANULE, Codes
 from nf4cli.errors import InputError
@@ -451,3 +453,18 @@ def test_factors_that_change_during_a_run_are_noticed(tmp_path, monkeypatch):
             progress=change,
         )  # fmt: skip
     assert changed
+
+
+def test_on_the_hub_headers_have_to_be_enough(tmp_path):
+    """A plan of a model on the Hub has no bytes of weight_shape: a run looks at it."""
+    origin = Origin("org/model", "0" * 40, {})
+    compressed_model(tmp_path / "alike", SCHEMES["int4 and int8 whose headers look alike"])
+    alike = replace(open_checkpoint(tmp_path / "alike"), origin=origin)
+    with pytest.raises(InputError, match="fits several config_groups"):
+        make_plan(alike, QuantConfig())
+    broken(tmp_path, int4, put(UP + "_shape", (1,), 63))
+    model = replace(open_checkpoint(tmp_path / "model"), origin=origin)
+    plan = make_plan(model, QuantConfig())
+    with pytest.raises(InputError, match="says that the weight's shape is"):
+        carry_out(plan, tmp_path / "out", engines.load("cpu"), Resources(1, 8 << 20, 0))
+    assert not (tmp_path / "out").exists()
