@@ -30,7 +30,16 @@ typedef long long int64_t;
 #endif
 
 // Element types; the numbers are part of the C ABI and of the kernels' names (engines/).
-enum nf4_dtype { NF4_F32 = 0, NF4_F16 = 1, NF4_BF16 = 2, NF4_E4M3 = 3, NF4_F64 = 4 };
+enum nf4_dtype {
+  NF4_F32 = 0,
+  NF4_F16 = 1,
+  NF4_BF16 = 2,
+  NF4_E4M3 = 3,  // from here on: codes of quantized sources, but for F64
+  NF4_F64 = 4,
+  NF4_E2M1 = 5,
+  NF4_OFFSET4 = 6,
+  NF4_OFFSET8 = 7,
+};
 
 constexpr float kAbsmaxFloor = 1e-38f;  // the least that bitsandbytes' own code divides by
 constexpr int kMaxBlock = 4096;         // elements: the largest blocksize that bitsandbytes accepts
@@ -138,6 +147,12 @@ static NF4_FN float nf4_f32_of_e4m3(uint8_t raw) {
   const uint32_t scaled = nf4_bits_of_float(nf4_float_of_bits(magnitude) * 0x1p120f);
   const uint32_t special = magnitude == 0x07f00000u ? 0x7ff00000u : 0u;
   return nf4_float_of_bits(scaled | special | (uint32_t)(raw & 0x80u) << 24);
+}
+
+// Return the value of a 4-bit float e2m1, exact, in the same way.
+static NF4_FN float nf4_f32_of_e2m1(uint32_t code) {
+  const float magnitude = nf4_float_of_bits((code & 7u) << 22) * 0x1p126f;
+  return nf4_float_of_bits(nf4_bits_of_float(magnitude) | (code & 8u) << 28);
 }
 
 // Round to the nearest bfloat16, ties to even; a NaN becomes torch's quiet NaN 0x7fc0, without its

@@ -299,29 +299,100 @@ i64 cast_f64(const void* src, void* dst, i64 n) {
   return first;
 }
 
-// -- FP8 weights with scales --
+// -- weights stored as codes with factors --
 
-// Decode the elements [first, first + n) of a row-major matrix that has a scale for each block_rows
-// x block_columns, a run of elements with one scale at a time.  Return as nf4_decode_float8.
-template <int kTo>
-i64 decode_float8(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table,
-                  const float* scale, i64 block_rows, i64 block_columns, void* dst) {
-  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  const i64 scale_columns = (columns + block_columns - 1) / block_columns;
-  for (i64 i = 0; i < n;) {
-    const i64 row = (first + i) / columns, column = (first + i) % columns;
-    const i64 block = column / block_columns;
-    const float unit = scale[row / block_rows * scale_columns + block];
-    const i64 edge = (block + 1) * block_columns < columns ? (block + 1) * block_columns : columns;
-    const i64 stop = n - i < edge - column ? n : i + edge - column;
-    const i64 begin = i;
-    uint32_t largest = 0;
-    for (; i < stop; i++) {
-      out[i] = Element<kTo>::store(table[src[i]] * unit);
-      const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[i]));
-      largest = bits > largest ? bits : largest;
+// What a matrix of codes decodes with: a table of 2^bits values, and for each block of block_rows x
+// block_columns a factor and, unless `zero` is null, a zero point.
+struct Factors {
+  i64 columns;
+  const float *scale, *zero;
+  i64 block_rows, block_columns, scale_columns;
+  // Return the index of the factor of a row's first block.
+  i64 row(i64 row) const { return row / block_rows * scale_columns; }
+};
+
+// Write `count` values, at most kMaxBlock: those of the codes from element i of src on, an even one
+// for 4-bit codes, of which the first is in the low nibble.
+template <int kBits>
+NF4_FN void look_up(const uint8_t* src, i64 i, int count, const float* table, const Lookup& lookup,
+                    int32_t* codes, float* values) {
+  if constexpr (kBits == 8) {
+    for (int j = 0; j < count; j++) values[j] = table[src[i + j]];
+  } else {
+    const uint8_t* bytes = src + i / 2;
+    for (int j = 0; j < (count + 1) / 2; j++) {
+      codes[2 * j] = bytes[j] & 15;
+      codes[2 * j + 1] = bytes[j] >> 4;
     }
-    if (largest >= kInfinityBits) return first_nonfinite<kTo>(out, begin);
+    const int padded = whole_rows(count);
+    for (int j = (count + 1) / 2 * 2; j < padded; j++) codes[j] = 0;
+    lookup.run(codes, padded, 1.0f, values);
+  }
+}
+
+// Write the factor, or zero point, of each of `count` elements of a row from `column` on; place: of
+// the row's first block.  Return where they are: in `room`, or in the table itself.
+inline const float* spread(const Factors& f, const float* table, i64 place, i64 column, int count,
+                           float* room) {
+  if (f.block_columns == 1) return table + place + column;  // a factor for each column
+  i64 block = column / f.block_columns;
+  i64 edge = (block + 1) * f.block_columns - column;
+  for (int j = 0; j < count; block++, edge += f.block_columns) {
+    const float value = table[place + block];
+    const int stop = edge < count ? (int)edge : count;
+    for (; j < stop; j++) room[j] = value;
+  }
+  return room;
+}
+
+// Write `count` elements, with a factor and a zero point for each, or one for all (kOne).  Return
+// the largest magnitude, as bits.
+template <int kTo, bool kZero, bool kOne>
+NF4_FN uint32_t multiply(int count, const float* values, const float* unit, const float* zero,
+                         typename Element<kTo>::Raw* out) {
+  uint32_t largest = 0;
+  for (int j = 0; j < count; j++) {
+    const int k = kOne ? 0 : j;
+    out[j] = Element<kTo>::store((kZero ? values[j] - zero[k] : values[j]) * unit[k]);
+    const uint32_t bits = nf4_magnitude(Element<kTo>::load(out[j]));
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Decode the elements [first, first + n) of a row-major matrix, a piece of a row at a time.  Return
+// as nf4_decode_codes.
+template <int kTo, int kBits, bool kZero>
+i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const Factors& f,
+                 void* dst) {
+  auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
+  nf4_codebook book = {};
+  if (kBits == 4) memcpy(book.decode, table, sizeof book.decode);
+  const Lookup lookup(book);
+  alignas(64) int32_t codes[kMaxBlock];
+  alignas(64) float values[kMaxBlock], units[kMaxBlock], zeros[kZero ? kMaxBlock : 1];
+  // Short blocks are better multiplied together, factor by factor.
+  const bool wide = f.block_columns >= 512 && f.block_columns % 2 == 0;
+  i64 row = first / f.columns, column = first % f.columns;
+  for (i64 i = 0; i < n;) {
+    const i64 rest = f.columns - column < n - i ? f.columns - column : n - i;
+    const i64 block = column / f.block_columns, edge = (block + 1) * f.block_columns - column;
+    const int count = smaller(wide && edge < rest ? edge : rest, kMaxBlock);
+    look_up<kBits>(src, i, count, table, lookup, codes, values);
+    uint32_t largest;
+    if (wide) {
+      const i64 place = f.row(row) + block;
+      const float* zero = kZero ? f.zero + place : f.scale;
+      largest = multiply<kTo, kZero, true>(count, values, f.scale + place, zero, out + i);
+    } else {
+      const float* unit = spread(f, f.scale, f.row(row), column, count, units);
+      const float* zero = kZero ? spread(f, f.zero, f.row(row), column, count, zeros) : unit;
+      largest = multiply<kTo, kZero, false>(count, values, unit, zero, out + i);
+    }
+    if (largest >= kInfinityBits) return first_nonfinite<kTo>(out, i);
+    i += count;
+    column += count;
+    if (column == f.columns) row++, column = 0;
   }
   return -1;
 }
@@ -427,20 +498,30 @@ NF4_EXPORT(int64_t nf4_cast)(const void* src, int from, void* dst, int to, i64 n
   });
 }
 
-// Decode elements of a row-major float8 matrix of `columns` columns: value * scale in float32,
+// Decode codes of a row-major matrix of `columns` columns: (value - zero) * scale in float32,
 // rounded once.
-//   src    the elements [first, first + n)
-//   table  the 256 values of the format
+//   src    the elements [first, first + n): bytes, or nibbles with the first one in the low bits;
+//          `first` and `columns` are then even
+//   bits   of a code, 8 or 4
+//   table  the 2^bits values of the codes
 //   scale  a float for each block of block_rows x block_columns, row-major, partial blocks at the
 //          edges included
+//   zero   a float for each block as well, or null; value - zero has to be exact
 //   dst    out, n elements of `to`
 // Return -1, or the index of the first result that is not finite.
-NF4_EXPORT(int64_t nf4_decode_float8)
-(const uint8_t* src, i64 first, i64 n, i64 columns, const float* table, const float* scale,
- i64 block_rows, i64 block_columns, int to, void* dst) {
+NF4_EXPORT(int64_t nf4_decode_codes)
+(const uint8_t* src, int bits, i64 first, i64 n, i64 columns, const float* table,
+ const float* scale, const float* zero, i64 block_rows, i64 block_columns, int to, void* dst) {
   const DefaultFloatEnvironment environment;
+  const Factors factors = {columns,       scale,
+                           zero,          block_rows,
+                           block_columns, (columns + block_columns - 1) / block_columns};
   return with_dtype(to, [&](auto kind) {
-    return decode_float8<kind()>(src, first, n, columns, table, scale, block_rows, block_columns,
-                                 dst);
+    constexpr int kTo = kind();
+    if (bits == 4)
+      return zero ? decode_codes<kTo, 4, true>(src, first, n, table, factors, dst)
+                  : decode_codes<kTo, 4, false>(src, first, n, table, factors, dst);
+    return zero ? decode_codes<kTo, 8, true>(src, first, n, table, factors, dst)
+                : decode_codes<kTo, 8, false>(src, first, n, table, factors, dst);
   });
 }

@@ -133,7 +133,7 @@ using namespace nf4;
 template <int kFrom, int kTo, int kSteps, bool kSmall, bool kTail>
 __global__ void __launch_bounds__(kThreads, 3)
     quantize(const void* __restrict__ src, i64 n, int log_lanes, const Book* __restrict__ table,
-             Float8 float8, uint8_t* __restrict__ packed, float* __restrict__ absmax,
+             Codes codes, uint8_t* __restrict__ packed, float* __restrict__ absmax,
              float* __restrict__ sums, float* __restrict__ worst) {
   constexpr int kBlocks = kSmall ? 2 : 1;  // blocks that a segment touches
   __shared__ Book book;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if constexpr (kTail) {
     load_tail<kFrom>(src, n, segment, half, x);
   } else {
-    load<kFrom, kTo, kSmall>(src, n, segment, half, float8, x);
+    load<kFrom, kTo, kSmall>(src, n, segment, half, codes, x);
   }
   load_book(book, table);
 

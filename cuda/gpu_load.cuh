@@ -1,4 +1,4 @@
-// How the GPU kernels read a source: threads, the elements that each owns, float formats, float8.
+// How the GPU kernels read a source: threads, the elements that each owns, float formats, codes.
 #ifndef NF4_GPU_LOAD_CUH
 #define NF4_GPU_LOAD_CUH
 
@@ -21,12 +21,27 @@ static_assert(1 << kLogSegment == kSegment && 2 * kOwn == kSegment, "a segment a
 
 // -- reading the source: 8 elements of each of the 4 rows of a thread's half segment --
 
-// What turns float8 bytes into values: a piece of a row-major matrix that starts in `row` at
-// `column`, and one factor each block of block_rows x block_columns.
-struct Float8 {
+// What turns codes into values: a piece of a row-major matrix that starts in `row` at `column`, and
+// for each block of block_rows x block_columns one factor and, unless `zero` is null, one zero
+// point.
+struct Codes {
   uint32_t row, column, columns, block_rows, block_columns, scale_columns;
-  const float* scale;
+  const float *scale, *zero;
 };
+
+// The bits of a code of kFrom; 0 for a float format.
+template <int kFrom>
+constexpr int kCodeBits = kFrom == NF4_E2M1 || kFrom == NF4_OFFSET4   ? 4
+                          : kFrom == NF4_E4M3 || kFrom == NF4_OFFSET8 ? 8
+                                                                      : 0;
+
+// Return the value of a code.  Integers go into the lowest bits of 2^23.
+template <int kFrom>
+NF4_FN float code_value(uint32_t code) {
+  if (kFrom == NF4_E4M3) return nf4_f32_of_e4m3((uint8_t)code);
+  if (kFrom == NF4_E2M1) return nf4_f32_of_e2m1(code);
+  return nf4_float_of_bits(0x4b000000u | code) - (0x1p23f + (kFrom == NF4_OFFSET4 ? 8.0f : 128.0f));
+}
 
 // Write the 8 halves of 16 bytes.
 NF4_FN void unpack16(const uint4& raw, uint16_t* out) {
@@ -78,37 +93,40 @@ struct Source<NF4_F16> : Source16<NF4_F16> {};
 template <>
 struct Source<NF4_BF16> : Source16<NF4_BF16> {};
 
-// Return the factor of the element `at` elements into the piece, and of all behind it up to its
-// block's edge.
-NF4_FN float factor(const Float8& f, uint32_t at) {
+// Return the index of the factor of the element `at` elements into the piece, and of all behind it
+// up to its block's edge.
+NF4_FN i64 factor(const Codes& f, uint32_t at) {
   const uint32_t place = f.column + at, lines = place / f.columns;
   const uint32_t row = (f.row + lines) / f.block_rows;
   const uint32_t column = (place - lines * f.columns) / f.block_columns;
-  return f.scale[(i64)row * f.scale_columns + column];
+  return (i64)row * f.scale_columns + column;
 }
 
 // Write 8 neighbours, which share a factor: columns and block_columns are multiples of 8 (other
 // shapes stay with the CPU engine).
-template <int kTo>
-NF4_FN void decode8(const Float8& f, i64 at, const uint32_t* words, float* x) {
-  const float unit = factor(f, (uint32_t)at);
+template <int kFrom, int kTo>
+NF4_FN void decode8(const Codes& f, i64 at, const uint32_t* words, float* x) {
+  constexpr int kBits = kCodeBits<kFrom>, kPerWord = 32 / kBits;
+  constexpr bool kZero = kFrom == NF4_OFFSET4 || kFrom == NF4_OFFSET8;
+  const i64 place = factor(f, (uint32_t)at);
+  const float unit = f.scale[place], zero = kZero && f.zero ? f.zero[place] : 0.0f;
 #pragma unroll
   for (int k = 0; k < 8; k++) {
-    const uint8_t byte = (uint8_t)(words[k / 4] >> (8 * (k & 3)));
-    x[k] = rounded<kTo>(nf4_f32_of_e4m3(byte) * unit);
+    const uint32_t code = words[k / kPerWord] >> (kBits * (k % kPerWord)) & ((1u << kBits) - 1);
+    const float value = code_value<kFrom>(code);
+    x[k] = rounded<kTo>((kZero ? value - zero : value) * unit);
   }
 }
 
 // Write the kOwn elements of a thread to x.  Two threads share each row, so a 2-byte row is 16
-// bytes for each; of float8 rows, each loads two whole ones and passes on the half that the other
+// bytes for each; of rows of codes, each loads two whole ones and passes on the half that the other
 // owns.  For a segment behind the end it is those of the first one, which nobody stores; of a half
-// segment (kSmall) the missing rows are zeros.
+// segment (kSmall) nobody stores the missing rows, which are zeros, or what code 0 stands for.
 template <int kFrom, int kTo, bool kSmall>
-NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Float8& f,
-                 float (*x)[kHalf]) {
+NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Codes& f, float (*x)[kHalf]) {
   const i64 first = segment * kSegment < n ? segment * kSegment : 0;
   const bool whole = !kSmall || first + kSegment <= n;
-  if constexpr (kFrom == NF4_E4M3) {
+  if constexpr (kCodeBits<kFrom> == 8) {
     uint4 raw[2] = {};
     const uint4* at =
         reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first) + 2 * half;
@@ -125,8 +143,20 @@ NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Float8& f,
     }
 #pragma unroll
     for (int row = 0; row < kRows; row++)
-      decode8<kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf, words[row],
-                   x[row]);
+      decode8<kFrom, kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
+                          words[row], x[row]);
+  } else if constexpr (kCodeBits<kFrom> == 4) {
+    uint4 raw = {};
+    if (whole || half == 0)
+      raw = reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(src) + first / 2)[half];
+    const uint32_t above = __shfl_xor_sync(kAll, half ? raw.x : raw.y, 1);
+    const uint32_t below = __shfl_xor_sync(kAll, half ? raw.z : raw.w, 1);
+    const uint32_t words[kRows] = {half ? above : raw.x, half ? below : raw.z, half ? raw.y : above,
+                                   half ? raw.w : below};
+#pragma unroll
+    for (int row = 0; row < kRows; row++)
+      decode8<kFrom, kTo>(f, first + row % (whole ? kRows : kRows / 2) * kRow + half * kHalf,
+                          words + row, x[row]);
   } else {
 #pragma unroll
     for (int row = 0; row < kRows; row++) {
@@ -141,7 +171,7 @@ NF4_FN void load(const void* src, i64 n, i64 segment, int half, const Float8& f,
 }
 
 // Write the same of the tensor's last, partial block: element by element, zeros behind the end.
-// (Float8 with such a block stays with the CPU engine.)
+// (Codes with such a block stays with the CPU engine.)
 template <int kFrom>
 NF4_FN void load_tail(const void* src, i64 n, i64 segment, int half, float (*x)[kHalf]) {
 #pragma unroll

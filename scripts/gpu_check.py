@@ -34,7 +34,7 @@ from nf4cli.convert.write_model import Execution, write_model
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine
-from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, STATS, Codes, NestedAbsmax
 from nf4cli.errors import Nf4Error
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
@@ -87,14 +87,14 @@ def works(largest: int) -> Iterator[tuple[str, Work]]:
     random = np.random.default_rng(1)
     bits = random.integers(0, 127, rows * columns, np.uint8)
     scale = random.uniform(0, 0.1, 2 * 4).astype(np.float32)
-    float8 = Float8(0, columns, scale, (128, 128))
+    float8 = Codes(0, columns, scale, (128, 128))
     for dtype in ("F32", "F16", "BF16"):
         yield f"float8 by {dtype}", quantizing(bits, dtype, 64, "nf4", bits.size, float8)
 
 
 def quantizing(
     src: np.ndarray, dtype: str, blocksize: int, quant_type: str, n: int,
-    float8: Float8 | None = None,
+    float8: Codes | None = None,
 ) -> Work:  # fmt: skip
     def work(engine: Any, new: Buffer) -> tuple[np.ndarray, ...]:
         packed, absmax = new((n + 1) // 2), np.empty(-(-n // blocksize), np.float32)

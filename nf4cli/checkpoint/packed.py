@@ -19,13 +19,10 @@ from ..format.dtypes import ITEMSIZE
 from . import bnb_format
 from .bnb_format import QuantState
 from .reader import ShardReaders
-from .types import Checkpoint, Shard, TensorInfo
+from .types import Checkpoint, Placed
 
 if TYPE_CHECKING:
     from ..engines.protocol import F32, U8, Engine
-
-Placed = tuple[Shard, TensorInfo]
-"""A tensor and the file that it lies in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import CODE_BITS, ITEMSIZE
 from .file_io import Identity
 
 MODEL_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
@@ -99,18 +99,61 @@ class Shard:
     identity: Identity = (0, 0, 0, 0, 0)
 
 
+Placed = tuple[Shard, TensorInfo]
+"""A tensor and the file that it lies in."""
+
+
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """The scales of a float8 weight, which its stored values are multiplied by.
+class Encoding:
+    """How a weight is stored as codes: an element is (value of its code - zero point) * factor.
+
+    The codes are one or several matrices, row-major and one behind the other.  Each block of a
+    matrix has a factor, and may have a zero point.
 
     Attributes:
-        shard, tensor: where the scales lie.
-        block: (rows, columns) of the weight's elements that share one scale.
+        format: its name, for users ("MXFP4").
+        kind: of the codes, see `codebook.code_values`.
+        matrices, rows, columns: how many matrices of codes there are, and the size of each.
+        block: (rows, columns) of the elements that share a factor.
+        scale: the factors, one for each block of each matrix; None where all are 1.
+        exponents: whether `scale` holds bytes that are powers of two: 2 ** (byte - 127).
+        unit: a single number that every factor is multiplied by, or divided by where `divides`.
+        zero: the zero points.
+        order: for each column the block that it belongs to (GPTQ's g_idx).
+        says_shape: where the source states the shape of the weight (weight_shape).
+        through: dtype that values are rounded to before the model's, as the format's own library
+            does; None for none.
+        transposed: whether the weight holds each matrix transposed.
+        layout: how codes and zero points lie, see encoded.py.
     """
 
-    shard: Shard
-    tensor: TensorInfo
+    format: str
+    kind: str
+    matrices: int
+    rows: int
+    columns: int
     block: tuple[int, int]
+    scale: Placed | None
+    exponents: bool = False
+    unit: Placed | None = None
+    divides: bool = False
+    zero: Placed | None = None
+    order: Placed | None = None
+    says_shape: Placed | None = None
+    through: str | None = None
+    transposed: bool = False
+    layout: str = "rows"
+
+    @property
+    def companions(self) -> tuple[Placed, ...]:
+        """The tensors that the weight is made of, beside its codes."""
+        every = (self.scale, self.unit, self.zero, self.order, self.says_shape)
+        return tuple(placed for placed in every if placed is not None)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, 8 or 4."""
+        return CODE_BITS[self.kind] if self.layout == "rows" else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +162,12 @@ class Weight:
 
     Attributes:
         name: the key that a loader looks for.
-        dtype: safetensors dtype of its values: the stored one, or what float8 decodes to.
-        shape: its shape in the model, which without `view` is also the stored shape.
+        dtype: safetensors dtype of its values: the stored one, or what its codes decode to.
+        shape: its shape in the model, which without `view` and `encoding` is also the stored shape.
         shard, stored: the stored tensor and its file; several weights may share them.
         view: the part of `stored` that is transposed to give this weight; None if the weight is the
             whole stored tensor as it lies.
-        scale: the scales of a float8 weight, else None.
+        encoding: how `stored` decodes, where it holds codes; None where it holds the values.
     """
 
     name: str
@@ -133,7 +176,12 @@ class Weight:
     shard: Shard
     stored: TensorInfo
     view: View | None = None
-    scale: Scale | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of the stored tensor for each element."""
+        return self.encoding.bits if self.encoding else 8 * ITEMSIZE[self.stored.dtype]
 
 
 def is_diffusers_config(config: Mapping[str, Any]) -> bool:

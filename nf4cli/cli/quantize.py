@@ -133,6 +133,14 @@ def quantize(
             autocompletion=completion.on_nonfinite,
         ),
     ] = "error",
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="Take GPTQ and AWQ, rounded a second time",
+            rich_help_panel=panels.KEPT,
+        ),
+    ] = False,
     exact: Annotated[
         bool,
         typer.Option(
@@ -318,6 +326,7 @@ def quantize(
             keep=tuple(skip_modules or ()),
             target=target,
             on_nonfinite=on_nonfinite,
+            requantize=requantize,
             scale=_scale(scale, importance, calibration),
             method=_method(method, calibration, save_importance),
         ),

@@ -20,25 +20,63 @@ import numpy as np
 
 from ..callbacks import Progress, no_progress
 from ..checkpoint import bnb_format
-from ..checkpoint.digest import OrderedDigest, ShardDigest, digest_open, tensor_digest
+from ..checkpoint.digest import (
+    OrderedDigest,
+    ShardDigest,
+    digest_open,
+    digest_tensor,
+    tensor_digest,
+)
+from ..checkpoint.encoded import Companion, Factors
 from ..checkpoint.file_io import Identity
 from ..checkpoint.packed import PackedReader
 from ..checkpoint.reader import ByteReader, LocalShards, ShardSource
-from ..checkpoint.types import FileDigests, Scale, Shard
+from ..checkpoint.types import Encoding, FileDigests, Placed, Shard
 from ..engines.protocol import Engine
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import NESTED_BLOCKSIZE, codebook, ladder, nested_map
-from ..format.dtypes import ITEMSIZE
 from ..output.manifest import Manifest, Result, TensorError, manifest_of
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources, require_chunk, unit_of
 from ..threads import run
-from .items import AbsmaxFile, Item, Job, Reading, nonfinite, unit_of_packed, widest
+from .items import (
+    AbsmaxFile,
+    Item,
+    Job,
+    Reading,
+    is_rearranged,
+    nonfinite,
+    unit_of_packed,
+    widest,
+)
 from .resume import Standing
 from .worker import Sink, Worker
 
 if TYPE_CHECKING:
     from ..engines.protocol import F32, U8
+
+_HELD = 1 << 20  # bytes of a companion up to which it is held in memory
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    """A companion whose bytes are in memory, uint8."""
+
+    data: U8
+
+    def read(self, start: int, count: int) -> U8:
+        return self.data[start : start + count]
+
+
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    """A companion that begins at byte `start` of an open file."""
+
+    reader: ByteReader
+    start: int
+
+    def read(self, start: int, count: int) -> U8:
+        return self.reader.read(self.start + start, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +216,7 @@ class Conversion:
     def _require_consistent(self) -> None:
         """Raise InputError if a tensor that was read early is not the one digested later.
 
-        The scales of a float8 weight are read before it, wherever they lie.
+        The factors of a weight that is stored as codes are read before it, wherever they lie.
         """
         files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
         for result in self.results.values():
@@ -232,14 +270,14 @@ class Conversion:
     def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
         """Yield every chunk of the weights that one stored tensor becomes."""
         todo = [p for p in plans if p.outputs and p.name not in self._done]
-        in_order = any(p.view is None for p in todo)
+        in_order = any(not is_rearranged(p.weight, p.view) for p in todo)
         if plans[0].weight.shard.path in self._turns and not in_order:
             yield from self._readings(plans[0])
         for plan in todo:
             yield from self._items_of(plan)
         for plan in plans:
             if plan.name in self._done:
-                self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
+                self._progress(plan.name, plan.source_bytes)
 
     def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
         """Yield the chunks of a stored tensor that are read for the digest alone."""
@@ -260,38 +298,40 @@ class Conversion:
             job.codes = self.plan.codes
         elif plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
-        if plan.weight.scale is not None:
-            job.scale = self._scales(job, plan.weight.scale)
+        if plan.weight.encoding is not None:
+            job.factors = self._factors(job, plan.weight.encoding)
         self._jobs.add(job)
         if not starts:  # a tensor without elements
             self._finish(job)
-        digest = plan.view is None and plan.weight.shard.path in self._turns
+        digest = not is_rearranged(plan.weight, plan.view) and plan.weight.shard.path in self._turns
         for start in starts:
             yield Item(job, start, min(step, plan.numel - start), digest)
 
-    def _scales(self, job: Job, scale: Scale) -> F32:
-        """Return the factors of a float8 weight, float32, flat.
+    def _factors(self, job: Job, encoding: Encoding) -> Factors:
+        """Return what reads the factors of an encoded weight, and digest all of them."""
+        companions = {
+            placed[1].name: self._companion(job, placed) for placed in encoding.companions
+        }
+        return Factors(job.plan.name, encoding, companions)
 
-        They are few enough to be read whole: one for each block of `scale.block` elements.
-        """
-        tensor = scale.tensor
+    def _companion(self, job: Job, placed: Placed) -> Companion:
+        """Return what reads a companion: from memory, or from its open file if it is large."""
+        shard, tensor = placed
         with self._lock:
-            reader = self._readers.get(scale.shard.path)
+            reader = self._readers.get(shard.path)
             if reader is not None:  # other threads may be at its last weight: it stays open
-                self._uses_left[scale.shard.path] += 1
+                self._uses_left[shard.path] += 1
+        if reader is not None and tensor.nbytes > _HELD:
+            job.held.append(shard)
+            job.sources[tensor.name] = digest_tensor(reader, tensor)
+            return _InFile(reader, tensor.start)
         if reader is not None:
             raw = reader.read(tensor.start, tensor.nbytes)
-            self._use_done(scale.shard)
+            self._use_done(shard)
         else:
-            raw = self._source.read_tensor(scale.shard, tensor)
+            raw = self._source.read_tensor(shard, tensor)
         job.sources[tensor.name] = tensor_digest(raw)
-        values = np.empty(tensor.numel, np.float32)
-        if tensor.dtype == "F8_E8M0":  # a power of two: the exponent of a float32, 255 is NaN
-            exponents = np.where(raw == 255, 0x7FC00000, raw.astype(np.uint32) << 23)
-            values[:] = np.where(raw == 0, 2.0**-127, exponents.astype(np.uint32).view(np.float32))
-        else:
-            self._engine.cast(raw, tensor.dtype, values.view(np.uint8), "F32")
-        return values
+        return _InMemory(raw)
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
         """Refuse a weight to quantize that holds a NaN or an infinity.
@@ -313,7 +353,7 @@ class Conversion:
             last = job.pending == 0
         if last:
             self._finish(job)
-        self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
+        self._progress(job.plan.name, item.count * job.plan.weight.bits // 8)
 
     def _finish(self, job: Job) -> None:
         """Finish a weight whose chunks are all written, and tell the sink."""
@@ -334,7 +374,8 @@ class Conversion:
             self.results[job.plan.name] = result
             self._jobs.discard(job)
         self._sink.finish(job.plan, result)
-        self._use_done(weight.shard)
+        for shard in (weight.shard, *job.held):
+            self._use_done(shard)
 
     def finish_state(self, job: Job) -> None:
         """Write what needs the whole weight: double-quantized scales, tables, state, errors."""

@@ -13,7 +13,6 @@ from ..callbacks import Progress, no_progress
 from ..checkpoint.types import FileDigests, Shard
 from ..engines.protocol import Engine
 from ..errors import NonFiniteError
-from ..format.dtypes import ITEMSIZE
 from ..output.manifest import Result
 from ..planning.make_plan import Scan
 from ..planning.plan import Plan, TensorPlan
@@ -63,8 +62,8 @@ def nonfinite_weights(
     """Return the names of the weights to quantize that hold a NaN or an infinity.
 
     Raises:
-        InputError: a float8 weight does not decode to finite values, so that nothing can keep it;
-            or a file changed.
+        InputError: a weight that is stored as codes does not decode to finite values, so that
+            nothing can keep it; or a file changed.
         OSError: a disk fails.
     """
     weights = tuple(
@@ -86,4 +85,4 @@ def scanner(engine: Engine, resources: Resources, progress: Progress = no_progre
 
 def scan_bytes(plan: Plan) -> int:
     """Return the bytes that a scan reads."""
-    return sum(t.numel * ITEMSIZE[t.weight.stored.dtype] for t in plan.tensors if t.state)
+    return sum(t.source_bytes for t in plan.tensors if t.state)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint.bnb_format import QuantState
+from ..checkpoint.encoded import Factors
 from ..checkpoint.file_io import read_at, write_at
 from ..checkpoint.given_codes import CodeSource
-from ..checkpoint.types import Scale, Shard
+from ..checkpoint.types import Shard, View, Weight
 from ..format.codebook import Ladder
 from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import TensorError
@@ -64,7 +65,8 @@ class Job:
 
     Attributes:
         pending: number of items that are not done.
-        scale: float32 factors of a float8 weight, flat.
+        factors: of a weight that is stored as codes.
+        held: the files that stay open because factors are read from them.
         stats: the engine's error sums (float64) of each item, by its first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
         ladder: the scales to choose from; None where a scale is its block's largest magnitude.
@@ -79,7 +81,8 @@ class Job:
 
     plan: TensorPlan
     pending: int
-    scale: F32 | None = None
+    factors: Factors | None = None
+    held: list[Shard] = field(default_factory=list)
     stats: dict[int, F64] = field(default_factory=dict)
     absmax: AbsmaxFile | None = None
     ladder: Ladder | None = None
@@ -121,16 +124,37 @@ class AbsmaxFile:
 
 def widest(plan: TensorPlan) -> int:
     """Return the bytes of a worker's buffer that one element takes, at the most."""
-    stored = ITEMSIZE[plan.weight.stored.dtype]
+    weight = plan.weight
+    stored = -(-weight.bits // 8)
     if plan.packed is not None:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
+    if weight.encoding is not None and is_rearranged(weight, plan.view):
+        return 1 + 3 * ITEMSIZE[weight.dtype]  # the codes, their values, and those rearranged
     if plan.view is not None:
         return 4 * stored  # reading it transposed takes a block and its copy as well
-    if plan.weight.scale is not None or plan.weight.stored.dtype == FLOAT64:
-        return stored + ITEMSIZE[plan.weight.dtype]  # both lie in the source buffer
+    if weight.encoding is not None or weight.stored.dtype == FLOAT64:
+        return stored + ITEMSIZE[weight.dtype]  # both lie in the source buffer
     if plan.action == "cast":  # an upcast writes more than it reads
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     return stored
+
+
+def is_rearranged(weight: Weight, view: View | None) -> bool:
+    """Return whether a weight's elements lie in another order than those that are stored.
+
+    Args:
+        view: the stored matrix whose transpose is written, None for the tensor as it lies.
+    """
+    encoding = weight.encoding
+    if encoding is not None and encoding.layout != "rows":
+        return True
+    return view is not None or is_slab(weight, view)
+
+
+def is_slab(weight: Weight, view: View | None) -> bool:
+    """Return whether a weight is made of columns of stored codes; view: as `is_rearranged`."""
+    encoding = weight.encoding
+    return encoding is not None and (view is not None or encoding.transposed)
 
 
 def unit_of_packed(plan: TensorPlan) -> int:
@@ -153,19 +177,40 @@ def element(item: Item, index: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
 
 
-def damaged(item: Item, index: int, data: U8, scale: Scale) -> str:
-    """Return the message about a float8 weight whose element `index` of an item is not finite.
+def stored_place(weight: Weight, view: View | None, flat: int) -> tuple[int, int]:
+    """Return (row, column) among the stored codes of a weight's element `flat`; rows are counted
+    through all matrices."""
+    encoding = weight.encoding
+    assert encoding is not None
+    if view is not None:
+        column, row = divmod(flat, view.rows)
+        flat = view.start + row * view.stride + column
+    elif encoding.transposed:
+        matrix, inside = divmod(flat, encoding.rows * encoding.columns)
+        column, row = divmod(inside, encoding.rows)
+        return matrix * encoding.rows + row, column
+    return divmod(flat, encoding.columns)
+
+
+def damaged(weight: Weight, view: View | None, factors: Factors, flat: int, code: int) -> str:
+    """Return the message about a code that does not decode to a finite value.
 
     Args:
-        data: uint8, the item's bytes.
-        scale: of the weight.
+        view: as `is_rearranged`.
+        factors: of the weight.
+        flat: index of its element in the weight, flattened.
+        code: the code itself.
     """
-    weight = item.job.plan.weight
+    encoding = weight.encoding
+    assert encoding is not None
+    index = [int(i) for i in np.unravel_index(flat, weight.shape)]
+    place = list(factors.index(*stored_place(weight, view, flat)))
+    what = "byte" if encoding.bits == 8 else "code"
+    times = f", times its factor in {encoding.scale[1].name}{place}" if encoding.scale else ""
     return (
-        f"{weight.name}{list(element(item, index))} in {weight.shard.path}, byte "
-        f"0x{int(data[index]):02x}, times its factor in {scale.tensor.name} is no "
+        f"{weight.name}{index} in {weight.shard.path}, {what} 0x{code:02x}{times} is no "
         f"finite {weight.dtype}: the weight or its scales are damaged. Download both again (no "
-        "option keeps it: an output has no place for float8 as it is stored)"
+        f"option keeps it: an output has no place for {encoding.format} as it is stored)"
     )
 
 

@@ -100,7 +100,7 @@ def _fingerprint(plan: Plan) -> str:
         stored = (
             t.weight.shard.path.name,
             t.weight.stored,
-            t.weight.scale and t.weight.scale.tensor,
+            t.weight.encoding and [tensor for _, tensor in t.weight.encoding.companions],
         )
         digest.update(repr((t.name, t.action, t.rule, t.reason, stored, t.view, t.file)).encode())
     digest.update(json.dumps([plan.index, plan.output_config]).encode())

@@ -12,14 +12,15 @@ from ..checkpoint import bnb_format
 from ..checkpoint.given_codes import errors_of
 from ..checkpoint.packed import PackedReader, PackedWeight
 from ..checkpoint.reader import ByteReader
-from ..checkpoint.types import FileDigests, Scale, Shard, View
-from ..engines.protocol import ChosenScales, Engine, Float8, Importance, NestedAbsmax
+from ..checkpoint.types import FileDigests, Shard, View
+from ..engines.protocol import ChosenScales, Codes, Engine, Importance, NestedAbsmax
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import Ladder
 from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan
-from .items import Item, Reading, damaged, element
+from .encoded_items import EncodedReader
+from .items import Item, Reading, element, is_slab
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,6 +83,7 @@ class Worker:
         self._packed = packed
         self._run, self._engine, self._sink, self._readers = run, engine, sink, readers
         self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
+        self._encoded = EncodedReader(engine, readers, self._source)
 
     def __call__(self, item: Item | Reading) -> None:
         """Carry out one item.
@@ -90,6 +92,8 @@ class Worker:
             InputError: a value is not finite, or too large for the dtype it is cast to.
             OSError: a disk is full or fails.
         """
+        if isinstance(item, Reading) or not is_slab(item.job.plan.weight, item.job.plan.view):
+            self._encoded.forget()  # the buffer is used for something else
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
             self._readers[item.shard.path].read_into(data, item.start)
@@ -100,13 +104,17 @@ class Worker:
             self._unpack(item, plan.packed)
             self._run.item_done(item)
             return
-        data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        codes = None
+        if plan.weight.encoding is not None:
+            data, codes = self._read_encoded(item)
+        else:
+            data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
         if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
             data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
             self._search(item, data, item.job.ladder)
         elif plan.action == "quantize":
-            self._quantize(item, data)
+            self._quantize(item, data, codes)
         else:
             self._keep(item, data)
         self._run.item_done(item)
@@ -126,24 +134,23 @@ class Worker:
             self._run.digest_source(weight.shard, position, data)
         return data
 
-    def _decode(self, item: Item, data: U8, scale: Scale) -> U8:
-        """Decode an item's float8 elements into the rest of the source buffer.
-
-        Args:
-            data: uint8 [count].
+    def _read_encoded(self, item: Item) -> tuple[U8, Codes | None]:
+        """Read an item of a weight that is stored as codes.
 
         Returns:
-            uint8 [count * itemsize], in the weight's dtype.
+            (the codes, and what decodes them) where the engine decodes them as it quantizes;
+            (their values in the weight's dtype, None) otherwise.
         """
-        weight, float8 = item.job.plan.weight, _float8(item)
-        assert float8 is not None
-        start = -(-item.count // 8) * 8  # aligned for the wider elements
-        out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
-        try:
-            self._engine.decode_float8(data, float8, out, weight.dtype)
-        except NonFiniteError as error:
-            raise InputError(damaged(item, error.index, data, scale)) from error
-        return out
+        plan = item.job.plan
+        if is_slab(plan.weight, plan.view):
+            return self._encoded.transposed(item), None
+        data, codes = self._encoded.codes(item)
+        if item.digest:
+            start = item.start * plan.weight.bits // 8
+            self._run.digest_source(plan.weight.shard, plan.weight.stored.start + start, data)
+        if plan.action == "quantize" and item.job.ladder is None:
+            return data, codes
+        return self._encoded.decoded(item, data, codes), None
 
     def _rounded(self, item: Item, data: U8) -> U8:
         """Return an item's float64 elements, rounded once to the weight's dtype.
@@ -183,8 +190,12 @@ class Worker:
         skip = item.start - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
-    def _quantize(self, item: Item, data: U8) -> None:
-        """Quantize an item by the largest magnitude of each block, and write it."""
+    def _quantize(self, item: Item, data: U8, codes: Codes | None) -> None:
+        """Quantize an item by the largest magnitude of each block, and write it.
+
+        Args:
+            codes: what decodes `data`; None where it holds values.
+        """
         plan = item.job.plan
         weight, state = plan.weight, plan.state
         assert state is not None
@@ -192,12 +203,11 @@ class Worker:
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
         try:
             sums = self._engine.quantize(
-                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax,
-                _float8(item),
-            )  # fmt: skip
+                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax, codes
+            )
         except NonFiniteError as error:
-            if weight.scale is not None:
-                raise InputError(damaged(item, error.index, data, weight.scale)) from error
+            if codes is not None:
+                raise self._encoded.error(item, error.index, data, codes) from error
             self._run.not_finite(item, error, data)
             return
         item.job.stats[item.start] = sums
@@ -215,8 +225,6 @@ class Worker:
         """
         plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
         assert state is not None
-        if weight.scale is not None:
-            data = self._decode(item, data, weight.scale)
         columns = item.job.importance
         packed = self._output[: (item.count + 1) // 2]
         index = np.empty(-(-item.count // state.blocksize), np.uint8)
@@ -295,9 +303,7 @@ class Worker:
     def _keep(self, item: Item, data: U8) -> None:
         """Write an item of a weight that is not quantized, decoded or cast where it has to be."""
         plan = item.job.plan
-        dtype = plan.weight.stored.dtype
-        if plan.weight.scale is not None:
-            data, dtype = self._decode(item, data, plan.weight.scale), plan.weight.dtype
+        dtype = plan.weight.dtype if plan.weight.encoding else plan.weight.stored.dtype
         if plan.outputs[plan.name][0] != dtype:
             self._cast(item, data, dtype)
         else:
@@ -346,13 +352,3 @@ class Worker:
             piece = data[done * itemsize : (done + count) * itemsize]
             self._sink.write(plan.key, position * itemsize, piece)
             done += count
-
-
-def _float8(item: Item) -> Float8 | None:
-    """Return the factors that decode an item; None where its weight is not stored in float8."""
-    weight = item.job.plan.weight
-    if weight.scale is None:
-        return None
-    factors = item.job.scale
-    assert factors is not None
-    return Float8(item.start, weight.shape[1], factors, weight.scale.block)

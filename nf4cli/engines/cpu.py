@@ -16,14 +16,14 @@ import numpy as np
 
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
-from ..format.dtypes import ITEMSIZE
+from ..format.dtypes import CODE_BITS, ITEMSIZE
 from .protocol import (
     CAST_CODES,
     DTYPE_CODES,
     GRANULE,
     STATS,
     ChosenScales,
-    Float8,
+    Codes,
     Importance,
     NestedAbsmax,
 )
@@ -37,7 +37,7 @@ LIBRARY = Path(__file__).with_name("_nf4.so")
 ISAS = ("avx512", "avx2", "generic")
 """The instruction sets that the library may hold, fastest first."""
 
-_FLOAT8_GRANULES = 4  # granules of float8 that are decoded at a time: 1 MB of float32
+_DECODED_GRANULES = 4  # granules of codes that are decoded at a time: 1 MB of float32
 
 
 class _Codebook(ctypes.Structure):
@@ -165,7 +165,7 @@ class CpuEngine:
         # cached function would not do: two threads may fill its cache at once, and the table that
         # is not kept would be freed during the call.
         self._nested_midpoints = codebook.nested_midpoints()
-        self._float8 = codebook.float8_e4m3()
+        self._code_values = {kind: codebook.code_values(kind) for kind in CODE_BITS}
         library = _library()
         pointer, i64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         f32, f64 = ctypes.c_float, ctypes.c_double
@@ -194,9 +194,10 @@ class CpuEngine:
             "nested_dequantize", None, pointer, i64, i64, pointer, pointer, f32, pointer
         )
         self._cast = function("cast", i64, pointer, c_int, pointer, c_int, i64)
-        self._decode_float8 = function(
-            "decode_float8", i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, c_int, pointer
-        )
+        self._decode_codes = function(
+            "decode_codes", i64, pointer, c_int, i64, i64, i64, pointer, pointer, pointer, i64, i64,
+            c_int, pointer,
+        )  # fmt: skip
 
     def buffer(self, nbytes: int) -> U8:
         return np.empty(nbytes, np.uint8)
@@ -209,10 +210,10 @@ class CpuEngine:
         quant_type: str,
         packed: U8,
         absmax: F32,
-        float8: Float8 | None = None,
+        codes: Codes | None = None,
     ) -> F64:
-        if float8 is not None:
-            return self._quantize_float8(src, dtype, blocksize, quant_type, packed, absmax, float8)
+        if codes is not None:
+            return self._quantize_codes(src, dtype, blocksize, quant_type, packed, absmax, codes)
         n = src.nbytes // ITEMSIZE[dtype]
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
@@ -227,7 +228,7 @@ class CpuEngine:
             raise NonFiniteError(nonfinite)
         return stats
 
-    def _quantize_float8(
+    def _quantize_codes(
         self,
         src: U8,
         dtype: str,
@@ -235,21 +236,22 @@ class CpuEngine:
         quant_type: str,
         packed: U8,
         absmax: F32,
-        float8: Float8,
+        codes: Codes,
     ) -> F64:
         """Decode and quantize a few granules at a time, so that their values stay in the cache."""
-        stats, step = [], _FLOAT8_GRANULES * GRANULE
-        values = np.empty(min(step, src.nbytes) * ITEMSIZE[dtype], np.uint8)
-        for start in range(0, src.nbytes, step):
-            part = src[start : start + step]
-            out = values[: part.nbytes * ITEMSIZE[dtype]]
-            blocks = slice(start // blocksize, -(-(start + part.nbytes) // blocksize))
-            codes = slice(start // 2, (start + part.nbytes + 1) // 2)
+        n, step = codes.count(src), _DECODED_GRANULES * GRANULE
+        stats, values = [], np.empty(min(step, n) * ITEMSIZE[dtype], np.uint8)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            part = src[start * codes.bits // 8 : stop * codes.bits // 8]
+            out = values[: (stop - start) * ITEMSIZE[dtype]]
+            blocks = slice(start // blocksize, -(-stop // blocksize))
             try:
-                self.decode_float8(part, float8.from_(start), out, dtype)
+                self.decode_codes(part, codes.from_(start), out, dtype)
             except NonFiniteError as error:
                 raise NonFiniteError(start + error.index) from None
-            piece = out, dtype, blocksize, quant_type, packed[codes], absmax[blocks]
+            nibbles = slice(start // 2, (stop + 1) // 2)
+            piece = out, dtype, blocksize, quant_type, packed[nibbles], absmax[blocks]
             stats.append(CpuEngine.quantize(self, *piece))  # not that of a subclass, see CudaEngine
         return np.concatenate(stats)
 
@@ -335,18 +337,31 @@ class CpuEngine:
         if nonfinite >= 0:
             raise NonFiniteError(nonfinite)
 
-    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
-        n, (rows, columns) = src.nbytes, float8.block
-        lines = -(-(float8.first + n) // float8.columns)
+    def decode_codes(self, src: U8, codes: Codes, dst: U8, to_dtype: str) -> None:
+        n, (rows, columns) = codes.count(src), codes.block
+        if codes.through in (None, "F32", to_dtype):
+            out, out_dtype = dst, to_dtype
+        else:
+            out_dtype = str(codes.through)
+            out = np.empty(n * ITEMSIZE[out_dtype], np.uint8)
+        lines = -(-(codes.first + n) // codes.columns)
+        factors = -(-lines // rows) * -(-codes.columns // columns)
         _expect(dst.nbytes, n * ITEMSIZE[to_dtype], "output bytes")
-        short = float8.scale.size < -(-lines // rows) * -(-float8.columns // columns)
-        _expect(int(short), 0, "short scales")
-        nonfinite = self._decode_float8(
-            _address(src), float8.first, n, float8.columns, _address(self._float8),
-            _address(float8.scale), rows, columns, DTYPE_CODES[to_dtype], _address(dst),
+        _expect(int(codes.scale.size < factors), 0, "short scales")
+        if codes.zero is not None:
+            _expect(int(codes.zero.size < factors), 0, "short zero points")
+        if codes.bits == 4:
+            _expect((codes.first | codes.columns) % 2, 0, "odd columns")
+        nonfinite = self._decode_codes(
+            _address(src), codes.bits, codes.first, n, codes.columns,
+            _address(self._code_values[codes.kind]), _address(codes.scale),
+            None if codes.zero is None else _address(codes.zero), rows, columns,
+            DTYPE_CODES[out_dtype], _address(out),
         )  # fmt: skip
         if nonfinite >= 0:
             raise NonFiniteError(nonfinite)
+        if out is not dst:
+            self.cast(out, out_dtype, dst, to_dtype)
 
 
 def _expect(size: int, expected: int, what: str) -> None:

@@ -6,7 +6,7 @@ several GPUs, each in turn lends a lane.  Buffers from `buffer` are pinned, and 
 between the GPU and their place in host memory.
 
 The class extends the CPU engine, which keeps the work that a GPU would do more slowly: sums with a
-fixed order, casts, float8 decoding, and the search for scales.
+fixed order, casts, decoding of stored codes, and the search for scales.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..process_memory import resident_bytes
 from . import launches
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
-from .protocol import GRANULE, OUTLIERS, STATS, Float8, NestedAbsmax
+from .protocol import GRANULE, OUTLIERS, STATS, Codes, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +47,7 @@ _SMALLEST_ARENA = 1 << 20  # bytes that hold a granule of the widest kind of wor
 _COMPILER_MEMORY = 110_000_000  # bytes: NVRTC at its peak, as measured
 _ALIGN = 256  # bytes: arrays in device memory start at multiples of it
 _ARRAYS = 16  # more arrays than any piece of work has
-_WIDEST = 1 << 16  # columns of a float8 matrix whose scales fit beside a granule
+_WIDEST = 1 << 16  # columns of a matrix of codes whose scales fit beside a granule
 
 
 def open_devices(indices: tuple[int, ...] | None) -> Sequence[Device]:
@@ -113,17 +113,17 @@ class CudaEngine(CpuEngine):
         quant_type: str,
         packed: U8,
         absmax: F32,
-        float8: Float8 | None = None,
+        codes: Codes | None = None,
     ) -> F64:
-        itemsize = ITEMSIZE[dtype] if float8 is None else 1
-        n = src.nbytes // itemsize
+        n = src.nbytes // ITEMSIZE[dtype] if codes is None else codes.count(src)
+        bits = 8 * ITEMSIZE[dtype] if codes is None else codes.bits
         if blocksize not in codebook.BLOCKSIZES:
             raise ValueError(f"blocksize {blocksize}")
-        if float8 is not None and not _even(float8, n, blocksize):
-            return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
+        if codes is not None and not _even(codes, n, blocksize, dtype):
+            return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, codes)
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         with self._lane() as lane:
-            for start, count in lane.pieces(n, _quantize_need(itemsize, blocksize, float8)):
+            for start, count in lane.pieces(n, _quantize_need(bits, blocksize, codes)):
                 blocks = slice(start // blocksize, -(-(start + count) // blocksize))
                 granules = slice(start // GRANULE, -(-(start + count) // GRANULE))
                 rows = launches.entries(count, blocksize)
@@ -132,12 +132,12 @@ class CudaEngine(CpuEngine):
                     absmax[blocks],
                     stats[granules].reshape(-1),
                 )
-                factors = None if float8 is None else lane.factors(float8.from_(start), count)
-                source = lane.upload(src[start * itemsize : (start + count) * itemsize])
+                factors = None if codes is None else lane.factors(codes.from_(start), count)
+                source = lane.upload(src[start * bits // 8 : (start + count) * bits // 8])
                 places = [lane.room(out.nbytes) for out in outputs]
-                codes, scales, sums = places
+                nibbles, scales, sums = places
                 results = launches.Quantized(
-                    codes, scales, lane.room(8 * rows), lane.room(4 * rows), sums
+                    nibbles, scales, lane.room(8 * rows), lane.room(4 * rows), sums
                 )
                 book = lane.books[quant_type]
                 lane.run(
@@ -154,10 +154,10 @@ class CudaEngine(CpuEngine):
             first, last = row * GRANULE, min(n, (row + 1) * GRANULE)
             try:
                 (again,) = super().quantize(
-                    src[first * itemsize : last * itemsize], dtype, blocksize, quant_type,
+                    src[first * bits // 8 : last * bits // 8], dtype, blocksize, quant_type,
                     packed[first // 2 : (last + 1) // 2],
                     absmax[first // blocksize : -(-last // blocksize)],
-                    None if float8 is None else float8.from_(first),
+                    None if codes is None else codes.from_(first),
                 )  # fmt: skip
             except NonFiniteError as error:
                 raise NonFiniteError(first + error.index) from None
@@ -282,15 +282,16 @@ class CudaEngine(CpuEngine):
         return None
 
 
-def _even(float8: Float8, n: int, blocksize: int) -> bool:
-    """Return whether the float8 kernels can decode n elements of a matrix.
+def _even(codes: Codes, n: int, blocksize: int, dtype: str) -> bool:
+    """Return whether the kernels can decode n codes of a matrix.
 
-    They need 8 neighbours that share a scale, and whole blocks.  Weights of real models are so;
-    others stay with the CPU engine.
+    They take some kinds of codes, and need 8 neighbours that share a scale, and whole blocks.  Of
+    these kinds, weights of real models are so; others stay with the CPU engine.
     """
-    columns = float8.columns
-    eights = columns % 8 == 0 and (float8.block[1] % 8 == 0 or float8.block[1] >= columns)
-    return eights and n % blocksize == 0 and columns <= _WIDEST
+    columns = codes.columns
+    eights = columns % 8 == 0 and (codes.block[1] % 8 == 0 or codes.block[1] >= columns)
+    known = codes.kind in launches.CODE_SOURCES and codes.through in (None, "F32", dtype)
+    return known and eights and n % blocksize == 0 and columns <= _WIDEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,14 +307,17 @@ class _Need:
     fixed: int = 0
 
 
-def _quantize_need(itemsize: int, blocksize: int, float8: Float8 | None) -> _Need:
-    """Return the device memory for quantizing; itemsize: bytes of a source element."""
+def _quantize_need(bits: int, blocksize: int, codes: Codes | None) -> _Need:
+    """Return the device memory for quantizing; bits: of a source element."""
     arrays = GRANULE // 2 + 4 * (GRANULE // blocksize) + 8 * STATS
     arrays += 12 * launches.entries(GRANULE, blocksize)
-    if float8 is None:
-        return _Need(GRANULE * itemsize + arrays)
-    # At most one scale for every 8 elements, and those of the piece's first and last row.
-    return _Need(GRANULE + GRANULE // 2 + arrays, 8 * -(-float8.columns // float8.block[1]))
+    if codes is None:
+        return _Need(GRANULE * bits // 8 + arrays)
+    # At most one scale for every 8 elements, and those of the piece's first and last row; as many
+    # zero points.
+    numbers = 1 if codes.zero is None else 2
+    scales, edges = numbers * GRANULE // 2, numbers * 8 * -(-codes.columns // codes.block[1])
+    return _Need(GRANULE * bits // 8 + scales + arrays, edges)
 
 
 def _dequantize_need(itemsize: int, blocksize: int, absmax: F32 | NestedAbsmax) -> _Need:
@@ -420,16 +424,18 @@ class _Lane:
         self._waiting.clear()
         self._staged = 0
 
-    def factors(self, float8: Float8, count: int) -> launches.Float8:
-        """Upload the scales of `count` float8 elements and return the kernels' argument."""
-        rows, columns = float8.block
-        row, column = divmod(float8.first, float8.columns)
-        wide = -(-float8.columns // columns)
-        first, last = row // rows, (float8.first + count - 1) // float8.columns // rows
-        scale = float8.scale[first * wide : (last + 1) * wide]
-        return launches.Float8(
-            row - first * rows, column, float8.columns, (rows, columns), wide,
-            self.upload(scale.view(np.uint8)),
+    def factors(self, codes: Codes, count: int) -> launches.Codes:
+        """Upload the scales of `count` codes and return the kernels' argument."""
+        rows, columns = codes.block
+        row, column = divmod(codes.first, codes.columns)
+        wide = -(-codes.columns // columns)
+        first, last = row // rows, (codes.first + count - 1) // codes.columns // rows
+        part = slice(first * wide, (last + 1) * wide)
+        scale, zero = codes.scale[part], None if codes.zero is None else codes.zero[part]
+        return launches.Codes(
+            row - first * rows, column, codes.columns, (rows, columns), wide,
+            self.upload(scale.view(np.uint8)), codes.kind,
+            0 if zero is None else self.upload(zero.view(np.uint8)),
         )  # fmt: skip
 
     def scales(self, absmax: F32 | NestedAbsmax, first: int, last: int) -> launches.Scales:

@@ -28,7 +28,8 @@ _RUN_LANES = 16  # nested_quantize: threads of a run
 _TILE = 1024  # dequantize: elements of a warp
 _CELLS, _GRID = 32, 15.25  # search for a code: cells of its table, cells per unit of the value
 
-_E4M3 = 3  # the number of float8 e4m3 as a source dtype, next to DTYPE_CODES
+CODE_SOURCES = {"e4m3": 3, "e2m1": 5, "offset4": 6, "offset8": 7}
+"""Kind of codes that the kernels decode -> its number as a source dtype, next to DTYPE_CODES."""
 STEPS = {"nf4": 1, "fp4": 2}
 """Comparisons that find the rank of a value among the midpoints of its cell, see `book`."""
 
@@ -40,10 +41,10 @@ _BOOK = np.dtype(
         ("decode", np.float32, 16),
     ]
 )
-_FLOAT8 = np.dtype(
+_CODES = np.dtype(
     [(name, np.uint32) for name in
      ("row", "column", "columns", "block_rows", "block_columns", "scale_columns")]
-    + [("scale", np.uint64)],
+    + [("scale", np.uint64), ("zero", np.uint64)],
     align=True,
 )  # fmt: skip
 _SCALES = np.dtype(
@@ -71,8 +72,8 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Float8:
-    """A piece of a float8 matrix: where it starts, and its scales.
+class Codes:
+    """A piece of a matrix of codes: where it starts, and its scales.
 
     Attributes:
         row, column: place of the piece's first element; row 0 is the first one that `scale`
@@ -81,6 +82,8 @@ class Float8:
         block: (rows, columns) of the elements that share a scale.
         scale_columns: scales in a row of them.
         scale: address of the float32 scales.
+        kind: of the codes.
+        zero: address of the float32 zero points, 0 for none.
     """
 
     row: int
@@ -89,12 +92,22 @@ class Float8:
     block: tuple[int, int]
     scale_columns: int
     scale: int
+    kind: str = "e4m3"
+    zero: int = 0
 
     def argument(self) -> NDArray[Any]:
         """Return the struct that the kernels take."""
         return np.array(
-            (self.row, self.column, self.columns, *self.block, self.scale_columns, self.scale),
-            _FLOAT8,
+            (
+                self.row,
+                self.column,
+                self.columns,
+                *self.block,
+                self.scale_columns,
+                self.scale,
+                self.zero,
+            ),
+            _CODES,
         )
 
 
@@ -193,23 +206,23 @@ def quantize(
     table: int,
     src: int,
     out: Quantized,
-    float8: Float8 | None = None,
+    codes: Codes | None = None,
 ) -> Iterator[Launch]:
     """Yield the calls that do the work of `Engine.quantize` for n elements.
 
     Args:
         table: address of `book(quant_type)`.
-        src: address of elements of `dtype`, or of float8 bytes, in whole blocks, that are decoded
-            to `dtype`.
+        src: address of elements of `dtype`, or of codes, in whole blocks, that are decoded to
+            `dtype`.
         out: where the results go.
-        float8: the scales of float8 bytes.
+        codes: what decodes codes.
     """
     small = blocksize < SEGMENT
     lanes = 2 if small else blocksize // _OWN
-    source = DTYPE_CODES[dtype] if float8 is None else _E4M3
+    source = DTYPE_CODES[dtype] if codes is None else CODE_SOURCES[codes.kind]
     itemsize = 4 if dtype == "F32" else 2
     full = n // blocksize * blocksize
-    place = (Float8(0, 0, 1, (1, 1), 1, 0) if float8 is None else float8).argument()
+    place = (Codes(0, 0, 1, (1, 1), 1, 0) if codes is None else codes).argument()
 
     def call(first: int, count: int, tail: bool) -> Launch:
         entry = entries(first, blocksize)

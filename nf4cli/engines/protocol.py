@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from ..format.dtypes import CODE_BITS
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -39,24 +41,43 @@ CAST_CODES = {**DTYPE_CODES, "F64": 4}
 
 
 @dataclass(frozen=True, slots=True)
-class Float8:
-    """The scales of float8 e4m3 bytes, and where the bytes at hand lie in their matrix.
+class Codes:
+    """What turns stored codes into values, and where the codes at hand lie in their matrix.
+
+    An element is (value of its code - zero point) * factor, in float32; the subtraction is exact.
 
     Attributes:
-        first: index of the first byte at hand, counted through the row-major matrix.
+        first: index of the first code at hand, counted through the row-major matrix.
         columns: columns of the matrix.
         scale: float32, the factor of each block: [ceil(rows/block[0]), ceil(columns/block[1])],
             flattened.
         block: (rows, columns) of the elements that share a factor.
+        kind: of the codes, see `codebook.code_values`.  Codes of 4 bits lie in pairs in a byte, the
+            first one in the low bits; `first` and `columns` are then even.
+        zero: float32, the zero point of each block, as `scale`; None for none.
+        through: a dtype that the product is rounded to before the dtype that is asked for; None
+            for none.
     """
 
     first: int
     columns: int
     scale: F32
     block: tuple[int, int]
+    kind: str = "e4m3"
+    zero: F32 | None = None
+    through: str | None = None
 
-    def from_(self, start: int) -> Float8:
-        """Return the same scales for bytes that begin `start` elements further on."""
+    @property
+    def bits(self) -> int:
+        """Bits of a code, 8 or 4."""
+        return CODE_BITS[self.kind]
+
+    def count(self, src: U8) -> int:
+        """Return how many codes `src` holds."""
+        return src.nbytes * 8 // self.bits
+
+    def from_(self, start: int) -> Codes:
+        """Return the same for codes that begin `start` elements further on."""
         return replace(self, first=self.first + start)
 
 
@@ -145,7 +166,7 @@ class Engine(Protocol):
         quant_type: str,
         packed: U8,
         absmax: F32,
-        float8: Float8 | None = None,
+        codes: Codes | None = None,
     ) -> F64:
         """Encode n elements in blocks, with each block's largest magnitude as its scale.
 
@@ -157,8 +178,8 @@ class Engine(Protocol):
             quant_type: "nf4" or "fp4".
             packed: output, uint8 [(n+1)//2], the first element in the high nibble.
             absmax: output, float32 [ceil(n/blocksize)].
-            float8: if given, src holds n float8 bytes, which are first decoded to `dtype` (see
-                `decode_float8`).
+            codes: if given, src holds n codes, which are first decoded to `dtype` (see
+                `decode_codes`).
 
         Returns:
             float64 [ceil(n/GRANULE), STATS], for each granule: the sum of the squared errors, the
@@ -169,7 +190,7 @@ class Engine(Protocol):
             bit.
 
         Raises:
-            NonFiniteError: src holds a NaN or an infinity, or a float8 byte decodes to one.
+            NonFiniteError: src holds a NaN or an infinity, or a code decodes to one.
         """
         ...
 
@@ -261,12 +282,12 @@ class Engine(Protocol):
         """
         ...
 
-    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
-        """Decode float8 e4m3: value * scale in float32, rounded once to `to_dtype`.
+    def decode_codes(self, src: U8, codes: Codes, dst: U8, to_dtype: str) -> None:
+        """Decode n codes: (value - zero point) * factor in float32, rounded to `to_dtype`.
 
         Args:
-            src: uint8 [n], float8 bytes.
-            float8: their scales.
+            src: uint8 [n] or [n / 2], the codes.
+            codes: what they stand for.
             dst: output, raw bytes of n elements of `to_dtype`.
 
         Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import MachineError, NonFiniteError
 from ..format import codebook
-from .protocol import GRANULE, ROW, SEGMENT, ChosenScales, Float8, Importance, NestedAbsmax
+from .protocol import GRANULE, ROW, SEGMENT, ChosenScales, Codes, Importance, NestedAbsmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,10 +70,10 @@ class TorchEngine:
         quant_type: str,
         packed: U8,
         absmax: F32,
-        float8: Float8 | None = None,
+        codes: Codes | None = None,
     ) -> F64:
         torch, book = self._torch, codebook.codebook(quant_type)
-        x = self._load(src, dtype) if float8 is None else self._decoded(src, float8, dtype).float()
+        x = self._load(src, dtype) if codes is None else self._decoded(src, codes, dtype).float()
         nonfinite = (~torch.isfinite(x)).nonzero()
         if len(nonfinite):
             raise NonFiniteError(int(nonfinite[0]))
@@ -89,8 +89,8 @@ class TorchEngine:
         # Pad to whole blocks with 0.0; for an odd n, the spare nibble is then the code of 0.0.
         y = torch.nn.functional.pad(y, (0, -n % blocksize))
         rank = torch.bucketize(y, self._to(book.midpoints))  # number of midpoints below y
-        codes = self._to(book.codes)[rank]
-        _store(packed, ((codes[::2] << 4) | codes[1::2])[: (n + 1) // 2])
+        nibbles = self._to(book.codes)[rank]
+        _store(packed, ((nibbles[::2] << 4) | nibbles[1::2])[: (n + 1) // 2])
         _store(absmax, scale)
         sums = self._sums(y - self._to(book.values)[rank], y, scale, blocksize)
         return np.column_stack([sums, self._outliers(x, y, scale, blocksize)])
@@ -271,23 +271,29 @@ class TorchEngine:
         odd = ((near.view(torch.int32) - away) | 1).view(torch.float32)
         return torch.where((distance == 0) | distance.isnan(), near, odd)
 
-    def decode_float8(self, src: U8, float8: Float8, dst: U8, to_dtype: str) -> None:
+    def decode_codes(self, src: U8, codes: Codes, dst: U8, to_dtype: str) -> None:
         torch = self._torch
-        y = self._decoded(src, float8, to_dtype)
+        y = self._decoded(src, codes, to_dtype)
         _store(dst, y.view(torch.uint8))
         nonfinite = (~torch.isfinite(y)).nonzero()
         if len(nonfinite):
             raise NonFiniteError(int(nonfinite[0]))
 
-    def _decoded(self, src: U8, float8: Float8, dtype: str) -> Any:
-        """Return the values of float8 bytes as a tensor of `dtype`, [bytes]."""
-        torch, (rows, columns) = self._torch, float8.block
-        values = self._to(src).view(torch.float8_e4m3fn).float()
-        place = float8.first + torch.arange(src.nbytes, device=self._device)
-        row, column = place // float8.columns, place % float8.columns
-        wide = -(-float8.columns // columns)
-        unit = self._to(float8.scale)[row // rows * wide + column // columns]
-        return (values * unit).to(self._dtypes[dtype])
+    def _decoded(self, src: U8, codes: Codes, dtype: str) -> Any:
+        """Return the values of stored codes as a tensor of `dtype`, [codes]."""
+        torch, (rows, columns) = self._torch, codes.block
+        data = self._to(src).to(torch.int64)
+        if codes.bits == 4:
+            data = torch.stack([data & 15, data >> 4], dim=1).reshape(-1)
+        values = self._to(codebook.code_values(codes.kind))[data]
+        place = codes.first + torch.arange(data.numel(), device=self._device)
+        row, column = place // codes.columns, place % codes.columns
+        wide = -(-codes.columns // columns)
+        block = row // rows * wide + column // columns
+        if codes.zero is not None:
+            values = values - self._to(codes.zero)[block]
+        values = values * self._to(codes.scale)[block]
+        return values.to(self._dtypes[codes.through or "F32"]).to(self._dtypes[dtype])
 
     def _sums(self, error: Any, y: Any, scale: Any, blocksize: int) -> F64:
         """Return the first three columns of a row of error sums, see `Engine.quantize`.

@@ -1,4 +1,4 @@
-"""The tables of the format: 4-bit codes, the 8-bit map of scales, float8.
+"""The tables of the format: 4-bit codes, the 8-bit map of scales, the codes of quantized sources.
 
 Each table is typed here and nowhere else: the C++ engine, the GPU kernels and the torch engine get
 these arrays passed in.  The 4-bit tables and the 8-bit map are bit-equal to those of bitsandbytes
@@ -217,3 +217,46 @@ def float8_e4m3() -> F32:
     magnitude = np.where(exponent == 0, subnormal, normal).astype(np.float32)
     magnitude.view(np.uint32)[127] = 0x7FF00000  # torch's cast gives a NaN of these bits
     return np.concatenate([magnitude, -magnitude])
+
+
+@cache
+def float8_e5m2() -> F32:
+    """Return the value of every byte in float8 e5m2, equal to torch's cast.
+
+    A byte is the upper half of a float16: five exponent bits (bias 15) and two mantissa bits.
+
+    Returns:
+        float32 [256].
+    """
+    halves = (np.arange(256, dtype=np.uint16) << 8).view(np.float16)
+    values = halves.astype(np.float32)
+    values.view(np.uint32)[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] |= 0x400000  # quiet, as torch has
+    return values
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of a 4-bit float with two exponent bits and one mantissa bit (MXFP4, NVFP4)."""
+
+
+@cache
+def code_values(kind: str) -> F32:
+    """Return the values of the codes that a source may store its weights in.
+
+    Args:
+        kind: one of `dtypes.CODE_BITS`: "e4m3", "e5m2" (float8), "e2m1" (4-bit floats), "int8"
+            (two's complement), "offset8", "offset4" (integers with an offset of 128, or 8),
+            "uint8" (integers as they are).
+
+    Returns:
+        float32 [256], or [16] for codes of 4 bits.
+    """
+    if kind == "e4m3":
+        return float8_e4m3()
+    if kind == "e5m2":
+        return float8_e5m2()
+    if kind == "e2m1":
+        return np.array((*_E2M1, *(-m for m in _E2M1)), np.float32)
+    if kind == "int8":
+        return np.arange(256).astype(np.uint8).view(np.int8).astype(np.float32)
+    first, size = {"offset8": (-128, 256), "offset4": (-8, 16), "uint8": (0, 256)}[kind]
+    return np.arange(first, first + size).astype(np.float32)

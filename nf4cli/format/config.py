@@ -43,6 +43,7 @@ class QuantConfig:
             scale of least loss, of either sign.
         method: how a code is chosen: "rtn", the nearest one, or "gptq", with error feedback.
         importance: BLAKE3 of the importance file that weights the loss, "" for none.
+        requantize: whether GPTQ and AWQ sources are decoded, and rounded a second time.
     """
 
     quant_type: str = "nf4"
@@ -59,16 +60,17 @@ class QuantConfig:
     scale: str = "absmax"
     method: str = "rtn"
     importance: str = ""
+    requantize: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as the manifest records them.
 
-        The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method` and
-        `importance` are left out at their defaults, so that manifests stay equal to those of
-        versions without these options.
+        The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method`,
+        `importance` and `requantize` are left out at their defaults, so that manifests stay equal
+        to those of versions without these options.
         """
         fields = {**asdict(self), "keep": sorted(self.keep)}
-        for name in ("scale", "method", "importance"):
+        for name in ("scale", "method", "importance", "requantize"):
             if fields[name] == getattr(type(self)(), name):
                 del fields[name]
         return fields

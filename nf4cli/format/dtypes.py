@@ -26,3 +26,9 @@ SAFETENSORS_NAME: Mapping[str, str] = {torch: st for st, torch in TORCH_NAME.ite
 
 STORAGE_NAME: Mapping[str, str] = {"uint8": "U8", **SAFETENSORS_NAME}
 """quant_storage (torch's name of a dtype) -> safetensors dtype of the packed tensor."""
+
+CODE_BITS: Mapping[str, int] = {
+    "e4m3": 8, "e5m2": 8, "e2m1": 4, "int8": 8, "offset8": 8, "offset4": 4, "uint8": 8,
+}  # fmt: skip
+"""Kind of the codes that a source may store its weights in -> bits of a code.
+`codebook.code_values` has their values."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,9 @@ from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.codebook import codebook
 from ..format.dtypes import FLOAT8, FLOAT64, TORCH_NAME
+from ..planning import encodings
+from ..planning.encoded_weight import FLOAT8 as FLOAT8_FORMAT
+from ..planning.encoded_weight import Found
 from .manifest import Manifest, TensorError
 
 if TYPE_CHECKING:
@@ -133,15 +137,23 @@ def overview(checkpoint: Checkpoint) -> Overview:
         kinds.setdefault((_kind(weight), True), []).append(
             (weight.name, weight.numel, weight.nbytes)
         )
+    encoded = _encoded(checkpoint)
+    for name, found in encoded.weights.items():
+        stored = [placed[1] for placed in (checkpoint.tensors[name], *found.encoding.companions)]
+        kind = f"{found.encoding.format}, decodes to floats"
+        kinds.setdefault((kind, False), []).append(
+            (found.name(name), prod(found.shape), sum(t.nbytes for t in stored))
+        )
     for name, (_, tensor) in checkpoint.tensors.items():
-        if name not in parts:
+        if name not in parts and not encoded.knows(name):
             kinds.setdefault((tensor.dtype, False), []).append((name, tensor.numel, tensor.nbytes))
     groups = [
         Group(kind, packed, len(rows), sum(r[1] for r in rows), sum(r[2] for r in rows), rows[0][0])
         for (kind, packed), rows in kinds.items()
     ]
     floats = (*TORCH_NAME, *FLOAT8, FLOAT64)
-    parameters = sum(g.elements for g in groups if g.packed or g.kind in floats)
+    decoding = {f"{w.encoding.format}, decodes to floats" for w in encoded.weights.values()}
+    parameters = sum(g.elements for g in groups if g.packed or g.kind in (*floats, *decoding))
     manifest = _manifest(checkpoint)
     model_type = checkpoint.config.get("model_type", checkpoint.config.get("_class_name"))
     return Overview(
@@ -163,6 +175,20 @@ def overview(checkpoint: Checkpoint) -> Overview:
         },
         problems=tuple(problem for _, problem in problems),
     )
+
+
+def _encoded(checkpoint: Checkpoint) -> Found:
+    """Return the weights that are stored as codes, none where nf4 does not read them.
+
+    Float8 is counted by its dtypes, which say enough.
+    """
+    try:
+        found = encodings.find(checkpoint, requantize=True)
+    except InputError:
+        return Found()
+    weights = {n: w for n, w in found.weights.items() if w.encoding.format != FLOAT8_FORMAT}
+    parts = (placed[1].name for w in weights.values() for placed in w.encoding.companions)
+    return Found(weights, dict.fromkeys(parts, "a part of a weight"))
 
 
 def _kept_modules(checkpoint: Checkpoint) -> tuple[str, ...]:

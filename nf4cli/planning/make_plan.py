@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, QUANT_TYPES
 from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
 from ..format.dtypes import FLOAT64, ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
-from . import adapters, kept_with, model_config, selection, tensor_names, ties
+from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
@@ -75,8 +75,9 @@ def make_plan(
     _refuse_part_of_a_set(checkpoint)
     adapters.refuse_adapter(checkpoint)
     _refuse_packed(checkpoint)
-    model_dtype = model_config.dtype_of(checkpoint, config.dtype)
-    content = contents(checkpoint, model_dtype)
+    found = encodings.find(checkpoint, config.requantize)
+    model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
+    content = contents(checkpoint, found, model_dtype)
     model = content.as_checkpoint(checkpoint)
     tensor_names.check_layers(model)
     model_config.check_headers(model)
@@ -180,7 +181,7 @@ def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
     if bnb_format.quant_method(checkpoint.config) is not None:
-        return  # float8.py reads it or refuses it by name
+        return  # encodings.py reads it or refuses it by name
     packed = bnb_format.find_quantized(checkpoint)
     if packed:
         raise InputError(

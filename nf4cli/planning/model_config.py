@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.bnb_format import QUANTIZATION_KEYS
@@ -23,7 +23,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _EXTRA_LAYERS = re.compile(r"nextn|mtp")  # keys that announce layers beyond the count
 
 
-def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
+def dtype_of(checkpoint: Checkpoint, requested: str, left: Collection[str] = ()) -> str:
     """Return the safetensors dtype that every kept floating-point tensor gets.
 
     Loaders build the model in one dtype, and transformers 5 fails on a mixture.  It is the
@@ -31,6 +31,7 @@ def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
 
     Args:
         requested: as torch spells it, or "auto".
+        left: tensors that are no weights, such as scales.
     """
     if requested != "auto":
         return SAFETENSORS_NAME[requested]
@@ -38,8 +39,8 @@ def dtype_of(checkpoint: Checkpoint, requested: str) -> str:
     if declared is not None:
         return declared
     nbytes: Counter[str] = Counter()
-    for _, tensor in checkpoint.tensors.values():
-        if tensor.dtype in TORCH_NAME:
+    for name, (_, tensor) in checkpoint.tensors.items():
+        if tensor.dtype in TORCH_NAME and name not in left:
             nbytes[tensor.dtype] += tensor.nbytes
     all_float64 = any(tensor.dtype == FLOAT64 for _, tensor in checkpoint.tensors.values())
     default = "F32" if all_float64 else "BF16"

@@ -146,6 +146,29 @@ def _float64_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
     ]
 
 
+def _encoded_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
+    """Return a note about the weights that are stored as codes, in a list; [] if there are none.
+
+    Args:
+        dtype: the model's, as torch spells it.
+    """
+    encoded = [t for t in tensors if t.weight.encoding is not None]
+    if not encoded:
+        return []
+    formats = {t.weight.encoding.format for t in encoded if t.weight.encoding is not None}
+    again = any(t.state is not None for t in encoded)
+    return [
+        f"{len(encoded):,} {'weights are' if encoded[1:] else 'weight is'} stored in "
+        f"{' and '.join(sorted(formats))}, and decoded to {dtype} first"
+        + (
+            ". What becomes 4-bit is rounded a second time; the errors are against the decoded "
+            "values, not against the model before its first rounding"
+            if again
+            else ""
+        )
+    ]
+
+
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     """Return the notes of a checkpoint's plan.
 
@@ -196,6 +219,7 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
     notes += weights_note(checkpoint)
     notes += prefix_note((t.weight.stored.name, t.name) for t in tensors if is_renamed(t))
     notes += _float64_note(tensors, config.dtype)
+    notes += _encoded_note(tensors, config.dtype)
     notes += model_config.dtype_notes(checkpoint, config.dtype)
     return notes + copies_notes(
         checkpoint.root,

@@ -71,7 +71,7 @@ class TensorPlan:
     @property
     def source_bytes(self) -> int:
         """Bytes of the source's elements that the weight is made of."""
-        return self.numel * ITEMSIZE[self.weight.stored.dtype]
+        return self.numel * self.weight.bits // 8
 
     @property
     def nbytes_out(self) -> int:

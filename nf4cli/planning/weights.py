@@ -1,6 +1,6 @@
 """Turn what the files store into the weights that a model holds.
 
-Most tensors are a weight as they lie.  But a float8 weight comes with its scales, and Llama 4
+Most tensors are a weight as they lie.  But codes come with their scales (encodings.py), and Llama 4
 stores all experts of a layer in two 3-D tensors, while every loader of quantized models expects a
 matrix for each expert.  A float64 tensor becomes one of the model's dtype.  And a wrapper around
 the model (torch.compile, DDP, PEFT) may have put its own parts into the names (tensor_names.py).
@@ -16,7 +16,8 @@ from typing import Any
 from ..checkpoint.types import Checkpoint, Region, Shard, TensorInfo, View, Weight
 from ..errors import InputError
 from ..format.dtypes import FLOAT64, TORCH_NAME
-from . import float8, tensor_names
+from . import tensor_names
+from .encoded_weight import EncodedWeight, Found
 
 _LLAMA4 = ("llama4", "llama4_text")
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -47,35 +48,37 @@ class Contents:
         return replace(checkpoint, tensors=tensors)
 
 
-def contents(checkpoint: Checkpoint, model_dtype: str) -> Contents:
+def contents(checkpoint: Checkpoint, found: Found, model_dtype: str) -> Contents:
     """Return every weight of a source.
 
     Args:
-        model_dtype: safetensors dtype that float8 weights are decoded to, and float64 tensors
-            rounded to ("BF16").
+        found: its weights that are stored as codes.
+        model_dtype: safetensors dtype that codes are decoded to, and float64 tensors rounded to
+            ("BF16").
 
     Raises:
-        InputError: it is quantized in a way that cannot be read, or its scales do not fit; two
-            tensors have the same name without what a wrapper added.
+        InputError: two tensors have the same name without what a wrapper added.
     """
-    scales, unused = float8.find_scales(checkpoint)
     names = tensor_names.names_in_model(checkpoint)
     weights: list[Weight] = []
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
-            if tensor.name in unused:
+            if tensor.name in found.left:
                 continue
-            name, scale = names.get(tensor.name, tensor.name), scales.get(tensor.name)
-            changed = scale is not None or tensor.dtype == FLOAT64
+            name, encoded = names.get(tensor.name, tensor.name), found.weights.get(tensor.name)
+            changed = encoded is not None or tensor.dtype == FLOAT64
             dtype = model_dtype if changed else tensor.dtype
-            if scale is None and _is_fused(checkpoint.config, tensor):
-                weights += _experts(shard, tensor, name, dtype)
+            if _is_fused(checkpoint.config, tensor, encoded):
+                weights += _experts(shard, tensor, name, dtype, encoded)
+            elif encoded is not None:
+                name, encoding = encoded.name(name), encoded.encoding
+                weights.append(Weight(name, dtype, encoded.shape, shard, tensor, None, encoding))
             else:
-                weights.append(Weight(name, dtype, tensor.shape, shard, tensor, scale=scale))
-    return Contents(tuple(weights), unused)
+                weights.append(Weight(name, dtype, tensor.shape, shard, tensor))
+    return Contents(tuple(weights), found.left)
 
 
-def _is_fused(config: Any, tensor: TensorInfo) -> bool:
+def _is_fused(config: Any, tensor: TensorInfo, encoded: EncodedWeight | None) -> bool:
     """Return whether a tensor holds all experts of a Llama 4 layer, [experts, in, out]:
     `...feed_forward.experts.gate_up_proj`, or down_proj."""
     path, _, leaf = tensor.name.rpartition(".")
@@ -85,16 +88,27 @@ def _is_fused(config: Any, tensor: TensorInfo) -> bool:
         and leaf in _FUSED
         and len(tensor.shape) == 3
         and tensor.shape[2] % len(_FUSED[leaf]) == 0
-        and tensor.dtype in (*TORCH_NAME, FLOAT64)
+        and (tensor.dtype in (*TORCH_NAME, FLOAT64) or _is_plain(encoded))
         and tensor.numel > 0
     )
 
 
-def _experts(shard: Shard, tensor: TensorInfo, name: str, dtype: str) -> Iterator[Weight]:
+def _is_plain(encoded: EncodedWeight | None) -> bool:
+    """Return whether a weight's codes lie as its elements do, one in a byte (float8)."""
+    if encoded is None:
+        return False
+    encoding = encoded.encoding
+    return encoding.bits == 8 and not encoding.transposed and encoding.columns == encoded.shape[-1]
+
+
+def _experts(
+    shard: Shard, tensor: TensorInfo, name: str, dtype: str, encoded: EncodedWeight | None
+) -> Iterator[Weight]:
     """Yield the matrices [out, in] of each expert in a fused tensor [experts, in, out].
 
     Args:
         name, dtype: of the tensor in the model.
+        encoded: how it decodes, None where it holds values.
     """
     path, _, leaf = name.rpartition(".")
     experts, rows, width = tensor.shape
@@ -103,8 +117,9 @@ def _experts(shard: Shard, tensor: TensorInfo, name: str, dtype: str) -> Iterato
         for part, module in enumerate(_FUSED[leaf]):
             view = View(expert * rows * width + part * columns, rows, columns, width)
             yield Weight(
-                f"{path}.{expert}.{module}.weight", dtype, (columns, rows), shard, tensor, view
-            )
+                f"{path}.{expert}.{module}.weight", dtype, (columns, rows), shard, tensor, view,
+                encoded.encoding if encoded else None,
+            )  # fmt: skip
 
 
 def regions(

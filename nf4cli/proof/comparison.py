@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint import bnb_format
-from ..checkpoint.packed import Placed, read_state
+from ..checkpoint.packed import read_state
 from ..checkpoint.reader import ShardReaders
-from ..checkpoint.types import Checkpoint, FileDigests, Shard
+from ..checkpoint.types import Checkpoint, FileDigests, Placed, Shard
 from ..errors import InputError
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan

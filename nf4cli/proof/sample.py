@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..callbacks import Progress, no_progress
 from ..checkpoint.digest import digest_tensor
-from ..checkpoint.packed import PackedReader, PackedWeight, Placed, by_shard
+from ..checkpoint.packed import PackedReader, PackedWeight, by_shard
 from ..checkpoint.reader import ShardReaders
-from ..checkpoint.types import Checkpoint
+from ..checkpoint.types import Checkpoint, Placed
 from ..convert.conversion import Tools
 from ..engines.protocol import Engine
 from ..errors import UsageError

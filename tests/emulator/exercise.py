@@ -17,7 +17,7 @@ import numpy as np
 
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.engines.protocol import GRANULE, STATS, Float8, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, STATS, Codes, NestedAbsmax
 from nf4cli.format import codebook
 from nf4cli.format.dtypes import ITEMSIZE
 
@@ -27,7 +27,7 @@ from .build import Kernels
 CPU = CpuEngine()
 QUICK = (1, 33, 64, 96, 1023, 2049, 8257)
 SIZES = (*QUICK, 2, 31, 32, 63, 65, 95, 127, 128, 2047, 2048, 4096, 8192, 20_003)
-_FLOAT8_LAYOUTS = (  # shape, block, first element
+_LAYOUTS = (  # shape, block, first element
     ((8, 96), (4, 32), 0),
     ((80, 256), (128, 128), 256),
     ((6, 1024), (1, 1024), 2048),
@@ -86,10 +86,11 @@ def address(array: np.ndarray) -> int:
 
 def quantize(
     kernels: Kernels | real.DeviceKernels, src: np.ndarray, dtype: str, blocksize: int,
-    quant_type: str, float8: Float8 | None = None,
+    quant_type: str, float8: Codes | None = None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
     """(packed, absmax, stats) by the kernels."""
-    n, at = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1), kernels.address
+    n = src.nbytes // ITEMSIZE[dtype] if float8 is None else float8.count(src)
+    at = kernels.address
     book = launches.book(quant_type).copy()
     rows = launches.entries(n, blocksize)
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
@@ -99,7 +100,10 @@ def quantize(
     if float8 is not None:
         wide = -(-float8.columns // float8.block[1])
         row, column = divmod(float8.first, float8.columns)
-        place = launches.Float8(row, column, float8.columns, float8.block, wide, at(float8.scale))
+        place = launches.Codes(
+            row, column, float8.columns, float8.block, wide, at(float8.scale), float8.kind,
+            0 if float8.zero is None else at(float8.zero),
+        )  # fmt: skip
     results = launches.Quantized(at(packed), at(absmax), at(sums), at(worst), at(stats))
     for launch in launches.quantize(
         n, dtype, blocksize, quant_type, at(book), at(src), results, place
@@ -111,7 +115,7 @@ def quantize(
 
 def on_cpu(src, dtype, blocksize, quant_type, float8=None) -> tuple[np.ndarray, ...]:
     """The same by the CPU engine."""
-    n = src.nbytes // (ITEMSIZE[dtype] if float8 is None else 1)
+    n = src.nbytes // ITEMSIZE[dtype] if float8 is None else float8.count(src)
     packed, absmax = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.float32)
     stats = CPU.quantize(src, dtype, blocksize, quant_type, packed, absmax, float8)
     return packed, absmax, stats
@@ -149,13 +153,19 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
                 for nested in (False, True):
                     name = f"dequantize<{number}, {str(nested).lower()}"
                     yield name, (check_dequantize, dtype, blocksize, nested, n)
-        for blocksize in (32, 64, 256):
-            for quant_type, steps in launches.STEPS.items():
-                name = f"quantize<3, {number}, {steps}, {str(blocksize == 32).lower()}"
-                for layout in _FLOAT8_LAYOUTS:
-                    yield name, (check_float8, dtype, blocksize, quant_type, *layout)
+        yield from code_cases(dtype, number)
     for n in (1, 255, 256, 257, 4096, 5000):
         yield "nested_quantize", (check_nested, n)
+
+
+def code_cases(dtype: str, number: int) -> Iterator[tuple[str, object]]:
+    """The same of codes that are decoded to a dtype."""
+    for blocksize in (32, 64, 256):
+        for quant_type, steps in launches.STEPS.items():
+            for kind, source in launches.CODE_SOURCES.items():
+                name = f"quantize<{source}, {number}, {steps}, {str(blocksize == 32).lower()}"
+                for layout in _LAYOUTS:
+                    yield name, (check_codes, dtype, blocksize, quant_type, kind, *layout)
 
 
 def check_quantize(kernels, dtype, blocksize, quant_type, src) -> None:
@@ -180,15 +190,19 @@ def same_quantized(what, kernels, arguments) -> None:
     same(what, found, expected)
 
 
-def check_float8(kernels, dtype, blocksize, quant_type, shape, block, first) -> None:
+def check_codes(kernels, dtype, blocksize, quant_type, kind, shape, block, first) -> None:
     random = np.random.default_rng(first)
-    src = random.integers(0, 256, shape[0] * shape[1] - first, np.uint8)
-    src[(src & 127) == 127] = 1
-    src = src[: src.size // blocksize * blocksize].copy()
+    count = (shape[0] * shape[1] - first) // blocksize * blocksize
     scales = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
-    float8 = Float8(first, shape[1], random.uniform(0, 1e-2, scales).astype(np.float32), block)
-    what = f"quantize float8 {shape} by {block} to {dtype}"
-    same_quantized(what, kernels, (src, dtype, blocksize, quant_type, float8))
+    scale = random.uniform(0, 1e-2, scales).astype(np.float32)
+    zeros = random.integers(-7, 8, scales).astype(np.float32)
+    for zero in (None, zeros) if kind.startswith("offset") else (None,):
+        codes = Codes(first, shape[1], scale, block, kind, zero)
+        src = random.integers(0, 256, count * codes.bits // 8, np.uint8)
+        if kind == "e4m3":
+            src[(src & 127) == 127] = 1
+        what = f"quantize {kind} {shape} by {block} to {dtype}"
+        same_quantized(what, kernels, (src, dtype, blocksize, quant_type, codes))
 
 
 def check_nested(kernels, n) -> None:

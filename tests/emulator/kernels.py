@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from nf4cli.engines.launches import STEPS
+from nf4cli.engines.launches import CODE_SOURCES, STEPS
 from nf4cli.engines.protocol import DTYPE_CODES
 
-_E4M3 = 3  # a source's dtype, beside DTYPE_CODES
 _FLAGS = ("false", "true")
 
 
 def every_kernel() -> tuple[str, ...]:
     """Return the names of all kernels there are."""
     kinds = [(d, d, tail) for d in DTYPE_CODES.values() for tail in _FLAGS]
-    kinds += [(_E4M3, d, "false") for d in DTYPE_CODES.values()]
+    kinds += [(c, d, "false") for c in CODE_SOURCES.values() for d in DTYPE_CODES.values()]
     return (
         "fold_errors",
         *(f"nested_quantize<{tail}>" for tail in _FLAGS),

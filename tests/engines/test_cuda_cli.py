@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from encoded_models import compressed_model, weights
 from helpers import LLAMA, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 
 pytestmark = pytest.mark.gpu
@@ -134,3 +135,18 @@ def test_plan_counts_what_the_gpu_needs(llama, tmp_path, gpu_nf4):
     without = json.loads(nf4_ok(*arguments))
     assert with_gpu["workers"] == without["workers"] + 1
     assert with_gpu["peak_memory_bytes"] > without["peak_memory_bytes"] + 100_000_000
+
+
+@pytest.mark.parametrize("form", ["int4", "zero points", "int8", "nvfp4"])
+def test_sources_in_codes(tmp_path, gpu_nf4, form):
+    scheme = {
+        "int4": weights(4, "int", "group", group_size=32),
+        "zero points": weights(4, "int", "group", group_size=32, symmetric=False),
+        "int8": weights(8, "int", "channel"),
+        "nvfp4": weights(4, "float", "tensor_group", group_size=16),
+    }[form]  # fmt: skip
+    compressed_model(tmp_path / "model", [scheme])
+    nf4_ok("quantize", tmp_path / "model", tmp_path / "cpu", "--engine", "cpu")
+    done = gpu_nf4("quantize", tmp_path / "model", tmp_path / "gpu", "--engine", "cuda")
+    assert same_files(tmp_path / "cpu", tmp_path / "gpu")
+    assert "launched: {'GPU 0':" in done.stderr

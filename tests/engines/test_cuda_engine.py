@@ -9,9 +9,9 @@ import pytest
 from emulator import exercise
 from emulator.device import WatchedStream
 
-from nf4cli.engines import cuda
+from nf4cli.engines import cuda, launches
 from nf4cli.engines.cuda import ARENA, CudaEngine
-from nf4cli.engines.protocol import GRANULE, Float8, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, Codes, NestedAbsmax
 from nf4cli.errors import MachineError, NonFiniteError
 from nf4cli.format import codebook
 
@@ -24,7 +24,7 @@ def device(new_device):
 
 
 def by(engine, src, dtype="BF16", blocksize=64, float8=None, buffer=None):
-    n = src.nbytes // (1 if float8 else 4 if dtype == "F32" else 2)
+    n = float8.count(src) if float8 else src.nbytes // (4 if dtype == "F32" else 2)
     new = buffer or (lambda count: np.empty(count, np.uint8))
     packed, absmax = new((n + 1) // 2), np.empty(-(-n // blocksize), np.float32)
     stats = engine.quantize(src, dtype, blocksize, "nf4", packed, absmax, float8)
@@ -54,10 +54,29 @@ def test_float8_in_pieces_takes_the_right_factors(device):
     src = random.integers(0, 127, shape[0] * shape[1], np.uint8)
     for first in (0, 64 * GRANULE // 1024 * 1024 // 8):
         scale = random.uniform(0, 0.1, 64 * 8).astype(np.float32)
-        float8 = Float8(first, shape[1], scale, block)
+        float8 = Codes(first, shape[1], scale, block)
         expected = exercise.on_cpu(src, "BF16", 64, "nf4", float8)
         exercise.same("float8", by(engine, src, float8=float8), expected)
     assert any(launch.kernel.startswith("quantize<3,") for launch in device.launched)
+
+
+@pytest.mark.parametrize("kind", launches.CODE_SOURCES)
+def test_codes_in_pieces_take_the_right_factors_and_zero_points(device, kind):
+    engine = CudaEngine(devices=[device])
+    engine._rooms[id(device)] = 1 << 20
+    columns, block = 1024, (1, 16)
+    random = np.random.default_rng(2)
+    size = 1024 * 64
+    scale = random.uniform(0, 0.1, size).astype(np.float32)
+    zero = random.integers(-8, 8, size).astype(np.float32)
+    for zeros in (None, zero) if kind.startswith("offset") else (None,):
+        codes = Codes(512, columns, scale, block, kind, zeros, "BF16")
+        src = random.integers(0, 127, (1024 * 1024 - 512) * codes.bits // 8, np.uint8)
+        src = src[: src.size // 2048 * 2048]
+        expected = exercise.on_cpu(src, "BF16", 64, "nf4", codes)
+        exercise.same(kind, by(engine, src, float8=codes), expected)
+    source = launches.CODE_SOURCES[kind]
+    assert any(launch.kernel.startswith(f"quantize<{source},") for launch in device.launched)
 
 
 def test_float8_that_the_kernels_do_not_take_stays_with_the_cpu(device):
@@ -65,7 +84,7 @@ def test_float8_that_the_kernels_do_not_take_stays_with_the_cpu(device):
     for columns, block, n in ((100, (10, 30), 6400), (64, (2, 12), 6400), (64, (1, 64), 6401)):
         rows = -(-n // columns)
         count = -(-rows // block[0]) * -(-columns // block[1])
-        float8 = Float8(0, columns, np.full(count, 0.01, np.float32), block)
+        float8 = Codes(0, columns, np.full(count, 0.01, np.float32), block)
         src = np.random.default_rng(n).integers(0, 120, n, np.uint8)
         expected = exercise.on_cpu(src, "BF16", 64, "nf4", float8)
         exercise.same("float8", by(engine, src, float8=float8), expected)
@@ -112,7 +131,7 @@ def test_a_float8_byte_that_decodes_to_nan_is_named(device):
     engine = CudaEngine(devices=[device])
     src = np.zeros(2 * GRANULE, np.uint8)
     src[GRANULE + 9] = 0x7F
-    float8 = Float8(0, 64, np.ones(2 * GRANULE // 64, np.float32), (1, 64))
+    float8 = Codes(0, 64, np.ones(2 * GRANULE // 64, np.float32), (1, 64))
     with pytest.raises(NonFiniteError) as caught:
         by(engine, src, float8=float8)
     assert caught.value.index == GRANULE + 9
@@ -231,7 +250,7 @@ def test_the_smallest_arena_holds_every_kind_of_piece(device):
         exercise.same("F32", by(engine, src, "F32", blocksize), expected)
     columns = cuda._WIDEST
     scale = np.ones(n // 8, np.float32)
-    float8 = Float8(columns // 2, columns, scale, (1, 8))
+    float8 = Codes(columns // 2, columns, scale, (1, 8))
     src = np.full(n - columns, 0x33, np.uint8)
     expected = exercise.on_cpu(src, "F32", 32, "nf4", float8)
     exercise.same("float8", by(engine, src, "F32", 32, float8), expected)

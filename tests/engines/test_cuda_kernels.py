@@ -203,9 +203,9 @@ def test_float8_bytes_decode_as_the_table_has_them(kernels):
         finite = np.flatnonzero((np.arange(256) & 127) != 127).astype(np.uint8)
         src = np.zeros((len(finite), 32), np.uint8)
         src[:, 5] = finite
-        from nf4cli.engines.protocol import Float8
+        from nf4cli.engines.protocol import Codes
 
-        float8 = Float8(0, 32, np.ones(len(finite), np.float32), (1, 32))
+        float8 = Codes(0, 32, np.ones(len(finite), np.float32), (1, 32))
         _, absmax, _ = exercise.quantize(kernels, src.reshape(-1), dtype, 32, "nf4", float8)
         assert np.array_equal(absmax, np.abs(codebook.float8_e4m3()[finite]))
 

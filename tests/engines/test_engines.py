@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf4cli.engines.cpu import CpuEngine, available
-from nf4cli.engines.protocol import GRANULE, Float8, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, Codes, NestedAbsmax
 from nf4cli.errors import MachineError, NonFiniteError
 from nf4cli.format.codebook import BLOCKSIZES, QUANT_TYPES, codebook, nested_map
 
@@ -294,4 +294,4 @@ def test_the_tables_live_as_long_as_the_engine(monkeypatch):
     codes, nested = np.empty(300, np.uint8), np.empty(2, np.float32)
     engine.nested_quantize(np.linspace(0, 1, 300, dtype=np.float32), 0.5, codes, nested)
     out = np.empty(64, np.uint8)
-    engine.decode_float8(codes[:32] & 63, Float8(0, 8, np.ones(4, np.float32), (4, 4)), out, "BF16")
+    engine.decode_codes(codes[:32] & 63, Codes(0, 8, np.ones(4, np.float32), (4, 4)), out, "BF16")

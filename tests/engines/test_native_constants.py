@@ -28,7 +28,7 @@ CONSTANTS = {
     "kOutlierShare": torch._OUTLIER_SHARE,
     "kOutlierMost": torch._OUTLIER_MOST,
     **{f"NF4_{name}": code for name, code in DTYPE_CODES.items()},
-    "NF4_E4M3": launches._E4M3,
+    **{f"NF4_{kind.upper()}": number for kind, number in launches.CODE_SOURCES.items()},
     "NF4_F64": CAST_CODES["F64"],
     "kThreads": launches._THREADS,
     "kWarp": launches._WARP,
@@ -53,7 +53,7 @@ LAYOUTS = {
     **layout("nf4_codebook", np.dtype(cpu._Codebook)),
     **layout("nf4_ladder", np.dtype(cpu._Ladder)),
     **layout("Book", launches._BOOK),
-    **layout("Float8", launches._FLOAT8),
+    **layout("Codes", launches._CODES),
     **layout("Scales", launches._SCALES),
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from encoded_models import compressed_model, gpt_oss, weights
 from float8_models import CASES, float8_model
 from helpers import LLAMA, full_tmpfs, llama_tensors, nf4_ok, same_files, write_checkpoint_dir
 from hub_server import Fault
@@ -173,10 +174,16 @@ def test_ctrl_c_while_the_network_is_waited_for(nf4_hub, hub, fault, bound):
     assert bool(list(nf4_hub.work.iterdir())) == ("--resume" in stderr)
 
 
-def test_scales_that_lie_in_another_file(nf4_hub, hub, tmp_path):
+@pytest.mark.parametrize("form", ["float8", "mxfp4", "int4"])
+def test_scales_that_lie_in_another_file(nf4_hub, hub, tmp_path, form):
     """From the Hub where the file is not fetched yet, or is gone; offline from the cache."""
     source = tmp_path / "float8"
-    float8_model(source, *CASES["deepseek"])
+    if form == "float8":
+        float8_model(source, *CASES["deepseek"])
+    elif form == "mxfp4":
+        gpt_oss(source)
+    else:
+        compressed_model(source, [weights(4, "int", "group", group_size=32)])
     hub.add("org/float8", source)
     nf4_ok("quantize", source, tmp_path / "local", "--digest", "sha256")
     for name, options in {"bounded": ("--disk", "2MB"), "online": ()}.items():

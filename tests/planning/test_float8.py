@@ -26,7 +26,7 @@ from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.checkpoint.reader import ByteReader
 from nf4cli.convert.conversion import Conversion
-from nf4cli.engines.protocol import Float8
+from nf4cli.engines.protocol import Codes
 from nf4cli.errors import NonFiniteError
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
@@ -61,9 +61,11 @@ def test_a_file_stays_open_while_a_later_one_reads_scales_from_it(tmp_path, monk
     plan = make_plan(open_checkpoint(tmp_path / "float8"), QuantConfig())
     first = plan.checkpoint.shards[0]
     scales = {
-        t.weight.scale.tensor.start
+        tensor.start
         for t in plan.tensors
-        if t.weight.scale and t.weight.scale.shard == first and t.weight.shard != first
+        if t.weight.encoding and t.weight.shard != first
+        for shard, tensor in t.weight.encoding.companions
+        if shard == first
     }
     read, done, slow = ByteReader.read, Conversion.item_done, []
 
@@ -96,8 +98,8 @@ def test_whole_blocks_decode_as_transformers_does():
     scale = torch.rand(2, 3, generator=generator) * 0.01
     theirs = Fp8Dequantize(None)._dequantize_one(bits, scale, torch.bfloat16)
     out = np.empty(2 * bits.numel(), np.uint8)
-    float8 = Float8(0, 384, scale.reshape(-1).numpy(), (128, 128))
-    CpuEngine().decode_float8(raw(bits.view(torch.uint8)), float8, out, "BF16")
+    float8 = Codes(0, 384, scale.reshape(-1).numpy(), (128, 128))
+    CpuEngine().decode_codes(raw(bits.view(torch.uint8)), float8, out, "BF16")
     assert np.array_equal(out, raw(theirs))
 
 
@@ -133,8 +135,8 @@ def test_engines_decode_any_part_as_torch(engine, dtype, rows, columns, block):
     for first, last in ((0, rows * columns), (1, columns + 3), (columns * 2, rows * columns)):
         out = np.empty((last - first) * torch_dtype.itemsize, np.uint8)
         part = flat[first:last].copy()
-        float8 = Float8(first, columns, scale.reshape(-1).numpy(), block)
-        engine.decode_float8(part, float8, out, dtype)
+        float8 = Codes(first, columns, scale.reshape(-1).numpy(), block)
+        engine.decode_codes(part, float8, out, dtype)
         assert np.array_equal(out, raw(expected.reshape(-1)[first:last]))
 
 
@@ -146,9 +148,9 @@ def test_a_result_that_is_not_finite_is_found(engine, byte, scale):
     if scale != 1.0:
         bits[:] = byte
     out = np.empty(200, np.uint8)
-    float8 = Float8(0, 10, np.full(1, scale, np.float32), (10, 10))
+    float8 = Codes(0, 10, np.full(1, scale, np.float32), (10, 10))
     with pytest.raises(NonFiniteError) as caught:
-        engine.decode_float8(bits, float8, out, "BF16")
+        engine.decode_codes(bits, float8, out, "BF16")
     assert caught.value.index == (37 if scale == 1.0 else 0)
 
 
@@ -179,10 +181,6 @@ def orphan(t: dict, c: dict) -> None:
 
 def unscaled(t: dict, c: dict) -> None:
     del c["quantization_config"]
-
-
-def e5m2(t: dict, c: dict) -> None:
-    t[GATE] = t[GATE].float().to(torch.float8_e5m2)
 
 
 def cube(t: dict, c: dict) -> None:
@@ -218,7 +216,7 @@ def transformed(t: dict, c: dict) -> None:
 
 
 def fnuz(t: dict, c: dict) -> None:
-    c["quantization_config"] = {**FP8, "fmt": "e5m2"}
+    c["quantization_config"] = {**FP8, "fmt": "e4m3fnuz"}
 
 
 @pytest.mark.parametrize(
@@ -229,14 +227,13 @@ def fnuz(t: dict, c: dict) -> None:
         (integers, (GATE + "_scale_inv", "I32", "F32")),
         (orphan, (GATE + "_scale_inv", "no float8 weight beside it")),
         (unscaled, ("F8_E4M3", "no quantization_config")),
-        (e5m2, (GATE, "F8_E5M2")),
         (cube, (GATE, "[2, 64, 64]")),
         (damaged, (GATE + "[3, 5]", "0x7f")),
         (nan_scale, (GATE + "[24, 40]", GATE + "_scale_inv")),
         (integer_groups, ("compressed-tensors", "4-bit float")),
         (no_groups, ("compressed-tensors", "config_groups")),
         (grouped, ("compressed-tensors", "'group'")),
-        (fnuz, ("'fp8'", "'e5m2'")),
+        (fnuz, ("'fp8'", "'e4m3fnuz'")),
         (zero_points, ("compressed-tensors", "zero points")),
         (transformed, ("compressed-tensors", "transform_config")),
     ],

@@ -205,10 +205,11 @@ def _require_model(plan: Plan) -> None:
             f"{checkpoint.root} is no model that transformers can run: give a directory with "
             "config.json, or use --scale search, which needs no data"
         )
-    if any(t.weight.scale is not None for t in plan.tensors):
+    encoded = next((t.weight.encoding for t in plan.tensors if t.weight.encoding), None)
+    if encoded is not None:
         raise UsageError(
-            f"{checkpoint.name} is stored in float8, which calibration does not run: use --scale "
-            "search, or the checkpoint in 16 bit"
+            f"{checkpoint.name} is stored in {encoded.format}, which calibration does not run: use "
+            "--scale search, or the checkpoint in 16 bit"
         )
     what = " and ".join(
         words
