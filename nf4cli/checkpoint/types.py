@@ -125,6 +125,8 @@ class Weight:
         view: the part of `stored` that is transposed to give this weight; None if the weight is the
             whole stored tensor as it lies.
         scale: the scales of a float8 weight, else None.
+        parts: the weights that it is made of, one behind the other (the experts of a layer); () for
+            a weight of one stored tensor.  `shard` and `stored` are then those of the first.
     """
 
     name: str
@@ -134,6 +136,17 @@ class Weight:
     stored: TensorInfo
     view: View | None = None
     scale: Scale | None = None
+    parts: tuple[Weight, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Weight, ...]:
+        """The weights of one stored tensor each that it is made of: itself, or its parts."""
+        return self.parts or (self,)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
 
 def is_diffusers_config(config: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from ..checkpoint.digest import OrderedDigest, ShardDigest, digest_open, tensor_
 from ..checkpoint.file_io import Identity
 from ..checkpoint.packed import PackedReader
 from ..checkpoint.reader import ByteReader, LocalShards, ShardSource
-from ..checkpoint.types import FileDigests, Scale, Shard
+from ..checkpoint.types import FileDigests, Scale, Shard, View, Weight
 from ..engines.protocol import Engine
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import NESTED_BLOCKSIZE, codebook, ladder, nested_map
@@ -33,7 +33,7 @@ from ..output.manifest import Manifest, Result, TensorError, manifest_of
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources, require_chunk, unit_of
 from ..threads import run
-from .items import AbsmaxFile, Item, Job, Reading, nonfinite, unit_of_packed, widest
+from .items import AbsmaxFile, Item, Job, Reading, Source, nonfinite, unit_of_packed, widest
 from .resume import Standing
 from .worker import Sink, Worker
 
@@ -98,6 +98,7 @@ class Conversion:
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
+        self._begun: dict[str, Job] = {}
         self._local = LocalShards()
         self._source: ShardSource = source or self._local
         self._packed = packed
@@ -127,14 +128,16 @@ class Conversion:
         )
 
     def _count_uses(self) -> Counter[Path]:
-        """Return how often each source file is used: once a weight made of it, once to digest it.
+        """Return how often each source file is used: once for each weight, or part of a weight,
+        that is made of it, and once to digest it.
 
         The file is closed when none of its uses is left.
         """
         uses = Counter(
-            t.weight.shard.path
+            source.shard.path
             for t in self.plan.tensors
             if t.outputs and t.name not in self.results
+            for source in t.weight.sources
         )
         if self._algorithm is not None:
             shards = self.plan.checkpoint.shards
@@ -180,7 +183,7 @@ class Conversion:
 
         The scales of a float8 weight are read before it, wherever they lie.
         """
-        files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
+        files = {s.stored.name: s.shard for t in self.plan.tensors for s in t.weight.sources}
         for result in self.results.values():
             for name, digest in result.sources.items():
                 digests = self._digested.get(files[name].path.name)
@@ -219,55 +222,71 @@ class Conversion:
 
     def _items(self) -> Iterator[Item | Reading]:
         """Yield every chunk of every tensor, in the order of the source files."""
-        plans: dict[Path, list[TensorPlan]] = {}
+        pieces: dict[Path, list[_Piece]] = {}
         for plan in self.plan.tensors:
-            plans.setdefault(plan.weight.shard.path, []).append(plan)
+            for piece in _pieces(plan):
+                pieces.setdefault(piece.weight.shard.path, []).append(piece)
         for shard in self.plan.checkpoint.shards:
             if self._uses_left[shard.path]:
                 self._open(shard)
-            stored = groupby(plans.get(shard.path, ()), lambda t: t.weight.stored.name)
-            for _, group in stored:
+            # Parts of weights lie anywhere; the others are in this order already.
+            in_file = sorted(pieces.get(shard.path, ()), key=lambda p: p.weight.stored.start)
+            for _, group in groupby(in_file, lambda p: p.weight.stored.name):
                 yield from self._items_of_tensor(list(group))
 
-    def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
-        """Yield every chunk of the weights that one stored tensor becomes."""
-        todo = [p for p in plans if p.outputs and p.name not in self._done]
+    def _items_of_tensor(self, pieces: list[_Piece]) -> Iterator[Item | Reading]:
+        """Yield every chunk of what one stored tensor becomes."""
+        todo = [p for p in pieces if p.plan.outputs and p.plan.name not in self._done]
         in_order = any(p.view is None for p in todo)
-        if plans[0].weight.shard.path in self._turns and not in_order:
-            yield from self._readings(plans[0])
-        for plan in todo:
-            yield from self._items_of(plan)
-        for plan in plans:
-            if plan.name in self._done:
-                self._progress(plan.name, plan.numel * ITEMSIZE[plan.weight.stored.dtype])
+        if pieces[0].weight.shard.path in self._turns and not in_order:
+            yield from self._readings(pieces[0].weight)
+        for piece in todo:
+            yield from self._items_of(piece)
+        for piece in pieces:
+            if piece.plan.name in self._done:
+                size = piece.weight.numel * ITEMSIZE[piece.weight.stored.dtype]
+                self._progress(piece.plan.name, size)
 
-    def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
+    def _readings(self, weight: Weight) -> Iterator[Reading]:
         """Yield the chunks of a stored tensor that are read for the digest alone."""
-        tensor = plan.weight.stored
+        tensor = weight.stored
         for start in range(tensor.start, tensor.stop, self._resources.chunk):
             stop = min(start + self._resources.chunk, tensor.stop)
-            yield Reading(plan.weight.shard, start, stop)
+            yield Reading(weight.shard, start, stop)
 
-    def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
-        """Yield the chunks of one weight, each a whole number of units and within a buffer."""
+    def _items_of(self, piece: _Piece) -> Iterator[Item]:
+        """Yield the chunks of a piece, each a whole number of units and within a buffer."""
+        plan, numel = piece.plan, piece.weight.numel
         unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
         step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
-        starts = range(0, plan.numel, step)
-        job = Job(plan, len(starts))
+        starts = range(0, numel, step)
+        job = self._begun.get(plan.name)
+        if job is None:
+            job = self._begun[plan.name] = self._begin(plan)
+        source = Source(job, piece.weight, piece.view, piece.first, len(starts))
+        if job.ladder is not None:
+            source.importance = self.plan.importance_of(piece.weight.name)
+        if piece.weight.scale is not None:
+            source.scale = self._scales(job, piece.weight.scale)
+        if not starts:  # a tensor without elements
+            self._source_done(source)
+        digest = piece.view is None and piece.weight.shard.path in self._turns
+        for start in starts:
+            yield Item(source, piece.first + start, min(step, numel - start), digest)
+
+    def _begin(self, plan: TensorPlan) -> Job:
+        """Return the state of a weight of which nothing is written yet."""
+        job = Job(plan, len(plan.weight.sources))
         if plan.state is not None and self.plan.config.scale == "search":
-            job.importance = self.plan.importance_of(plan)
-            job.ladder = ladder(plan.state.nested, job.importance is not None)
+            weighted = any(
+                self.plan.importance_of(source.name) is not None for source in plan.weight.sources
+            )
+            job.ladder = ladder(plan.state.nested, weighted)
             job.codes = self.plan.codes
         elif plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
-        if plan.weight.scale is not None:
-            job.scale = self._scales(job, plan.weight.scale)
         self._jobs.add(job)
-        if not starts:  # a tensor without elements
-            self._finish(job)
-        digest = plan.view is None and plan.weight.shard.path in self._turns
-        for start in starts:
-            yield Item(job, start, min(step, plan.numel - start), digest)
+        return job
 
     def _scales(self, job: Job, scale: Scale) -> F32:
         """Return the factors of a float8 weight, float32, flat.
@@ -302,39 +321,55 @@ class Conversion:
         Raises:
             InputError: always.  A subclass may go on instead (find_nonfinite.py).
         """
-        dtype = item.job.plan.weight.dtype
+        dtype = item.source.weight.dtype
         raise InputError(nonfinite(item, error.index, data, dtype)) from error
 
     def item_done(self, item: Item) -> None:
-        """Count a chunk as written; after the last one finish its weight."""
-        job = item.job
+        """Count a chunk as written; after the last one of its source, finish that."""
+        source = item.source
+        with self._lock:
+            source.pending -= 1
+            last = source.pending == 0
+        if last:
+            self._source_done(source)
+        self._progress(item.job.plan.name, item.count * ITEMSIZE[source.weight.stored.dtype])
+
+    def _source_done(self, source: Source) -> None:
+        """Count a source of a weight as done; after its last one finish the weight.
+
+        The file is released then: the rest of the weight may lie in files that wait for its room.
+        """
+        job = source.job
         with self._lock:
             job.pending -= 1
             last = job.pending == 0
         if last:
             self._finish(job)
-        self._progress(job.plan.name, item.count * ITEMSIZE[job.plan.weight.stored.dtype])
+        self._use_done(source.weight.shard)
+
+    def _digests_in(self, shard: Shard) -> Mapping[str, str]:
+        """Return the digests of the tensors of a source file, as far as they are known."""
+        if shard.path in self._turns:
+            return self._turns[shard.path].digest.tensors
+        digests = self._digested.get(shard.path.name)
+        return digests.tensors if digests else {}
 
     def _finish(self, job: Job) -> None:
         """Finish a weight whose chunks are all written, and tell the sink."""
-        weight = job.plan.weight
         if job.plan.state is not None:
             self.finish_state(job)
-        if weight.shard.path in self._turns:
-            tensors: Mapping[str, str] = self._turns[weight.shard.path].digest.tensors
-        else:
-            digests = self._digested.get(weight.shard.path.name)
-            tensors = digests.tensors if digests else {}
-        # Of a view, another thread may not have digested the rest of the stored tensor yet.
-        if weight.stored.name in tensors:
-            job.sources[weight.stored.name] = tensors[weight.stored.name]
+        for source in job.plan.weight.sources:
+            tensors = self._digests_in(source.shard)
+            # Of a view, another thread may not have digested the rest of the stored tensor yet.
+            if source.stored.name in tensors:
+                job.sources[source.stored.name] = tensors[source.stored.name]
         offset = job.state.nested_offset if job.state and job.state.nested else None
         result = Result(offset, job.error, job.sources)
         with self._lock:
             self.results[job.plan.name] = result
             self._jobs.discard(job)
+            self._begun.pop(job.plan.name, None)
         self._sink.finish(job.plan, result)
-        self._use_done(weight.shard)
 
     def finish_state(self, job: Job) -> None:
         """Write what needs the whole weight: double-quantized scales, tables, state, errors."""
@@ -407,6 +442,31 @@ class Conversion:
             4 * (start // NESTED_BLOCKSIZE),
             nested.view(np.uint8),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is made of one stored tensor: a weight, or a part of one.
+
+    Attributes:
+        plan: of the weight.
+        weight, view, first: see `Source`.
+    """
+
+    plan: TensorPlan
+    weight: Weight
+    view: View | None
+    first: int
+
+
+def _pieces(plan: TensorPlan) -> Iterator[_Piece]:
+    """Yield the pieces of a weight, in its own order."""
+    if not plan.weight.parts:
+        yield _Piece(plan, plan.weight, plan.view, 0)
+    first = 0
+    for part in plan.weight.parts:
+        yield _Piece(plan, part, part.view, first)
+        first += part.numel
 
 
 def _changed(path: Path) -> str:

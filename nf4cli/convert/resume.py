@@ -97,10 +97,9 @@ def _fingerprint(plan: Plan) -> str:
     for layout in plan.shards:
         digest.update(layout.filename.encode() + layout.header)
     for t in plan.tensors:
-        stored = (
-            t.weight.shard.path.name,
-            t.weight.stored,
-            t.weight.scale and t.weight.scale.tensor,
+        stored = tuple(
+            (source.shard.path.name, source.stored, source.scale and source.scale.tensor)
+            for source in t.weight.sources
         )
         digest.update(repr((t.name, t.action, t.rule, t.reason, stored, t.view, t.file)).encode())
     digest.update(json.dumps([plan.index, plan.output_config]).encode())

@@ -100,7 +100,8 @@ class Worker:
             self._unpack(item, plan.packed)
             self._run.item_done(item)
             return
-        data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+        view = item.source.view
+        data = self._read(item) if view is None else self._read_transposed(item, view)
         if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
             data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
@@ -117,10 +118,10 @@ class Worker:
         Returns:
             uint8 [count * itemsize], as they are stored.
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
         data = self._source[: item.count * itemsize]
-        position = weight.stored.start + item.start * itemsize
+        position = weight.stored.start + item.within * itemsize
         self._readers[weight.shard.path].read_into(data, position)
         if item.digest:
             self._run.digest_source(weight.shard, position, data)
@@ -135,7 +136,7 @@ class Worker:
         Returns:
             uint8 [count * itemsize], in the weight's dtype.
         """
-        weight, float8 = item.job.plan.weight, _float8(item)
+        weight, float8 = item.source.weight, _float8(item)
         assert float8 is not None
         start = -(-item.count // 8) * 8  # aligned for the wider elements
         out = self._source[start : start + item.count * ITEMSIZE[weight.dtype]]
@@ -156,7 +157,7 @@ class Worker:
         """
         plan = item.job.plan
         dtype = plan.weight.dtype
-        rest = self._source[data.nbytes if plan.view is None else 0 :]
+        rest = self._source[data.nbytes if item.source.view is None else 0 :]
         nbytes = item.count * ITEMSIZE[dtype]
         out = rest[:nbytes] if nbytes <= rest.nbytes else np.empty(nbytes, np.uint8)
         self._round(item, data, FLOAT64, out, dtype)
@@ -168,9 +169,9 @@ class Worker:
         Returns:
             uint8 [count * itemsize].
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
-        first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
+        first, last = item.within // view.rows, -(-(item.within + item.count) // view.rows)
         reader = self._readers[weight.shard.path]
         block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
         origin = weight.stored.start + view.start * itemsize
@@ -180,13 +181,13 @@ class Worker:
             reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
         elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
         flat = np.ascontiguousarray(elements.T).reshape(-1)
-        skip = item.start - first * view.rows
+        skip = item.within - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
     def _quantize(self, item: Item, data: U8) -> None:
         """Quantize an item by the largest magnitude of each block, and write it."""
         plan = item.job.plan
-        weight, state = plan.weight, plan.state
+        weight, state = item.source.weight, plan.state
         assert state is not None
         packed = self._output[: (item.count + 1) // 2]
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
@@ -213,18 +214,18 @@ class Worker:
 
         The scales are final at once, as their offset is 0.
         """
-        plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
+        plan, weight, state = item.job.plan, item.source.weight, item.job.plan.state
         assert state is not None
         if weight.scale is not None:
             data = self._decode(item, data, weight.scale)
-        columns = item.job.importance
+        columns = item.source.importance
         packed = self._output[: (item.count + 1) // 2]
         index = np.empty(-(-item.count // state.blocksize), np.uint8)
         unit = np.empty(-(-index.size // ladder.run), np.float32)
         try:
             sums = self._engine.search(
                 data, weight.dtype, state.blocksize, state.quant_type, ladder,
-                None if columns is None else Importance(columns, item.start % columns.size),
+                None if columns is None else Importance(columns, item.within % columns.size),
                 packed, ChosenScales(index, unit),
             )  # fmt: skip
         except NonFiniteError as error:
@@ -316,7 +317,7 @@ class Worker:
         Raises:
             InputError: a finite value becomes infinite.
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         try:
             self._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:
@@ -350,9 +351,9 @@ class Worker:
 
 def _float8(item: Item) -> Float8 | None:
     """Return the factors that decode an item; None where its weight is not stored in float8."""
-    weight = item.job.plan.weight
+    weight = item.source.weight
     if weight.scale is None:
         return None
-    factors = item.job.scale
+    factors = item.source.scale
     assert factors is not None
-    return Float8(item.start, weight.shape[1], factors, weight.scale.block)
+    return Float8(item.within, weight.shape[1], factors, weight.scale.block)

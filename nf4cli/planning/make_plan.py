@@ -27,6 +27,7 @@ from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
 from .plan import Plan, TensorPlan
+from .stacks import require_whole_blocks, stacked, taken_apart
 from .weights import Contents, contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
@@ -82,23 +83,36 @@ def make_plan(
     model_config.check_headers(model)
     answer = oracle(model)
     torch_dtype = TORCH_NAME[model_dtype]
+    stacks: frozenset[str] = frozenset()
+    if config.target == "unsloth" and config.expert_layout:
+        content, stacks = stacked(content, checkpoint)
+        model = content.as_checkpoint(checkpoint)
     config = replace(
         config,
         dtype=torch_dtype,
         compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
+        expert_layout="stacks" if stacks else "",
     )
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
 
     def decide(nonfinite: Collection[str]) -> Plan:
-        choices = selection.select(model, config.keep, config.target, answer, nonfinite)
+        choices = selection.select(
+            model, config.keep, config.target, answer, nonfinite, stacks
+        )  # fmt: skip
         skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
-        choices = {n: replace(c, float32=is_float32(n)) for n, c in choices.items()}
-        return _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
+        # Stacks that stay floats are written as they are stored: every loader stacks those.
+        written = taken_apart(content, {n for n in stacks if not choices[n].quantize})
+        choices = {
+            source.name: replace(choices[w.name], float32=is_float32(source.name))
+            for w in content.weights
+            for source in (w, *w.parts)
+        }
+        return _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -122,6 +136,7 @@ def _plan(
     """
     tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
     tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
+    require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
     return Plan(
@@ -260,14 +275,22 @@ def _place(
     for number, members in enumerate(files):
         name = shard_name(checkpoint.stem, number, len(files))
         entries = [[(key, *spec) for key, spec in plan.outputs.items()] for plan in members]
+        # The parts of a stack do not arrive in its order.
+        scattered = [bool(plan.weight.parts) for plan in members]
         layouts.append(
-            lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
+            lay_out(
+                name,
+                [e[0] for e, apart in zip(entries, scattered, strict=True) if not apart],
+                [t for e, apart in zip(entries, scattered, strict=True) for t in e[not apart :]],
+            )
         )
     placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
     placed += [plan for plan in tensors if not plan.outputs]
     # Read in the order of the source: its files are digested on the way.
     order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
-    placed.sort(key=lambda plan: (order[plan.weight.shard.path], plan.weight.stored.start))
+    placed.sort(
+        key=lambda plan: min((order[s.shard.path], s.stored.start) for s in plan.weight.sources)
+    )
     return placed, layouts
 
 

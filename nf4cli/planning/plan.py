@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ class TensorPlan:
         return sum(ITEMSIZE[dtype] * prod(shape) for dtype, shape in self.outputs.values())
 
 
+def _absmax_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of a weight's float32 absmax vector, 0 for a weight that has none."""
+    return 4 * -(-tensor.numel // tensor.state.blocksize) if tensor.state else 0
+
+
 def is_renamed(tensor: TensorPlan) -> bool:
     """Return whether a wrapper around the source's model has changed a tensor's name.
 
@@ -114,13 +120,16 @@ class Plan:
     importance: ImportanceFile | None = None
     codes: CodeSource | None = None
 
-    def importance_of(self, tensor: TensorPlan) -> F32 | None:
+    def importance_of(self, name: str) -> F32 | None:
         """Return the importance of a weight's input columns, None where nothing is known of them.
+
+        Args:
+            name: of the weight, or of a part of one.
 
         Returns:
             float32 [columns].
         """
-        columns = self.importance.columns.get(tensor.name) if self.importance else None
+        columns = self.importance.columns.get(name) if self.importance else None
         return columns if columns is not None and columns.any() else None
 
     @property
@@ -163,10 +172,19 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the largest temporary file: the float32 absmax of the largest weight."""
-        return max(
-            (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
-            default=0,
-        )
+        return max(map(_absmax_bytes, self.tensors), default=0)
+
+    @property
+    def scattered_scratch_bytes(self) -> int:
+        """Most bytes of the temporary files of weights with parts, which lie there from a weight's
+        first part in the source to its last."""
+        stacks = [t for t in self.tensors if len(t.weight.parts) > 1]
+        order = {shard.path: i for i, shard in enumerate(self.checkpoint.shards)}
+        changes = []
+        for t in stacks:
+            places = [(order[s.shard.path], s.stored.start) for s in t.weight.parts]
+            changes += [(min(places), 0, _absmax_bytes(t)), (max(places), 1, -_absmax_bytes(t))]
+        return max(accumulate(nbytes for *_, nbytes in sorted(changes)), default=0)
 
     def groups(self) -> list[tuple[str, str, int, int, int]]:
         """Return (action, reason, tensors, elements, output bytes) of each group of tensors.
