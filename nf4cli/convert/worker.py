@@ -276,7 +276,8 @@ class Worker:
         itemsize = ITEMSIZE[dtype]
         fits = item.count * itemsize <= self._output.nbytes  # a single unit may be larger
         buffers = (self._source, self._output) if fits else ()
-        data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
+        start = plan.packed_start + item.start
+        data = self._packed.decode(weight, start, item.count, dtype, *buffers)
         if plan.view is None:
             self._sink.write(plan.key, item.start * itemsize, data)
             return

@@ -39,6 +39,7 @@ class TensorPlan:
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
         packed: for "decode": where the codes and their scales lie.
+        packed_start: for "decode": the first of the packed elements that it is made of.
         region: the part of an output tensor that it is written to, where several weights become one
             tensor (an expert's matrix, decoded); None where it becomes a tensor of its own.
     """
@@ -53,6 +54,7 @@ class TensorPlan:
     file: int = 0
     packed: PackedWeight | None = None
     region: Region | None = None
+    packed_start: int = 0
 
     @property
     def name(self) -> str:
