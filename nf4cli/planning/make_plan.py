@@ -27,7 +27,7 @@ from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
 from .plan import Plan, TensorPlan
-from .stacks import require_whole_blocks, stacked, taken_apart
+from .stacks import reading_order, require_whole_blocks, stacked, taken_apart
 from .weights import Contents, contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
@@ -106,7 +106,7 @@ def make_plan(
         skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
         # Stacks that stay floats are written as they are stored: every loader stacks those.
-        written = taken_apart(content, {n for n in stacks if not choices[n].quantize})
+        written = taken_apart(content, {n for n in stacks if not choices[n].quantize}, checkpoint)
         choices = {
             source.name: replace(choices[w.name], float32=is_float32(source.name))
             for w in content.weights
@@ -287,10 +287,8 @@ def _place(
     placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
     placed += [plan for plan in tensors if not plan.outputs]
     # Read in the order of the source: its files are digested on the way.
-    order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
-    placed.sort(
-        key=lambda plan: min((order[s.shard.path], s.stored.start) for s in plan.weight.sources)
-    )
+    by_place = reading_order(checkpoint)
+    placed.sort(key=lambda plan: by_place(plan.weight))
     return placed, layouts
 
 

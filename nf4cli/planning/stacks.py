@@ -9,7 +9,7 @@ weight with one quantization state, made of many stored tensors, which are read 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -141,14 +141,24 @@ def _stacks(
         )
 
 
-def taken_apart(content: Contents, names: Collection[str]) -> Contents:
-    """Return a source's weights with some stacks as the matrices that they are made of."""
+def taken_apart(content: Contents, names: Collection[str], checkpoint: Checkpoint) -> Contents:
+    """Return a source's weights with some stacks as the matrices that they are made of.
+
+    They are in the order of their stored tensors again: files are written in that order.
+    """
     weights = [
         source
         for weight in content.weights
         for source in (weight.sources if weight.name in names else (weight,))
     ]
+    weights.sort(key=reading_order(checkpoint))
     return replace(content, weights=tuple(weights))
+
+
+def reading_order(checkpoint: Checkpoint) -> Callable[[Weight], tuple[int, int]]:
+    """Return a sort key: the place in the source of the first of a weight's stored tensors."""
+    order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
+    return lambda weight: min((order[s.shard.path], s.stored.start) for s in weight.sources)
 
 
 _EXPERTS = "--target transformers, which keeps experts in 16 bits"
@@ -179,12 +189,10 @@ def require_whole_blocks(tensors: Collection[TensorPlan], config: QuantConfig) -
     for size, tensor in sizes.items():
         if size % unit.size == 0:
             continue
-        fitting = [
-            f"--blocksize {b}" for b in BLOCKSIZES
-            if not any(s % _unit_of(config, b).size for s in sizes)
-        ]  # fmt: skip
+        fitting = [b for b in BLOCKSIZES if not any(s % _unit_of(config, b).size for s in sizes)]
+        smaller = [f"--blocksize {' or '.join(map(str, fitting))}"] if fitting else []
         raise UsageError(
             f"{tensor.weight.parts[0].name} has {size:,} weights, no multiple of {unit.words} "
             f"chosen for all at once: {tensor.name}, which --target unsloth makes of it, would "
-            f"have blocks with weights of two experts. Take {' or '.join([*fitting, _EXPERTS])}"
+            f"have blocks with weights of two experts. Take {' or '.join([*smaller, _EXPERTS])}"
         )
