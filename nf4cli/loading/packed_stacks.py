@@ -54,6 +54,7 @@ class StackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         quantization_config.quant_method = BitsAndBytesConfig().quant_method
+        quantization_config.load_in_4bit = True
         super().__init__(quantization_config, **kwargs)
         stacks, names = _asked.get()
         self._stacks = stacks
@@ -93,11 +94,19 @@ class StackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         for key, (module, name) in self._modules.items():
             _parametrize(module, name, self._stacks[key], model.dtype)
+        # save_pretrained would undo these, and fail: a packed weight is saved as it is.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(hasattr(op, "hf_quantizer") for op in getattr(conversion, "operations", ()))
+        ]
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for module, name in self._modules.values():
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            value = getattr(module, name).to(dtype)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         return super()._dequantize(model, dtype)
 
 
@@ -135,8 +144,9 @@ def _place(model: Any, key: str, weight: PackedWeight, names: Names) -> tuple[An
         has = "no such parameter" if found is None else f"{list(found.shape)} there"
         raise InputError(
             f"{key} is a packed stack of experts, {list(weight.state.shape)}, and transformers' "
-            f"{type(model).__name__} has {has}: this version of transformers does not hold the "
-            "experts of this family in stacks. Decode the model first: nf4 dequantize"
+            f"{type(model).__name__} has {has}: config.json is of another model, or this version "
+            "of transformers holds the experts of this family otherwise. Then decode the model "
+            "first: nf4 dequantize"
         )
     return modules[form], name
 
