@@ -38,7 +38,7 @@ from ..planning.model_plan import ModelPlan
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
-from ..planning.weights import regions
+from ..planning.weights import ROUTER, regions
 from .conversion import Conversion, Tools
 from .output_place import refuse_place, require_disk
 from .side_files import write_side_files
@@ -228,12 +228,14 @@ class _WayBack:
     Attributes:
         regions: name -> place in a fused tensor, of those that were a part of one.
         transposed: names of the packed weights whose source is stored as [in, out] (Conv1D).
+        renamed: name -> name in the source, of what unsloth calls otherwise.
         stacks: name of a packed stack of experts -> (name, shape) of each matrix in it, in order.
             A stack without a record stays one: transformers 5 loads it so.
     """
 
     regions: Mapping[str, Region]
     transposed: frozenset[str]
+    renamed: Mapping[str, str]
     stacks: Mapping[str, list[tuple[str, tuple[int, ...]]]]
 
     @staticmethod
@@ -274,6 +276,7 @@ class _WayBack:
         return _WayBack(
             places,
             frozenset(filter(is_transposed, matrices)),
+            {n: n.replace(*ROUTER[::-1]) for n in shapes if places and ROUTER[1] in n},
             {
                 name: members
                 for name, weight in weights.items()
@@ -316,7 +319,7 @@ def _tensor_plans(
             transposed = name in way_back.transposed
             plans.append(_decoded(shard, tensor, weights[name], dtype, transposed))
         else:
-            plans.append(_kept(shard, tensor, dtype))
+            plans.append(_kept(shard, tensor, dtype, way_back.renamed.get(name, name)))
     return list(_put_together(plans, way_back.regions))
 
 
@@ -359,13 +362,17 @@ def _matrices(
         first += weight.numel
 
 
-def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
-    """Return the plan of a tensor that is not packed."""
+def _kept(shard: Shard, stored: TensorInfo, dtype: str, name: str) -> TensorPlan:
+    """Return the plan of a tensor that is not packed.
+
+    Args:
+        name: of the output.
+    """
     output_dtype = stored.dtype
     if stored.dtype in (*TORCH_NAME, FLOAT64) and dtype != "auto":
         output_dtype = SAFETENSORS_NAME[dtype]
-    weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
-    outputs = {stored.name: (output_dtype, stored.shape)}
+    weight = Weight(name, stored.dtype, stored.shape, shard, stored)
+    outputs = {name: (output_dtype, stored.shape)}
     return TensorPlan(weight, _keeping(weight, output_dtype), "kept", "", None, None, outputs)
 
 
@@ -404,7 +411,7 @@ def _put_together(plans: list[TensorPlan], places: Mapping[str, Region]) -> Iter
         changed = replace(
             plan, action=action, region=region, outputs={plan.name: (dtype, plan.weight.shape)}
         )
-        yield _transposed(changed)
+        yield changed if len(plan.weight.shape) == 1 else _transposed(changed)
 
 
 def _lay_out(

@@ -20,7 +20,7 @@ TARGETS = ("transformers", "vllm", "unsloth")
 4-bit matrix of its own, unsloth and nf4cli.load all experts of a layer in one 4-bit stack;
 transformers 5 alone takes neither."""
 
-EXPERT_LAYOUTS = ("", "stacks")
+EXPERT_LAYOUTS = ("auto", "", "stacks", "lists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,10 @@ class QuantConfig:
             scale of least loss, of either sign.
         method: how a code is chosen: "rtn", the nearest one, or "gptq", with error feedback.
         importance: BLAKE3 of the importance file that weights the loss, "" for none.
-        expert_layout: how experts are written where the target takes them in 4 bit: "stacks", as
-            the class of transformers 5 holds them, or "", as matrices; "auto" for what the target
-            reads best.  nf4 0.2 wrote matrices for unsloth as well.
+        expert_layout: how experts are written where the target takes them in 4 bit, one of
+            EXPERT_LAYOUTS: "", as matrices; "stacks", as the class of transformers 5 holds them;
+            "lists", as unsloth's own class for gpt-oss does; "auto" for what the target reads
+            best.  nf4 0.2 wrote matrices for unsloth as well.
     """
 
     quant_type: str = "nf4"

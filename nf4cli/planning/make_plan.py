@@ -20,14 +20,14 @@ from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
 from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
 from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, QUANT_TYPES
-from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
+from ..format.config import EXPERT_LAYOUTS, METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
 from ..format.dtypes import FLOAT64, ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
 from . import adapters, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
 from .plan import Plan, TensorPlan
-from .stacks import reading_order, require_whole_blocks, stacked, taken_apart
+from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
 from .weights import Contents, contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
@@ -84,8 +84,9 @@ def make_plan(
     answer = oracle(model)
     torch_dtype = TORCH_NAME[model_dtype]
     stacks: frozenset[str] = frozenset()
+    layout = ""
     if config.target == "unsloth" and config.expert_layout:
-        content, stacks = stacked(content, checkpoint)
+        content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
     config = replace(
         config,
@@ -93,7 +94,7 @@ def make_plan(
         compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
-        expert_layout="stacks" if stacks else "",
+        expert_layout=layout,
     )
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
@@ -165,6 +166,7 @@ def _check_options(config: QuantConfig) -> None:
         ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
         ("--scale", config.scale, SCALES),
         ("--method", config.method, METHODS),
+        ("expert_layout", config.expert_layout, EXPERT_LAYOUTS),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")

@@ -17,6 +17,7 @@ from ..checkpoint.types import Checkpoint, Region, View, Weight
 from ..checkpoint.writer import ShardLayout
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, TORCH_NAME
+from .weights import ROUTER
 
 if TYPE_CHECKING:
     from ..checkpoint.given_codes import CodeSource
@@ -90,10 +91,12 @@ def _absmax_bytes(tensor: TensorPlan) -> int:
 def is_renamed(tensor: TensorPlan) -> bool:
     """Return whether a wrapper around the source's model has changed a tensor's name.
 
-    An expert of a fused tensor has a name of its own too, but is only a part of it.
+    An expert of a fused tensor has a name of its own too, but is only a part of it, and unsloth has
+    a name of its own for a router.
     """
     stored = tensor.weight.stored
-    return tensor.name != stored.name and tensor.weight.shape == stored.shape
+    is_router = tensor.name == stored.name.replace(*ROUTER)
+    return tensor.name != stored.name and tensor.weight.shape == stored.shape and not is_router
 
 
 @dataclass(frozen=True, slots=True)

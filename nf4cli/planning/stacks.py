@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ..checkpoint.types import Checkpoint, Weight
+from ..checkpoint.types import Checkpoint, View, Weight
 from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
 from .model_config import config_items
 from .plan import TensorPlan
-from .weights import Contents
+from .weights import FUSED_LIST, LISTED_FAMILIES, ROUTER, Contents
 
 Parts = Mapping[str, tuple[str, ...]]
 """Name of a stack -> last name parts of the matrices of one expert in it, in order."""
@@ -45,6 +45,7 @@ FAMILIES: Mapping[str, Parts] = {
 """Family -> the stacks that its class in transformers 5 has, and stacks itself from a checkpoint's
 matrices.  tests/planning/test_stacks.py compares it with transformers' own table."""
 
+_IS_ROUTER = re.compile(r"\.router\.(weight|bias)$")
 _EXPERT = re.compile(r"((?:.*\.)?experts)\.([0-9]{1,6})\.(\w+)\.weight")
 _OF_AN_EXPERT = re.compile(r"((?:.*\.)?experts)\.[0-9]+\.")
 
@@ -54,6 +55,51 @@ def _parts_of(config: Mapping[str, Any]) -> Parts | None:
     types = (v for k, v in config_items(config) if k == "model_type" and isinstance(v, str))
     found = [FAMILIES[family] for family in types if family in FAMILIES]
     return found[0] if found and all(parts == found[0] for parts in found) else None
+
+
+def as_unsloth_holds(
+    content: Contents, checkpoint: Checkpoint
+) -> tuple[Contents, frozenset[str], str]:
+    """Return (a source's weights as unsloth holds them, names of the stacks among them, the
+    expert_layout).
+
+    Raises:
+        InputError: see `stacked`.
+    """
+    if checkpoint.config.get("model_type") in LISTED_FAMILIES:
+        listed = _listed(content)
+        return listed, frozenset(), "lists" if listed != content else ""
+    content, stacks = stacked(content, checkpoint)
+    return content, stacks, "stacks" if stacks else ""
+
+
+def _listed(content: Contents) -> Contents:
+    """Return the weights of gpt-oss with a linear layer, and its bias, for each expert."""
+    weights: list[Weight] = []
+    for weight in content.weights:
+        match = FUSED_LIST.fullmatch(weight.name)
+        is_plain = weight.scale is None and weight.view is None and weight.numel > 0
+        if match and is_plain and len(weight.shape) == (2 if match[3] else 3):
+            weights += _list_of(weight, f"{match[1]}.{match[2]}_projs", bool(match[3]))
+        else:
+            name = weight.name.replace(*ROUTER) if _IS_ROUTER.search(weight.name) else weight.name
+            weights.append(replace(weight, name=name))
+    return replace(content, weights=tuple(weights))
+
+
+def _list_of(weight: Weight, path: str, is_bias: bool) -> Iterator[Weight]:
+    """Yield the matrices [out, in] of the experts in a tensor [experts, in, out], or their biases
+    in one of [experts, out].
+
+    Args:
+        path: of the list of layers.
+    """
+    experts, *rest = weight.shape
+    rows, width = (1, *rest) if is_bias else rest
+    for expert in range(experts):
+        view = View(expert * rows * width, rows, width, width)
+        leaf, shape = ("bias", (width,)) if is_bias else ("weight", (width, rows))
+        yield replace(weight, name=f"{path}.{expert}.{leaf}", shape=shape, view=view)
 
 
 def stacked(content: Contents, checkpoint: Checkpoint) -> tuple[Contents, frozenset[str]]:
