@@ -14,6 +14,7 @@ from ..errors import InputError, MachineError, Nf4Error, UsageError
 from ..output.auto_class import auto_class
 from ..planning.families import names_of
 from ..planning.pipeline_plan import is_pipeline
+from .experts import Stack, stacks_of
 
 _EXTRA = "pip install 'nf4cli[load]'"
 
@@ -51,17 +52,12 @@ def open_model(place: Path, called: str, class_name: str | None, options: Mappin
         kind = _class_of("sentence_transformers", "SentenceTransformer")
         return _loaded(kind, place, called, options)
     name = class_name or auto_class(checkpoint.config, checkpoint.tensors)
-    stacks = {key: weight for key, weight in weights.items() if is_stack(weight)}
+    stacks = stacks_of(weights, checkpoint.config, called)
     kind = _class_of("transformers", name)
     if stacks:
         return _with_stacks(checkpoint, kind, stacks, called, options)
     _refuse_experts(weights, checkpoint, called)
     return _loaded(kind.from_pretrained, place, called, options)
-
-
-def is_stack(weight: PackedWeight) -> bool:
-    """Return whether a packed weight is no matrix of a module, but a stack of experts."""
-    return len(weight.state.shape) == 3 and not weight.name.endswith(".weight")
 
 
 def _loaded(load: Callable[..., Any], place: Path, called: str, options: Mapping[str, Any]) -> Any:
@@ -87,7 +83,7 @@ def _loaded(load: Callable[..., Any], place: Path, called: str, options: Mapping
 def _with_stacks(
     checkpoint: Checkpoint,
     kind: Any,
-    stacks: Mapping[str, PackedWeight],
+    stacks: Mapping[str, Stack],
     called: str,
     options: Mapping[str, Any],
 ) -> Any:
@@ -118,9 +114,9 @@ def _refuse_experts(
     name = next((name for name in weights if "experts" in name.split(".")), None)
     if name is not None:
         raise InputError(
-            f"{called} holds each expert as a packed matrix of its own ({name}), as vLLM reads "
-            "them, and transformers 5 holds the experts of a layer in one stack: convert the "
-            "source with --target unsloth, or decode this with nf4 dequantize"
+            f"{called} holds each expert as a packed matrix of its own ({name}), and nf4 does not "
+            "know how transformers holds the experts of this family. Decode the model first: nf4 "
+            "dequantize"
         )
 
 

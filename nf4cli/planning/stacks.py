@@ -50,7 +50,7 @@ _EXPERT = re.compile(r"((?:.*\.)?experts)\.([0-9]{1,6})\.(\w+)\.weight")
 _OF_AN_EXPERT = re.compile(r"((?:.*\.)?experts)\.[0-9]+\.")
 
 
-def _parts_of(config: Mapping[str, Any]) -> Parts | None:
+def parts_of(config: Mapping[str, Any]) -> Parts | None:
     """Return the stacks of a config's family, or of the one in its sub-configs that has some."""
     types = (v for k, v in config_items(config) if k == "model_type" and isinstance(v, str))
     found = [FAMILIES[family] for family in types if family in FAMILIES]
@@ -113,7 +113,7 @@ def stacked(content: Contents, checkpoint: Checkpoint) -> tuple[Contents, frozen
     Raises:
         InputError: matrices of a layer are missing, or are of different shapes or dtypes.
     """
-    parts = _parts_of(checkpoint.config)
+    parts = parts_of(checkpoint.config)
     if parts is None:
         return content, frozenset()
     matrices: dict[str, dict[str, Weight]] = {}
