@@ -16,6 +16,8 @@ from ..planning.families import names_of
 from ..planning.pipeline_plan import is_pipeline
 from .experts import Stack, stacks_of
 
+_OLDEST = (5, 17)
+"""The oldest transformers that was seen to load packed experts: 5.17.0 and 5.23.0 were."""
 _EXTRA = "pip install 'nf4cli[load]'"
 
 
@@ -89,6 +91,12 @@ def _with_stacks(
 ) -> Any:
     """Return a model with packed stacks of experts, loaded by a class of transformers."""
     _library("bitsandbytes.nn.parametrize")
+    version = _library("transformers").__version__
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise MachineError(
+            f"transformers {version} is too old to hold experts in 4 bit: it takes "
+            f"{'.'.join(map(str, _OLDEST))} or newer, {_EXTRA}"
+        )
     from transformers import AutoConfig
 
     from .packed_stacks import METHOD, loading

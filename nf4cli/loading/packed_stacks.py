@@ -103,8 +103,13 @@ class StackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | companions
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Return the conversions that put packed stacks together, and none that rearranges one."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> list[Any]:
+        """Return the conversions that put packed stacks together, and none that rearranges one.
+
+        Args:
+            weight_conversions: of the model.
+            rest: the model, which transformers gives from 5.18 on.
+        """
         names = {place.name for place in self._places.values()}
         kept = [
             conversion
@@ -116,7 +121,7 @@ class StackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             )
         ]
         self._own = _conversions(self._stacks.values())
-        return list(super().update_weight_conversions([*self._own, *kept], model))
+        return list(super().update_weight_conversions([*self._own, *kept], *rest))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model

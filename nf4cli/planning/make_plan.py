@@ -82,28 +82,17 @@ def make_plan(
     tensor_names.check_layers(model)
     model_config.check_headers(model)
     answer = oracle(model)
-    torch_dtype = TORCH_NAME[model_dtype]
-    stacks: frozenset[str] = frozenset()
-    layout = ""
+    stacks, layout = frozenset[str](), ""
     if config.target == "unsloth" and config.expert_layout:
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
-    config = replace(
-        config,
-        dtype=torch_dtype,
-        compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
-        asked=f"transformers {answer.version}" if answer else "",
-        importance=importance.digest if importance else "",
-        expert_layout=layout,
-    )
+    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
 
     def decide(nonfinite: Collection[str]) -> Plan:
-        choices = selection.select(
-            model, config.keep, config.target, answer, nonfinite, stacks
-        )  # fmt: skip
+        choices = selection.select(model, config.keep, config.target, answer, nonfinite, stacks)
         skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
         # Stacks that stay floats are written as they are stored: every loader stacks those.
@@ -118,6 +107,29 @@ def make_plan(
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
     return decide(nonfinite) if nonfinite else plan
+
+
+def _resolved(
+    config: QuantConfig,
+    dtype: str,
+    answer: Answer | None,
+    importance: ImportanceFile | None,
+    layout: str,
+) -> QuantConfig:
+    """Return the recipe with every "auto" resolved.
+
+    Args:
+        dtype: of the model, as torch spells it.
+        layout: of experts, see `QuantConfig.expert_layout`.
+    """
+    return replace(
+        config,
+        dtype=dtype,
+        compute_dtype=dtype if config.compute_dtype == "auto" else config.compute_dtype,
+        asked=f"transformers {answer.version}" if answer else "",
+        importance=importance.digest if importance else "",
+        expert_layout=layout,
+    )
 
 
 def _plan(

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import LLAMA, llama_tensors, nf4_ok, read_all, write_checkpoint_dir
+from safetensors.torch import save_file
 from text_models import make
 from tiny_models import MODELS
 
 import nf4cli
 from nf4cli.errors import InputError, MachineError, UsageError
+from nf4cli.planning import stacks
 
 pytestmark = pytest.mark.loaders
 
@@ -26,7 +28,9 @@ bnb = pytest.importorskip("bitsandbytes", reason="the loader tests need bitsandb
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-STACKED = ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next")
+STACKED = (
+    "qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_next", "gpt_oss",
+)  # fmt: skip
 IDS = torch.tensor([[1] + [(i * 37 + 11) % 500 + 3 for i in range(15)]])
 
 
@@ -48,24 +52,31 @@ def parametrized(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
-    """(the source, its output for unsloth) by family, each made once."""
-    found: dict[str, tuple[Path, Path]] = {}
+def made(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
+    """(the source, its output) by family and target, each made once."""
+    found: dict[tuple[str, str], tuple[Path, Path]] = {}
 
-    def of(name: str) -> tuple[Path, Path]:
-        if name not in found:
+    def of(name: str, target: str = "unsloth") -> tuple[Path, Path]:
+        if (name, target) not in found:
             root = tmp_path_factory.mktemp(name)
             source = make(name, root / "src", torch.bfloat16)
-            nf4_ok("quantize", source, root / "out", "--target", "unsloth", "-q")
-            found[name] = source, root / "out"
-        return found[name]
+            nf4_ok("quantize", source, root / "out", "--target", target, "-q")
+            found[name, target] = source, root / "out"
+        return found[name, target]
 
     return of
 
 
-@pytest.mark.parametrize("name", [*STACKED, "llama4_text", "llama"])
-def test_it_computes_what_the_decoded_model_does(made, tmp_path, name):
-    _, out = made(name)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *((name, "unsloth") for name in (*STACKED, "llama4_text", "llama")),
+        ("qwen3_moe", "vllm"), ("mixtral", "vllm"), ("qwen3_moe", "transformers"),
+    ],
+)  # fmt: skip
+def test_it_computes_what_the_decoded_model_does(made, tmp_path, name, target):
+    """What is packed as matrices, for vLLM and of gpt-oss, is put together."""
+    _, out = made(name, target)
     model = nf4cli.load(out)
     nf4_ok("dequantize", out, tmp_path / "back")
     decoded, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -73,15 +84,13 @@ def test_it_computes_what_the_decoded_model_does(made, tmp_path, name):
     )
     assert not any(info.values()), info
     parameters = dict(decoded.named_parameters())
-    stacks = parametrized(model)
-    assert bool(stacks) == (name in STACKED)
-    for key, value in stacks.items():
+    packed = parametrized(model)
+    assert bool(packed) == (name in STACKED and target != "transformers")
+    for key, value in packed.items():
         assert torch.equal(value, parameters[key]), key
     assert torch.equal(logits_of(model), decoded(IDS).logits.float())
     assert model.config.quantization_config.quant_method == "bitsandbytes"
-    packed = {n for n, t in read_all(out).items() if n.endswith("quant_map")}
-    linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert len(stacks) + len(linears) >= len({n.split(".quant_map")[0] for n in packed}) // 2 > 0
+    assert [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
 
 
 def test_experts_are_never_held_in_16_bits(made):
@@ -133,16 +142,20 @@ def test_loading_never_holds_more_than_a_layer_in_16_bits(tmp_path):
     assert running < full / 2
 
 
-def test_saved_and_loaded_again_it_is_the_same(made, tmp_path):
-    _, out = made("mixtral")
+@pytest.mark.parametrize(
+    ("name", "target"), [("mixtral", "unsloth"), ("gpt_oss", "unsloth"), ("mixtral", "vllm")]
+)
+def test_saved_and_loaded_again_it_is_the_same(made, tmp_path, name, target):
+    """What was put together is saved as stacks."""
+    _, out = made(name, target)
     model = nf4cli.load(out)
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "config.json").read_text().count("nf4cli") == 0
+    assert "nf4cli" not in (tmp_path / "saved" / "config.json").read_text()
     saved, written = read_all(tmp_path / "saved"), read_all(out)
-    assert saved.keys() == written.keys()
-    state = [name for name in written if "quant_state" in name]
-    assert all(torch.equal(saved[n], written[n]) for n in written if n not in state)
-    shutil.copy(out / "tokenizer.json", tmp_path / "saved")
+    if (name, target) == ("mixtral", "unsloth"):
+        assert saved.keys() == written.keys()
+        same = [n for n in written if "quant_state" not in n]
+        assert all(torch.equal(saved[n], written[n]) for n in same)
     assert torch.equal(logits_of(nf4cli.load(tmp_path / "saved")), logits_of(model))
     assert "is good" in nf4_ok("verify", tmp_path / "saved")
 
@@ -218,11 +231,18 @@ def test_options_that_make_no_sense(made, options, error, says):
         nf4cli.load(out, **options)
 
 
-def test_what_stock_transformers_does_not_hold_is_refused(made, tmp_path):
+def test_what_stock_transformers_does_not_hold_is_refused(made, tmp_path, monkeypatch):
     source, out = made("qwen3_moe")
-    nf4_ok("quantize", source, tmp_path / "vllm", "--target", "vllm", "-q")
-    with pytest.raises(InputError, match=r"experts\.0\..*--target unsloth"):
-        nf4cli.load(tmp_path / "vllm")
+    _, matrices = made("qwen3_moe", "vllm")
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks, "FAMILIES", {})
+        with pytest.raises(InputError, match=r"experts\.\d\..*nf4 dequantize"):
+            nf4cli.load(matrices)
+    half = shutil.copytree(matrices, tmp_path / "half")
+    kept = {n: t for n, t in read_all(matrices).items() if ".experts.2.up_proj." not in n}
+    save_file(kept, half / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"experts\.2\.up_proj\.weight is missing"):
+        nf4cli.load(half)
     with pytest.raises(InputError, match="no bitsandbytes 4-bit weight"):
         nf4cli.load(source)
     shutil.copytree(out, tmp_path / "other")
@@ -243,6 +263,13 @@ def test_a_library_that_is_missing_is_named(made, monkeypatch):
     _, out = made("qwen3_moe")
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn.parametrize", None)
     with pytest.raises(MachineError, match=r"bitsandbytes.*nf4cli\[load\]"):
+        nf4cli.load(out)
+
+
+def test_a_transformers_that_is_too_old_is_named(made, monkeypatch):
+    _, out = made("qwen3_moe")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")
+    with pytest.raises(MachineError, match=r"transformers 5\.9\.1 is too old.*5\.17"):
         nf4cli.load(out)
 
 
