@@ -59,7 +59,7 @@ def open_model(place: Path, called: str, class_name: str | None, options: Mappin
     if stacks:
         return _with_stacks(checkpoint, kind, stacks, called, options)
     _refuse_experts(weights, checkpoint, called)
-    return _loaded(kind.from_pretrained, place, called, options)
+    return _savable(_loaded(kind.from_pretrained, place, called, options))
 
 
 def _loaded(load: Callable[..., Any], place: Path, called: str, options: Mapping[str, Any]) -> Any:
@@ -110,7 +110,22 @@ def _with_stacks(
     config.quantization_config = {**rest, "quant_method": METHOD}
     with loading(stacks, names_of(checkpoint.config)):
         given = {**options, "config": config}
-        return _loaded(kind.from_pretrained, checkpoint.root, called, given)
+        return _savable(_loaded(kind.from_pretrained, checkpoint.root, called, given))
+
+
+def _savable(model: Any) -> Any:
+    """Return a model of transformers that save_pretrained writes packed, as it is.
+
+    By itself transformers would undo how the packed weights were read, and fail.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(op, "hf_quantizer") for op in getattr(conversion, "operations", ()))
+        ]
+    return model
 
 
 def _refuse_experts(

@@ -127,12 +127,12 @@ class StackedQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         for key, place in self._places.items():
             _parametrize(place, self._stacks[key], model.dtype)
-        # save_pretrained would undo these, and fail: a packed weight is saved as it is.
+        # Saved are stacks: save_pretrained must not take them apart.
+        own = [conversion.target_patterns for conversion in self._own]
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
-            if not any(hasattr(op, "hf_quantizer") for op in getattr(conversion, "operations", ()))
-            and not any(conversion.target_patterns == own.target_patterns for own in self._own)
+            if conversion.target_patterns not in own
         ]
         return model
 
