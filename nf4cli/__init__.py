@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         evaluate,
         inspect,
         inspect_tensor,
+        load,
         plan,
         push,
         quantize,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Listener", "QuantConfig", "attest", "dequantize", "evaluate", "inspect", "inspect_tensor",
-    "plan", "push", "quantize", "verify",
+    "load", "plan", "push", "quantize", "verify",
 ]  # fmt: skip
 
 

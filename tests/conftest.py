@@ -61,6 +61,8 @@ LONGEST = (
     "test_signed_scales",
     "test_eval",
     "test_loaders",
+    "test_unsloth",
+    "test_load",
     "test_stopping",
     "test_scale_search",
 )

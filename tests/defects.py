@@ -47,7 +47,7 @@ COMPANIONS = (".absmax", ".nested_absmax", STATE)
 class Kit:
     """Attributes:
     good: good outputs by name: "nested" (sharded, the default recipe), "plain" (no double
-        quantization), "experts" (a mixture of experts for vLLM).
+        quantization), "experts" (a mixture of experts for vLLM), "stacks" (the same for unsloth).
     other: the output of a model of the same shapes with other weights.
     half: the output of the same source with layer 1 kept in 16 bit.
     kept_experts: the output of the source of "experts" with the experts kept in 16 bit.

@@ -21,7 +21,7 @@ WINGS = (
     ("cli",),
     ("__init__",),  # offers what api has, loaded when it is asked for
     ("api",),
-    ("quality", "hub", "proof"),
+    ("quality", "hub", "proof", "loading"),
     ("convert",),
     ("output",),
     ("planning",),
@@ -145,6 +145,8 @@ def test_only_their_own_engine_imports_heavy_libraries():
             "engines.torch": {"torch"}, "engines.cupy_device": {"cupy"}, "engines.nvrtc": {"cupy"},
             "planning.transformers_answer": {"torch", "transformers"},
             "planning.meta_model": {"torch", "transformers"},
+            "loading.packed_stacks": {"torch", "transformers"},
+            "loading.opening": {"transformers"},
         }.get(name_of(path), set())  # fmt: skip
         if name_of(path).startswith(("quality.calibration", "quality.evaluation")):
             allowed = {"torch", "transformers"}

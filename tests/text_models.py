@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import MODELS
+from tiny_models import MIXTURES, MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXT = (
@@ -52,7 +52,7 @@ def save(model: Any, root: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 def make(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the random model that tiny_models calls `name`, with the tokenizer, to `root`."""
-    tiny = MODELS[name]
+    tiny = {**MODELS, **MIXTURES}[name]
     torch.manual_seed(0)
     config = getattr(transformers, tiny.config)(**tiny.arguments)
     return save(getattr(transformers, tiny.model)(config), root, dtype)

@@ -185,6 +185,24 @@ MODELS: dict[str, Tiny] = {
     }),
 }  # fmt: skip
 
+_EXPERTS = {**WIDE_HEADS, **SPARSE, "moe_intermediate_size": 64, **UNTIED}
+
+MIXTURES: dict[str, Tiny] = {
+    "qwen2_moe": _causal("Qwen2Moe", {
+        **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64,
+    }),
+    "glm4_moe": _causal("Glm4Moe", {
+        **_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }),
+    "qwen3_next": _causal("Qwen3Next", {
+        **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+    }),
+}  # fmt: skip
+"""More mixtures, for what is made for the loaders of experts in 4 bit alone."""
+
 
 def inputs(takes: str) -> dict[str, torch.Tensor]:
     """The same ones every time."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..convert.listener import NOBODY, Listener
 from ..format.config import QuantConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize", "evaluate",
-    "inspect", "inspect_tensor", "plan", "push", "quantize", "verify",
+    "inspect", "inspect_tensor", "load", "plan", "push", "quantize", "verify",
 ]  # fmt: skip
 
 Place = str | Path
@@ -167,6 +167,31 @@ def verify(
     machine = Machine(engine, device, workers, memory, listener)
     texts = tuple(Path(text) for text in calibration)
     return check(Check(Path(path), _path(source), texts, sample, seed, disk, machine))
+
+
+def load(
+    path: Place, *, class_name: str | None = None, listener: Listener = NOBODY, **options: Any
+) -> Any:
+    """Open an output in its own library, ready to run or to train (extra `load`).
+
+    transformers alone holds no experts in 4 bit. Here it does, with bitsandbytes' parametrization:
+    a layer's experts are decoded while they run.
+
+    Args:
+        path: the checkpoint or pipeline, of any target but vllm's mixtures of experts.
+        class_name: class of transformers or diffusers to load it by; None for the one that its
+            files say.
+        options: for from_pretrained of that class: device_map, dtype, attn_implementation, ...
+
+    Returns:
+        The model of transformers, the pipeline of diffusers, or the SentenceTransformer.
+
+    Raises:
+        UsageError, InputError, MachineError: it cannot be loaded; the message says why.
+    """
+    from .loading import opened
+
+    return opened(Path(path), class_name, options, listener)
 
 
 def dequantize(

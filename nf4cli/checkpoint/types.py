@@ -168,6 +168,8 @@ class Weight:
         view: the part of `stored` that is transposed to give this weight; None if the weight is the
             whole stored tensor as it lies.
         encoding: how `stored` decodes, where it holds codes; None where it holds the values.
+        parts: the weights that it is made of, one behind the other (the experts of a layer); () for
+            a weight of one stored tensor.  `shard` and `stored` are then those of the first.
     """
 
     name: str
@@ -177,11 +179,22 @@ class Weight:
     stored: TensorInfo
     view: View | None = None
     encoding: Encoding | None = None
+    parts: tuple[Weight, ...] = ()
 
     @property
     def bits(self) -> int:
         """Bits of the stored tensor for each element."""
         return self.encoding.bits if self.encoding else 8 * ITEMSIZE[self.stored.dtype]
+
+    @property
+    def sources(self) -> tuple[Weight, ...]:
+        """The weights of one stored tensor each that it is made of: itself, or its parts."""
+        return self.parts or (self,)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
 
 def is_diffusers_config(config: Mapping[str, Any]) -> bool:

@@ -31,7 +31,7 @@ from ..checkpoint.encoded import Companion, Factors
 from ..checkpoint.file_io import Identity
 from ..checkpoint.packed import PackedReader
 from ..checkpoint.reader import ByteReader, LocalShards, ShardSource
-from ..checkpoint.types import Encoding, FileDigests, Placed, Shard
+from ..checkpoint.types import Encoding, FileDigests, Placed, Shard, View, Weight
 from ..engines.protocol import Engine
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import NESTED_BLOCKSIZE, codebook, ladder, nested_map
@@ -44,6 +44,7 @@ from .items import (
     Item,
     Job,
     Reading,
+    Source,
     is_rearranged,
     nonfinite,
     unit_of_packed,
@@ -136,6 +137,7 @@ class Conversion:
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
+        self._begun: dict[str, Job] = {}
         self._local = LocalShards()
         self._source: ShardSource = source or self._local
         self._packed = packed
@@ -165,14 +167,16 @@ class Conversion:
         )
 
     def _count_uses(self) -> Counter[Path]:
-        """Return how often each source file is used: once a weight made of it, once to digest it.
+        """Return how often each source file is used: once for each weight, or part of a weight,
+        that is made of it, and once to digest it.
 
         The file is closed when none of its uses is left.
         """
         uses = Counter(
-            t.weight.shard.path
+            source.shard.path
             for t in self.plan.tensors
             if t.outputs and t.name not in self.results
+            for source in t.weight.sources
         )
         if self._algorithm is not None:
             shards = self.plan.checkpoint.shards
@@ -218,7 +222,7 @@ class Conversion:
 
         The factors of a weight that is stored as codes are read before it, wherever they lie.
         """
-        files = {t.weight.stored.name: t.weight.shard for t in self.plan.tensors}
+        files = {s.stored.name: s.shard for t in self.plan.tensors for s in t.weight.sources}
         for result in self.results.values():
             for name, digest in result.sources.items():
                 digests = self._digested.get(files[name].path.name)
@@ -257,64 +261,81 @@ class Conversion:
 
     def _items(self) -> Iterator[Item | Reading]:
         """Yield every chunk of every tensor, in the order of the source files."""
-        plans: dict[Path, list[TensorPlan]] = {}
+        pieces: dict[Path, list[_Piece]] = {}
         for plan in self.plan.tensors:
-            plans.setdefault(plan.weight.shard.path, []).append(plan)
+            for piece in _pieces(plan):
+                pieces.setdefault(piece.weight.shard.path, []).append(piece)
         for shard in self.plan.checkpoint.shards:
             if self._uses_left[shard.path]:
                 self._open(shard)
-            stored = groupby(plans.get(shard.path, ()), lambda t: t.weight.stored.name)
-            for _, group in stored:
+            # Parts of weights lie anywhere; the others are in this order already.
+            in_file = sorted(pieces.get(shard.path, ()), key=lambda p: p.weight.stored.start)
+            for _, group in groupby(in_file, lambda p: p.weight.stored.name):
                 yield from self._items_of_tensor(list(group))
 
-    def _items_of_tensor(self, plans: list[TensorPlan]) -> Iterator[Item | Reading]:
-        """Yield every chunk of the weights that one stored tensor becomes."""
-        todo = [p for p in plans if p.outputs and p.name not in self._done]
+    def _items_of_tensor(self, pieces: list[_Piece]) -> Iterator[Item | Reading]:
+        """Yield every chunk of what one stored tensor becomes."""
+        todo = [p for p in pieces if p.plan.outputs and p.plan.name not in self._done]
         in_order = any(not is_rearranged(p.weight, p.view) for p in todo)
-        if plans[0].weight.shard.path in self._turns and not in_order:
-            yield from self._readings(plans[0])
-        for plan in todo:
-            yield from self._items_of(plan)
-        for plan in plans:
-            if plan.name in self._done:
-                self._progress(plan.name, plan.source_bytes)
+        if pieces[0].weight.shard.path in self._turns and not in_order:
+            yield from self._readings(pieces[0].weight)
+        for piece in todo:
+            yield from self._items_of(piece)
+        for piece in pieces:
+            if piece.plan.name in self._done:
+                size = piece.weight.numel * piece.weight.bits // 8
+                self._progress(piece.plan.name, size)
 
-    def _readings(self, plan: TensorPlan) -> Iterator[Reading]:
+    def _readings(self, weight: Weight) -> Iterator[Reading]:
         """Yield the chunks of a stored tensor that are read for the digest alone."""
-        tensor = plan.weight.stored
+        tensor = weight.stored
         for start in range(tensor.start, tensor.stop, self._resources.chunk):
             stop = min(start + self._resources.chunk, tensor.stop)
-            yield Reading(plan.weight.shard, start, stop)
+            yield Reading(weight.shard, start, stop)
 
-    def _items_of(self, plan: TensorPlan) -> Iterator[Item]:
-        """Yield the chunks of one weight, each a whole number of units and within a buffer."""
+    def _items_of(self, piece: _Piece) -> Iterator[Item]:
+        """Yield the chunks of a piece, each a whole number of units and within a buffer."""
+        plan, numel = piece.plan, piece.weight.numel
         unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
         step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
-        starts = range(0, plan.numel, step)
-        job = Job(plan, len(starts))
+        starts = range(0, numel, step)
+        job = self._begun.get(plan.name)
+        if job is None:
+            job = self._begun[plan.name] = self._begin(plan)
+        source = Source(job, piece.weight, piece.view, piece.first, len(starts))
+        if job.ladder is not None:
+            source.importance = self.plan.importance_of(piece.weight.name)
+        if piece.weight.encoding is not None:
+            source.factors = self._factors(source, piece.weight.encoding)
+        if not starts:  # a tensor without elements
+            self._source_done(source)
+        rearranged = is_rearranged(piece.weight, piece.view)
+        digest = not rearranged and piece.weight.shard.path in self._turns
+        for start in starts:
+            yield Item(source, piece.first + start, min(step, numel - start), digest)
+
+    def _begin(self, plan: TensorPlan) -> Job:
+        """Return the state of a weight of which nothing is written yet."""
+        job = Job(plan, len(plan.weight.sources))
         if plan.state is not None and self.plan.config.scale == "search":
-            job.importance = self.plan.importance_of(plan)
-            job.ladder = ladder(plan.state.nested, job.importance is not None)
+            weighted = any(
+                self.plan.importance_of(source.name) is not None for source in plan.weight.sources
+            )
+            job.ladder = ladder(plan.state.nested, weighted)
             job.codes = self.plan.codes
         elif plan.state is not None and plan.state.nested:
             job.absmax = AbsmaxFile(self._scratch)
-        if plan.weight.encoding is not None:
-            job.factors = self._factors(job, plan.weight.encoding)
         self._jobs.add(job)
-        if not starts:  # a tensor without elements
-            self._finish(job)
-        digest = not is_rearranged(plan.weight, plan.view) and plan.weight.shard.path in self._turns
-        for start in starts:
-            yield Item(job, start, min(step, plan.numel - start), digest)
+        return job
 
-    def _factors(self, job: Job, encoding: Encoding) -> Factors:
+    def _factors(self, source: Source, encoding: Encoding) -> Factors:
         """Return what reads the factors of an encoded weight, and digest all of them."""
         companions = {
-            placed[1].name: self._companion(job, placed) for placed in encoding.companions
+            placed[1].name: self._companion(source, placed) for placed in encoding.companions
         }
-        return Factors(job.plan.name, encoding, companions)
+        return Factors(source.weight.name, encoding, companions)
 
-    def _companion(self, job: Job, placed: Placed) -> Companion:
+    def _companion(self, source: Source, placed: Placed) -> Companion:
         """Return what reads a companion: from memory, or from its open file if it is large."""
         shard, tensor = placed
         with self._lock:
@@ -322,15 +343,15 @@ class Conversion:
             if reader is not None:  # other threads may be at its last weight: it stays open
                 self._uses_left[shard.path] += 1
         if reader is not None and tensor.nbytes > _HELD:
-            job.held.append(shard)
-            job.sources[tensor.name] = digest_tensor(reader, tensor)
+            source.held.append(shard)
+            source.job.sources[tensor.name] = digest_tensor(reader, tensor)
             return _InFile(reader, tensor.start)
         if reader is not None:
             raw = reader.read(tensor.start, tensor.nbytes)
             self._use_done(shard)
         else:
             raw = self._source.read_tensor(shard, tensor)
-        job.sources[tensor.name] = tensor_digest(raw)
+        source.job.sources[tensor.name] = tensor_digest(raw)
         return _InMemory(raw)
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
@@ -342,40 +363,56 @@ class Conversion:
         Raises:
             InputError: always.  A subclass may go on instead (find_nonfinite.py).
         """
-        dtype = item.job.plan.weight.dtype
+        dtype = item.source.weight.dtype
         raise InputError(nonfinite(item, error.index, data, dtype)) from error
 
     def item_done(self, item: Item) -> None:
-        """Count a chunk as written; after the last one finish its weight."""
-        job = item.job
+        """Count a chunk as written; after the last one of its source, finish that."""
+        source = item.source
+        with self._lock:
+            source.pending -= 1
+            last = source.pending == 0
+        if last:
+            self._source_done(source)
+        self._progress(item.job.plan.name, item.count * source.weight.bits // 8)
+
+    def _source_done(self, source: Source) -> None:
+        """Count a source of a weight as done; after its last one finish the weight.
+
+        The files are released then: the rest of the weight may lie in files that wait for room.
+        """
+        job = source.job
         with self._lock:
             job.pending -= 1
             last = job.pending == 0
         if last:
             self._finish(job)
-        self._progress(job.plan.name, item.count * job.plan.weight.bits // 8)
+        for shard in (source.weight.shard, *source.held):
+            self._use_done(shard)
+
+    def _digests_in(self, shard: Shard) -> Mapping[str, str]:
+        """Return the digests of the tensors of a source file, as far as they are known."""
+        if shard.path in self._turns:
+            return self._turns[shard.path].digest.tensors
+        digests = self._digested.get(shard.path.name)
+        return digests.tensors if digests else {}
 
     def _finish(self, job: Job) -> None:
         """Finish a weight whose chunks are all written, and tell the sink."""
-        weight = job.plan.weight
         if job.plan.state is not None:
             self.finish_state(job)
-        if weight.shard.path in self._turns:
-            tensors: Mapping[str, str] = self._turns[weight.shard.path].digest.tensors
-        else:
-            digests = self._digested.get(weight.shard.path.name)
-            tensors = digests.tensors if digests else {}
-        # Of a view, another thread may not have digested the rest of the stored tensor yet.
-        if weight.stored.name in tensors:
-            job.sources[weight.stored.name] = tensors[weight.stored.name]
+        for source in job.plan.weight.sources:
+            tensors = self._digests_in(source.shard)
+            # Of a view, another thread may not have digested the rest of the stored tensor yet.
+            if source.stored.name in tensors:
+                job.sources[source.stored.name] = tensors[source.stored.name]
         offset = job.state.nested_offset if job.state and job.state.nested else None
         result = Result(offset, job.error, job.sources)
         with self._lock:
             self.results[job.plan.name] = result
             self._jobs.discard(job)
+            self._begun.pop(job.plan.name, None)
         self._sink.finish(job.plan, result)
-        for shard in (weight.shard, *job.held):
-            self._use_done(shard)
 
     def finish_state(self, job: Job) -> None:
         """Write what needs the whole weight: double-quantized scales, tables, state, errors."""
@@ -448,6 +485,31 @@ class Conversion:
             4 * (start // NESTED_BLOCKSIZE),
             nested.view(np.uint8),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is made of one stored tensor: a weight, or a part of one.
+
+    Attributes:
+        plan: of the weight.
+        weight, view, first: see `Source`.
+    """
+
+    plan: TensorPlan
+    weight: Weight
+    view: View | None
+    first: int
+
+
+def _pieces(plan: TensorPlan) -> Iterator[_Piece]:
+    """Yield the pieces of a weight, in its own order."""
+    if not plan.weight.parts:
+        yield _Piece(plan, plan.weight, plan.view, 0)
+    first = 0
+    for part in plan.weight.parts:
+        yield _Piece(plan, part, part.view, first)
+        first += part.numel
 
 
 def _changed(path: Path) -> str:

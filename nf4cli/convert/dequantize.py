@@ -29,7 +29,7 @@ from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, SAFETENSORS_NAME, TORCH_NAME
 from ..output.manifest import Manifest, Result, TensorRecord
 from ..output.pipeline_record import read_record
-from ..output.recorded_choices import copied_names
+from ..output.recorded_choices import copied_names, matrices_of
 from ..output.report import Report
 from ..planning import selection
 from ..planning.make_plan import check_shard_size, index_of
@@ -38,7 +38,7 @@ from ..planning.model_plan import ModelPlan
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
-from ..planning.weights import regions
+from ..planning.weights import ROUTER, regions
 from .conversion import Conversion, Tools
 from .output_place import refuse_place, require_disk
 from .side_files import write_side_files
@@ -228,16 +228,26 @@ class _WayBack:
     Attributes:
         regions: name -> place in a fused tensor, of those that were a part of one.
         transposed: names of the packed weights whose source is stored as [in, out] (Conv1D).
+        renamed: name -> name in the source, of what unsloth calls otherwise.
+        stacks: name of a packed stack of experts -> (name, shape) of each matrix in it, in order.
+            A stack without a record stays one: transformers 5 loads it so.
     """
 
     regions: Mapping[str, Region]
     transposed: frozenset[str]
+    renamed: Mapping[str, str]
+    stacks: Mapping[str, list[tuple[str, tuple[int, ...]]]]
 
     @staticmethod
-    def of(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> _WayBack:
+    def of(
+        checkpoint: Checkpoint,
+        weights: Mapping[str, PackedWeight],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> _WayBack:
         """Return what the manifest records of each weight, and else what its family's rules say.
 
         Args:
+            weights: the packed ones, by name.
             shapes: name -> shape of each weight, packed or not.
 
         Raises:
@@ -266,6 +276,12 @@ class _WayBack:
         return _WayBack(
             places,
             frozenset(filter(is_transposed, matrices)),
+            {n: n.replace(*ROUTER[::-1]) for n in shapes if places and ROUTER[1] in n},
+            {
+                name: members
+                for name, weight in weights.items()
+                if name in records and (members := matrices_of(weight, records[name]))
+            },
         )
 
 
@@ -294,14 +310,16 @@ def _tensor_plans(
         name: tuple(weights[name].state.shape) if name in weights else tensor.shape
         for name, (_, tensor) in stored.items()
     }
-    way_back = _WayBack.of(checkpoint, shapes)
-    plans = []
+    way_back = _WayBack.of(checkpoint, weights, shapes)
+    plans: list[TensorPlan] = []
     for name, (shard, tensor) in stored.items():
-        if name in weights:
-            plan = _decoded(shard, tensor, weights[name], dtype, name in way_back.transposed)
+        if name in way_back.stacks:
+            plans += _matrices(shard, tensor, weights[name], dtype, way_back.stacks[name])
+        elif name in weights:
+            transposed = name in way_back.transposed
+            plans.append(_decoded(shard, tensor, weights[name], dtype, transposed))
         else:
-            plan = _kept(shard, tensor, dtype)
-        plans.append(plan)
+            plans.append(_kept(shard, tensor, dtype, way_back.renamed.get(name, name)))
     return list(_put_together(plans, way_back.regions))
 
 
@@ -321,13 +339,40 @@ def _decoded(
     return _transposed(plan) if transposed else plan
 
 
-def _kept(shard: Shard, stored: TensorInfo, dtype: str) -> TensorPlan:
-    """Return the plan of a tensor that is not packed."""
+def _matrices(
+    shard: Shard,
+    stored: TensorInfo,
+    packed: PackedWeight,
+    dtype: str,
+    members: list[tuple[str, tuple[int, ...]]],
+) -> Iterator[TensorPlan]:
+    """Yield the plan of each matrix of a packed stack of experts.
+
+    Args:
+        members: (name, shape) of each, in the order of the stack.
+    """
+    output_dtype = SAFETENSORS_NAME[packed.state.dtype if dtype == "auto" else dtype]
+    first = 0
+    for name, shape in members:
+        weight = Weight(name, output_dtype, shape, shard, stored)
+        yield TensorPlan(
+            weight, "decode", "packed", "", None, None, {name: (output_dtype, shape)},
+            packed=packed, packed_start=first,
+        )  # fmt: skip
+        first += weight.numel
+
+
+def _kept(shard: Shard, stored: TensorInfo, dtype: str, name: str) -> TensorPlan:
+    """Return the plan of a tensor that is not packed.
+
+    Args:
+        name: of the output.
+    """
     output_dtype = stored.dtype
     if stored.dtype in (*TORCH_NAME, FLOAT64) and dtype != "auto":
         output_dtype = SAFETENSORS_NAME[dtype]
-    weight = Weight(stored.name, stored.dtype, stored.shape, shard, stored)
-    outputs = {stored.name: (output_dtype, stored.shape)}
+    weight = Weight(name, stored.dtype, stored.shape, shard, stored)
+    outputs = {name: (output_dtype, stored.shape)}
     return TensorPlan(weight, _keeping(weight, output_dtype), "kept", "", None, None, outputs)
 
 
@@ -366,7 +411,7 @@ def _put_together(plans: list[TensorPlan], places: Mapping[str, Region]) -> Iter
         changed = replace(
             plan, action=action, region=region, outputs={plan.name: (dtype, plan.weight.shape)}
         )
-        yield _transposed(changed)
+        yield changed if len(plan.weight.shape) == 1 else _transposed(changed)
 
 
 def _lay_out(

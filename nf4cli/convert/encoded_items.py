@@ -52,12 +52,12 @@ class EncodedReader:
             them).
         """
         weight, _, encoding, factors = _parts(item)
-        first, last = item.start // encoding.columns, item.start + item.count
+        first, last = item.within // encoding.columns, item.within + item.count
         rows = -(-last // encoding.columns) - first
-        place = item.start - first * encoding.columns
+        place = item.within - first * encoding.columns
         codes = factors.rows(first, rows).from_(place)
         if encoding.layout == "rows":
-            start = item.start * encoding.bits // 8
+            start = item.within * encoding.bits // 8
             data = self._buffer[: (item.count * encoding.bits + 7) // 8]
             self._reader(weight).read_into(data, weight.stored.start + start)
             return data, codes
@@ -106,16 +106,16 @@ class EncodedReader:
         weight, view, encoding, _ = _parts(item)
         rows, columns = (view.rows, view.columns) if view else (encoding.rows, encoding.columns)
         row, column = divmod(view.start if view else 0, encoding.columns)
-        size, stop = rows * columns, item.start + item.count
+        size, stop = rows * columns, item.within + item.count
         out = np.empty(item.count, f"u{ITEMSIZE[weight.dtype]}")
-        done = item.start
+        done = item.within
         while done < stop:
             matrix, inside = divmod(done, size)
             end = min(size, stop - matrix * size)
             first, last = inside // rows, -(-end // rows)
             slab = self._slab(item, row + matrix * rows, rows, column + first, column + last)
             flat = _turned(slab).reshape(-1)[inside - first * rows :]
-            out[done - item.start :][: end - inside] = flat[: end - inside]
+            out[done - item.within :][: end - inside] = flat[: end - inside]
             done += end - inside
         return out.view(np.uint8)
 
@@ -185,7 +185,7 @@ class EncodedReader:
         """Return the error for an item's element `index` that is not finite."""
         weight, view, _, factors = _parts(item)
         code = _code(data, index, codes.bits)
-        return InputError(damaged(weight, view, factors, item.start + index, code))
+        return InputError(damaged(weight, view, factors, item.within + index, code))
 
     def _reader(self, weight: Weight) -> ByteReader:
         return self._readers[weight.shard.path]
@@ -194,7 +194,7 @@ class EncodedReader:
 def _parts(item: Item) -> tuple[Weight, View | None, Encoding, Factors]:
     """Return an item's weight, the stored matrix that is transposed, how it is encoded, and its
     factors."""
-    weight, view, factors = item.job.plan.weight, item.job.plan.view, item.job.factors
+    weight, view, factors = item.source.weight, item.source.view, item.source.factors
     assert weight.encoding is not None
     assert factors is not None
     return weight, view, weight.encoding, factors

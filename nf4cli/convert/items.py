@@ -38,13 +38,24 @@ class Item:
     codes.
 
     Attributes:
+        source: what they are made from.
         digest: whether its bytes are read in file order, and digested on the way.
     """
 
-    job: Job
+    source: Source
     start: int
     count: int
     digest: bool
+
+    @property
+    def job(self) -> Job:
+        """The weight that the elements belong to."""
+        return self.source.job
+
+    @property
+    def within(self) -> int:
+        """The first element, counted from the first of its source."""
+        return self.start - self.source.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +71,40 @@ class Reading:
 
 
 @dataclass(eq=False, slots=True)
+class Source:
+    """A stored tensor that a weight is made from, or a part of it.
+
+    Attributes:
+        job: the weight.
+        weight: the tensor as the model holds it; of a weight with parts, one of these.
+        view: the stored matrix whose transpose is written; None for the tensor as it lies.
+        first: index of its first element in the job's weight.
+        pending: number of items that are not done.
+        factors: of a tensor that is stored as codes.
+        held: the files that stay open because factors are read from them.
+        importance: float32 [columns], the weight of each column's error in the choice of scales;
+            None for equal weights.
+    """
+
+    job: Job
+    weight: Weight
+    view: View | None
+    first: int
+    pending: int
+    factors: Factors | None = None
+    held: list[Shard] = field(default_factory=list)
+    importance: F32 | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Job:
     """A weight that is being worked on.
 
     Attributes:
-        pending: number of items that are not done.
-        factors: of a weight that is stored as codes.
-        held: the files that stay open because factors are read from them.
+        pending: number of sources that are not done.
         stats: the engine's error sums (float64) of each item, by its first element.
         absmax: temporary file of the float32 absmax vector, for double quantization.
         ladder: the scales to choose from; None where a scale is its block's largest magnitude.
-        importance: float32 [columns], the weight of each column's error in the choice; None for
-            equal weights.
         codes: gives the codes; None for the nearest.
         worst_block: the largest error of a block with given codes, see `given_codes.errors_of`.
         error: of the whole weight, once it is finished.
@@ -81,12 +114,9 @@ class Job:
 
     plan: TensorPlan
     pending: int
-    factors: Factors | None = None
-    held: list[Shard] = field(default_factory=list)
     stats: dict[int, F64] = field(default_factory=dict)
     absmax: AbsmaxFile | None = None
     ladder: Ladder | None = None
-    importance: F32 | None = None
     codes: CodeSource | None = None
     worst_block: float | None = None
     error: TensorError | None = None
@@ -125,14 +155,15 @@ class AbsmaxFile:
 def widest(plan: TensorPlan) -> int:
     """Return the bytes of a worker's buffer that one element takes, at the most."""
     weight = plan.weight
-    stored = -(-weight.bits // 8)
+    stored = max(-(-part.bits // 8) for part in weight.sources)
     if plan.packed is not None:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
-    if weight.encoding is not None and is_rearranged(weight, plan.view):
+    rearranged = any(is_rearranged(part, part.view) for part in weight.sources)
+    if any(part.encoding for part in weight.sources) and (rearranged or plan.view is not None):
         return 1 + 3 * ITEMSIZE[weight.dtype]  # the codes, their values, and those rearranged
-    if plan.view is not None:
+    if plan.view is not None or any(part.view for part in weight.parts):
         return 4 * stored  # reading it transposed takes a block and its copy as well
-    if weight.encoding is not None or weight.stored.dtype == FLOAT64:
+    if any(part.encoding for part in weight.sources) or weight.stored.dtype == FLOAT64:
         return stored + ITEMSIZE[weight.dtype]  # both lie in the source buffer
     if plan.action == "cast":  # an upcast writes more than it reads
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
@@ -169,11 +200,10 @@ def unit_of_packed(plan: TensorPlan) -> int:
 
 def element(item: Item, index: int) -> tuple[int, ...]:
     """Return the index in the stored tensor of an item's element `index`."""
-    plan, flat = item.job.plan, item.start + index
-    stored = plan.weight.stored
-    if plan.view is not None:
-        column, row = divmod(flat, plan.view.rows)
-        flat = plan.view.start + row * plan.view.stride + column
+    stored, view, flat = item.source.weight.stored, item.source.view, item.within + index
+    if view is not None:
+        column, row = divmod(flat, view.rows)
+        flat = view.start + row * view.stride + column
     return tuple(int(i) for i in np.unravel_index(flat, stored.shape))
 
 
@@ -220,12 +250,12 @@ def nonfinite(item: Item, index: int, data: U8, dtype: str) -> str:
     Args:
         data: uint8, the item's bytes, in `dtype`.
     """
-    weight = item.job.plan.weight
+    weight, module = item.source.weight, module_path(item.job.plan.name)
     bits = int(data.view(f"u{ITEMSIZE[dtype]}")[index])
     mantissa = {"F32": 23, "F16": 10, "BF16": 7}[dtype]
     kind = "NaN" if bits & ((1 << mantissa) - 1) else "infinite"
     return (
         f"{weight.stored.name}{list(element(item, index))} in {weight.shard.path} is {kind}: a "
         "4-bit block cannot hold it. Repair the source, or leave this module in full precision "
-        f"with --keep {module_path(weight.name)}, or every such weight with --on-nonfinite keep"
+        f"with --keep {module}, or every such weight with --on-nonfinite keep"
     )

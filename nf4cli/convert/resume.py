@@ -97,10 +97,13 @@ def _fingerprint(plan: Plan) -> str:
     for layout in plan.shards:
         digest.update(layout.filename.encode() + layout.header)
     for t in plan.tensors:
-        stored = (
-            t.weight.shard.path.name,
-            t.weight.stored,
-            t.weight.encoding and [tensor for _, tensor in t.weight.encoding.companions],
+        stored = tuple(
+            (
+                source.shard.path.name,
+                source.stored,
+                source.encoding and [tensor for _, tensor in source.encoding.companions],
+            )
+            for source in t.weight.sources
         )
         digest.update(repr((t.name, t.action, t.rule, t.reason, stored, t.view, t.file)).encode())
     digest.update(json.dumps([plan.index, plan.output_config]).encode())

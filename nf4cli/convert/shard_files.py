@@ -126,7 +126,7 @@ class ShardFiles:
             self.tensor_digests |= digests
             self._pending[plan.file] -= 1
             last = not self._pending[plan.file]
-        if plan.weight.stored.name in result.sources:
+        if all(source.stored.name in result.sources for source in plan.weight.sources):
             self._journal.weight(self._part, plan.name, result, digests, writer.path)
         if last:
             self._finish_shard(plan.file)

@@ -92,7 +92,7 @@ class Worker:
             InputError: a value is not finite, or too large for the dtype it is cast to.
             OSError: a disk is full or fails.
         """
-        if isinstance(item, Reading) or not is_slab(item.job.plan.weight, item.job.plan.view):
+        if isinstance(item, Reading) or not is_slab(item.source.weight, item.source.view):
             self._encoded.forget()  # the buffer is used for something else
         if isinstance(item, Reading):
             data = self._source[: item.stop - item.start]
@@ -104,11 +104,13 @@ class Worker:
             self._unpack(item, plan.packed)
             self._run.item_done(item)
             return
-        codes = None
-        if plan.weight.encoding is not None:
+        codes, source = None, item.source
+        if source.weight.encoding is not None:
             data, codes = self._read_encoded(item)
+        elif source.view is not None:
+            data = self._read_transposed(item, source.view)
         else:
-            data = self._read(item) if plan.view is None else self._read_transposed(item, plan.view)
+            data = self._read(item)
         if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
             data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
@@ -125,10 +127,10 @@ class Worker:
         Returns:
             uint8 [count * itemsize], as they are stored.
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
         data = self._source[: item.count * itemsize]
-        position = weight.stored.start + item.start * itemsize
+        position = weight.stored.start + item.within * itemsize
         self._readers[weight.shard.path].read_into(data, position)
         if item.digest:
             self._run.digest_source(weight.shard, position, data)
@@ -141,14 +143,15 @@ class Worker:
             (the codes, and what decodes them) where the engine decodes them as it quantizes;
             (their values in the weight's dtype, None) otherwise.
         """
-        plan = item.job.plan
-        if is_slab(plan.weight, plan.view):
+        source = item.source
+        weight = source.weight
+        if is_slab(weight, source.view):
             return self._encoded.transposed(item), None
         data, codes = self._encoded.codes(item)
         if item.digest:
-            start = item.start * plan.weight.bits // 8
-            self._run.digest_source(plan.weight.shard, plan.weight.stored.start + start, data)
-        if plan.action == "quantize" and item.job.ladder is None:
+            start = item.within * weight.bits // 8
+            self._run.digest_source(weight.shard, weight.stored.start + start, data)
+        if item.job.plan.action == "quantize" and item.job.ladder is None:
             return data, codes
         return self._encoded.decoded(item, data, codes), None
 
@@ -163,7 +166,7 @@ class Worker:
         """
         plan = item.job.plan
         dtype = plan.weight.dtype
-        rest = self._source[data.nbytes if plan.view is None else 0 :]
+        rest = self._source[data.nbytes if item.source.view is None else 0 :]
         nbytes = item.count * ITEMSIZE[dtype]
         out = rest[:nbytes] if nbytes <= rest.nbytes else np.empty(nbytes, np.uint8)
         self._round(item, data, FLOAT64, out, dtype)
@@ -175,9 +178,9 @@ class Worker:
         Returns:
             uint8 [count * itemsize].
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         itemsize = ITEMSIZE[weight.stored.dtype]
-        first, last = item.start // view.rows, -(-(item.start + item.count) // view.rows)
+        first, last = item.within // view.rows, -(-(item.within + item.count) // view.rows)
         reader = self._readers[weight.shard.path]
         block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
         origin = weight.stored.start + view.start * itemsize
@@ -187,7 +190,7 @@ class Worker:
             reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
         elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
         flat = np.ascontiguousarray(elements.T).reshape(-1)
-        skip = item.start - first * view.rows
+        skip = item.within - first * view.rows
         return flat[skip : skip + item.count].view(np.uint8)
 
     def _quantize(self, item: Item, data: U8, codes: Codes | None) -> None:
@@ -197,7 +200,7 @@ class Worker:
             codes: what decodes `data`; None where it holds values.
         """
         plan = item.job.plan
-        weight, state = plan.weight, plan.state
+        weight, state = item.source.weight, plan.state
         assert state is not None
         packed = self._output[: (item.count + 1) // 2]
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
@@ -223,16 +226,16 @@ class Worker:
 
         The scales are final at once, as their offset is 0.
         """
-        plan, weight, state = item.job.plan, item.job.plan.weight, item.job.plan.state
+        plan, weight, state = item.job.plan, item.source.weight, item.job.plan.state
         assert state is not None
-        columns = item.job.importance
+        columns = item.source.importance
         packed = self._output[: (item.count + 1) // 2]
         index = np.empty(-(-item.count // state.blocksize), np.uint8)
         unit = np.empty(-(-index.size // ladder.run), np.float32)
         try:
             sums = self._engine.search(
                 data, weight.dtype, state.blocksize, state.quant_type, ladder,
-                None if columns is None else Importance(columns, item.start % columns.size),
+                None if columns is None else Importance(columns, item.within % columns.size),
                 packed, ChosenScales(index, unit),
             )  # fmt: skip
         except NonFiniteError as error:
@@ -283,7 +286,8 @@ class Worker:
         itemsize = ITEMSIZE[dtype]
         fits = item.count * itemsize <= self._output.nbytes  # a single unit may be larger
         buffers = (self._source, self._output) if fits else ()
-        data = self._packed.decode(weight, item.start, item.count, dtype, *buffers)
+        start = plan.packed_start + item.start
+        data = self._packed.decode(weight, start, item.count, dtype, *buffers)
         if plan.view is None:
             self._sink.write(plan.key, item.start * itemsize, data)
             return
@@ -322,7 +326,7 @@ class Worker:
         Raises:
             InputError: a finite value becomes infinite.
         """
-        weight = item.job.plan.weight
+        weight = item.source.weight
         try:
             self._engine.cast(data, from_dtype, out, dtype)
         except NonFiniteError as error:

@@ -16,8 +16,11 @@ METHODS = ("rtn", "gptq")
 ON_NONFINITE = ("error", "keep")
 
 TARGETS = ("transformers", "vllm", "unsloth")
-"""The loader that the output is made for.  vllm and unsloth take each expert of a mixture of
-experts as a 4-bit matrix of its own; transformers 5 does not."""
+"""The loader that the output is made for.  vllm takes each expert of a mixture of experts as a
+4-bit matrix of its own, unsloth and nf4cli.load all experts of a layer in one 4-bit stack;
+transformers 5 alone takes neither."""
+
+EXPERT_LAYOUTS = ("auto", "", "stacks", "lists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class QuantConfig:
         method: how a code is chosen: "rtn", the nearest one, or "gptq", with error feedback.
         importance: BLAKE3 of the importance file that weights the loss, "" for none.
         requantize: whether GPTQ and AWQ sources are decoded, and rounded a second time.
+        expert_layout: how experts are written where the target takes them in 4 bit, one of
+            EXPERT_LAYOUTS: "", as matrices; "stacks", as the class of transformers 5 holds them;
+            "lists", as unsloth's own class for gpt-oss does; "auto" for what the target reads
+            best.  nf4 0.2 wrote matrices for unsloth as well.
     """
 
     quant_type: str = "nf4"
@@ -61,16 +68,21 @@ class QuantConfig:
     method: str = "rtn"
     importance: str = ""
     requantize: bool = False
+    expert_layout: str = "auto"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as the manifest records them.
 
         The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method`,
-        `importance` and `requantize` are left out at their defaults, so that manifests stay equal
-        to those of versions without these options.
+        `importance`, `requantize` and `expert_layout` are left out where they are as in versions
+        without these options, so that manifests stay equal to theirs.
         """
         fields = {**asdict(self), "keep": sorted(self.keep)}
-        for name in ("scale", "method", "importance", "requantize"):
-            if fields[name] == getattr(type(self)(), name):
+        before = {
+            "scale": "absmax", "method": "rtn", "importance": "", "requantize": False,
+            "expert_layout": "",
+        }  # fmt: skip
+        for name, value in before.items():
+            if fields[name] == value:
                 del fields[name]
         return fields

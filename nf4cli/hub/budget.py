@@ -55,7 +55,8 @@ def steps_of(
         for t in plan.tensors:
             if t.outputs and t.name not in standing.results:
                 file = path_in_model(part, plan.shards[t.file].filename)
-                outputs.setdefault(t.weight.shard.path, set()).add(file)
+                for source in t.weight.sources:
+                    outputs.setdefault(source.shard.path, set()).add(file)
         for shard in plan.checkpoint.shards:
             if standings and shard.path not in outputs and shard.path.name in standing.sources:
                 continue

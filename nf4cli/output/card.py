@@ -204,7 +204,9 @@ def _loading(subject: Subject) -> list[str]:
         trusting = _VLLM + (" --trust-remote-code" if remote else "")
         return [*lines, *_fenced("sh", trusting), _VLLM_LIMITS, ""]
     if target == "unsloth":
-        return [*lines, *_fenced("python", _UNSLOTH.format(remote=remote))]
+        experts = [_UNSLOTH_EXPERTS, "", *_fenced("python", _LOAD)]
+        lines += _fenced("python", _UNSLOTH.format(remote=remote))
+        return lines + (experts if subject.first.config.expert_layout else [])
     if subject.library == "diffusers":
         lines += _fenced("sh", "pip install diffusers transformers accelerate bitsandbytes")
         return [*lines, *_fenced("python", _diffusers_code(subject))]
@@ -230,6 +232,14 @@ _VLLM_LIMITS = (
 _UNSLOTH = f"""from unsloth import FastLanguageModel
 
 model, tokenizer = FastLanguageModel.from_pretrained("{HERE}", load_in_4bit=True{{remote}})"""
+_UNSLOTH_EXPERTS = (
+    "The experts are 4-bit too. Checked with unsloth_zoo 2026.10.9 over transformers 5.17.0, the "
+    "newest that it asks for. Stock transformers (5.17 and newer) opens them with "
+    "`pip install 'nf4cli[load]'`:"
+)
+_LOAD = f"""import nf4cli
+
+model = nf4cli.load("{HERE}", device_map="auto")"""
 _SENTENCES = f"""from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{HERE}"{{remote}})

@@ -94,6 +94,28 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A stored tensor that a part of a weight was made from.
+
+    Attributes:
+        tensor: its name.
+        file: name of the source shard that holds it.
+        dtype, shape: as stored.
+        digest: XXH3-128 of its bytes.
+    """
+
+    tensor: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry in the document."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """One weight of the output, or a source tensor that nothing was written for.
 
@@ -108,6 +130,8 @@ class TensorRecord:
         output_file: name of the output shard; "" where nothing was written.
         outputs: key -> XXH3-128 of its bytes, for every tensor written for the weight.
         state, error: quantization state and error of rounding, None unless quantized.
+        parts: of a stack of experts, the stored tensors that it was made from, in its order; else
+            ().  `source_tensor` and so on are those of the first.
     """
 
     action: str
@@ -123,6 +147,7 @@ class TensorRecord:
     outputs: Mapping[str, str]
     state: QuantState | None
     error: TensorError | None
+    parts: tuple[SourceRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +255,10 @@ def _tensor_dict(name: str, record: TensorRecord) -> dict[str, Any]:
             "digest": record.source_digest,
         },
     }
-    if record.source_tensor != name:
+    if record.parts:
+        del fields["source"]
+        fields["sources"] = [part.as_dict() for part in record.parts]
+    elif record.source_tensor != name:
         fields["source"]["tensor"] = record.source_tensor
     if record.outputs:
         fields["output"] = {
@@ -262,7 +290,7 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
     if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
         raise TypeError("recipe.keep holds something else than strings")
     return Manifest(
-        config=QuantConfig(**{**document["recipe"], "keep": tuple(document["recipe"]["keep"])}),
+        config=_recipe(document["recipe"]),
         digest=document["digests"]["files"],
         source_name=_string(document["source"]["name"]),
         source_files=_file_records(document["source"]["files"]),
@@ -277,6 +305,11 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
         source_commit=_optional(document["source"].get("commit")),
         tool_version=_string(document["tool"]["version"]),
     )
+
+
+def _recipe(fields: Mapping[str, Any]) -> QuantConfig:
+    """Return the recipe; versions before `expert_layout` wrote matrices."""
+    return QuantConfig(**{"expert_layout": "", **fields, "keep": tuple(fields["keep"])})
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:
@@ -310,7 +343,8 @@ def _number(value: object) -> float:
 
 def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
     state, error = fields.get("quant_state"), fields.get("error")
-    source = fields["source"]
+    parts = tuple(_source_record(source) for source in fields.get("sources", ()))
+    source = fields["sources"][0] if parts else fields["source"]
     if fields["action"] not in ACTIONS:
         raise ValueError(f"the action {fields['action']!r} of {name}")
     if fields["action"] == "drop":
@@ -333,6 +367,17 @@ def _tensor_record(name: str, fields: dict[str, Any]) -> TensorRecord:
         outputs={key: _string(digest) for key, digest in output["digests"].items()},
         state=None if state is None else _state(name, state),
         error=None if error is None else _error(error),
+        parts=parts,
+    )
+
+
+def _source_record(fields: dict[str, Any]) -> SourceRecord:
+    return SourceRecord(
+        tensor=_string(fields["tensor"]),
+        file=_string(fields["file"]),
+        dtype=_string(fields["dtype"]),
+        shape=tuple(map(_count, fields["shape"])),
+        digest=_string(fields["digest"]),
     )
 
 
@@ -404,6 +449,16 @@ def manifest_of(
                 outputs={key: outputs.get(key, "") for key in t.outputs},
                 state=_planned_state(t, results.get(t.name, _NOTHING)),
                 error=results.get(t.name, _NOTHING).error,
+                parts=tuple(
+                    SourceRecord(
+                        tensor=part.stored.name,
+                        file=part.shard.path.name,
+                        dtype=part.stored.dtype,
+                        shape=part.stored.shape,
+                        digest=digests[part.stored.name],
+                    )
+                    for part in t.weight.parts
+                ),
             )
             for t in plan.tensors
         },

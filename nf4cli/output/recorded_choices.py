@@ -3,7 +3,9 @@ importance of inputs, which codes error feedback chose, and which files the run 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from math import prod
 
 from ..checkpoint.discovery import (
     CARD,
@@ -20,7 +22,7 @@ from ..errors import InputError
 from ..format.config import QuantConfig
 from ..planning import selection
 from ..planning.answer import Answer
-from .manifest import Manifest
+from .manifest import Manifest, TensorRecord
 from .report import Report
 
 
@@ -134,3 +136,27 @@ def fed_back(weights: dict[str, PackedWeight], manifest: Manifest) -> dict[str, 
         for name, weight in weights.items()
         if (error := errors.get(name)) is not None and error.worst_block is not None
     }
+
+
+_IN_A_STACK = re.compile(r".*\bexperts\.([0-9]+\.\w+\.weight)")
+
+
+def matrices_of(
+    weight: PackedWeight, record: TensorRecord
+) -> list[tuple[str, tuple[int, ...]]] | None:
+    """Return (name, shape) of the matrices that a packed stack of experts was made from, in order.
+
+    Returns:
+        None where it was made from none, or where they do not fill it in whole blocks, so that the
+        record is not of this stack.
+    """
+    path = selection.module_path(weight.name)
+    members = []
+    for part in record.parts:
+        match = _IN_A_STACK.fullmatch(part.tensor)
+        if match is None or prod(part.shape) % weight.state.blocksize:
+            return None
+        members.append((f"{path}.{match[1]}", part.shape))
+    is_whole = sum(prod(shape) for _, shape in members) == weight.numel
+    distinct = len({name for name, _ in members}) == len(members)
+    return members if members and is_whole and distinct else None

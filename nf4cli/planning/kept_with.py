@@ -3,12 +3,14 @@ that are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ..errors import UsageError
 from . import selection, skip_list, vllm_rules
 
-FOLLOWING = (selection.ENTANGLED.name, selection.FUSED_WITH.name)
+FOLLOWING = tuple(
+    rule.name for rule in (selection.ENTANGLED, selection.FUSED_WITH, selection.STACKED_WITH)
+)
 """Names of the rules that keep a module because another one is kept."""
 
 
@@ -34,10 +36,12 @@ def skip_modules(
     """
     while True:
         kept = selection.kept_modules(choices)
-        packed = {selection.module_path(n): n for n, c in choices.items() if c.quantize}
+        packed: dict[str, list[str]] = {}
+        for name, choice in choices.items():
+            if choice.quantize:  # a module of experts has several stacks
+                packed.setdefault(selection.module_path(name), []).append(name)
         if target == "vllm" and (partners := vllm_rules.partners_to_keep(kept, packed)):
-            for module in partners:
-                choices[packed[module]] = selection.Choice(False, selection.FUSED_WITH)
+            _keep(choices, packed, partners, selection.FUSED_WITH)
             continue
         entries = skip_list.collapse(kept, packed)
         fused = vllm_rules.fused_modules(kept, packed) if target == "vllm" else []
@@ -48,13 +52,28 @@ def skip_modules(
             others = {o for key in tied_keys for o in skip_list.entangled(key, packed, names)}
             if not others:
                 return [*skip, *tied_keys]
-            for module in others:
-                choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
+            _keep(choices, packed, others, selection.ENTANGLED)
             continue
         if kept[entries[ambiguous]].rule is selection.USER:
             raise UsageError(
                 f"--keep cannot leave {ambiguous} alone in full precision: loaders would take its "
                 "name to mean packed modules as well. Keep those too, or none"
             )
-        for module in skip_list.entangled(ambiguous, packed, names):
-            choices[packed[module]] = selection.Choice(False, selection.ENTANGLED)
+        others = {*skip_list.entangled(ambiguous, packed, names)}
+        _keep(choices, packed, others, selection.ENTANGLED)
+
+
+def _keep(
+    choices: dict[str, selection.Choice],
+    packed: Mapping[str, Collection[str]],
+    modules: Collection[str],
+    rule: selection.Rule,
+) -> None:
+    """Keep the weights of some packed modules.
+
+    Args:
+        choices: by tensor name; changed.
+        packed: module -> names of its weights.
+    """
+    for name in (name for module in modules for name in packed[module]):
+        choices[name] = selection.Choice(False, rule)

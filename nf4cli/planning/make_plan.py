@@ -20,13 +20,14 @@ from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
 from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
 from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, QUANT_TYPES
-from ..format.config import METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
+from ..format.config import EXPERT_LAYOUTS, METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
 from ..format.dtypes import FLOAT64, ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
 from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
 from .plan import Plan, TensorPlan
+from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
 from .weights import Contents, contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
@@ -82,28 +83,54 @@ def make_plan(
     tensor_names.check_layers(model)
     model_config.check_headers(model)
     answer = oracle(model)
-    torch_dtype = TORCH_NAME[model_dtype]
-    config = replace(
-        config,
-        dtype=torch_dtype,
-        compute_dtype=torch_dtype if config.compute_dtype == "auto" else config.compute_dtype,
-        asked=f"transformers {answer.version}" if answer else "",
-        importance=importance.digest if importance else "",
-    )
+    stacks, layout = frozenset[str](), ""
+    if config.target == "unsloth" and config.expert_layout:
+        content, stacks, layout = as_unsloth_holds(content, checkpoint)
+        model = content.as_checkpoint(checkpoint)
+    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
 
     def decide(nonfinite: Collection[str]) -> Plan:
-        choices = selection.select(model, config.keep, config.target, answer, nonfinite)
+        choices = selection.select(model, config.keep, config.target, answer, nonfinite, stacks)
         skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
-        choices = {n: replace(c, float32=is_float32(n)) for n, c in choices.items()}
-        return _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
+        # Stacks that stay floats are written as they are stored: every loader stacks those.
+        written = taken_apart(content, {n for n in stacks if not choices[n].quantize}, checkpoint)
+        choices = {
+            source.name: replace(choices[w.name], float32=is_float32(source.name))
+            for w in content.weights
+            for source in (w, *w.parts)
+        }
+        return _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
     return decide(nonfinite) if nonfinite else plan
+
+
+def _resolved(
+    config: QuantConfig,
+    dtype: str,
+    answer: Answer | None,
+    importance: ImportanceFile | None,
+    layout: str,
+) -> QuantConfig:
+    """Return the recipe with every "auto" resolved.
+
+    Args:
+        dtype: of the model, as torch spells it.
+        layout: of experts, see `QuantConfig.expert_layout`.
+    """
+    return replace(
+        config,
+        dtype=dtype,
+        compute_dtype=dtype if config.compute_dtype == "auto" else config.compute_dtype,
+        asked=f"transformers {answer.version}" if answer else "",
+        importance=importance.digest if importance else "",
+        expert_layout=layout,
+    )
 
 
 def _plan(
@@ -123,6 +150,7 @@ def _plan(
     """
     tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
     tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
+    require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
     return Plan(
@@ -151,6 +179,7 @@ def _check_options(config: QuantConfig) -> None:
         ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
         ("--scale", config.scale, SCALES),
         ("--method", config.method, METHODS),
+        ("expert_layout", config.expert_layout, EXPERT_LAYOUTS),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
@@ -261,14 +290,20 @@ def _place(
     for number, members in enumerate(files):
         name = shard_name(checkpoint.stem, number, len(files))
         entries = [[(key, *spec) for key, spec in plan.outputs.items()] for plan in members]
+        # The parts of a stack do not arrive in its order.
+        scattered = [bool(plan.weight.parts) for plan in members]
         layouts.append(
-            lay_out(name, [e[0] for e in entries], [e for rest in entries for e in rest[1:]])
+            lay_out(
+                name,
+                [e[0] for e, apart in zip(entries, scattered, strict=True) if not apart],
+                [t for e, apart in zip(entries, scattered, strict=True) for t in e[not apart :]],
+            )
         )
     placed = [replace(plan, file=i) for i, members in enumerate(files) for plan in members]
     placed += [plan for plan in tensors if not plan.outputs]
     # Read in the order of the source: its files are digested on the way.
-    order = {shard.path: i for i, shard in enumerate(checkpoint.shards)}
-    placed.sort(key=lambda plan: (order[plan.weight.shard.path], plan.weight.stored.start))
+    by_place = reading_order(checkpoint)
+    placed.sort(key=lambda plan: by_place(plan.weight))
     return placed, layouts
 
 

@@ -41,21 +41,24 @@ def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> l
             the quantized weights.
     """
     missing = []
-    for tensor in tensors:
-        if tensor.state is None:
-            continue
-        columns = importance.columns.get(tensor.name)
+    quantized = {
+        source.name: tensor.state.shape[-1]
+        for tensor in tensors
+        if tensor.state is not None
+        for source in tensor.weight.sources
+    }
+    for name, width in quantized.items():
+        columns = importance.columns.get(name)
         if columns is None:
-            missing.append(tensor.name)
-        elif columns.size != tensor.state.shape[-1]:
+            missing.append(name)
+        elif columns.size != width:
             raise InputError(
-                f"{importance.path} has {columns.size:,} columns of {tensor.name}, the model has "
-                f"{tensor.state.shape[-1]:,}: it was measured on another model"
+                f"{importance.path} has {columns.size:,} columns of {name}, the model has "
+                f"{width:,}: it was measured on another model"
             )
-    quantized = sum(tensor.state is not None for tensor in tensors)
-    if quantized and len(missing) == quantized:
+    if quantized and len(missing) == len(quantized):
         raise InputError(
-            f"{importance.path} knows none of the {quantized:,} weights to quantize, such as "
+            f"{importance.path} knows none of the {len(quantized):,} weights to quantize, such as "
             f"{missing[0]}: it was measured on another model"
         )
     if not missing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..checkpoint.types import Checkpoint, Region, View, Weight
 from ..checkpoint.writer import ShardLayout
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, TORCH_NAME
+from .weights import ROUTER
 
 if TYPE_CHECKING:
     from ..checkpoint.given_codes import CodeSource
@@ -38,6 +40,7 @@ class TensorPlan:
         outputs: key -> (dtype, shape) of everything written for it, the weight itself first.
         file: index of the output shard it goes to.
         packed: for "decode": where the codes and their scales lie.
+        packed_start: for "decode": the first of the packed elements that it is made of.
         region: the part of an output tensor that it is written to, where several weights become one
             tensor (an expert's matrix, decoded); None where it becomes a tensor of its own.
     """
@@ -52,6 +55,7 @@ class TensorPlan:
     file: int = 0
     packed: PackedWeight | None = None
     region: Region | None = None
+    packed_start: int = 0
 
     @property
     def name(self) -> str:
@@ -79,13 +83,20 @@ class TensorPlan:
         return sum(ITEMSIZE[dtype] * prod(shape) for dtype, shape in self.outputs.values())
 
 
+def _absmax_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of a weight's float32 absmax vector, 0 for a weight that has none."""
+    return 4 * -(-tensor.numel // tensor.state.blocksize) if tensor.state else 0
+
+
 def is_renamed(tensor: TensorPlan) -> bool:
     """Return whether a wrapper around the source's model has changed a tensor's name.
 
-    An expert of a fused tensor has a name of its own too, but is only a part of it.
+    An expert of a fused tensor has a name of its own too, but is only a part of it, and unsloth has
+    a name of its own for a router.
     """
     stored = tensor.weight.stored
-    return tensor.name != stored.name and tensor.weight.shape == stored.shape
+    is_router = tensor.name == stored.name.replace(*ROUTER)
+    return tensor.name != stored.name and tensor.weight.shape == stored.shape and not is_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +125,16 @@ class Plan:
     importance: ImportanceFile | None = None
     codes: CodeSource | None = None
 
-    def importance_of(self, tensor: TensorPlan) -> F32 | None:
+    def importance_of(self, name: str) -> F32 | None:
         """Return the importance of a weight's input columns, None where nothing is known of them.
+
+        Args:
+            name: of the weight, or of a part of one.
 
         Returns:
             float32 [columns].
         """
-        columns = self.importance.columns.get(tensor.name) if self.importance else None
+        columns = self.importance.columns.get(name) if self.importance else None
         return columns if columns is not None and columns.any() else None
 
     @property
@@ -163,10 +177,19 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the largest temporary file: the float32 absmax of the largest weight."""
-        return max(
-            (4 * -(-t.numel // t.state.blocksize) for t in self.tensors if t.state),
-            default=0,
-        )
+        return max(map(_absmax_bytes, self.tensors), default=0)
+
+    @property
+    def scattered_scratch_bytes(self) -> int:
+        """Most bytes of the temporary files of weights with parts, which lie there from a weight's
+        first part in the source to its last."""
+        stacks = [t for t in self.tensors if len(t.weight.parts) > 1]
+        order = {shard.path: i for i, shard in enumerate(self.checkpoint.shards)}
+        changes = []
+        for t in stacks:
+            places = [(order[s.shard.path], s.stored.start) for s in t.weight.parts]
+            changes += [(min(places), 0, _absmax_bytes(t)), (max(places), 1, -_absmax_bytes(t))]
+        return max(accumulate(nbytes for *_, nbytes in sorted(changes)), default=0)
 
     def groups(self) -> list[tuple[str, str, int, int, int]]:
         """Return (action, reason, tensors, elements, output bytes) of each group of tensors.

@@ -42,7 +42,8 @@ def bytes_beside_shards(plan: Plan, workers: int) -> int:
     if plan.importance is not None:
         copies += plan.importance.path.stat().st_size
     manifest = 2 * (1000 * len(plan.tensors) + 10_000)  # and the journal
-    return copies + manifest + plan.scratch_bytes * min(workers, len(plan.tensors))
+    scratch = plan.scratch_bytes * min(workers, len(plan.tensors)) + plan.scattered_scratch_bytes
+    return copies + manifest + scratch
 
 
 def _cheaper_engine(engine: Engine) -> str:

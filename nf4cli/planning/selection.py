@@ -106,6 +106,7 @@ class Context:
         target: the loader that the output is for, see config.TARGETS.
         diffusers: whether it is a component of a diffusers pipeline.
         fp32: names of the modules that diffusers keeps in float32.
+        stacks: names of the stacks of experts that the loader takes in 4 bit, see stacks.py.
     """
 
     model_types: frozenset[str]
@@ -115,9 +116,12 @@ class Context:
     target: str = "transformers"
     diffusers: bool = False
     fp32: tuple[str, ...] = ()
+    stacks: Collection[str] = ()
 
     @staticmethod
-    def of(checkpoint: Checkpoint, target: str = "transformers") -> Context:
+    def of(
+        checkpoint: Checkpoint, target: str = "transformers", stacks: Collection[str] = ()
+    ) -> Context:
         """Return what the rules need to know of a checkpoint."""
         config = checkpoint.config
         items = list(config_items(config or checkpoint.params))
@@ -132,6 +136,7 @@ class Context:
             target=target,
             diffusers=checkpoint.is_diffusers,
             fp32=fp32_modules(config) if checkpoint.is_diffusers else (),
+            stacks=stacks,
         )
 
     @property
@@ -364,7 +369,16 @@ FUSED_WITH = Rule(
 NONFINITE = Rule(
     "nonfinite", "holds a NaN or an infinity, which 4-bit blocks cannot", lambda c, t, p: True
 )
+STACK_RULES = tuple(rule for rule in RULES if rule.name in ("dtype", "empty", "extra-layer"))
+"""The rules that may keep a stack of experts: it is no linear layer, and not called like one."""
+
+STACKED_WITH = Rule(
+    "stacked-with",
+    "experts of its layer have to be kept, and loaders hold those of a layer all alike",
+    lambda c, t, p: True,
+)
 QUANTIZED = Rule("linear", "a linear layer", lambda c, t, p: True)
+QUANTIZED_STACK = Rule("stack", "the experts of a layer in one stack", lambda c, t, p: True)
 USER = Rule("user", "kept by --keep", lambda c, t, p: True)
 
 
@@ -409,6 +423,7 @@ def select(
     target: str = "transformers",
     answer: Answer | None = None,
     nonfinite: Collection[str] = (),
+    stacks: Collection[str] = (),
 ) -> dict[str, Choice]:
     """Return the fate of every tensor, by name.
 
@@ -418,12 +433,13 @@ def select(
         target: the loader that the output is for.
         answer: of transformers, where it was asked.  It can only keep more.
         nonfinite: names of the tensors to keep because they hold a NaN or an infinity.
+        stacks: names of the stacks of experts that the loader takes in 4 bit.
 
     Raises:
         NothingToQuantizeError: nothing is left.
         UsageError: a pattern matches no module.
     """
-    context = Context.of(checkpoint, target)
+    context = Context.of(checkpoint, target, stacks)
     patterns = tuple(keep)
     unmatched = set(patterns)
     choices: dict[str, Choice] = {}
@@ -434,6 +450,7 @@ def select(
         choices[name] = _choose(context, tensor, bool(matching), answer)
         if choices[name].quantize and name in nonfinite:
             choices[name] = Choice(False, NONFINITE)
+    _keep_whole_layers(choices, stacks)
     for pattern in sorted(unmatched):
         raise UsageError(
             f"--keep {pattern!r} matches no module; the modules are called like "
@@ -442,6 +459,14 @@ def select(
         )
     require_quantized(checkpoint, choices)
     return choices
+
+
+def _keep_whole_layers(choices: dict[str, Choice], stacks: Collection[str]) -> None:
+    """Keep all stacks of a layer where one of them has to be kept: they share a module."""
+    kept = {module_path(name) for name in stacks if not choices[name].quantize}
+    for name in stacks:
+        if choices[name].quantize and module_path(name) in kept:
+            choices[name] = Choice(False, STACKED_WITH)
 
 
 def require_quantized(checkpoint: Checkpoint, choices: Mapping[str, Choice]) -> None:
@@ -461,9 +486,11 @@ def kept_modules(choices: Mapping[str, Choice]) -> dict[str, Choice]:
 
 
 def rule_of(context: Context, tensor: TensorInfo) -> Rule:
-    """Return the first rule that keeps a tensor, or QUANTIZED."""
+    """Return the first rule that keeps a tensor, or QUANTIZED, or QUANTIZED_STACK."""
     path = module_path(tensor.name).split(".")
-    return next((rule for rule in RULES if rule.holds(context, tensor, path)), QUANTIZED)
+    is_stack = tensor.name in context.stacks
+    rules, default = (STACK_RULES, QUANTIZED_STACK) if is_stack else (RULES, QUANTIZED)
+    return next((rule for rule in rules if rule.holds(context, tensor, path)), default)
 
 
 def _choose(context: Context, tensor: TensorInfo, kept: bool, answer: Answer | None) -> Choice:
@@ -478,13 +505,14 @@ def _choose(context: Context, tensor: TensorInfo, kept: bool, answer: Answer | N
             rule = REARRANGED
         elif tensor.name not in answer.quantized:
             rule = NOT_REPLACED
-    if rule is not QUANTIZED:
+    if rule not in (QUANTIZED, QUANTIZED_STACK):
         matrix = len(tensor.shape) == 2 and tensor.name.endswith(WEIGHT)
         return Choice(False, rule, matrix=matrix)
     if kept:
         return Choice(False, USER)
     leaf = module_path(tensor.name).rpartition(".")[2]
-    return Choice(True, QUANTIZED, is_transposed(context.model_types, leaf))
+    transposed = rule is QUANTIZED and is_transposed(context.model_types, leaf)
+    return Choice(True, rule, transposed)
 
 
 def is_transposed(model_types: Iterable[str], leaf: str) -> bool:

@@ -151,7 +151,7 @@ def _refuse_partial_blocks(packed: list[TensorPlan], blocksize: int) -> None:
     if not fitting:
         raise InputError(
             f"{what}. No blocksize divides all experts: convert for another loader, --target "
-            "transformers or unsloth"
+            "transformers"
         )
     raise UsageError(f"{what}: take --blocksize {' or '.join(str(size) for size in fitting)}")
 
@@ -166,5 +166,5 @@ def _refuse_several_dtypes(packed: list[TensorPlan]) -> None:
             raise InputError(
                 f"--target vllm: {tensor.name} is {tensor.weight.dtype} and {first.name} is "
                 f"{first.weight.dtype}, but vLLM loads them as one: save the source in one dtype, "
-                "or convert for another loader: --target transformers or unsloth"
+                "or convert for another loader: --target transformers"
             )

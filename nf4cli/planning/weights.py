@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from ..checkpoint.types import Checkpoint, Region, Shard, TensorInfo, View, Weight
@@ -24,6 +25,13 @@ _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _EXPERT = re.compile(
     r"((?:.*\.)?feed_forward\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight"
 )
+LISTED_FAMILIES = ("gpt_oss",)
+"""Families whose experts unsloth holds in lists of linear layers of its own names."""
+FUSED_LIST = re.compile(r"((?:.*\.)?experts)\.(gate_up|down)_proj(_bias)?")
+"""Name of what becomes such a list: [experts, in, out], or [experts, out]."""
+ROUTER = (".router.", ".router.linear.")
+"""What the router of such a family is called in the source, and by unsloth."""
+_LISTED = re.compile(r"((?:.*\.)?experts)\.(gate_up|down)_projs\.([0-9]{1,6})\.(weight|bias)")
 _SOURCE_OF = {part: leaf for leaf, parts in _FUSED.items() for part in parts}
 
 
@@ -137,6 +145,8 @@ def regions(
     Raises:
         InputError: matrices of a layer are missing, or are of different shapes.
     """
+    if config.get("model_type") in LISTED_FAMILIES:
+        return _regions_of_lists(shapes, where)
     if config.get("model_type") not in _LLAMA4:
         return {}
     fused: dict[str, dict[tuple[int, str], str]] = {}
@@ -195,3 +205,30 @@ def _regions_of(
                     key, (experts, rows, width), (expert * rows) * width + number * columns, width
                 ),
             )
+
+
+def _regions_of_lists(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Region]:
+    """Return the place of each entry of unsloth's lists of experts in the source's tensor.
+
+    Raises:
+        InputError: entries of a list are missing, or are of different shapes.
+    """
+    lists: dict[str, dict[int, str]] = {}
+    for name in shapes:
+        if match := _LISTED.fullmatch(name):
+            key = f"{match[1]}.{match[2]}_proj" + ("_bias" if match[4] == "bias" else "")
+            lists.setdefault(key, {})[int(match[3])] = name
+    found: dict[str, Region] = {}
+    for key, names in lists.items():
+        shape = shapes[next(iter(names.values()))]
+        for expert, name in names.items():
+            if shapes[name] != shape or expert >= len(names):
+                raise InputError(
+                    f"{where}: the experts that {key} is made of are not all there, or of several "
+                    f"shapes ({name} is {list(shapes[name])}). Download the checkpoint again"
+                )
+            stored = shape[::-1]
+            width = stored[-1]
+            start = expert * prod(shape)
+            found[name] = Region(key, (len(names), *stored), start, width)
+    return found

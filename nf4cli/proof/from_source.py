@@ -272,6 +272,7 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
         scale="search" if has_chosen_scales(weight) else "absmax",
         keep=tuple(keep),
         target="unsloth" if any("experts" in n.split(".") for n in weights) else "transformers",
+        expert_layout="stacks" if any(len(w.state.shape) == 3 for w in weights.values()) else "",
     )
 
 

@@ -12,7 +12,7 @@ import text_models
 import torch
 from helpers import INPUT, LLAMA, nf4_ok, read_all, refused, write_checkpoint_dir
 from safetensors.torch import save_file
-from tiny_models import MODELS, SPECIAL, UNTIED, VISION, WIDE_HEADS, Tiny, V
+from tiny_models import MIXTURES, MODELS, SPECIAL, UNTIED, VISION, WIDE_HEADS, Tiny, V
 
 from nf4cli import engines
 from nf4cli.convert.dequantize import plan_decoding, write_decoded
@@ -44,6 +44,10 @@ FAMILIES: dict[str, tuple[Tiny, tuple[str, ...]]] = {
     ),
     "mixtral": (MODELS["mixtral"], ("--target", "vllm")),
     "qwen3_moe": (MODELS["qwen3_moe"], ("--target", "vllm")),
+    "mixtral_unsloth": (MODELS["mixtral"], ("--target", "unsloth")),
+    "qwen3_moe_unsloth": (MODELS["qwen3_moe"], ("--target", "unsloth")),
+    "deepseek_v3_unsloth": (MODELS["deepseek_v3"], ("--target", "unsloth")),
+    **{f"{name}_unsloth": (tiny, ("--target", "unsloth")) for name, tiny in MIXTURES.items()},
     "gpt2": (MODELS["gpt2"], ()),
     "openai-gpt": (
         Tiny("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", {**FOUR, "vocab_size": V, **SPECIAL}), (),
@@ -265,10 +269,11 @@ def test_experts_of_different_shapes_make_no_tensor():
 
 
 @pytest.mark.loaders
-def test_a_model_with_fused_experts_is_evaluated(tmp_path):
-    text_models.make("llama4_text", tmp_path / "src", torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama4_text", "qwen3_moe"])
+def test_a_model_with_fused_experts_is_evaluated(tmp_path, name):
+    text_models.make(name, tmp_path / "src", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(900))
-    nf4_ok("quantize", "src", "out", "-q", cwd=tmp_path)
+    nf4_ok("quantize", "src", "out", "-q", "--target", "unsloth", cwd=tmp_path)
     said = nf4_ok(
         "eval", "out", "--source", "src", "--text", "text.txt", "--context", "32",
         "--tokens", "512", "--json", "-q", "--cache-dir", "cache", cwd=tmp_path,

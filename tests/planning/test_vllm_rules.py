@@ -104,7 +104,10 @@ def test_fp4_without_experts_is_what_vllm_reads(work):
     ],
 )
 def test_experts_that_end_inside_of_a_block(tmp_path, width, blocksize, says):
-    """vLLM joins the scales of all experts: from the first partial block on they would be wrong."""
+    """vLLM joins the scales of all experts: from the first partial block on they would be wrong.
+
+    A stack of experts would have blocks with weights of two.
+    """
     source = mixture(tmp_path / "src", width)
     options = (*VLLM, "--blocksize", str(blocksize))
     if says == "fits":
@@ -115,7 +118,10 @@ def test_experts_that_end_inside_of_a_block(tmp_path, width, blocksize, says):
             cwd=tmp_path)  # fmt: skip
     words = says.split()
     nf4_ok("quantize", source, tmp_path / "out", *VLLM, words[0], words[-1])
-    nf4_ok("quantize", source, tmp_path / "other", "--target", "unsloth", *options[2:])
+    stack = (f"{64 * width:,} weights", "experts.gate_up_proj", says)
+    refused(USAGE, "quantize", source, "other", "--target", "unsloth", *options[2:],
+            says=stack, cwd=tmp_path)  # fmt: skip
+    nf4_ok("quantize", source, tmp_path / "other", "--target", "unsloth", words[0], words[-1])
 
 
 def test_experts_that_no_blocksize_divides(tmp_path):

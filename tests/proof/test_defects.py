@@ -85,11 +85,18 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
             "plain": quantized(llama, "plain", "--no-double-quant"),
             "fp4": quantized(llama, "fp4", "--quant-type", "fp4"),
             "experts": quantized(experts, "experts", "--target", "vllm"),
+            "stacks": quantized(experts, "stacks", "--target", "unsloth"),
         },
         other=quantized(other, "other", *small),
         half=quantized(llama, "half", "--keep", "model.layers.1.*", *small),
         kept_experts=quantized(experts, "kept", "--target", "unsloth", "--keep", "experts"),
-        sources={"nested": llama, "plain": llama, "fp4": llama, "experts": experts},
+        sources={
+            "nested": llama,
+            "plain": llama,
+            "fp4": llama,
+            "experts": experts,
+            "stacks": experts,
+        },
     )
 
 
@@ -117,7 +124,7 @@ def damaged(defect: Defect, kit: Kit, place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("base", ["nested", "plain", "fp4", "experts"])
+@pytest.mark.parametrize("base", ["nested", "plain", "fp4", "experts", "stacks"])
 def test_the_good_outputs_are_good(kit, tmp_path, base):
     root = Path(shutil.copytree(kit.good[base], tmp_path / "copy"))
     assert set(look(root, kit.sources[base]).values()) == {""}

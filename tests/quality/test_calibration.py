@@ -171,12 +171,15 @@ def test_experts_are_measured_each_by_its_own_tokens(name, tmp_path, monkeypatch
 def test_experts_of_four_bits_are_calibrated_by_the_command(tmp_path):
     text_models.make("mixtral", tmp_path / "model", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(600))
-    for method in ("rtn", "gptq"):
-        done = nf4("quantize", "model", method, *TEXT, "--method", method, "--target", "vllm",
-                   cwd=tmp_path)  # fmt: skip
+    for method, *options in (
+        ("rtn", "--target", "vllm"), ("gptq", "--target", "vllm"),
+        ("gptq", "--target", "unsloth", "--blocksize", "32"),
+    ):  # fmt: skip
+        output = "-".join((method, *options))
+        done = nf4("quantize", "model", output, *TEXT, "--method", method, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "nothing is known" not in done.stdout
-        nf4_ok("verify", method, "--source", "model", "--calibration", "text.txt", cwd=tmp_path)
+        nf4_ok("verify", output, "--source", "model", "--calibration", "text.txt", cwd=tmp_path)
 
 
 def problem(rows=24, columns=160, seed=0, samples=400):

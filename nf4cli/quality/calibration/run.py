@@ -136,7 +136,7 @@ def calibrated(
     scratch = output.absolute().parent / f".{output.name}.calibration"
     if scratch.exists() and not resume:
         shutil.rmtree(scratch)
-    names = [t.name for t in plan.tensors if t.state is not None]
+    names = [s.name for t in plan.tensors if t.state is not None for s in t.weight.sources]
     with _kept(scratch, listener.note):
         calibration = _pass(
             asked, plan.checkpoint, plan.config, names, scratch, engine, device,
@@ -205,7 +205,8 @@ def _require_model(plan: Plan) -> None:
             f"{checkpoint.root} is no model that transformers can run: give a directory with "
             "config.json, or use --scale search, which needs no data"
         )
-    encoded = next((t.weight.encoding for t in plan.tensors if t.weight.encoding), None)
+    sources = (source for t in plan.tensors for source in t.weight.sources)
+    encoded = next((source.encoding for source in sources if source.encoding), None)
     if encoded is not None:
         raise UsageError(
             f"{checkpoint.name} is stored in {encoded.format}, which calibration does not run: use "
@@ -300,7 +301,12 @@ def prove(
         float(_number(facts, "damping")) if "damping" in facts else DAMPING,
     )  # fmt: skip
     output, model = open_checkpoint(path), open_checkpoint(source)
-    names = [name for name, record in manifest.tensors.items() if record.state is not None]
+    names = [
+        source
+        for name, record in manifest.tensors.items()
+        if record.state is not None
+        for source in ([part.tensor for part in record.parts] or [name])
+    ]
     with ShardReaders(output.shards) as readers, TemporaryDirectory(prefix="nf4-") as scratch:
         fixed = matrices(load_weights(output, readers), readers, engine)
         again = _pass(
