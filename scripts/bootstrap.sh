@@ -151,5 +151,6 @@ bootstrap_tests() {
   export NF4_TRANSFORMERS4_PYTHON="${NF4_TRANSFORMERS4_PYTHON:-$second/bin/python}"
   export NF4_MIRROR="${NF4_MIRROR:-$mirror/bin/olah-cli}"
   [ ! -f "$vllm/.installed" ] || export NF4_VLLM_PYTHON="${NF4_VLLM_PYTHON:-$vllm/bin/python}"
-  export NF4_UNSLOTH_PYTHON="${NF4_UNSLOTH_PYTHON:-$unsloth/bin/python}"
+  [ ! -f "$unsloth/.installed" ] ||
+    export NF4_UNSLOTH_PYTHON="${NF4_UNSLOTH_PYTHON:-$unsloth/bin/python}"
 }
