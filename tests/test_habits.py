@@ -11,7 +11,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-WINGS = "cli api quality hub proof convert output planning checkpoint engines format".split()
+WINGS = (
+    "cli api quality hub proof loading convert output planning checkpoint engines format"
+).split()
 
 
 def test_ci_runs_all_tests_with_the_least_rights():

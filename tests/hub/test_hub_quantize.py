@@ -114,6 +114,31 @@ def test_the_smallest_bound_is_named_and_works(nf4_hub, hub):
     assert watch.most <= need
 
 
+def test_stacks_of_experts_that_lie_in_several_files(nf4_hub, hub, tmp_path):
+    """A source file leaves the disk when its experts are read, though no stack is complete."""
+    import torch
+    from helpers import LLAMA, llama_tensors, write_checkpoint_dir
+
+    tensors = {n: t for n, t in llama_tensors().items() if ".mlp." not in n}
+    for expert in range(12):
+        for leaf, shape in (("gate", (256, 64)), ("up", (256, 64)), ("down", (64, 256))):
+            name = f"model.layers.0.mlp.experts.{expert}.{leaf}_proj.weight"
+            seed = torch.Generator().manual_seed(len(tensors))
+            tensors[name] = (torch.randn(*shape, generator=seed) * 0.1).bfloat16()
+    config = {**LLAMA, "model_type": "qwen3_moe", "num_experts": 12}
+    source = write_checkpoint_dir(tmp_path / "src", tensors, config, shards=6)
+    hub.add("org/mixture", source)
+    words = ("quantize", "org/mixture", *PUSH, "--target", "unsloth")
+    plan = json.loads(nf4_hub.ok(*words, "--plan", "--json"))
+    with Watch(nf4_hub.work) as watch:
+        nf4_hub.ok(*words, "--disk", plan["hub"]["smallest_disk_bytes_when_pushed"])
+    assert watch.most <= plan["hub"]["smallest_disk_bytes_when_pushed"]
+    nf4_ok("quantize", source, tmp_path / "local", "--target", "unsloth", *PUSH[2:])
+    pushed = hub.store.repos["me/model-nf4"].head
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert pushed[path.name].place.read_bytes() == path.read_bytes()
+
+
 def test_the_cache_is_used_and_kept(nf4_hub, hub):
     nf4_hub.ok("quantize", "org/model", "first")
     once = hub.sent(WEIGHTS)

@@ -113,6 +113,17 @@ def test_base_of_the_hub(subject):
     )
 
 
+def test_the_card_names_what_packed_experts_were_checked_with(subject):
+    config = replace(subject.parts[""].config, target="unsloth")
+    manifest = replace(subject.parts[""], config=config)
+    assert "5.17.0" not in card(replace(subject, parts={"": manifest}))
+    manifest = replace(manifest, config=replace(config, expert_layout="stacks"))
+    said = card(replace(subject, parts={"": manifest}))
+    assert "unsloth_zoo 2026.10.9 over transformers 5.17.0" in said
+    assert f'nf4cli.load("{HERE}"' in said
+    assert "--expert-layout" not in said
+
+
 @pytest.mark.parametrize(
     ("config", "target", "says"),
     [

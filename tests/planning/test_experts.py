@@ -169,7 +169,9 @@ def test_fused_experts_that_no_loader_takes_stay(tmp_path):
     source = write_checkpoint_dir(tmp_path / "src", tensors, {**LLAMA, "model_type": "gpt_oss"})
     refused(INPUT, "quantize", source, "out", "--target", "vllm",
             says=("3-D parameter", "--target transformers"), cwd=tmp_path)  # fmt: skip
-    for target in ("transformers", "unsloth"):
+    for target, family in (("transformers", "gpt_oss"), ("unsloth", "ernie4_5_vl_moe_text")):
+        config = {**LLAMA, "model_type": family}  # none of the families that unsloth takes
+        (source / "config.json").write_text(json.dumps(config))
         said = nf4_ok("quantize", source, tmp_path / target, "--target", target)
         assert "3-D parameters, which no loader holds in 4 bit" in said
         written = read_all(tmp_path / target)

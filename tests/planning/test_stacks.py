@@ -23,6 +23,7 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
+from safetensors.torch import save_file
 
 from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.format.config import QuantConfig
@@ -313,6 +314,57 @@ def test_room_for_the_scales_of_all_stacks_that_are_open(tmp_path):
     matrices = make_plan(open_checkpoint(by_expert), QuantConfig(target="vllm"))
     assert matrices.scattered_scratch_bytes == 0
     assert bytes_beside_shards(plans[1], 1) > plans[1].scattered_scratch_bytes
+
+
+def gpt_oss(root: Path) -> Path:
+    tensors = {n: t for n, t in llama_tensors().items() if ".mlp." not in n}
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp."
+        tensors |= {
+            path + "router.weight": matrix(4, HIDDEN), path + "router.bias": matrix(4),
+            path + "experts.gate_up_proj": matrix(4, HIDDEN, 2 * WIDTH, seed=layer),
+            path + "experts.gate_up_proj_bias": matrix(4, 2 * WIDTH, seed=layer + 2),
+            path + "experts.down_proj": matrix(4, WIDTH, HIDDEN, seed=layer + 4),
+            path + "experts.down_proj_bias": matrix(4, HIDDEN, seed=layer + 6),
+        }  # fmt: skip
+    return write_checkpoint_dir(root, tensors, {**LLAMA, "model_type": "gpt_oss"}, shards=2)
+
+
+def test_gpt_oss_has_unsloth_s_own_names(tmp_path):
+    source = gpt_oss(tmp_path / "src")
+    said = nf4_ok("quantize", source, tmp_path / "out", *UNSLOTH)
+    assert "wrapper" not in said
+    written, stored = read_all(tmp_path / "out"), read_all(source)
+    path = "model.layers.1.mlp."
+    for kind in ("gate_up", "down"):
+        for expert in range(4):
+            value = stored[f"{path}experts.{kind}_proj"][expert].T.contiguous()
+            packed, _ = bnb_quantize(value, 64, "nf4")
+            name = f"{path}experts.{kind}_projs.{expert}."
+            assert written[name + "weight"].flatten().tolist() == packed.tolist()
+            bias = stored[f"{path}experts.{kind}_proj_bias"][expert]
+            assert torch.equal(written[name + "bias"], bias)
+    assert torch.equal(written[path + "router.linear.weight"], stored[path + "router.weight"])
+    assert not [n for n in written if "_proj." not in n and "_proj" in n and "projs" not in n]
+    assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", source)
+    nf4_ok("dequantize", tmp_path / "out", tmp_path / "back")
+    back = read_all(tmp_path / "back")
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in stored.items()}
+    same = [n for n in stored if "bias" in n or "router" in n]
+    assert all(torch.equal(back[n], stored[n]) for n in same)
+    assert max((back[n] - stored[n]).abs().max() for n in stored if "experts" in n) < 0.1
+    (tmp_path / "out" / "nf4_manifest.json").unlink()
+    nf4_ok("dequantize", tmp_path / "out", tmp_path / "alone")
+    assert same_files(tmp_path / "back", tmp_path / "alone")
+
+
+def test_entries_of_a_list_that_are_missing(tmp_path):
+    nf4_ok("quantize", gpt_oss(tmp_path / "src"), tmp_path / "out", *UNSLOTH)
+    written = read_all(tmp_path / "out")
+    rest = {n: t for n, t in written.items() if ".layers.0.mlp.experts.down_projs.1." not in n}
+    save_file(rest, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    refused(INPUT, "dequantize", "out", "back", cwd=tmp_path,
+            says=("experts.down_proj", "not all there"))  # fmt: skip
 
 
 def test_the_families_are_those_that_transformers_stacks_so():
