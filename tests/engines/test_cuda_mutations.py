@@ -18,7 +18,8 @@ SMALL = ("quantize<2, 2, 1, true",)  # blocks of 32
 NESTED = ("nested_quantize",)
 DEQUANTIZE = ("dequantize<2",)
 FLOAT8 = ("quantize<3, 2, 1",)
-EVERY = (*LARGE, *SMALL, "quantize<2, 2, 2", *NESTED, *DEQUANTIZE, *FLOAT8)
+INTEGERS = ("quantize<6, 2, 1",)  # of 4 bits, with zero points
+EVERY = (*LARGE, *SMALL, "quantize<2, 2, 2", *NESTED, *DEQUANTIZE, *FLOAT8, *INTEGERS)
 CHECKS = {
     "values": ("", None),
     "values in reversed order": ("", "reversed"),
@@ -168,6 +169,12 @@ MUTATIONS = {
     "a factor of the row above": Mutation(
         FLOAT8, "values",
         "(f.row + lines) / f.block_rows", "f.row / f.block_rows + lines / f.block_rows",
+    ),
+    "zero points are forgotten": Mutation(
+        INTEGERS, "values", "kZero && f.zero ? f.zero[place] : 0.0f", "0.0f",
+    ),
+    "the nibbles of another thread": Mutation(
+        INTEGERS, "values", "half ? raw.x : raw.y, 1", "half ? raw.y : raw.x, 1",
     ),
     "the place in a run is forgotten": Mutation(
         DEQUANTIZE, "values",
