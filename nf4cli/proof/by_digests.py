@@ -26,6 +26,7 @@ from ..planning.make_plan import make_plan
 from ..planning.model_plan import ModelPlan
 from ..planning.plan import Plan
 from .from_source import compare_manifest
+from .verify import check_index
 
 
 class StatedFile(NamedTuple):
@@ -81,6 +82,7 @@ def check_stated(
     Raises:
         InputError: the Hub states no SHA-256 of a weight file.
     """
+    check_index(output, report)
     listed = check_lists(output, {}, manifest, report)
     for shard in listed:
         name, file = shard.path.name, stated[shard.path.name]

@@ -137,16 +137,21 @@ def check_structure(
         stateless = name not in parts and bnb_format.companion_owner(name) is None
         if stateless and tensor.dtype == "U8" and tensor.shape[1:] == (1,):
             report.add("structure", name, f"{name} looks packed but has no quant_state")
-    index = index_name(checkpoint.stem)
-    if len(checkpoint.shards) > 1 and not (checkpoint.root / index).is_file():
-        report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
-    for error in checkpoint.index_errors:
-        report.add("structure", index, f"{error}: expected what the shards' headers list")
+    check_index(checkpoint, report)
     report.check(
         "structure",
         f"every file opens, {len(weights)} quantization states are complete",
     )
     return weights
+
+
+def check_index(checkpoint: Checkpoint, report: Report) -> None:
+    """Report an index that is missing, or says other than the headers of the shards."""
+    index = index_name(checkpoint.stem)
+    if len(checkpoint.shards) > 1 and not (checkpoint.root / index).is_file():
+        report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
+    for error in checkpoint.index_errors:
+        report.add("structure", index, f"{error}: expected what the shards' headers list")
 
 
 def check_states(
