@@ -151,7 +151,7 @@ class Factors:
 
     def _factor_row(self, row: int) -> int:
         matrix, inside = divmod(row, self.encoding.rows)
-        return matrix * self._high + inside // self.encoding.block[0]
+        return (self.encoding.skip + matrix) * self._high + inside // self.encoding.block[0]
 
     def _slice(self, first: int, last: int) -> tuple[F32, F32 | None]:
         """Return the (factors, zero points) of rows [first, last) of them, float32, flat."""

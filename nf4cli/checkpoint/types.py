@@ -125,6 +125,8 @@ class Encoding:
             does; None for none.
         transposed: whether the weight holds each matrix transposed.
         layout: how codes and zero points lie, see encoded.py.
+        skip: how many matrices of other weights lie before these in the stored tensor, and have
+            their factors before theirs; only in the layout "rows".
     """
 
     format: str
@@ -143,6 +145,12 @@ class Encoding:
     through: str | None = None
     transposed: bool = False
     layout: str = "rows"
+    skip: int = 0
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Bytes of the stored tensor before the weight's own."""
+        return self.skip * self.rows * self.columns * self.bits // 8
 
     @property
     def companions(self) -> tuple[Placed, ...]:

@@ -138,6 +138,7 @@ class Conversion:
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
         self._begun: dict[str, Job] = {}
+        self._companions: dict[str, tuple[U8 | None, str]] = {}  # of one stored tensor at a time
         self._local = LocalShards()
         self._source: ShardSource = source or self._local
         self._packed = packed
@@ -277,6 +278,7 @@ class Conversion:
         """Yield every chunk of what one stored tensor becomes."""
         todo = [p for p in pieces if p.plan.outputs and p.plan.name not in self._done]
         in_order = any(not is_rearranged(p.weight, p.view) for p in todo)
+        self._companions = {}
         if pieces[0].weight.shard.path in self._turns and not in_order:
             yield from self._readings(pieces[0].weight)
         for piece in todo:
@@ -342,17 +344,24 @@ class Conversion:
             reader = self._readers.get(shard.path)
             if reader is not None:  # other threads may be at its last weight: it stays open
                 self._uses_left[shard.path] += 1
+        raw, digest = self._companions.get(tensor.name, (None, ""))
         if reader is not None and tensor.nbytes > _HELD:
             source.held.append(shard)
-            source.job.sources[tensor.name] = digest_tensor(reader, tensor)
-            return _InFile(reader, tensor.start)
-        if reader is not None:
-            raw = reader.read(tensor.start, tensor.nbytes)
-            self._use_done(shard)
+            digest = digest or digest_tensor(reader, tensor)
+            companion: Companion = _InFile(reader, tensor.start)
         else:
-            raw = self._source.read_tensor(shard, tensor)
-        source.job.sources[tensor.name] = tensor_digest(raw)
-        return _InMemory(raw)
+            if raw is None and reader is not None:
+                raw = reader.read(tensor.start, tensor.nbytes)
+            elif raw is None:
+                raw = self._source.read_tensor(shard, tensor)
+            if reader is not None:
+                self._use_done(shard)
+            digest = digest or tensor_digest(raw)
+            companion = _InMemory(raw)
+        # All experts of a layer may have theirs in it: read and digested once for all of them.
+        self._companions[tensor.name] = raw, digest
+        source.job.sources[tensor.name] = digest
+        return companion
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:
         """Refuse a weight to quantize that holds a NaN or an infinity.

@@ -57,7 +57,7 @@ class EncodedReader:
         place = item.within - first * encoding.columns
         codes = factors.rows(first, rows).from_(place)
         if encoding.layout == "rows":
-            start = item.within * encoding.bits // 8
+            start = encoding.skipped_bytes + item.within * encoding.bits // 8
             data = self._buffer[: (item.count * encoding.bits + 7) // 8]
             self._reader(weight).read_into(data, weight.stored.start + start)
             return data, codes
@@ -166,7 +166,7 @@ class EncodedReader:
         row, count = rows
         start, stop = (column * encoding.bits // 8 for column in columns)
         stride = encoding.columns * encoding.bits // 8
-        origin = weight.stored.start + row * stride
+        origin = weight.stored.start + encoding.skipped_bytes + row * stride
         reader = self._reader(weight)
         if count * stride > self._buffer.nbytes:
             self.forget()

@@ -171,7 +171,7 @@ def widest(plan: TensorPlan) -> int:
 
 
 def is_rearranged(weight: Weight, view: View | None) -> bool:
-    """Return whether a weight's elements lie in another order than those that are stored.
+    """Return whether a weight's elements are other than the stored ones from front to back.
 
     Args:
         view: the stored matrix whose transpose is written, None for the tensor as it lies.
@@ -179,6 +179,8 @@ def is_rearranged(weight: Weight, view: View | None) -> bool:
     encoding = weight.encoding
     if encoding is not None and encoding.layout != "rows":
         return True
+    if encoding is not None and weight.numel * encoding.bits < 8 * weight.stored.nbytes:
+        return True  # one of several weights that a stored tensor holds
     return view is not None or is_slab(weight, view)
 
 

@@ -20,9 +20,10 @@ from ..checkpoint.types import Checkpoint
 from ..checkpoint.untrusted import is_plain, is_regular
 from ..errors import InputError
 from ..format.config import QuantConfig
+from ..format.dtypes import FLOAT64, ITEMSIZE, TORCH_NAME
 from ..planning import selection
 from ..planning.answer import Answer
-from .manifest import Manifest, TensorRecord
+from .manifest import Manifest, SourceRecord, TensorRecord
 from .report import Report
 
 
@@ -138,7 +139,8 @@ def fed_back(weights: dict[str, PackedWeight], manifest: Manifest) -> dict[str, 
     }
 
 
-_IN_A_STACK = re.compile(r".*\bexperts\.([0-9]+\.\w+\.weight)")
+_IN_A_STACK = re.compile(r".*\bexperts\.([0-9]+\.\w+)\.(?:weight|weight_packed|qweight)")
+"""Name of a stored matrix of an expert, or of its codes."""
 
 
 def matrices_of(
@@ -150,13 +152,24 @@ def matrices_of(
         None where it was made from none, or where they do not fill it in whole blocks, so that the
         record is not of this stack.
     """
-    path = selection.module_path(weight.name)
-    members = []
+    path, stack = selection.module_path(weight.name), weight.state.shape
+    count = len(record.parts)
+    if not count or len(stack) != 3 or stack[0] * stack[1] % count:
+        return None
+    shape = (stack[0] * stack[1] // count, stack[2])
+    names = {}
     for part in record.parts:
         match = _IN_A_STACK.fullmatch(part.tensor)
-        if match is None or prod(part.shape) % weight.state.blocksize:
+        if match is None or not _holds(part, shape):
             return None
-        members.append((f"{path}.{match[1]}", part.shape))
-    is_whole = sum(prod(shape) for _, shape in members) == weight.numel
-    distinct = len({name for name, _ in members}) == len(members)
-    return members if members and is_whole and distinct else None
+        names[f"{path}.{match[1]}.weight"] = shape
+    is_whole = len(names) == count and prod(shape) % weight.state.blocksize == 0
+    return list(names.items()) if is_whole else None
+
+
+def _holds(part: SourceRecord, shape: tuple[int, int]) -> bool:
+    """Return whether a stored tensor may be a matrix, or its codes of 4 or 8 bits."""
+    if part.dtype in (*TORCH_NAME, FLOAT64):
+        return part.shape == shape
+    bits = 8 * prod(part.shape) * ITEMSIZE.get(part.dtype, 0)
+    return bits in (4 * prod(shape), 8 * prod(shape))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ..checkpoint.types import Checkpoint, View, Weight
+from ..checkpoint.types import Checkpoint, Encoding, View, Weight
 from ..errors import InputError, UsageError
 from ..format.codebook import BLOCKSIZES, NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
@@ -78,13 +78,18 @@ def _listed(content: Contents) -> Contents:
     weights: list[Weight] = []
     for weight in content.weights:
         match = FUSED_LIST.fullmatch(weight.name)
-        is_plain = weight.encoding is None and weight.view is None and weight.numel > 0
-        if match and is_plain and len(weight.shape) == (2 if match[3] else 3):
+        is_whole = weight.view is None and weight.numel > 0 and _is_listable(weight.encoding)
+        if match and is_whole and len(weight.shape) == (2 if match[3] else 3):
             weights += _list_of(weight, f"{match[1]}.{match[2]}_projs", bool(match[3]))
         else:
             name = weight.name.replace(*ROUTER) if _IS_ROUTER.search(weight.name) else weight.name
             weights.append(replace(weight, name=name))
     return replace(content, weights=tuple(weights))
+
+
+def _is_listable(encoding: Encoding | None) -> bool:
+    """Return whether experts are stored as floats, or as matrices of codes [out, in] (MXFP4)."""
+    return encoding is None or (encoding.transposed and encoding.layout == "rows")
 
 
 def _list_of(weight: Weight, path: str, is_bias: bool) -> Iterator[Weight]:
@@ -97,6 +102,14 @@ def _list_of(weight: Weight, path: str, is_bias: bool) -> Iterator[Weight]:
     experts, *rest = weight.shape
     rows, width = (1, *rest) if is_bias else rest
     for expert in range(experts):
+        if (stored := weight.encoding) is not None:  # the layer's matrix is the one that is stored
+            yield replace(
+                weight,
+                name=f"{path}.{expert}.weight",
+                shape=(width, rows),
+                encoding=replace(stored, matrices=1, transposed=False, skip=expert),
+            )
+            continue
         view = View(expert * rows * width, rows, width, width)
         leaf, shape = ("bias", (width,)) if is_bias else ("weight", (width, rows))
         yield replace(weight, name=f"{path}.{expert}.{leaf}", shape=shape, view=view)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import encoded_models
 import jsonschema
 import pytest
 import torch
+from encoded_models import compressed, packed, unpacked, weights
 from float8_models import FP8, spread
 from helpers import (
     INPUT,
@@ -25,7 +27,9 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.convert import conversion
 from nf4cli.format.config import QuantConfig
 from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.resources import Resources, bytes_beside_shards
@@ -356,6 +360,119 @@ def test_gpt_oss_has_unsloth_s_own_names(tmp_path):
     (tmp_path / "out" / "nf4_manifest.json").unlink()
     nf4_ok("dequantize", tmp_path / "out", tmp_path / "alone")
     assert same_files(tmp_path / "back", tmp_path / "alone")
+
+
+def test_gpt_oss_in_mxfp4_gives_what_the_decoded_one_gives(tmp_path):
+    """Its experts are stored as unsloth holds them: nothing is transposed."""
+    decoded = encoded_models.gpt_oss(tmp_path / "src", hidden=128)
+    write_checkpoint_dir(tmp_path / "plain", decoded, encoded_models.GPT_OSS | {"hidden_size": 128})
+    both_give_the_same(tmp_path, "unsloth")
+    name = "model.layers.1.mlp.experts.gate_up_projs.2.weight"
+    value = decoded["model.layers.1.mlp.experts.gate_up_proj"][2].T.contiguous()
+    written = read_all(tmp_path / "src-nf4")
+    assert written[name].flatten().tolist() == bnb_quantize(value, 64, "nf4")[0].tolist()
+    assert len([key for key in written if key.endswith(STATE) and "experts" in key]) == 2 * 2 * 3
+    back = read_all(tmp_path / "src-nf4-back")
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in decoded.items()}
+
+
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_mxfp4_experts_in_many_pieces(tmp_path, monkeypatch, held):
+    """Pieces begin in the middle of rows; factors come from the file, or from memory."""
+    monkeypatch.setattr(conversion, "_HELD", held)
+    sizes = {"hidden_size": 608, "intermediate_size": 736}
+    decoded = encoded_models.gpt_oss(tmp_path / "src", hidden=608, middle=736)
+    write_checkpoint_dir(tmp_path / "plain", decoded, encoded_models.GPT_OSS | sizes, shards=2)
+    engine = engines.load("cpu")
+    for scale, keep in (("absmax", ("layers.0.mlp.experts",)), ("search", ())):
+        recipe = QuantConfig(target="unsloth", blocksize=32, scale=scale, keep=keep)
+        outs = {}
+        for source, workers in (("src", 1), ("src", 3), ("plain", 2)):
+            plan = make_plan(open_checkpoint(tmp_path / source), recipe)
+            out = outs[source, workers] = tmp_path / f"{scale}-{source}-{workers}"
+            carry_out(plan, out, engine, Resources(workers, 1 << 19, 0))
+        assert same_files(outs["src", 1], outs["src", 3])
+        ours, plain = read_all(outs["src", 1]), read_all(outs["plain", 2])
+        assert ours.keys() == plain.keys()
+        assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+def test_a_damaged_factor_of_an_mxfp4_expert_is_named(tmp_path):
+    encoded_models.gpt_oss(tmp_path / "src", shards=1)
+    stored = read_all(tmp_path / "src")
+    stored["model.layers.0.mlp.experts.down_proj_scales"][2, 5, 1] = 255
+    stored["model.layers.0.mlp.experts.down_proj_blocks"][2, 5, 1] = 0x22
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    write_checkpoint_dir(tmp_path / "bad", stored, config)
+    says = ("experts.down_projs.2.weight[5, 32]", "down_proj_scales[2, 5, 1]", "MXFP4")
+    refused(INPUT, "quantize", "bad", "out", *UNSLOTH, says=says, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_factors_of_all_experts_are_read_once(tmp_path, monkeypatch, shards):
+    """They lie in one tensor of the layer, 66 MB of gpt-oss-120b, in the file of the codes or in
+    another."""
+    encoded_models.gpt_oss(tmp_path / "src", shards=shards)
+    read: list[str] = []
+    digest, read_tensor = conversion.digest_tensor, conversion.LocalShards.read_tensor
+    monkeypatch.setattr(conversion, "_HELD", 0)
+    monkeypatch.setattr(
+        conversion, "digest_tensor", lambda r, tensor: read.append(tensor.name) or digest(r, tensor)
+    )
+    monkeypatch.setattr(
+        conversion.LocalShards, "read_tensor",
+        lambda self, shard, tensor: read.append(tensor.name) or read_tensor(self, shard, tensor),
+    )  # fmt: skip
+    plan = make_plan(open_checkpoint(tmp_path / "src"), QuantConfig(target="unsloth"))
+    carry_out(plan, tmp_path / "out", engines.load("cpu"), Resources(1, 8 << 20, 0))
+    layers = [f"model.layers.{layer}.mlp.experts." for layer in range(2)]
+    assert sorted(read) == sorted(
+        f"{path}{kind}_proj_scales" for path in layers for kind in ("gate_up", "down")
+    )
+
+
+INT4 = weights(4, "int", "group", group_size=32)  # Kimi K2
+NVFP4 = weights(4, "float", "tensor_group", group_size=16)
+
+
+@pytest.mark.parametrize("target", ["unsloth", "vllm", "transformers"])
+@pytest.mark.parametrize("scheme", [INT4, NVFP4])
+def test_experts_that_are_stored_as_codes(tmp_path, scheme, target):
+    """Expert by expert, each with scales of its own, in files that hold parts of each stack."""
+    stored, decoded = {}, tensors_of()
+    for number, (name, value) in enumerate(tensors_of().items()):
+        stored[name] = value
+        if "experts" in name:
+            parts = packed(scheme, stored.pop(name), torch.bfloat16, number)
+            decoded[name] = unpacked(scheme, parts).bfloat16()
+            stored |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
+    config = {**CONFIG, "quantization_config": compressed(experts=scheme)}
+    write_checkpoint_dir(tmp_path / "src", stored, config, shards=3)
+    write_checkpoint_dir(tmp_path / "plain", decoded, CONFIG)
+    both_give_the_same(tmp_path, target)
+    written = read_all(tmp_path / "src-nf4")
+    if target == "unsloth":
+        check_bytes(written, stacks_of(decoded))
+    name = PATH.format(1) + ".7.up_proj.weight"
+    assert (name + STATE in written) == (target == "vllm")
+
+
+def both_give_the_same(root: Path, target: str) -> None:
+    """`src` and `plain` have one output, which is proved from `src` and decoded."""
+    for name in ("src", "plain"):
+        nf4_ok("quantize", root / name, root / f"{name}-nf4", "--target", target)
+        nf4_ok("dequantize", root / f"{name}-nf4", root / f"{name}-nf4-back")
+    for end in ("nf4", "nf4-back"):
+        ours, plain = read_all(root / f"src-{end}"), read_all(root / f"plain-{end}")
+        assert ours.keys() == plain.keys()
+        assert all(torch.equal(ours[key], plain[key]) for key in plain)
+    skips = [
+        set(json.loads((root / f"{name}-nf4" / "config.json").read_text())
+            ["quantization_config"]["llm_int8_skip_modules"])
+        for name in ("src", "plain")
+    ]  # fmt: skip
+    assert skips[0] == skips[1]
+    assert "is good" in nf4_ok("verify", root / "src-nf4", "--source", root / "src")
 
 
 def test_entries_of_a_list_that_are_missing(tmp_path):
