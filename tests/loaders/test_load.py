@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoded_models
 import pytest
 import torch
 from helpers import LLAMA, llama_tensors, nf4_ok, read_all, write_checkpoint_dir
@@ -91,6 +92,21 @@ def test_it_computes_what_the_decoded_model_does(made, tmp_path, name, target):
     assert torch.equal(logits_of(model), decoded(IDS).logits.float())
     assert model.config.quantization_config.quant_method == "bitsandbytes"
     assert [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+
+def test_gpt_oss_that_was_stored_in_mxfp4(tmp_path):
+    """It is the model that transformers decodes, with experts in 4 bit."""
+    decoded = encoded_models.gpt_oss(tmp_path / "src", middle=64)
+    nf4_ok("quantize", tmp_path / "src", tmp_path / "out", "--target", "unsloth")
+    packed = parametrized(nf4cli.load(tmp_path / "out"))
+    assert len(packed) == 2 * 2
+    for key, value in packed.items():
+        scale = decoded[key].abs().amax()
+        assert (value - decoded[key]).abs().max() < 0.25 * scale, key
+        assert value.shape == decoded[key].shape
+    nf4_ok("dequantize", tmp_path / "out", tmp_path / "back")
+    back = read_all(tmp_path / "back")
+    assert all(torch.equal(value, back[key]) for key, value in packed.items())
 
 
 def test_experts_are_never_held_in_16_bits(made):

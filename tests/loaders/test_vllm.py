@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ import transformers
 from helpers import nf4_ok, read_all, same_files, write_checkpoint_dir
 from safetensors.torch import load_file, save_file
 
+import nf4cli
+from nf4cli.format.config import QuantConfig
+
 pytestmark = pytest.mark.loaders
 
 HERE = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("NF4_VLLM_PYTHON") or HERE.parent / ".venv-vllm" / "bin" / "python")
 STATE = ".quant_state.bitsandbytes__nf4"
 VLLM = ("--target", "vllm")
-UNSLOTH = ("--target", "unsloth")
+MATRICES = QuantConfig(target="unsloth", expert_layout="")
+"""The recipe of nf4 0.2 for unsloth: it packs any experts as matrices, without vLLM's rules."""
 PROMPT = [1, *((i * 37 + 11) % 480 + 3 for i in range(31))]
 
 BASE: dict[str, Any] = {
@@ -75,10 +79,17 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output of nf4: the model that it is made of, and the options."""
+    """An output of nf4: the model that it is made of, and the options, or the recipe."""
 
     source: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | QuantConfig
+
+    def make(self, root: Path, place: Path) -> str:
+        """Make it of one of the sources in `root`; return what nf4 prints."""
+        if isinstance(self.options, QuantConfig):
+            nf4cli.quantize(root / self.source, place, self.options)
+            return ""
+        return nf4_ok("quantize", root / self.source, place, *self.options)
 
 
 QKV = ("--keep", "layers.0.self_attn.q_proj", "--keep", "layers.0.self_attn.k_proj",
@@ -92,9 +103,9 @@ OUTPUTS = {
     # What nf4 refuses to write for vLLM, or has a note about.
     "one part kept": Output("llama_two_layers", QKV[:2]),
     "mixture for transformers": Output("qwen3_moe", ()),
-    "experts in fp4": Output("qwen3_moe", (*UNSLOTH, "--quant-type", "fp4")),
-    "experts with partial blocks": Output("qwen3_moe_odd", UNSLOTH),
-    "experts of two dtypes": Output("qwen3_moe_two_dtypes", UNSLOTH),
+    "experts in fp4": Output("qwen3_moe", replace(MATRICES, quant_type="fp4")),
+    "experts with partial blocks": Output("qwen3_moe_odd", MATRICES),
+    "experts of two dtypes": Output("qwen3_moe_two_dtypes", MATRICES),
     "float32": Output("llama_f32", VLLM),
     "stored as bfloat16": Output("qwen3", ("--quant-storage", "bfloat16")),
 }
@@ -200,7 +211,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     printed, jobs = {}, []
     for name, output in OUTPUTS.items():
         place = root / "outputs" / name
-        printed[name] = nf4_ok("quantize", root / "sources" / output.source, place, *output.options)
+        printed[name] = output.make(root / "sources", place)
         nf4_ok("dequantize", place, root / "decoded" / name)
         rounded = as_vllm_reads(place, root / "rounded" / name)
         nf4_ok("dequantize", rounded, root / "decoded-rounded" / name)
