@@ -153,12 +153,7 @@ def stacked(content: Contents, checkpoint: Checkpoint) -> tuple[Contents, frozen
 
 def _is_stored_stack(weight: Weight, parts: Parts) -> bool:
     path, _, leaf = weight.name.rpartition(".")
-    return (
-        leaf in parts
-        and path.rpartition(".")[2] == "experts"
-        and len(weight.shape) == 3
-        and weight.encoding is None
-    )
+    return leaf in parts and path.rpartition(".")[2] == "experts" and len(weight.shape) == 3
 
 
 def _stacks(

@@ -193,6 +193,24 @@ def test_float8_experts(tmp_path):
     assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", source)
 
 
+def test_stacks_in_float8_in_the_source(tmp_path):
+    tensors = tensors_of()
+    rest = {n: t for n, t in tensors.items() if "experts" not in n}
+    stored, decoded = dict(rest), dict(rest)
+    for number, (name, value) in enumerate(stacks_of(tensors).items()):
+        generator = torch.Generator().manual_seed(number)
+        scale = torch.rand((EXPERTS, value.shape[1], 1), generator=generator) * 0.01
+        stored[name] = (value.float() / 0.01).to(torch.float8_e4m3fn)
+        stored[name + "_scale"] = scale
+        decoded[name] = (stored[name].float() * scale).bfloat16()
+    config = {**CONFIG, "quantization_config": compressed(experts=CHANNEL)}
+    write_checkpoint_dir(tmp_path / "src", stored, config)
+    write_checkpoint_dir(tmp_path / "plain", decoded, CONFIG)
+    both_give_the_same(tmp_path, "unsloth")
+    stacks = {name: value for name, value in decoded.items() if "experts" in name}
+    check_bytes(read_all(tmp_path / "src-nf4"), stacks)
+
+
 def test_kept_experts_are_written_as_they_are_stored(tmp_path):
     source = mixture(tmp_path / "src")
     nf4_ok("quantize", source, tmp_path / "out", *UNSLOTH, "--keep", "layers.0.mlp.experts")
@@ -432,6 +450,7 @@ def test_factors_of_all_experts_are_read_once(tmp_path, monkeypatch, shards):
 
 
 INT4 = weights(4, "int", "group", group_size=32)  # Kimi K2
+CHANNEL = weights(8, "float", "channel")
 NVFP4 = weights(4, "float", "tensor_group", group_size=16)
 
 
