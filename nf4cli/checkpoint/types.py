@@ -195,6 +195,11 @@ class Weight:
         return self.encoding.bits if self.encoding else 8 * ITEMSIZE[self.stored.dtype]
 
     @property
+    def placed(self) -> tuple[Placed, ...]:
+        """The stored tensor, and those that its codes decode with; of a weight without parts."""
+        return (self.shard, self.stored), *(self.encoding.companions if self.encoding else ())
+
+    @property
     def sources(self) -> tuple[Weight, ...]:
         """The weights of one stored tensor each that it is made of: itself, or its parts."""
         return self.parts or (self,)

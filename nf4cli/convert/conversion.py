@@ -223,7 +223,8 @@ class Conversion:
 
         The factors of a weight that is stored as codes are read before it, wherever they lie.
         """
-        files = {s.stored.name: s.shard for t in self.plan.tensors for s in t.weight.sources}
+        placed = (p for t in self.plan.tensors for s in t.weight.sources for p in s.placed)
+        files = {tensor.name: shard for shard, tensor in placed}
         for result in self.results.values():
             for name, digest in result.sources.items():
                 digests = self._digested.get(files[name].path.name)

@@ -412,11 +412,12 @@ def test_inspect_counts_the_weights_and_not_their_scales(tmp_path):
 
 
 @pytest.mark.parametrize("held", [1 << 20, 0], ids=["factors in memory", "factors in the file"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, held):
+@pytest.mark.parametrize("target", ["transformers", "unsloth"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, held, target):
     """Also where every slice of the factors is read from its file."""
     monkeypatch.setattr(conversion, "_HELD", held)
     gpt_oss(tmp_path / "source")
-    plan = make_plan(open_checkpoint(tmp_path / "source"), QuantConfig())
+    plan = make_plan(open_checkpoint(tmp_path / "source"), QuantConfig(target=target))
     engine, resources = engines.load("cpu"), Resources(1, 8 * GRANULE, 0)
     carry_out(plan, tmp_path / "whole", engine, resources)
     done: list[str] = []

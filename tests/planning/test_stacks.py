@@ -491,7 +491,9 @@ def both_give_the_same(root: Path, target: str) -> None:
         for name in ("src", "plain")
     ]  # fmt: skip
     assert skips[0] == skips[1]
-    assert "is good" in nf4_ok("verify", root / "src-nf4", "--source", root / "src")
+    for options in ((), ("--sample", "40%")):
+        said = nf4_ok("verify", root / "src-nf4", "--source", root / "src", *options)
+        assert "is good" in said
 
 
 def test_entries_of_a_list_that_are_missing(tmp_path):
