@@ -72,6 +72,7 @@ class Bounded:
         from ..hub.errors import endpoint
         from ..output.report import Report
         from ..proof.by_digests import StatedFile, check_stated, plan_again
+        from ..proof.verify import check_index
 
         report = Report()
         try:
@@ -85,6 +86,7 @@ class Bounded:
         plan = plan_again(checkpoint, manifest, original.open(), report)
         carried = plan and self._carried(plan, original, output.called)
         if output.snapshot is not None:
+            check_index(checkpoint, report)
             stated = {
                 name: StatedFile(file.size, file.sha256)
                 for name, file in output.snapshot.files.items()

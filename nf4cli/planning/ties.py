@@ -53,7 +53,8 @@ def absent_tied(
 def _tied(config: Mapping[str, Any]) -> frozenset[str]:
     family = config.get("model_type")
     classes = survey()["tied"].get(family, {}) if isinstance(family, str) else {}
-    architectures = config.get("architectures")
+    given = config.get("architectures")
+    architectures = given if isinstance(given, list) else []
     named = [n for n in architectures if isinstance(n, str)] if architectures else list(classes)
     return frozenset(path for name in named for path in classes.get(name, ()))
 
