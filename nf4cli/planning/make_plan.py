@@ -98,7 +98,8 @@ def make_plan(
         skip = kept_with.skip_modules(choices, names, config.target, tied)
         selection.require_quantized(checkpoint, choices)  # skip_modules may have kept more
         choices = {n: replace(c, float32=is_float32(n)) for n, c in choices.items()}
-        return _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
+        plan = _plan(checkpoint, config, model_dtype, content, choices, skip, importance)
+        return replace(plan, notes=(*plan.notes, *ties.random_head_note(checkpoint.config, tied)))
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
