@@ -103,7 +103,8 @@ def make_plan(
             for w in content.weights
             for source in (w, *w.parts)
         }
-        return _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
+        plan = _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
+        return replace(plan, notes=(*plan.notes, *ties.random_head_note(checkpoint.config, tied)))
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()

@@ -235,7 +235,8 @@ def model_classes(
     """Return the classes that a checkpoint may be of: a single one where config.json names it."""
     remote = {key: value for key, value in _remote_code(config).items() if key != "AutoConfig"}
     if remote and trust:
-        architectures = config.get("architectures") or []
+        given = config.get("architectures")
+        architectures = given if isinstance(given, list) else []
         named = [ref for ref in remote.values() if ref.rpartition(".")[2] in architectures]
         likely = [ref for key, ref in remote.items() if key.startswith("AutoModel")]
         if references := named + likely:

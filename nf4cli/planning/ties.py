@@ -19,6 +19,7 @@ from .model_config import config_items
 from .selection import WEIGHT, module_path
 from .skip_list import Names
 
+_HEAD = "lm_head"
 _LIST = ".*"
 """End of an entry that stands for every layer of a list."""
 
@@ -50,10 +51,26 @@ def absent_tied(
     return sorted(path for path in tied if not _is_present(path, present))
 
 
+def random_head_note(config: Mapping[str, Any], absent: Iterable[str]) -> list[str]:
+    """Return a note about a head that has no weight and is tied to none, in a list; [] for none.
+
+    Args:
+        absent: see `absent_tied`.
+    """
+    if config.get("tie_word_embeddings") is not False or _HEAD not in absent:
+        return []
+    return [
+        f"config.json says tie_word_embeddings false, but there is no {_HEAD}.weight: a loader "
+        "fills the output head with random numbers, of the source and of the output. If the head "
+        "is the embedding, set tie_word_embeddings to true; otherwise a file is missing"
+    ]
+
+
 def _tied(config: Mapping[str, Any]) -> frozenset[str]:
     family = config.get("model_type")
     classes = survey()["tied"].get(family, {}) if isinstance(family, str) else {}
-    architectures = config.get("architectures")
+    given = config.get("architectures")
+    architectures = given if isinstance(given, list) else []
     named = [n for n in architectures if isinstance(n, str)] if architectures else list(classes)
     return frozenset(path for name in named for path in classes.get(name, ()))
 

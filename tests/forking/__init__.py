@@ -42,7 +42,7 @@ def command(python: Path, modules: tuple[str, ...]) -> tuple[str, ...]:
     path = f"{place.name}/socket"
     server = subprocess.Popen(
         [python, HERE / "server.py", path, *modules],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n", f"{python} cannot import all of {modules}"

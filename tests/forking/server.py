@@ -7,13 +7,12 @@ A program, not a test:
 Importing transformers takes seconds, what nf4 uses half of one: the tests run hundreds of programs.
 What a module takes from the environment when it is imported is the server's.  A module whose name
 ends in "!" is imported and forgotten again, so that programs import it anew, but find what it
-imports.  The server ends with the process that started it.
+imports.  The server ends when its standard input does: with the process that started it.
 """
 
 from __future__ import annotations
 
 import array
-import ctypes
 import importlib
 import os
 import runpy
@@ -25,7 +24,6 @@ import sys
 from pathlib import Path
 
 _NUMBER = struct.Struct("=i")
-_PR_SET_PDEATHSIG = 1
 
 
 def receive(place: socket.socket) -> tuple[list[str], str, dict[str, str], list[int]]:
@@ -68,6 +66,9 @@ def serve(path: str) -> tuple[list[str], str, dict[str, str], list[int]]:
         print("ready", flush=True)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how the watching ones end
         while True:
+            ready, *_ = select.select([server, sys.stdin], [], [])
+            if sys.stdin in ready:
+                sys.exit()
             place, _ = server.accept()
             if os.fork():
                 place.close()
@@ -113,7 +114,6 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for _name in sys.argv[2:]:
         importlib.import_module(_name.rstrip("!"))
     for _name in [name.rstrip("!") for name in sys.argv[2:] if name.endswith("!")]:

@@ -181,6 +181,16 @@ def test_a_head_that_the_list_names_already_is_not_added(tmp_path):
     assert ties.absent_tied(config, None, tensors, Names("model")) == ["lm_head"]
 
 
+@pytest.mark.parametrize("tied", [False, True, None])
+def test_a_head_that_nobody_has_is_noted(tmp_path, tied):
+    tensors = {n: t for n, t in llama_tensors().items() if n != "lm_head.weight"}
+    config = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"}
+    config |= {} if tied is None else {"tie_word_embeddings": tied}
+    source = write_checkpoint_dir(tmp_path / "src", tensors, config)
+    said = nf4_ok("quantize", source, tmp_path / "out", "--plan")
+    assert ("with random numbers" in " ".join(said.split())) is (tied is False)
+
+
 def test_a_layer_with_a_weight_is_not_absent():
     config = {
         "model_type": "deformable_detr",
