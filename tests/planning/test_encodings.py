@@ -394,7 +394,14 @@ def option(**more: object) -> Callable[[dict, dict], None]:
         (cut(UP.replace("weight", "scales")), ("up_proj.qzeros", "[2, 16]", "[1, 16]")),
         (wrong_group, ("up_proj.g_idx[7] is 2", "from 0 to 1")),
     ],
-    ids=str,
+    ids=[
+        "8 bits",
+        "another layout",
+        "no qzeros",
+        "no qweight",
+        "a short scales",
+        "a wrong group",
+    ],
 )
 def test_gptq_that_does_not_fit_is_refused(work, change, says):
     broken(work, gptq, change)
