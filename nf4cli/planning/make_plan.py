@@ -39,8 +39,8 @@ Scan = Callable[[Plan], Collection[str]]
 (convert/find_nonfinite.py)."""
 
 
-_FLOAT32_RULES = (selection.DIFFUSERS_FP32, selection.KEPT_FP32)
-"""The rules that keep a tensor as it is stored, because its loader computes it in float32."""
+_AS_STORED_RULES = (selection.DIFFUSERS_FP32, selection.KEPT_FP32, selection.BESIDE_DENOISER)
+"""The rules that keep a tensor in the dtype that it is stored in."""
 
 
 def no_scan(plan: Plan) -> Collection[str]:
@@ -68,14 +68,7 @@ def make_plan(
             nothing to quantize (NothingToQuantizeError); the importance is of another model.
     """
     _check_options(config)
-    if checkpoint.is_diffusers and config.quant_storage != "uint8":
-        raise UsageError(
-            f"--quant-storage {config.quant_storage} does not go with {checkpoint.name}: diffusers "
-            "reads uint8 only"
-        )
-    _refuse_part_of_a_set(checkpoint)
-    adapters.refuse_adapter(checkpoint)
-    _refuse_packed(checkpoint)
+    _check_source(checkpoint, config)
     found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
     content = contents(checkpoint, found, model_dtype)
@@ -198,6 +191,18 @@ def check_shard_size(size: int) -> None:
         raise UsageError(f"--max-shard-size {size:,} bytes is below 1 MB")
 
 
+def _check_source(checkpoint: Checkpoint, config: QuantConfig) -> None:
+    """Raise if a source is no whole model in full precision, or does not go with the options."""
+    if checkpoint.is_diffusers and config.quant_storage != "uint8":
+        raise UsageError(
+            f"--quant-storage {config.quant_storage} does not go with {checkpoint.name}: diffusers "
+            "reads uint8 only"
+        )
+    _refuse_part_of_a_set(checkpoint)
+    adapters.refuse_adapter(checkpoint)
+    _refuse_packed(checkpoint)
+
+
 def _refuse_part_of_a_set(checkpoint: Checkpoint) -> None:
     """Raise InputError if the user named a single shard of several: it is not the model that the
     config.json beside it describes."""
@@ -226,12 +231,12 @@ def _plan_weight(
 ) -> TensorPlan:
     rule, view = choice.rule, weight.view
     if not choice.quantize:
-        if weight.stored.dtype == FLOAT64 and rule in _FLOAT32_RULES:
+        if weight.stored.dtype == FLOAT64 and rule in _AS_STORED_RULES:
             weight = replace(weight, dtype="F32")
         cast = (
             weight.dtype in TORCH_NAME
             and weight.stored.dtype != model_dtype
-            and rule not in _FLOAT32_RULES
+            and rule not in _AS_STORED_RULES
             and not (choice.float32 and weight.stored.dtype == "F32")
         )
         outputs = {weight.name: (model_dtype if cast else weight.dtype, weight.shape)}

@@ -72,9 +72,10 @@ def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> l
 def _stays_in_float32(tensor: TensorPlan, config: QuantConfig) -> bool:
     """Return whether a float32 tensor of a 16-bit model is kept for the family's sake.
 
-    What chooses between experts has a rule of its own, and so has diffusers.
+    What chooses between experts has a rule of its own, and so have diffusers and single files.
     """
-    has_rule = tensor.rule in (selection.DIFFUSERS_FP32.name, selection.KEPT_FP32.name)
+    rules = (selection.DIFFUSERS_FP32, selection.KEPT_FP32, selection.BESIDE_DENOISER)
+    has_rule = tensor.rule in {rule.name for rule in rules}
     return (
         tensor.action == "copy"
         and tensor.weight.dtype == "F32"

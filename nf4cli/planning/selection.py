@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoint.types import Checkpoint, TensorInfo
 from ..errors import NothingToQuantizeError, UsageError
 from ..format.dtypes import TORCH_NAME
+from . import single_file
 from .answer import Answer
 from .diffusers_rules import EMBEDDERS, NOT_LINEAR, fp32_modules
 from .model_config import config_items
@@ -107,6 +108,8 @@ class Context:
         diffusers: whether it is a component of a diffusers pipeline.
         fp32: names of the modules that diffusers keeps in float32.
         stacks: names of the stacks of experts that the loader takes in 4 bit, see stacks.py.
+        denoiser: of a diffusion model in a single file, what the names of the denoiser's tensors
+            begin with; "" where the file has nothing else; None for any other checkpoint.
     """
 
     model_types: frozenset[str]
@@ -117,6 +120,7 @@ class Context:
     diffusers: bool = False
     fp32: tuple[str, ...] = ()
     stacks: Collection[str] = ()
+    denoiser: str | None = None
 
     @staticmethod
     def of(
@@ -137,6 +141,7 @@ class Context:
             diffusers=checkpoint.is_diffusers,
             fp32=fp32_modules(config) if checkpoint.is_diffusers else (),
             stacks=stacks,
+            denoiser=None if config else single_file.denoiser_of(checkpoint.tensors),
         )
 
     @property
@@ -251,7 +256,15 @@ KEPT_FP32 = Rule(
 )
 
 
+BESIDE_DENOISER = Rule(
+    "beside-denoiser",
+    "of a text encoder or VAE in the same file, which programs load as it is stored",
+    lambda c, t, p: bool(c.denoiser) and not t.name.startswith(c.denoiser or ""),
+)
+
+
 RULES: tuple[Rule, ...] = (
+    BESIDE_DENOISER,
     DIFFUSERS_FP32,
     KEPT_FP32,
     Rule(
@@ -263,6 +276,11 @@ RULES: tuple[Rule, ...] = (
     Rule("not-2d", "not a matrix: a norm, a convolution", lambda c, t, p: len(t.shape) != 2),
     Rule("dtype", "not F32, F16 or BF16", lambda c, t, p: t.dtype not in TORCH_NAME),
     Rule("empty", "no elements", lambda c, t, p: t.numel == 0),
+    Rule(
+        "shape-read",
+        "programs tell the model's sizes from the shape of this layer",
+        lambda c, t, p: c.denoiser is not None and single_file.is_read(c.denoiser, t.name),
+    ),
     Rule("norm", "a norm for each head", lambda c, t, p: p[-1].endswith("norm")),
     Rule(
         "embedding",
