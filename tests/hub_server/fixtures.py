@@ -89,14 +89,18 @@ class Runner:
         self.work.mkdir()
 
     def start(
-        self, *arguments: object, token: str | None = "hf_write", **more: str
+        self,
+        *arguments: object,
+        token: str | None = "hf_write",
+        command: tuple[str | Path, ...] = (Path(sys.executable).with_name("nf4"),),
+        **more: str,
     ) -> subprocess.Popen[str]:
-        """Begin to run it; `more` are environment variables.
+        """Begin to run it, to stop it, say.
 
-        A process of its own imports everything anew where they change what Python imports.
+        Args:
+            command: the words that run it.
+            more: environment variables.
         """
-        anew = any(name.startswith(("PYTHON", "LD_")) for name in more)
-        command = (Path(sys.executable).with_name("nf4"),) if anew else nf4_command()
         return subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=self.work, env={**self.hub.environment(self.home, token, self._xet), **more},
@@ -110,6 +114,9 @@ class Runner:
             time.sleep(0.001)
 
     def __call__(self, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+        # Where they change what Python imports, a process has to import everything anew.
+        if not any(name.startswith(("PYTHON", "LD_")) for name in more):
+            more["command"] = nf4_command()
         process = self.start(*arguments, **more)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
