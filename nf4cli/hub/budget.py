@@ -132,7 +132,7 @@ class Budget:
 
     @property
     def bounded(self) -> bool:
-        """Whether there is a bound."""
+        """Return whether there is a bound."""
         return self._limit is not None
 
     def _take(self, count: int) -> None:

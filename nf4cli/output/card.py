@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether the parts are components of a diffusers pipeline."""
+        """Return whether the parts are components of a diffusers pipeline."""
         return "" not in self.parts
 
     @property

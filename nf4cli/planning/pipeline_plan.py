@@ -60,7 +60,7 @@ class Component:
 
     @property
     def converts(self) -> bool:
-        """Whether the component becomes 4-bit."""
+        """Return whether the component becomes 4-bit."""
         return converts(self.name, self.library, self.class_name)
 
 

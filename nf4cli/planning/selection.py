@@ -146,7 +146,7 @@ class Context:
 
     @property
     def takes_experts(self) -> bool:
-        """Whether the loader takes experts as 4-bit matrices of their own."""
+        """Return whether the loader takes experts as 4-bit matrices of their own."""
         return (
             self.target != "transformers"
             or self.diffusers
