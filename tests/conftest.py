@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,9 @@ def llama_nf4(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nf4, built from no more than what goes into a container."""
+    """nf4, built from no more than what goes into a container: by scripts/test, or here."""
+    if made := [*Path(sys.prefix, "wheel").glob("nf4cli-*.whl")]:
+        return made[0]
     place = tmp_path_factory.mktemp("wheel")
     return build_wheel(copy_context(place / "context"), place)
 

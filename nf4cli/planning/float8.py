@@ -8,6 +8,7 @@ weight = float32(byte) * float32(scale), in these spellings:
   `X.weight_scale`, one factor for each tensor, row (channel), block or group.
 - Stacks of matrices (experts) have a scale for each matrix, each of its rows, columns or blocks.
 - Diffusion models in a single file: `X.weight` and `X.scale_weight`, or no scales at all.
+- Mistral's own files (consolidated.safetensors): `X.weight` and `X.qscale_weight`, one factor.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _SUFFIXES = ("_scale_inv", "_scale")
 """What the name of a weight's scale ends in, behind the weight's own."""
 _DIFFUSION_SCALE, _DIFFUSION_MARK = ".scale_weight", "scaled_fp8"
 """ComfyUI's spelling of a scale, and the tensor that says that there are such."""
+_MISTRAL_SCALE = ".qscale_weight"
+"""Mistral's, which vLLM renames to `weight_scale` (vllm/model_executor/models/mistral.py)."""
+_OTHER_SCALES = (_DIFFUSION_SCALE, _MISTRAL_SCALE)
 _FOLDED = (
     ".input_scale",
     ".output_scale",
@@ -36,6 +40,7 @@ _FOLDED = (
     ".prob_scale",
     ".input_scale_ub",
     ".scale_input",
+    ".qscale_act",
     ".input_global_scale",
     ".comfy_quant",
 )
@@ -55,6 +60,9 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
             weight.
     """
     blocks = _block_sizes(config or {})
+    scaled = config is not None or _has_scales(checkpoint)
+    known = config is not None or not checkpoint.config or checkpoint.is_diffusers
+    unknown = _unknown_scales(checkpoint)
     for name, (shard, tensor) in checkpoint.tensors.items():
         if tensor.dtype not in DTYPES or found.knows(name):
             continue
@@ -62,10 +70,14 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
             found.left[name] = "says that the file is float8 with scales"
             continue
         place = _scale_of(checkpoint, name)
-        known = config is not None or not checkpoint.config or checkpoint.is_diffusers
-        if not known or (place is None and (config is not None or _has_scales(checkpoint))):
+        if place is None and (scaled or not known):
             suffix = _SUFFIXES[config is None or config.get("quant_method") != "fp8"]
             raise InputError(_no_scale(f"{name} in {shard.path}", tensor, name + suffix, known))
+        if place is None and (other := unknown.get(name.removesuffix(".weight"))):
+            raise InputError(
+                f"{name} in {shard.path} is {tensor.dtype} and {other} lies beside it, which looks "
+                f"like a scale, of a form that nf4 does not know: {WHERE_TO_GO}"
+            )
         encoding = _unscaled(tensor) if place is None else _encoding(tensor, place, blocks)
         found.add(EncodedWeight(name, "", "", tensor.shape, encoding))
     if found.weights:
@@ -78,7 +90,7 @@ def _is_mark(name: str) -> bool:
 
 def _has_scales(checkpoint: Checkpoint) -> bool:
     """Return whether any tensor is a scale, so that float8 bytes are not values as they are."""
-    suffixes = (*_SUFFIXES, _DIFFUSION_SCALE)
+    suffixes = (*_SUFFIXES, *_OTHER_SCALES)
     return any(n.endswith(suffixes) or _is_mark(n) for n in checkpoint.tensors)
 
 
@@ -100,8 +112,18 @@ def _no_scale(where: str, tensor: TensorInfo, scale: str, known: bool) -> str:
 def _scale_of(checkpoint: Checkpoint, name: str) -> Placed | None:
     """Return the scale of a float8 tensor, None where there is none."""
     names = [name + suffix for suffix in _SUFFIXES]
-    names.append(name.removesuffix(".weight") + _DIFFUSION_SCALE)
+    names += [name.removesuffix(".weight") + scale for scale in _OTHER_SCALES]
     return next(filter(None, map(checkpoint.tensors.get, names)), None)
+
+
+def _unknown_scales(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what looks like the scale of a module's weight, by the module."""
+    return {
+        module.removesuffix(".weight"): name
+        for name in checkpoint.tensors
+        for module, _, leaf in [name.rpartition(".")]
+        if "scale" in leaf and not name.endswith(_FOLDED)
+    }
 
 
 def _leave_folded(checkpoint: Checkpoint, found: Found) -> None:

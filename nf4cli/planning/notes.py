@@ -199,6 +199,11 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
             f"transformers holds {'them' if float32[1:] else 'it'} in float32 whatever the model's "
             "dtype is"
         )
+    if "quantization" in checkpoint.params:
+        notes.append(
+            "params.json is copied as it is, and says how the source's weights were quantized: take "
+            'its "quantization" out before a program reads the output by it'
+        )
     if not checkpoint.config:
         notes.append(
             "there is no config.json: the output holds tensors only"

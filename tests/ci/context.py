@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def build_wheel(context: Path, place: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check",
          "--no-deps", "--wheel-dir", place, context],
-        check=True, capture_output=True,
+        check=True,
     )  # fmt: skip
     (wheel,) = place.glob("nf4cli-*.whl")
     return wheel
@@ -54,3 +55,8 @@ def alone() -> dict[str, str]:
     packages = [path for path in sys.path if path.endswith("site-packages")]
     return {**os.environ, "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1",
             "PYTHONPATH": os.pathsep.join(packages)}  # fmt: skip
+
+
+if __name__ == "__main__":  # scripts/bootstrap.sh: the wheel in the folder that is named
+    with tempfile.TemporaryDirectory() as temporary:
+        build_wheel(copy_context(Path(temporary)), Path(sys.argv[1]))

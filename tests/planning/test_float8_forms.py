@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import (
@@ -135,3 +137,34 @@ def test_a_scaled_file_with_a_weight_without_a_scale_is_refused(work):
     }  # fmt: skip
     save_file(stored, work / "m.safetensors")
     refused(INPUT, "quantize", "m.safetensors", says=("b.weight", "incomplete"), cwd=work)
+
+
+@pytest.mark.parametrize("config", [None, LLAMA])
+def test_scales_that_no_config_speaks_of(tmp_path, config):
+    """Mistral's own files, which have params.json; ModelOpt's float8, which may say it in
+    hf_quant_config.json alone."""
+    generator = torch.Generator().manual_seed(4)
+    suffixes = ("weight_scale", "input_scale") if config else ("qscale_weight", "qscale_act")
+    stored, decoded = {}, {}
+    for name, value in llama_tensors().items():
+        stored[name] = decoded[name] = value
+        if "layers" in name and value.dim() == 2:
+            stored[name], scale = value.to(E4M3), torch.rand((), generator=generator)
+            module = name.removesuffix(".weight")
+            stored |= {f"{module}.{suffixes[0]}": scale, f"{module}.{suffixes[1]}": scale + 1}
+            decoded[name] = (stored[name].float() * scale).bfloat16()
+    write_checkpoint_dir(tmp_path / "source", stored, config)
+    if config is None:
+        params = {"dim": 64, "quantization": {"qformat_weight": "fp8_e4m3"}}
+        (tmp_path / "source/params.json").write_text(json.dumps(params))
+        said = nf4_ok("quantize", tmp_path / "source", "--plan")
+        assert "params.json is copied as it is" in " ".join(said.split())
+    outputs_equal(tmp_path, decoded, config)
+
+
+@pytest.mark.parametrize("leaf", ["scale", "weight_descale", "weight.scales"])
+def test_a_scale_of_an_unknown_form_is_refused(work, leaf):
+    """Bytes without their scale would be other weights, without a word."""
+    stored = {"a.weight": torch.ones(64, 64).to(E4M3), f"a.{leaf}": torch.ones(())}
+    save_file(stored, work / "m.safetensors")
+    refused(INPUT, "quantize", "m.safetensors", says=(f"a.{leaf}", "a scale"), cwd=work)
