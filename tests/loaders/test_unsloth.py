@@ -22,8 +22,9 @@ CASES = {
     **{name: (name, "--target", "unsloth") for name in (
         "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "gpt_oss",
     )},
-    "qwen3_moe for vLLM": ("qwen3_moe", "--target", "vllm"),
-    "mixtral for vLLM": ("mixtral", "--target", "vllm"),
+    **{f"{name} for vLLM": (name, "--target", "vllm") for name in (
+        "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3",
+    )},
     "qwen2_moe, plain scales": ("qwen2_moe", "--target", "unsloth", "--no-double-quant"),
     "qwen3_moe, a layer kept": ("qwen3_moe", "--target", "unsloth", "--keep", "layers.1.mlp"),
 }  # fmt: skip
