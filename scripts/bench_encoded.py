@@ -95,8 +95,12 @@ def kimi(form: str) -> tuple[Tensors, dict[str, object]]:
 
 
 def gpt_oss(form: str) -> tuple[Tensors, dict[str, object]]:
-    """Return (tensors, quantization_config) of the experts in a form: bf16 or mxfp4."""
-    tensors: Tensors = {}
+    """Return (tensors, quantization_config) of half a layer in a form: bf16 or mxfp4."""
+    heads = {"q_proj": (4096, GPT_OSS), "k_proj": (512, GPT_OSS), "v_proj": (512, GPT_OSS)}
+    tensors: Tensors = {
+        f"model.layers.0.self_attn.{name}.weight": bf16(*shape)
+        for name, shape in (heads | {"o_proj": (GPT_OSS, 4096)}).items()
+    }
     path = "model.layers.0.mlp.experts"
     for name, rows in (("gate_up_proj", 2 * GPT_OSS), ("down_proj", GPT_OSS)):
         if form == "bf16":

@@ -74,6 +74,8 @@ bootstrap() {
     SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON "$venv/bin/python" "$root/tests/ci/context.py" "$venv/wheel" ||
       die "building the package failed; the lines above say why"
     source=$(echo "$venv"/wheel/nf4cli-*.whl)
+    # pip takes a wheel of the version that is installed for the same.
+    "$venv/bin/python" -m pip uninstall --quiet --yes nf4cli
   fi
   pip_install "$venv" "$source${extra:+[$extra]}" ||
     die "installing the package failed; the lines above say why"

@@ -75,6 +75,9 @@ def _process_state(words: list[str], cwd: Path | None, out: TextIO, err: TextIO)
         restored.enter_context(redirect_stderr(err))
         restored.enter_context(warnings.catch_warnings())
         warnings.showwarning = _show_warning  # pytest would keep it from stderr
+        # Threads of other libraries write to pipes too: a closed one must not end pytest.
+        restored.callback(setattr, terminal, "end_at_closed_pipe", terminal.end_at_closed_pipe)
+        terminal.end_at_closed_pipe = lambda: None
         _forget_last_run()
         sys.argv = words
         if cwd is not None:

@@ -51,14 +51,20 @@ def library(emulated_libraries) -> Path:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ("check,tests", ("byte-equal with torch (cpu)", "| files of both engines | equal |",
-                         "quantize BF16, error sums", "1 passed", "compute-sanitizer")),
+        ("check", ("byte-equal with torch (cpu)", "| files of both engines | equal |",
+                   "quantize BF16, error sums")),
+        pytest.param("tests", ("1 passed", "compute-sanitizer"), marks=pytest.mark.long),
         ("conversions", ("`--engine cuda`, by workers", "`--engine cpu`, by workers",
                          "bytes of all outputs | the same", "kernel quantize",
                          "copies to the GPU", "8B-shaped, 16 GB | not converted")),
-        ("bitsandbytes", ("plain: decoded weights | 0 of", "searched: decoded weights | 0 of",
-                          "LoRA after from_pretrained | loss", "0 of 278,528 codes")),
-        ("calibration", ("calibration, gptq", "loss 0, importance 0")),
+        pytest.param(
+            "bitsandbytes", ("plain: decoded weights | 0 of", "searched: decoded weights | 0 of",
+                             "LoRA after from_pretrained | loss", "0 of 278,528 codes"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "calibration", ("calibration, gptq", "loss 0, importance 0"), marks=pytest.mark.long
+        ),
     ],
 )  # fmt: skip
 def test_every_part_over_the_emulated_device(library, tmp_path, parts, words):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -32,11 +34,11 @@ SAMPLE = tuple(
 
 
 @pytest.fixture(scope="module")
-def texts(real_gpu) -> dict[str, tuple[str, dict[str, str]]]:
-    """NVRTC's PTX of the sample by generation."""
+def text_of(real_gpu) -> Callable[[str], tuple[str, dict[str, str]]]:
+    """Return NVRTC's PTX of the sample for a generation."""
     if real_gpu is not None:
         pytest.skip("looks at PTX, or runs it on the emulated GPU, and --real-gpu was given")
-    return {arch: build.compile_ptx(arch, SAMPLE) for arch in build.ARCHS}
+    return cache(lambda arch: build.compile_ptx(arch, SAMPLE))
 
 
 def code_of(text: str) -> str:
@@ -44,14 +46,20 @@ def code_of(text: str) -> str:
     return re.sub(r"^\.(target|version).*|//.*", "", text, flags=re.M)
 
 
-@pytest.mark.parametrize("order", [None, "reversed", "7"])
+ORDERS = pytest.mark.parametrize(
+    "order", ["7", *(pytest.param(o, marks=pytest.mark.long) for o in (None, "reversed"))]
+)
+"""Orders of a block's threads: a shuffled one on every commit."""
+
+
+@ORDERS
 def test_every_kernel_as_nvrtc_compiles_it(emulated_ptx, monkeypatch, order):
     if order:
         monkeypatch.setenv("EMU_ORDER", order)
     assert exercise.exercise(emulated_ptx) > 1000
 
 
-@pytest.mark.parametrize("order", [None, "reversed", "7"])
+@ORDERS
 def test_every_kernel_as_gcc_compiles_it(emulated_shim, monkeypatch, order):
     if order:
         monkeypatch.setenv("EMU_ORDER", order)
@@ -67,16 +75,18 @@ def test_every_kernel_in_memory_of_its_exact_size(new_device, real_gpu):
         assert exercise.exercise(DeviceKernels(new_device()), quick=True, parts=PARTS) > 90
 
 
-def test_kernels_for_every_generation(texts):
+@pytest.mark.long
+def test_kernels_for_every_generation(text_of):
     """Generations whose code equals that of sm_80 ran above; the others run here."""
-    ran = {code_of(texts["80"][0])}
+    ran = {code_of(text_of("80")[0])}
     others = []
-    for arch, (text, _) in texts.items():
+    for arch in build.ARCHS:
+        text, _ = text_of(arch)
         if code_of(text) not in ran:
             ran.add(code_of(text))
             others.append(arch)
     libraries = build.parallel(
-        *(lambda arch=arch: build.build_ptx(*texts[arch]) for arch in others)
+        *(lambda arch=arch: build.build_ptx(*text_of(arch)) for arch in others)
     )
     for library in libraries:
         assert exercise.exercise(build.Kernels(library), quick=True, parts=PARTS) > 90
@@ -84,15 +94,16 @@ def test_kernels_for_every_generation(texts):
 
 
 @pytest.mark.parametrize("arch", build.ARCHS)
-def test_every_operation_rounds_on_its_own(texts, arch):
-    operations = ptx.instructions(texts[arch][0])
+def test_every_operation_rounds_on_its_own(text_of, arch):
+    text, _ = text_of(arch)
+    operations = ptx.instructions(text)
     names = {op for op, _ in operations}
     assert not {op for op in names if re.search(r"ftz|approx|\bsat\b|full", op)}
     for op in ("mul.f32", "add.f32", "sub.f32", "mul.f64", "add.f64", "div.full.f32"):
         assert op not in names  # without .rn, a later stage may fuse it
     assert {"mul.rn.f32", "add.rn.f32", "div.rn.f32", "mul.rn.f64", "add.rn.f64"} <= names
     # Only the search for a cell is fused, which decides no byte: 15.25 x + 2097167.25.
-    for kernel in texts[arch][0].split(".entry")[1:]:
+    for kernel in text.split(".entry")[1:]:
         moved = dict(re.findall(r"mov\.[bf]32\s+(%\w+), 0f([0-9A-F]{8});", kernel))
         fused = [arguments for op, arguments in ptx.instructions(kernel) if op.startswith("fma")]
         assert len(fused) == (32 if "8quantizeI" in kernel.split("(")[0] else 0)
@@ -102,9 +113,9 @@ def test_every_operation_rounds_on_its_own(texts, arch):
 
 
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_kernels_under_sanitizers(texts, sanitizer):
+def test_kernels_under_sanitizers(text_of, sanitizer):
     libraries = build.parallel(
-        lambda: build.build_ptx(*texts["90"], sanitizer),
+        lambda: build.build_ptx(*text_of("90"), sanitizer),
         lambda: build.build_shim(SAMPLE, sanitizer),
     )
     for library in libraries:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,38 +42,42 @@ BUDGET = {
 """Instructions a weight.  At its 2.75 bytes, an H100 is bound by its memory up to 27 of them."""
 
 
-@pytest.fixture(scope="module")
-def codes():
+EVERY_COMMIT = ("80", "90")
+"""Generations that are looked at on every commit: Ampere, whose code most others get, and Hopper."""
+architectures = pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[] if a in EVERY_COMMIT else pytest.mark.long) for a in ARCHS]
+)
+
+
+@cache
+def codes(arch: str):
     """Every kernel for one generation; those of the table for the others."""
     table = tuple(kind.kernel for kind in roofline.KINDS)
-    return {
-        arch: roofline.machine_code(arch, every_kernel() if arch == "90" else table)
-        for arch in ARCHS
-    }
+    return roofline.machine_code(arch, every_kernel() if arch == "90" else table)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_nothing_is_spilled(codes, arch):
-    for kernel, code in codes[arch].items():
+@architectures
+def test_nothing_is_spilled(arch):
+    for kernel, code in codes(arch).items():
         assert (code.stack, code.local) == (0, 0), kernel
         assert code.count("LDL") == code.count("STL") == 0, kernel
         assert code.registers <= 80, kernel  # three CTAs of 256 threads on 65,536 registers
         assert code.shared <= 8192, kernel
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_memory_is_accessed_16_bytes_at_a_time(codes, arch):
-    for kernel, code in codes[arch].items():
+@architectures
+def test_memory_is_accessed_16_bytes_at_a_time(arch):
+    for kernel, code in codes(arch).items():
         tail = kernel.startswith(("quantize", "nested")) and kernel.endswith("true>")
         if not tail and kernel != "fold_errors":
             assert code.widest("LDG") == 16, kernel
             assert code.widest("STG") == 16, kernel
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_multiplication_is_fused_with_an_addition(codes, arch):
+@architectures
+def test_no_multiplication_is_fused_with_an_addition(arch):
     """FFMA only where the search looks for a cell, and in divisions, which are exact with it."""
-    for kernel, code in codes[arch].items():
+    for kernel, code in codes(arch).items():
         # ("DFMA.FTZ" does not exist; FFMA.FTZ and .RM, .RP are parts of divisions)
         assert code.count("DFMA") == 0, kernel
         fused = [rest for _, op, rest in code.instructions if op == "FFMA"]
@@ -86,10 +91,10 @@ def test_no_multiplication_is_fused_with_an_addition(codes, arch):
         assert code.count("MUFU.RCP") <= 3 * divisions + 12, kernel
 
 
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_instructions_a_weight(codes, arch):
+@pytest.mark.parametrize("arch", [*EVERY_COMMIT, pytest.param("100", marks=pytest.mark.long)])
+def test_instructions_a_weight(arch):
     for kind in roofline.KINDS:
-        count = codes[arch][kind.kernel].longest_path(kind.trips) / kind.weights
+        count = codes(arch)[kind.kernel].longest_path(kind.trips) / kind.weights
         assert count <= BUDGET[kind.kernel], kind.title
         # a path that leaves the work out would be shorter than what each weight needs
         assert count > BUDGET[kind.kernel] / 2, kind.title

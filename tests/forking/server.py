@@ -13,6 +13,8 @@ imports.  The server ends when its standard input does: with the process that st
 from __future__ import annotations
 
 import array
+import atexit
+import gc
 import importlib
 import os
 import runpy
@@ -21,7 +23,9 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 _NUMBER = struct.Struct("=i")
 
@@ -113,12 +117,40 @@ def run(arguments: list[str]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
+def end(status: Any) -> None:
+    """End as Python does, but leave the modules as they are: taking them apart takes a while.
+
+    Args:
+        status: as `sys.exit` takes it.
+    """
+    code = status if isinstance(status, int) else int(status is not None)
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined] - waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 120  # as Python
+    os._exit(code)
+
+
 if __name__ == "__main__":
     for _name in sys.argv[2:]:
         importlib.import_module(_name.rstrip("!"))
     for _name in [name.rstrip("!") for name in sys.argv[2:] if name.endswith("!")]:
         for _module in [m for m in sys.modules if m.partition(".")[0] == _name.partition(".")[0]]:
             del sys.modules[_module]
+    gc.collect()
+    gc.freeze()  # so that a child's collections do not copy the pages of all this
     _arguments, *_rest = serve(sys.argv[1])
     become(*_rest)
-    run(_arguments)
+    try:
+        run(_arguments)
+        end(0)
+    except SystemExit as _end:
+        end(_end.code)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        end(1)

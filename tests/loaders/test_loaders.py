@@ -231,6 +231,7 @@ def test_minilm_equals_the_real_flow(minilm, tmp_path):
     assert (out / "1_Pooling" / "config.json").is_file()
 
 
+@pytest.mark.long
 def test_smollm2_equals_the_real_flow_generates_and_trains(smollm, tmp_path):
     import peft
 

@@ -36,13 +36,18 @@ results = _Results()
 
 def out_console() -> Console:
     """Return a console on stdout, for results."""
-    _end_at_closed_pipe()
+    _begin_results()
     return _console(stderr=False)
 
 
-def _end_at_closed_pipe() -> None:
-    """Let a closed pipe end the process, as in `nf4 ... | head`; results come after the work."""
+def _begin_results() -> None:
+    """Take note that the work is done, and that nobody has to read on."""
     results.begun = True
+    end_at_closed_pipe()
+
+
+def end_at_closed_pipe() -> None:
+    """Let a closed pipe end the process, as in `nf4 ... | head`."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
@@ -96,7 +101,7 @@ def print_json(kind: str, document: dict[str, Any]) -> None:
     Raises:
         ValueError: the document holds a NaN or an infinity, which JSON does not know: a bug.
     """
-    _end_at_closed_pipe()
+    _begin_results()
     whole = {"nf4": kind, "version": JSON_VERSION, **document}
     text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
     sys.stdout.write(re.sub(r"[^\x00-\x7f]", _escaped, text) + "\n")
