@@ -11,6 +11,7 @@ import pytest
 from ci.context import build_wheel, copy_context
 from emulator import build
 from emulator.device import EmulatedDevice
+from emulator.kernels import every_kernel, sample_of_kernels
 from emulator.real import DeviceKernels, RecordingDevice, open_gpu
 from helpers import LLAMA, llama_tensors, nf4, nf4_ok, nf4_process, write_checkpoint_dir
 from hub_server.fixtures import converted, hub, model, nf4_hub  # noqa: F401 - fixtures
@@ -30,8 +31,7 @@ for _name in ("COLUMNS", "LINES"):
 REAL_ENGINES = {**{f"cpu-{isa}": lambda isa=isa: CpuEngine(isa) for isa in available()},
            "torch": TorchEngine}  # fmt: skip
 ENGINES = (*REAL_ENGINES, pytest.param("cuda", marks=pytest.mark.gpu))
-"""The CUDA engine runs over an emulated device: NVRTC's PTX for sm_80, on the CPU; or over the GPU
-that is here, with --real-gpu."""
+"""The CUDA engine runs over an emulated device, or over the GPU that is here, with --real-gpu."""
 
 EMULATION = "about the emulated GPU itself, and --real-gpu was given"
 WITHOUT_A_GPU = {
@@ -88,7 +88,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernels" in metafunc.fixturenames:
-        ways = ["real"] if metafunc.config.getoption("--real-gpu") else ["ptx", "shim"]
+        emulated = ["shim", pytest.param("ptx", marks=pytest.mark.long)]
+        ways = ["real"] if metafunc.config.getoption("--real-gpu") else emulated
         metafunc.parametrize("kernels", ways, indirect=True, scope="session")
 
 
@@ -141,25 +142,35 @@ def real_gpu(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def emulated_libraries(real_gpu) -> list[Path]:
-    """Every GPU kernel for the CPU: NVRTC's PTX for sm_80 in two parts, the .cu as g++ has it."""
+def shim_library(real_gpu) -> Path:
+    """Every GPU kernel for the CPU, the .cu as g++ has it."""
     if real_gpu is not None:
         pytest.skip(EMULATION)
-    text, names = build.compile_ptx("80")
+    return build.build_shim()
+
+
+@pytest.fixture(scope="session")
+def emulated_shim(shim_library) -> build.Kernels:
+    return build.Kernels(shim_library)
+
+
+@pytest.fixture(scope="session")
+def emulated_ptx(request: pytest.FixtureRequest, real_gpu) -> build.Kernels:
+    """GPU kernels for the CPU, NVRTC's PTX for sm_80: with --long every one, else a sample."""
+    if real_gpu is not None:
+        pytest.skip(EMULATION)
+    long = request.config.getoption("--long")
+    text, names = build.compile_ptx("80", every_kernel() if long else sample_of_kernels())
     parts = [dict(list(names.items())[i::2]) for i in range(2)]
-    return build.parallel(
-        *(lambda part=part: build.build_ptx(text, part) for part in parts), build.build_shim
-    )
+    libraries = build.parallel(*(lambda part=part: build.build_ptx(text, part) for part in parts))
+    return build.Kernels(*libraries)
 
 
 @pytest.fixture(scope="session")
-def emulated_ptx(emulated_libraries) -> build.Kernels:
-    return build.Kernels(*emulated_libraries[:2])
-
-
-@pytest.fixture(scope="session")
-def emulated_shim(emulated_libraries) -> build.Kernels:
-    return build.Kernels(emulated_libraries[2])
+def emulated_kernels(request: pytest.FixtureRequest) -> build.Kernels:
+    """Every kernel, to run the engine over: as g++ has them; with --long as NVRTC has them."""
+    long = request.config.getoption("--long")
+    return request.getfixturevalue("emulated_ptx" if long else "emulated_shim")
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +198,7 @@ def gpu_arch(real_gpu) -> str:
 
 @pytest.fixture
 def gpu_nf4(request: pytest.FixtureRequest, real_gpu, tmp_path):
-    """Run nf4 with emulated GPUs (NVRTC's PTX), or with the one that is here.
+    """Run nf4 with emulated GPUs, or with the one that is here.
 
     Returns what it printed, and last on stderr what the GPUs did.
     """
@@ -195,7 +206,7 @@ def gpu_nf4(request: pytest.FixtureRequest, real_gpu, tmp_path):
     def device(memory: int, name: str):
         if real_gpu is not None:
             return RecordingDevice(real_gpu, memory, name)
-        return EmulatedDevice(request.getfixturevalue("emulated_ptx"), memory, name)
+        return EmulatedDevice(request.getfixturevalue("emulated_kernels"), memory, name)
 
     def run(
         *arguments: object,
@@ -223,7 +234,7 @@ def gpu_nf4(request: pytest.FixtureRequest, real_gpu, tmp_path):
 def cuda_engine(request: pytest.FixtureRequest, real_gpu) -> CudaEngine:
     if real_gpu is not None:
         return CudaEngine(devices=[real_gpu])
-    return CudaEngine(devices=[EmulatedDevice(request.getfixturevalue("emulated_ptx"))])
+    return CudaEngine(devices=[EmulatedDevice(request.getfixturevalue("emulated_kernels"))])
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ci.commands import BIN, stand_in
+from ci.commands import BIN, path_with_nf4, stand_in
 from ci.github import Job
 from helpers import nf4_ok, same_files, write_checkpoint_dir
 
@@ -83,7 +83,7 @@ def test_github(work, tmp_path, hub):
     assert int(inputs["minutes"]) < int(job["timeout-minutes"]) - 10
     for name in ("model", "push_to", "hf_token"):
         assert inputs[name].startswith("${{")
-    env = {**hub.environment(tmp_path / "home"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = {**hub.environment(tmp_path / "home"), "PATH": path_with_nf4()}
     runner = Job(ROOT, work, tmp_path / "runner", instead={"Install nf4": None}, env=env)
     outputs = runner.use(
         **inputs | {"model": "org/model@main", "push_to": "me/it", "hf_token": "hf_write"}
@@ -104,7 +104,7 @@ def gitlab_script(place: Path, path: str = "") -> int:
     done = subprocess.run(
         ["bash", "-c", "set -eo pipefail\n" + "\n".join(job["script"])],
         env={**os.environ, "MODEL": "model", "OUTPUT": "out",
-             "PATH": path or f"{BIN}:{os.environ['PATH']}"},
+             "PATH": path or path_with_nf4()},
         cwd=place, check=False, capture_output=True,
     )  # fmt: skip
     return done.returncode

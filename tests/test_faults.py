@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_nothing_is_lost_whatever_happens():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "faults.py",
-         "--kills", "5", "--points", "5", "--others", "1", "--megabytes", "120"],
+         "--kills", "5", "--points", "5", "--others", "1", "--megabytes", "30"],
         capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

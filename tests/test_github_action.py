@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from ci.commands import stand_in
+from ci.commands import path_with_nf4, stand_in
 from ci.context import alone
 from ci.expressions import evaluate
 from ci.github import Caches, Job
@@ -183,7 +181,7 @@ def test_from_hub_to_hub_in_two_jobs(work, tmp_path, hub, converted):
 
     def job(number: int) -> Job:
         env = hub.environment(tmp_path / f"home-{number}", "hf_write")
-        env |= {"NF4_HUB_WAIT": "0.01", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        env |= {"NF4_HUB_WAIT": "0.01", "PATH": path_with_nf4()}
         return Job(ROOT, work, tmp_path / f"runner-{number}", caches, INSTALLED, env, number)
 
     hub.faults.add(Fault(r"GET /files/.*0001\d-of", after=10, status=503, times=10**6))
@@ -298,7 +296,7 @@ def test_from_a_hub_to_a_hub(work, tmp_path, hub, converted):
     """The whole way, against a server: converted under a bound, nothing is left here."""
     env = {
         **hub.environment(tmp_path / "home"),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": path_with_nf4(),
     }
     one = Job(ROOT, work, tmp_path / "runner-1", None, INSTALLED, env)
     options = {"model": "org/model", "push_to": "me/out", "args": "--max-shard-size 1MB"}

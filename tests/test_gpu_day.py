@@ -43,11 +43,6 @@ def gpu_day(out: Path, *arguments: object, code: int = 0) -> dict:
     return json.loads((out / "gpu_day.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def library(emulated_libraries) -> Path:
-    return emulated_libraries[2]
-
-
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
@@ -67,9 +62,9 @@ def library(emulated_libraries) -> Path:
         ),
     ],
 )  # fmt: skip
-def test_every_part_over_the_emulated_device(library, tmp_path, parts, words):
+def test_every_part_over_the_emulated_device(shim_library, tmp_path, parts, words):
     out = tmp_path / "day"
-    found = gpu_day(out, "--emulate", library, "--here", "--parts", parts)
+    found = gpu_day(out, "--emulate", shim_library, "--here", "--parts", parts)
     for name in parts.split(","):
         assert found["parts"][name]["status"] == "done", found["parts"][name]
         assert found["parts"][name]["failures"] == []

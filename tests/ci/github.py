@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from .commands import path_with_nf4
 from .expressions import evaluate, render
 
 Action = Callable[[dict[str, str]], dict[str, str]]
@@ -83,7 +83,7 @@ class Job:
         self.temp.mkdir(parents=True)
         self._steps: dict[str, dict[str, Any]] = {}
         self._failed = False
-        self._path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        self._path = [path_with_nf4()]
 
     @property
     def summary(self) -> str:

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from emulator import build, exercise, ptx
-from emulator.kernels import every_kernel
+from emulator.kernels import SAMPLE_PARTS, sample_of_kernels
 from emulator.real import DeviceKernels
 from emulator.sanitize import exercise_apart
 
@@ -18,19 +18,7 @@ from nf4cli.format import codebook
 
 pytestmark = pytest.mark.gpu
 
-PARTS = (
-    "quantize<2, 2, 1",
-    "quantize<3, 2, 1",
-    "quantize<0, 0, 2",
-    "nested_quantize",
-    "dequantize<2",
-)
-SAMPLE = tuple(
-    kernel
-    for kernel in every_kernel()
-    if kernel == "fold_errors" or any(part in kernel for part in PARTS)
-)
-"""A kernel of every shape; the others differ in a constant or a conversion."""
+SAMPLE = sample_of_kernels()
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +41,14 @@ ORDERS = pytest.mark.parametrize(
 
 
 @ORDERS
-def test_every_kernel_as_nvrtc_compiles_it(emulated_ptx, monkeypatch, order):
+def test_kernels_as_nvrtc_compiles_them(emulated_ptx, pytestconfig, monkeypatch, order):
+    """A sample of them on every commit."""
     if order:
         monkeypatch.setenv("EMU_ORDER", order)
-    assert exercise.exercise(emulated_ptx) > 1000
+    if pytestconfig.getoption("--long"):
+        assert exercise.exercise(emulated_ptx) > 1000
+    else:
+        assert exercise.exercise(emulated_ptx, parts=SAMPLE_PARTS) > 250
 
 
 @ORDERS
@@ -72,7 +64,7 @@ def test_every_kernel_in_memory_of_its_exact_size(new_device, real_gpu):
     if real_gpu is not None:
         assert exercise.exercise(DeviceKernels(real_gpu)) > 1000
     else:
-        assert exercise.exercise(DeviceKernels(new_device()), quick=True, parts=PARTS) > 90
+        assert exercise.exercise(DeviceKernels(new_device()), quick=True, parts=SAMPLE_PARTS) > 90
 
 
 @pytest.mark.long
@@ -89,11 +81,15 @@ def test_kernels_for_every_generation(text_of):
         *(lambda arch=arch: build.build_ptx(*text_of(arch)) for arch in others)
     )
     for library in libraries:
-        assert exercise.exercise(build.Kernels(library), quick=True, parts=PARTS) > 90
+        assert exercise.exercise(build.Kernels(library), quick=True, parts=SAMPLE_PARTS) > 90
     assert len(others) >= 2, "Turing and Blackwell used to have code of their own"
 
 
-@pytest.mark.parametrize("arch", build.ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    # Turing and Blackwell have code of their own.
+    [pytest.param(a, marks=[] if a in ("75", "100") else pytest.mark.long) for a in build.ARCHS],
+)
 def test_every_operation_rounds_on_its_own(text_of, arch):
     text, _ = text_of(arch)
     operations = ptx.instructions(text)
@@ -119,7 +115,7 @@ def test_kernels_under_sanitizers(text_of, sanitizer):
         lambda: build.build_shim(SAMPLE, sanitizer),
     )
     for library in libraries:
-        assert exercise_apart(library, sanitizer, PARTS) == ""
+        assert exercise_apart(library, sanitizer, SAMPLE_PARTS) == ""
 
 
 def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):

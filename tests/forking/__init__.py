@@ -23,7 +23,8 @@ OF_NF4 = (
     "nf4cli.__main__", "nf4cli.cli.quantize", "nf4cli.cli.verify", "nf4cli.api.quantizing",
     "nf4cli.api.verifying", "nf4cli.api.verifying_bounded", "nf4cli.hub.carrier", "nf4cli.hub.push",
     "nf4cli.hub.outline", "nf4cli.engines.cpu", "nf4cli.engines.cupy_device", "typer._adapters",
-    "rich.progress", "tqdm.auto", "safetensors", "xxhash", "encodings.idna", "huggingface_hub.hf_api!",
+    "rich.progress", "tqdm.auto", "safetensors", "xxhash", "encodings.idna",
+    "huggingface_hub.hf_api!",
 )  # fmt: skip
 """What the command imports.  huggingface_hub is imported anew: it takes its settings from the
 environment."""
