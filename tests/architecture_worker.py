@@ -3,7 +3,7 @@
 A program, not a test: test_model_architectures.py runs it once per version of transformers, for
 all models at once, because importing transformers takes ten seconds.
 
-    architecture_worker.py sources FOLDER
+    architecture_worker.py sources FOLDER [NAME...]
     architecture_worker.py load SOURCES QUANTIZED LINES REPORT [--save FOLDER]
 
 The folders hold one checkpoint per case: `clip@4` is the clip that transformers 4 saved.  LINES has
@@ -40,9 +40,10 @@ def class_of(tiny: Tiny) -> Any:
     return getattr(transformers, tiny.model)
 
 
-def make_sources(folder: Path) -> None:
-    """Random bf16 checkpoints, the same ones every time."""
-    for name, tiny in MODELS.items():
+def make_sources(folder: Path, names: list[str]) -> None:
+    """Random bf16 checkpoints, the same ones every time; of these models, or of all."""
+    for name in names or MODELS:
+        tiny = MODELS[name]
         torch.manual_seed(0)
         model = class_of(tiny)(getattr(transformers, tiny.config)(**tiny.arguments))
         model.to(torch.bfloat16)
@@ -171,14 +172,16 @@ def load_all(
 def main() -> None:
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(dest="step", required=True)
-    steps.add_parser("sources").add_argument("folder", type=Path)
+    step = steps.add_parser("sources")
+    step.add_argument("folder", type=Path)
+    step.add_argument("names", nargs="*")
     step = steps.add_parser("load")
     for name in ("sources", "quantized", "lines", "report"):
         step.add_argument(name, type=Path)
     step.add_argument("--save", type=Path)
     given = parser.parse_args()
     if given.step == "sources":
-        make_sources(given.folder)
+        make_sources(given.folder, given.names)
     else:
         lines = json.loads(given.lines.read_text())
         report = load_all(given.sources, given.quantized, given.save, lines)

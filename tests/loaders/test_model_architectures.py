@@ -58,11 +58,20 @@ RENAMED = ("clip", "dinov2_swiglu", "idefics3", "llama4_text", "llava", "qwen2_v
 """Where some version calls modules otherwise than the checkpoint does, or experts are packed."""
 
 
+BY_FOUR = (*RENAMED, "bert_base", NOTHING_TO_QUANTIZE, "gpt2", "mixtral", "t5")
+"""Whose checkpoints by transformers 4 are looked at on every commit; scripts/nightly has all."""
+
 needs_second = pytest.mark.skipif(
     not HAS_SECOND, reason="no environment with transformers 4: scripts/test makes one"
 )
 architectures = pytest.mark.parametrize("name", NAMES)
 saved_by = pytest.mark.parametrize("saver", ["5", pytest.param("4", marks=needs_second)])
+
+
+def marks_of(name: str, saver: str, loader: str = "") -> list[Any]:
+    """Return the marks of a test of a source in a version of transformers."""
+    second = [needs_second] if "4" in (saver, loader) else []
+    return [*second, pytest.mark.long] if saver == "4" and name not in BY_FOUR else second
 
 
 def ways_of(names: Iterable[str]) -> Any:
@@ -72,7 +81,7 @@ def ways_of(names: Iterable[str]) -> Any:
         [
             pytest.param(
                 name, saver, loader, id=f"{name}@{saver}-in-{loader}",
-                marks=[needs_second] if "4" in (saver, loader) else [],
+                marks=marks_of(name, saver, loader),
             )
             for name in names for saver in PYTHONS for loader in PYTHONS
             if loader == "5" or f"{name}@{saver}" not in UNREADABLE
@@ -114,13 +123,14 @@ def run_worker(major: str, *arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Work:
     root = tmp_path_factory.mktemp("architectures")
     sources, quantized, real = (root / name for name in ("sources", "quantized", "real"))
     quantized.mkdir()
     majors = ["5", "4"] if HAS_SECOND else ["5"]
+    names = {"5": (), "4": () if pytestconfig.getoption("--long") else BY_FOUR}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda major: run_worker(major, "sources", sources), majors))
+        list(pool.map(lambda major: run_worker(major, "sources", sources, *names[major]), majors))
         cases = sorted(p.name for p in sources.iterdir() if NOTHING_TO_QUANTIZE not in p.name)
         kept = [f"{case}+kept" for case in cases if case.partition("@")[0] in RENAMED]
 
@@ -171,8 +181,13 @@ def original(source: dict[str, torch.Tensor], weight: str, model: str) -> torch.
     return halves[part == "up_proj"].T.contiguous()
 
 
-@saved_by
-@architectures
+@pytest.mark.parametrize(
+    ("name", "saver"),
+    [
+        pytest.param(name, saver, id=f"{name}-{saver}", marks=marks_of(name, saver))
+        for name in NAMES for saver in PYTHONS
+    ],
+)  # fmt: skip
 def test_every_byte_is_what_bitsandbytes_computes(work: Work, name: str, saver: str):
     from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,15 @@ OUTPUTS = {
 }
 LOADED = [*FAMILIES, "llama_f16", "from float32", "float32", "kept by the user", "kept for a NaN"]
 UNDER_FLOAT32 = ("llama", "qwen3_moe")
+EVERY_COMMIT = ("llama", "qwen3_moe", "from float32", "one part kept", "mixture for transformers")
+"""Outputs that vLLM loads on every commit, a second or two each; scripts/nightly has the rest."""
+
+
+def those(names: Iterable[str]) -> list[Any]:
+    """Return test parameters for outputs: long but for those of EVERY_COMMIT."""
+    return [
+        pytest.param(name, marks=[] if name in EVERY_COMMIT else pytest.mark.long) for name in names
+    ]
 
 
 def make_model(config: Any, root: Path) -> None:
@@ -200,7 +210,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Seen:
     if not PYTHON.exists():
         pytest.skip(
             "no environment with vLLM: scripts/test makes one, where the disk has 8 GB left, and "
@@ -208,8 +218,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         )
     root = tmp_path_factory.mktemp("vllm")
     make_sources(root / "sources")
+    names = list(OUTPUTS) if pytestconfig.getoption("--long") else EVERY_COMMIT
     printed, jobs = {}, []
-    for name, output in OUTPUTS.items():
+    for name in names:
+        output = OUTPUTS[name]
         place = root / "outputs" / name
         printed[name] = output.make(root / "sources", place)
         nf4_ok("dequantize", place, root / "decoded" / name)
@@ -219,10 +231,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     jobs += [
         {"name": f"{name} under float32", "model": str(root / "outputs" / name), "float32": True}
         for name in UNDER_FLOAT32
+        if name in names
     ]
-    jobs += [{"name": f"{name} source", "model": str(root / "sources" / name)} for name in FAMILIES]
-    float32 = {"model": str(root / "outputs" / "float32"), "dtype": "float32"}
-    jobs.append({"name": "computing in float32", **float32})
+    jobs += [
+        {"name": f"{name} source", "model": str(root / "sources" / name)}
+        for name in FAMILIES if name in names
+    ]  # fmt: skip
+    if "float32" in names:
+        float32 = {"model": str(root / "outputs" / "float32"), "dtype": "float32"}
+        jobs.append({"name": "computing in float32", **float32})
     no_plugin = {"VLLM_PLUGINS": ""}
     jobs.append({**jobs[0], "name": "without the plugin", "environment": no_plugin})
     (root / "vllm").mkdir()
@@ -311,7 +328,7 @@ def decoded(seen: Seen, name: str, folder: str = "decoded") -> dict[str, torch.T
     return read_all(seen.root / folder / name)
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", those(LOADED))
 def test_every_weight_is_what_nf4_dequantize_gives(seen, name):
     """But for the offset of double quantization, which vLLM rounds to its dtype for the model."""
     exact = pairs_of(seen, name, decoded(seen, name, "decoded-rounded"))
@@ -349,7 +366,7 @@ def rms(values: torch.Tensor) -> float:
     return float(values.pow(2).mean().sqrt())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", those(FAMILIES))
 def test_it_computes_what_transformers_does(seen, name):
     """As nearly as vLLM does with the unquantized model, in bfloat16.
 
@@ -364,7 +381,7 @@ def test_it_computes_what_transformers_does(seen, name):
     assert rms(ours) < rms(expected_logprobs(model) - expected_logprobs(source)) / 3
 
 
-@pytest.mark.parametrize("name", ["kept by the user", "kept for a NaN"])
+@pytest.mark.parametrize("name", those(["kept by the user", "kept for a NaN"]))
 def test_kept_parts_of_what_vllm_loads_as_one_are_not_quantized(seen, name):
     """Of layer 0; the first test says that the others are as packed, and kept ones exact."""
     packed = seen.loaded(name)["packed"]
@@ -391,9 +408,21 @@ def test_one_kept_part_is_quantized_on_the_fly(seen):
     ("name", "error", "where"),
     [
         ("mixture for transformers", "doesn't match the broadcast shape", "_load_w2"),
-        ("experts of two dtypes", "AssertionError", "_fuse_moe_quant_states"),
-        ("stored as bfloat16", "Unsupported bnb_4bit_quant_storage: bfloat16", ""),
-        ("computing in float32", "AssertionError", "_assert_and_load"),
+        pytest.param(
+            "experts of two dtypes",
+            "AssertionError",
+            "_fuse_moe_quant_states",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "stored as bfloat16",
+            "Unsupported bnb_4bit_quant_storage: bfloat16",
+            "",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "computing in float32", "AssertionError", "_assert_and_load", marks=pytest.mark.long
+        ),
         ("without the plugin", "Unknown quantization method: bitsandbytes", ""),
     ],
 )
@@ -407,6 +436,7 @@ def test_a_note_says_that_the_mixture_for_transformers_does_not_load(seen):
     assert "so it does not load this output" in seen.printed["mixture for transformers"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "at_least"), [("experts in fp4", 0.2), ("experts with partial blocks", 0.05)]
 )
@@ -418,7 +448,7 @@ def test_experts_that_nf4_refuses_for_vllm_are_wrong_there(seen, name, at_least)
     assert [path.rpartition(".")[2] for path in wrong] == list(EXPERTS)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in MIXTURES])
+@pytest.mark.parametrize("name", those(name for name in FAMILIES if name not in MIXTURES))
 def test_a_dense_model_is_the_same_for_every_target(seen, name, tmp_path):
     """So what vLLM was seen to load above is what the default target writes, too."""
     for target in ("transformers", "unsloth"):
