@@ -79,6 +79,7 @@ def test_a_model_through_a_mirror(nf4_hub: Runner, hub: Hub, mirror: str, conver
     nf4_hub.fails(3, "quantize", "org/nothing", "no", says=("org/nothing",), **there)
 
 
+@pytest.mark.long
 def test_what_was_pushed_is_proved_through_a_mirror(nf4_hub: Runner, hub: Hub, mirror: str):
     pushed = ("--disk", "10MB", "--push-to", "me/it", "--public", "--max-shard-size", "1MB")
     nf4_hub.ok("quantize", "org/model", *pushed)

@@ -299,6 +299,7 @@ def test_the_table_of_float32_modules_is_diffusers_own():
         assert set(wanted) <= set(FP32_MODULES.get(name, ())), name
 
 
+@pytest.mark.long
 def test_every_class_of_diffusers_is_packed_as_it_replaces(tmp_path):
     """On the meta device: what we pack is what diffusers holds in 4 bit, given our skip list."""
     checked = 0
