@@ -201,8 +201,8 @@ def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPl
         )
     if "quantization" in checkpoint.params:
         notes.append(
-            "params.json is copied as it is, and says how the source's weights were quantized: take "
-            'its "quantization" out before a program reads the output by it'
+            "params.json is copied as it is, and says how the source's weights were quantized: "
+            'take its "quantization" out before a program reads the output by it'
         )
     if not checkpoint.config:
         notes.append(
