@@ -109,13 +109,18 @@ def test_every_operation_rounds_on_its_own(text_of, arch):
 
 
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_kernels_under_sanitizers(text_of, sanitizer):
-    libraries = build.parallel(
-        lambda: build.build_ptx(*text_of("90"), sanitizer),
-        lambda: build.build_shim(SAMPLE, sanitizer),
-    )
-    for library in libraries:
-        assert exercise_apart(library, sanitizer, SAMPLE_PARTS) == ""
+def test_kernels_as_gcc_compiles_them_under_sanitizers(sanitizer, real_gpu):
+    if real_gpu is not None:
+        pytest.skip("compiles for the emulated GPU, and --real-gpu was given")
+    library = build.build_shim(SAMPLE, sanitizer)
+    assert exercise_apart(library, sanitizer, SAMPLE_PARTS) == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_kernels_as_nvrtc_compiles_them_under_sanitizers(text_of, sanitizer):
+    library = build.build_ptx(*text_of("90"), sanitizer)
+    assert exercise_apart(library, sanitizer, SAMPLE_PARTS) == ""
 
 
 def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
