@@ -14,6 +14,8 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +115,20 @@ def gpt_oss(form: str) -> tuple[Tensors, dict[str, object]]:
     return tensors, {} if form == "bf16" else {"quant_method": "mxfp4"}
 
 
-def write(root: Path, tensors: Tensors, config: dict[str, object]) -> Path:
-    """Write a checkpoint, and leave it in the page cache."""
+def write(root: Path, kind: str, form: str) -> None:
+    """Write a checkpoint of a kind, "kimi" or "gpt-oss", in a form."""
+    if kind == "kimi":
+        tensors, quantization = kimi(form)
+        config: dict[str, object] = {"model_type": "llama"}
+    else:
+        tensors, quantization = gpt_oss(form)
+        config = {
+            "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"],
+            "hidden_size": GPT_OSS, "num_local_experts": GPT_OSS_EXPERTS,
+        }  # fmt: skip
+    config |= {"torch_dtype": "bfloat16", "vocab_size": 100}
+    if quantization:
+        config["quantization_config"] = quantization
     root.mkdir(parents=True)
     header: dict[str, object] = {}
     offset = 0
@@ -129,6 +143,13 @@ def write(root: Path, tensors: Tensors, config: dict[str, object]) -> Path:
         for _, values in tensors.values():
             file.write(values.tobytes())
     (root / "config.json").write_text(json.dumps(config))
+
+
+def make(work: Path, kind: str, form: str) -> Path:
+    """Write a checkpoint in a process of its own: commands' peak memory begins with this one's."""
+    root = work / f"{kind}-{form}"
+    if not root.exists():
+        subprocess.run([sys.executable, __file__, "--make", root, kind, form], check=True)
     return root
 
 
@@ -138,12 +159,14 @@ class Case:
 
     Attributes:
         runs: (wall s, CPU s, peak bytes) of each.
+        size: bytes of its weights' files.
     """
 
     title: str
     source: Path
     options: tuple[str, ...] = ()
     runs: list[tuple[float, float, int]] = field(default_factory=list)
+    size: int = 0
 
     def convert(self, out: Path) -> None:
         """Convert once."""
@@ -151,47 +174,42 @@ class Case:
 
     def row(self) -> str:
         """Return a row of the table."""
-        size = sum(path.stat().st_size for path in self.source.glob("*.safetensors"))
         walls, cpus, peaks = zip(*self.runs, strict=True)
         return (
-            f"| {self.title} | {size / 1e6:,.0f} MB | {spread(list(walls))} | "
+            f"| {self.title} | {self.size / 1e6:,.0f} MB | {spread(list(walls))} | "
             f"{spread(list(cpus))} | {max(peaks) / 1e6:.0f} MB |"
         )
 
 
 def cases(work: Path) -> Iterator[Case]:
     """Make the sources."""
-    dense = {"model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 100}
     for form, title in (
         ("bf16", "ten experts of Kimi K2 (2048 x 7168), bf16, to NF4"),
         ("int4", "the same in INT4, groups of 32"),
         ("float8", "the same in float8, blocks of 128 x 128"),
     ):
-        tensors, config = kimi(form)
-        quantization = {"quantization_config": config} if config else {}
-        yield Case(title, write(work / f"kimi-{form}", tensors, dense | quantization))
-    moe = {
-        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "torch_dtype": "bfloat16",
-        "vocab_size": 100, "hidden_size": GPT_OSS, "num_local_experts": GPT_OSS_EXPERTS,
-    }  # fmt: skip
-    roots = {}
-    for form in ("bf16", "mxfp4"):
-        tensors, config = gpt_oss(form)
-        quantization = {"quantization_config": config} if config else {}
-        roots[form] = write(work / f"gpt-oss-{form}", tensors, moe | quantization)
-    yield Case("16 experts of gpt-oss-20b, bf16; copied", roots["bf16"])
-    yield Case("the same in MXFP4; decoded to bf16", roots["mxfp4"])
-    target = ("--target", "unsloth")
-    yield Case("the same from bf16, to NF4 (`--target unsloth`)", roots["bf16"], target)
-    yield Case("the same from MXFP4, to NF4", roots["mxfp4"], target)
+        yield Case(title, make(work, "kimi", form))
+    for form, title, options in (
+        ("bf16", "16 experts of gpt-oss-20b, bf16; copied", ()),
+        ("mxfp4", "the same in MXFP4; decoded to bf16", ()),
+        ("bf16", "the same from bf16, to NF4 (`--target unsloth`)", ("--target", "unsloth")),
+        ("mxfp4", "the same from MXFP4, to NF4", ("--target", "unsloth")),
+    ):
+        yield Case(title, make(work, "gpt-oss", form), options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to use")
+    parser.add_argument("--work", type=Path, help="a directory on the disk to use")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each source")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)  # FOLDER KIND FORM
     options = parser.parse_args()
+    if options.make:
+        write(Path(options.make[0]), *options.make[1:])
+        return
+    if options.work is None:
+        parser.error("--work is missing")
     work = options.work / "nf4-bench-encoded"
     shutil.rmtree(work, ignore_errors=True)
     found = list(cases(work))
@@ -199,7 +217,7 @@ def main() -> None:
         case.convert(work / "out")
         run(NF4, "verify", str(work / "out"), "--source", str(case.source))
         case.runs.clear()
-        warm(case.source)
+        case.size = warm(case.source)
     for _ in range(options.runs):
         for case in found:
             case.convert(work / "out")

@@ -78,7 +78,7 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
                 f"{name} in {shard.path} is {tensor.dtype} and {other} lies beside it, which looks "
                 f"like a scale, of a form that nf4 does not know: {WHERE_TO_GO}"
             )
-        encoding = _unscaled(tensor) if place is None else _encoding(tensor, place, blocks)
+        encoding = _unscaled(tensor) if place is None else _encoding(tensor, place, blocks, known)
         found.add(EncodedWeight(name, "", "", tensor.shape, encoding))
     if found.weights:
         _leave_folded(checkpoint, found)
@@ -168,12 +168,15 @@ def _unscaled(tensor: TensorInfo) -> Encoding:
     return Encoding(FLOAT8, _kind(tensor), 1, 1, size, (1, max(1, size)), None)
 
 
-def _encoding(weight: TensorInfo, place: Placed, blocks: Collection[tuple[int, int]]) -> Encoding:
+def _encoding(
+    weight: TensorInfo, place: Placed, blocks: Collection[tuple[int, int]], known: bool
+) -> Encoding:
     """Return how a float8 weight decodes, with the block that the shape of its scale stands for.
 
     Args:
         place: of the scale.
         blocks: the (rows, columns) that config.json names.
+        known: whether the source says that it is one of scaled float8.
 
     Raises:
         InputError: the scale's dtype or shape is none of the possible ones.
@@ -199,7 +202,12 @@ def _encoding(weight: TensorInfo, place: Placed, blocks: Collection[tuple[int, i
         expected = " or ".join(str(list(shape)) for shape in shapes if shape)
         raise InputError(
             f"{scale.name} in {shard.path} has shape {list(scale.shape)}, which fits no way to "
-            f"scale {weight.name} {list(weight.shape)}: expected {expected}. Download both again"
+            f"scale {weight.name} {weight.dtype} {list(weight.shape)}: expected {expected}. "
+            + (
+                "Download both again"
+                if known
+                else "config.json has no quantization_config, which would name the size of blocks"
+            )
         )
     matrices = stack[0] if stack else 1
     return Encoding(FLOAT8, _kind(weight), matrices, rows, columns, shapes[scale.shape], place)

@@ -173,22 +173,33 @@ def _encoded_note(tensors: list[TensorPlan], dtype: str) -> list[str]:
     ]
 
 
+def _nonfinite_note(nonfinite: list[str], tensors: list[TensorPlan], dtype: str) -> list[str]:
+    """Return a note about weights that stay in float for a NaN, in a list; [] if there are none.
+
+    Args:
+        nonfinite: their names.
+        dtype: the model's, as torch spells it.
+    """
+    if not nonfinite:
+        return []
+    along = [t.name for t in tensors if t.rule in kept_with.FOLLOWING]
+    return [
+        f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
+        f"{'stay' if nonfinite[1:] else 'stays'} in {dtype}"
+        + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
+        + ". Whatever the model computes with it is not finite either: repair the source"
+    ]
+
+
 def notes_of(checkpoint: Checkpoint, config: QuantConfig, tensors: list[TensorPlan]) -> list[str]:
     """Return the notes of a checkpoint's plan.
 
     Args:
         config: with every "auto" resolved.
     """
-    notes = []
+    notes: list[str] = []
     nonfinite = [t.name for t in tensors if t.rule == selection.NONFINITE.name]
-    if nonfinite:
-        along = [t.name for t in tensors if t.rule in kept_with.FOLLOWING]
-        notes.append(
-            f"{_some(nonfinite)} {'hold' if nonfinite[1:] else 'holds'} a NaN or an infinity and "
-            f"{'stay' if nonfinite[1:] else 'stays'} in {config.dtype}"
-            + (f"; so do, as loaders take them for the same, {_some(along)}" if along else "")
-            + ". Whatever the model computes with it is not finite either: repair the source"
-        )
+    notes += _nonfinite_note(nonfinite, tensors, config.dtype)
     notes += _expert_notes(checkpoint, config, tensors)
     if config.target == "vllm":
         notes += _vllm_notes(config, tensors, bool(nonfinite))
