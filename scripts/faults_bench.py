@@ -17,8 +17,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forking import nf4_command  # noqa: E402 - lies beside the tests
+
 NF4 = Path(sys.executable).with_name("nf4")
-QUANTIZE = (NF4, "quantize", "--max-shard-size", "6MB")  # several files
+SEVERAL_FILES = ("--max-shard-size", "6MB")
+QUANTIZE = (NF4, "quantize", *SEVERAL_FILES)
 MACHINE, INTERRUPTED, USAGE, INPUT = 4, 130, 2, 3
 THERE = re.compile(r"continuing an earlier run: ([\d,]+) of ([\d,]+) weights")
 
@@ -61,19 +66,31 @@ class Bench:
     def workspace(self) -> Path:
         return self.place / ".out.partial"
 
-    def start(self, *options: str, fault: str = "", **kwargs: object) -> subprocess.Popen[str]:
+    def start(
+        self,
+        *options: str,
+        fault: str = "",
+        command: tuple[str | Path, ...] = (NF4,),
+        **kwargs: object,
+    ) -> subprocess.Popen[str]:
+        """Begin a run; command: the words that run nf4."""
         environment = dict(os.environ)
         if fault:
             environment |= {"LD_PRELOAD": str(self.preload), "NF4_FAULT": fault}
         workers = str(self.random.choice((1, 2, 3)))
-        command = [*QUANTIZE, self.source, self.output, "--workers", workers, *options]
+        words = ["quantize", *SEVERAL_FILES, self.source, self.output, "--workers", workers]
         return subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.DEVNULL,
+            [*command, *words, *options], env=environment, text=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, **kwargs,  # type: ignore[call-overload]
         )  # fmt: skip
 
     def run(self, *options: str, fault: str = "") -> tuple[int, str]:
-        process = self.start(*options, fault=fault)
+        """Run to the end: (exit code, what it said).
+
+        A run with a fault is a process of its own, with the faulty library in it from its start;
+        another one is forked from a Python that has imported what it needs.
+        """
+        process = self.start(*options, fault=fault, command=(NF4,) if fault else nf4_command())
         _, stderr = process.communicate(timeout=300)
         require("Traceback" not in stderr, f"a traceback: {stderr[-2000:]}")
         return process.returncode, stderr
