@@ -39,6 +39,8 @@ enum nf4_dtype {
   NF4_E2M1 = 5,
   NF4_OFFSET4 = 6,
   NF4_OFFSET8 = 7,
+  NF4_E5M2 = 8,
+  NF4_INT8 = 9,
 };
 
 constexpr float kAbsmaxFloor = 1e-38f;  // the least that bitsandbytes' own code divides by

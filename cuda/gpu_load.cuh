@@ -32,15 +32,22 @@ struct Codes {
 // The bits of a code of kFrom; 0 for a float format.
 template <int kFrom>
 constexpr int kCodeBits = kFrom == NF4_E2M1 || kFrom == NF4_OFFSET4   ? 4
-                          : kFrom == NF4_E4M3 || kFrom == NF4_OFFSET8 ? 8
+                          : kFrom == NF4_E4M3 || kFrom >= NF4_OFFSET8 ? 8
                                                                       : 0;
 
-// Return the value of a code.  Integers go into the lowest bits of 2^23.
+// Whether codes of kFrom are integers, which may have zero points.
+template <int kFrom>
+constexpr bool kIntegers = kFrom == NF4_OFFSET4 || kFrom == NF4_OFFSET8 || kFrom == NF4_INT8;
+
+// Return the value of a code.  Integers go into the lowest bits of 2^23; those with a sign are
+// those with an offset, but for the first bit.
 template <int kFrom>
 NF4_FN float code_value(uint32_t code) {
   if (kFrom == NF4_E4M3) return nf4_f32_of_e4m3((uint8_t)code);
+  if (kFrom == NF4_E5M2) return nf4_f32_of_f16((uint16_t)(code << 8));
   if (kFrom == NF4_E2M1) return nf4_f32_of_e2m1(code);
-  return nf4_float_of_bits(0x4b000000u | code) - (0x1p23f + (kFrom == NF4_OFFSET4 ? 8.0f : 128.0f));
+  const uint32_t bits = kFrom == NF4_INT8 ? code ^ 0x80u : code;
+  return nf4_float_of_bits(0x4b000000u | bits) - (0x1p23f + (kFrom == NF4_OFFSET4 ? 8.0f : 128.0f));
 }
 
 // Write the 8 halves of 16 bytes.
@@ -107,7 +114,7 @@ NF4_FN i64 factor(const Codes& f, uint32_t at) {
 template <int kFrom, int kTo>
 NF4_FN void decode8(const Codes& f, i64 at, const uint32_t* words, float* x) {
   constexpr int kBits = kCodeBits<kFrom>, kPerWord = 32 / kBits;
-  constexpr bool kZero = kFrom == NF4_OFFSET4 || kFrom == NF4_OFFSET8;
+  constexpr bool kZero = kIntegers<kFrom>;
   const i64 place = factor(f, (uint32_t)at);
   const float unit = f.scale[place], zero = kZero && f.zero ? f.zero[place] : 0.0f;
 #pragma unroll

@@ -28,7 +28,7 @@ _RUN_LANES = 16  # nested_quantize: threads of a run
 _TILE = 1024  # dequantize: elements of a warp
 _CELLS, _GRID = 32, 15.25  # search for a code: cells of its table, cells per unit of the value
 
-CODE_SOURCES = {"e4m3": 3, "e2m1": 5, "offset4": 6, "offset8": 7}
+CODE_SOURCES = {"e4m3": 3, "e2m1": 5, "offset4": 6, "offset8": 7, "e5m2": 8, "int8": 9}
 """Kind of codes that the kernels decode -> its number as a source dtype, next to DTYPE_CODES."""
 STEPS = {"nf4": 1, "fp4": 2}
 """Comparisons that find the rank of a value among the midpoints of its cell, see `book`."""
