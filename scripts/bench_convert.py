@@ -174,7 +174,8 @@ def watch(owner, name, label):
             with lock: spent[label] = spent.get(label, 0.0) + time.thread_time() - start
     setattr(owner, name, timed)
 watch(reader.ByteReader, "read_into", "read")
-watch(digest.ShardDigest, "update", "hash")
+watch(digest.FileDigest, "update", "hash")
+watch(digest.TensorDigests, "update", "hash")
 watch(CpuEngine, "quantize", "encode")
 watch(CpuEngine, "nested_quantize", "double quantization")
 watch(CpuEngine, "sum", "double quantization")

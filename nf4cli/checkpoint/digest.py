@@ -29,6 +29,9 @@ ALGORITHMS = ("blake3", "sha256")
 TENSOR_ALGORITHM = "xxh3_128"
 _PIECE = 1 << 20  # bytes read at a time, few enough to stay in the cache for both digests
 
+_MANY_WORKERS = 8
+"""Workers from which on one thread could not digest what they read."""
+
 Item = TypeVar("Item")
 
 
@@ -37,12 +40,22 @@ class _Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def new_file_hash(algorithm: str) -> _Hash:
-    """Return a new hash object of one of ALGORITHMS."""
+def hash_threads(workers: int) -> int:
+    """Return with how many threads to compute the digest of one file that workers read.
+
+    A file's bytes are digested in order, whoever has read them, so one thread's speed would bound
+    all workers.  BLAKE3 is a tree, of which several threads can compute parts.  Each needs about
+    four workers to read and encode for it (scripts/bench_scaling.py).
+    """
+    return max(1, workers // 4) if workers >= _MANY_WORKERS else 1
+
+
+def new_file_hash(algorithm: str, threads: int = 1) -> _Hash:
+    """Return a new hash object of one of ALGORITHMS; threads: that BLAKE3 may use."""
     if algorithm == "blake3":
         import blake3
 
-        return blake3.blake3()
+        return blake3.blake3(max_threads=threads)
     return hashlib.new(algorithm)
 
 
@@ -96,12 +109,16 @@ class TensorDigests:
 class FileDigest:
     """The digest of a file, fed with its bytes in order.
 
+    Args:
+        algorithm: one of ALGORITHMS.
+        threads: that BLAKE3 may use.
+
     Attributes:
         position: bytes of the file so far.
     """
 
-    def __init__(self, algorithm: str) -> None:
-        self._hash = new_file_hash(algorithm)
+    def __init__(self, algorithm: str, threads: int = 1) -> None:
+        self._hash = new_file_hash(algorithm, threads)
         self.position = 0
 
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
@@ -121,33 +138,33 @@ class ShardDigest:
     Args:
         tensors: see `TensorDigests`.
         algorithm: of the file's digest, one of ALGORITHMS.
+        threads: that BLAKE3 may use.
+
+    Attributes:
+        file: the digest of the file.
+        by_tensor: those of the tensors.
     """
 
-    def __init__(self, tensors: Collection[TensorInfo], algorithm: str) -> None:
-        self._file = FileDigest(algorithm)
-        self._tensors = TensorDigests(tensors)
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file so far."""
-        return self._file.position
+    def __init__(self, tensors: Collection[TensorInfo], algorithm: str, threads: int = 1) -> None:
+        self.file = FileDigest(algorithm, threads)
+        self.by_tensor = TensorDigests(tensors)
 
     @property
     def tensors(self) -> dict[str, str]:
         """Name -> digest, of the tensors that are complete."""
-        return self._tensors.tensors
+        return self.by_tensor.tensors
 
     def update(self, data: NDArray[np.uint8] | bytes) -> None:
         """Add the next bytes of the file."""
-        self._file.update(data)
-        self._tensors.update(data)
+        self.file.update(data)
+        self.by_tensor.update(data)
 
     def hexdigest(self) -> str:
         """Return the digest of the file's bytes so far."""
-        return self._file.hexdigest()
+        return self.file.hexdigest()
 
 
-Digest = TypeVar("Digest", FileDigest, TensorDigests, ShardDigest)
+Digest = TypeVar("Digest", FileDigest, TensorDigests)
 
 
 class _Ordered(Generic[Digest]):
@@ -232,31 +249,46 @@ def _digest_range(
     return digest.hexdigest()
 
 
-class OrderedDigest(_Ordered[ShardDigest]):
-    """A ShardDigest that several threads feed, see `_Ordered`."""
+class OrderedDigest:
+    """A ShardDigest that several threads feed, see `_Ordered`.
+
+    The two kinds of digests have turns of their own, so one thread can compute the file's digest
+    while another computes the tensors' digests.
+
+    Attributes:
+        digest: the digest that is fed.
+    """
+
+    def __init__(self, digest: ShardDigest) -> None:
+        self.digest = digest
+        self._file = _Ordered(digest.file)
+        self._tensors = _Ordered(digest.by_tensor)
+
+    def update(self, start: int, data: NDArray[np.uint8] | bytes) -> int:
+        """Wait for the turns of the bytes at offset `start` of the file, and add them.
+
+        Returns:
+            Offset of the byte behind them, or `start` after `abort`.
+        """
+        self._file.update(start, data)
+        return self._tensors.update(start, data)
+
+    def abort(self) -> None:
+        """Release every waiting thread; the digests are then useless."""
+        self._file.abort()
+        self._tensors.abort()
 
 
 class ShardHashing:
     """A file that several threads read once, to compute its digest and those of its tensors.
 
-    The two kinds of digests have turns of their own, so one thread can compute the file's digest
-    while another computes the tensors' digests or reads.
-
     Args:
         shard: the file.
-        algorithm: of the file's digest, one of ALGORITHMS.
-        tensors: whether to compute the tensors' digests.
-
-    Attributes:
-        file: the digest of the file.
-        tensors: the digests of the tensors.
+        turns: what its bytes are fed to.
     """
 
-    def __init__(self, shard: Shard, algorithm: str, tensors: bool) -> None:
-        self.shard = shard
-        self.file = _Ordered(FileDigest(algorithm))
-        self.tensors = _Ordered(TensorDigests(shard.tensors if tensors else ()))
-        self._with_tensors = tensors
+    def __init__(self, shard: Shard, turns: OrderedDigest) -> None:
+        self.shard, self.turns = shard, turns
         self._reader: ByteReader | None = None
         self._lock = threading.Lock()
 
@@ -281,15 +313,8 @@ class ShardHashing:
                 self._reader = ByteReader(self.shard.path, self.shard.size)
         piece = buffer[: min(_PIECE, self.shard.size - start)]
         self._reader.read_into(piece, start)
-        self.file.update(start, piece)
-        if self._with_tensors:
-            self.tensors.update(start, piece)
+        self.turns.update(start, piece)
         return piece.nbytes
-
-    def abort(self) -> None:
-        """Release every thread that waits for its turn."""
-        self.file.abort()
-        self.tensors.abort()
 
     def close(self) -> None:
         """Close the file; no thread may read it any more."""
@@ -322,7 +347,14 @@ def digest_shards(
     """
     import numpy as np
 
-    hashings = [ShardHashing(shard, algorithm, tensors) for shard in shards]
+    threads = hash_threads(workers // max(1, len(shards)))
+    hashings = [
+        ShardHashing(
+            shard,
+            OrderedDigest(ShardDigest(shard.tensors if tensors else (), algorithm, threads)),
+        )
+        for shard in shards
+    ]
 
     def make_worker() -> Callable[[tuple[ShardHashing, int]], None]:
         buffer = np.empty(_PIECE, np.uint8)
@@ -335,14 +367,14 @@ def digest_shards(
 
     def abort() -> None:
         for hashing in hashings:
-            hashing.abort()
+            hashing.turns.abort()
 
     try:
         run(_in_turn([h.pieces() for h in hashings], workers), make_worker, workers, abort)
     finally:
         for hashing in hashings:
             hashing.close()
-    return [(h.file.digest.hexdigest(), h.tensors.digest.tensors) for h in hashings]
+    return [(h.turns.digest.hexdigest(), h.turns.digest.tensors) for h in hashings]
 
 
 def digest_shard(

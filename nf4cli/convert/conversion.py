@@ -25,6 +25,7 @@ from ..checkpoint.digest import (
     ShardDigest,
     digest_open,
     digest_tensor,
+    hash_threads,
     tensor_digest,
 )
 from ..checkpoint.encoded import Companion, Factors
@@ -247,7 +248,8 @@ class Conversion:
         self._identities[shard.path] = reader.identity()
         if self._algorithm is None or shard.path.name in self._digested:
             return
-        digest = ShardDigest(shard.tensors, self._algorithm)
+        threads = hash_threads(self._resources.workers)
+        digest = ShardDigest(shard.tensors, self._algorithm, threads)
         digest.update(reader.read(0, shard.data_start))
         if shard.data_start == shard.size:  # no tensor has a byte
             self._digest_done(shard, digest)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nf4cli import cli
-from nf4cli.checkpoint.digest import ShardDigest
+from nf4cli.checkpoint.digest import FileDigest, TensorDigests
 from nf4cli.checkpoint.reader import ByteReader
 from nf4cli.checkpoint.writer import ShardWriter
 from nf4cli.convert.items import AbsmaxFile
@@ -25,7 +25,8 @@ from nf4cli.engines.cuda import CudaEngine
 
 WATCHED = (
     (ByteReader, "read_into", "read"),
-    (ShardDigest, "update", "digest"),
+    (FileDigest, "update", "digest"),
+    (TensorDigests, "update", "digest"),
     (CudaEngine, "quantize", "encode"),
     (CpuEngine, "quantize", "encode"),
     (CudaEngine, "nested_quantize", "double quantization"),

@@ -99,16 +99,19 @@ def test_a_writer_refuses_bytes_outside_of_the_tensor(tmp_path):
     writer.close()
 
 
-def test_threads_in_any_order_give_the_digest_of_the_file(tmp_path):
-    layout = lay_out("x", [(f"t{i}", "U8", (8 * (i + 1),)) for i in range(40)], [])
+@pytest.mark.parametrize(("algorithm", "threads"), [("sha256", 1), ("blake3", 1), ("blake3", 3)])
+def test_threads_in_any_order_give_the_digest_of_the_file(algorithm, threads):
+    """And BLAKE3's own threads, which take part from 128 KiB on."""
+    layout = lay_out("x", [(f"t{i}", "U8", (30_000 * i + 8,)) for i in range(40)], [])
     data = np.random.default_rng(0).integers(0, 256, layout.size).astype(np.uint8)
-    digest = ShardDigest(layout.tensors.values(), "sha256")
+    digest = ShardDigest(layout.tensors.values(), algorithm, threads)
     turns = OrderedDigest(digest)
     edges = [0, *(t.stop for t in layout.tensors.values())]
     edges[1:1] = [layout.size - sum(t.nbytes for t in layout.tensors.values())]
     pieces = list(pairwise(edges))
     run(pieces, lambda: lambda p: turns.update(p[0], data[p[0] : p[1]]), 7, turns.abort)
-    assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+    whole = hashlib.sha256(data) if algorithm == "sha256" else blake3.blake3(data)
+    assert digest.hexdigest() == whole.hexdigest()
     for name, tensor in layout.tensors.items():
         assert digest.tensors[name] == xxhash.xxh3_128_hexdigest(data[tensor.start : tensor.stop])
 
