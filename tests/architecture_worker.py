@@ -4,7 +4,7 @@ A program, not a test: test_model_architectures.py runs it once per version of t
 all models at once, because importing transformers takes ten seconds.
 
     architecture_worker.py sources FOLDER [NAME...]
-    architecture_worker.py load SOURCES QUANTIZED LINES REPORT [--save FOLDER]
+    architecture_worker.py load SOURCES QUANTIZED LINES REPORT [--save FOLDER] [NAME...]
 
 The folders hold one checkpoint per case: `clip@4` is the clip that transformers 4 saved.  LINES has
 the line of code that nf4 printed for each case.
@@ -158,14 +158,16 @@ def load(
 
 
 def load_all(
-    sources: Path, quantized: Path, save: Path | None, lines: dict[str, str]
+    sources: Path, quantized: Path, save: Path | None, lines: dict[str, str], names: list[str]
 ) -> dict[str, Any]:
+    """The reports of all cases, or of these models."""
     return {
         path.name: load(
             MODELS[path.name.partition("@")[0]], sources / path.name.partition("+")[0], path,
             save / path.name if save else None, lines[path.name],
         )
         for path in sorted(quantized.iterdir())
+        if not names or path.name.partition("@")[0] in names
     }  # fmt: skip
 
 
@@ -179,12 +181,13 @@ def main() -> None:
     for name in ("sources", "quantized", "lines", "report"):
         step.add_argument(name, type=Path)
     step.add_argument("--save", type=Path)
+    step.add_argument("names", nargs="*")
     given = parser.parse_args()
     if given.step == "sources":
         make_sources(given.folder, given.names)
     else:
         lines = json.loads(given.lines.read_text())
-        report = load_all(given.sources, given.quantized, given.save, lines)
+        report = load_all(given.sources, given.quantized, given.save, lines, given.names)
         report = {"transformers": transformers.__version__, "cases": report}
         given.report.write_text(json.dumps(report, indent=1))
 

@@ -57,7 +57,6 @@ LONGEST = (
     "test_pipeline_loaders",
     "test_by_digests",
     "test_cuda_machine_code",
-    "test_hub_mirror",
     "test_container",
     "test_signed_scales",
     "test_eval",

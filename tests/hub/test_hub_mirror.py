@@ -19,6 +19,7 @@ from helpers import same_files
 from hub_server import Hub
 from hub_server.fixtures import SHARDS, Runner, Watch
 
+pytestmark = pytest.mark.long  # the mirror takes twenty seconds of a processor
 BOUND = ("--disk", "40MB", "--max-shard-size", "1MB")
 BUT = ("nf4_manifest.json", "README.md")
 
@@ -79,7 +80,6 @@ def test_a_model_through_a_mirror(nf4_hub: Runner, hub: Hub, mirror: str, conver
     nf4_hub.fails(3, "quantize", "org/nothing", "no", says=("org/nothing",), **there)
 
 
-@pytest.mark.long
 def test_what_was_pushed_is_proved_through_a_mirror(nf4_hub: Runner, hub: Hub, mirror: str):
     pushed = ("--disk", "10MB", "--push-to", "me/it", "--public", "--max-shard-size", "1MB")
     nf4_hub.ok("quantize", "org/model", *pushed)

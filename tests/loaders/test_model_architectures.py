@@ -58,8 +58,10 @@ RENAMED = ("clip", "dinov2_swiglu", "idefics3", "llama4_text", "llava", "qwen2_v
 """Where some version calls modules otherwise than the checkpoint does, or experts are packed."""
 
 
-BY_FOUR = (*RENAMED, "bert_base", NOTHING_TO_QUANTIZE, "gpt2", "mixtral", "t5")
-"""Whose checkpoints by transformers 4 are looked at on every commit; scripts/nightly has all."""
+BY_FOUR = (
+    *RENAMED, "bert_base", NOTHING_TO_QUANTIZE, "gpt2", "mamba2", "mixtral", "qwen3_moe", "t5"
+)  # fmt: skip
+"""What transformers 4 saves and loads on every commit; in scripts/nightly it does all."""
 
 needs_second = pytest.mark.skipif(
     not HAS_SECOND, reason="no environment with transformers 4: scripts/test makes one"
@@ -71,7 +73,7 @@ saved_by = pytest.mark.parametrize("saver", ["5", pytest.param("4", marks=needs_
 def marks_of(name: str, saver: str, loader: str = "") -> list[Any]:
     """Return the marks of a test of a source in a version of transformers."""
     second = [needs_second] if "4" in (saver, loader) else []
-    return [*second, pytest.mark.long] if saver == "4" and name not in BY_FOUR else second
+    return [*second, pytest.mark.long] if second and name not in BY_FOUR else second
 
 
 def ways_of(names: Iterable[str]) -> Any:
@@ -148,7 +150,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
         def load(major: str) -> dict[str, Any]:
             path = root / f"{major}.json"
             save = ["--save", real] if major == "5" else []
-            run_worker(major, "load", sources, quantized, root / "lines.json", path, *save)
+            lines = root / "lines.json"
+            run_worker(major, "load", sources, quantized, lines, path, *save, *names[major])
             found = json.loads(path.read_text())
             assert found["transformers"] == VERSIONS[major]
             return found["cases"]
@@ -310,7 +313,8 @@ def test_sources_that_transformers_4_cannot_read(work: Work):
         for case, report in work.reports["4"].items()
         if "+" not in case and ("source" in report["errors"] or report["wrong with the source"])
     }
-    assert unreadable == UNREADABLE
+    assert unreadable == {c for c in UNREADABLE if c in work.reports["4"]}
+    assert len(unreadable) >= 3
     sound = work.reports["5"].values()
     assert not any(r["errors"].get("source") or r["wrong with the source"] for r in sound)
 

@@ -30,12 +30,18 @@ CASES = {
 }  # fmt: skip
 
 
+LATER = ("glm4_moe", "mixtral for vLLM", "qwen2_moe for vLLM", "qwen2_moe, plain scales")
+"""Cases for scripts/nightly."""
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
+def found(tmp_path_factory, pytestconfig) -> dict[str, dict[str, Any]]:
     if not PYTHON.is_file():
         pytest.skip(f"no environment with unsloth_zoo at {PYTHON}: scripts/test makes one")
     root, jobs = tmp_path_factory.mktemp("unsloth"), {}
     for case, (name, *options) in CASES.items():
+        if case in LATER and not pytestconfig.getoption("--long"):
+            continue
         source, out, back = root / "src" / name, root / case / "out", root / case / "back"
         out.parent.mkdir(exist_ok=True)
         if not source.joinpath("config.json").exists():
@@ -52,7 +58,9 @@ def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
     return answer
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.long] if c in LATER else []) for c in CASES]
+)
 def test_unsloth_holds_every_weight_exactly(found, case):
     seen = found[case]
     assert not seen["wrong"]
