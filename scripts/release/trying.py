@@ -13,6 +13,11 @@ from checking import must
 from platforms import Platform
 
 HERE = Path(__file__).resolve().parent
+FLAGS = {
+    "avx2": {"avx2", "fma", "bmi2"},
+    "avx512": {"avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+"""Instruction set -> what Linux calls the features of a processor that runs it."""
 MODEL = """
 import json, pathlib, sys
 import numpy as np
@@ -88,6 +93,11 @@ def call_library(library: Path, platform: Platform, made: Path, place: Path) -> 
     must(done.returncode == 0, f"{platform.tag}: {done.stdout}{done.stderr}")
     isas = done.stdout.split()
     must("generic" in isas, f"{platform.tag} ran nothing")
+    # Where the compiler's own question for a processor's features always says no: plain loops.
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    for isa, features in FLAGS.items():
+        held = f"nf4_can_run_{isa}".encode() in library.read_bytes()
+        must(not held or features - flags or isa in isas, f"{platform.tag} does not run its {isa}")
     for isa in isas:
         for name in ("packed", "absmax"):
             same = (place / f"{name}-{isa}").read_bytes() == (made / name).read_bytes()
