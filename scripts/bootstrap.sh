@@ -1,6 +1,7 @@
 # Sourced by demo, test and nf4: makes .venv beside this folder and installs the checkout into it.
 # Usage: source scripts/bootstrap.sh; bootstrap [EXTRA]; for the tests bootstrap_tests
-# Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3).
+# Environment: NF4_PYTHON, the interpreter to build the environment with (default: python3); NF4_WHEEL,
+# a wheel of scripts/wheels to install in place of the checkout, which needs no compiler.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
@@ -35,14 +36,17 @@ require_tools() {
     die "$python is $("$python" -V 2>&1); nf4 needs Python 3.10 or newer: set NF4_PYTHON to one"
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$python cannot make virtual environments (Debian, Ubuntu: apt-get install python3-venv)"
-  if [ -z "${CXX:-}" ] && ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
-    die "no C++ compiler, which the CPU engine is built with (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+  if [ -n "${NF4_WHEEL:-}" ]; then
+    [ -f "$NF4_WHEEL" ] || die "NF4_WHEEL names $NF4_WHEEL, which is no file"
+  elif [ -z "${CXX:-}" ] && ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
+    die "no C++ compiler, which the CPU engine is built with (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install). A wheel needs none: pip install nf4cli, or set NF4_WHEEL to one"
   fi
 }
 
 # What the installed package is made of; an unchanged checkout is not installed again.
 fingerprint() {
-  (cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE -type f \
+  ([ -z "${NF4_WHEEL:-}" ] || cksum "$NF4_WHEEL"
+    cd "$root" && find nf4cli cuda CMakeLists.txt pyproject.toml README.md LICENSE -type f \
     ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum
     echo "$1 ${data_wheels[*]}") | cksum
 }
@@ -55,7 +59,7 @@ pip_install() {
 }
 
 bootstrap() {
-  local extra=${1:-} source=$root stamp now
+  local extra=${1:-} source=${NF4_WHEEL:-$root} stamp now
   stamp="$venv/.installed${extra:+-$extra}"
   now=$(fingerprint "$extra")
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
@@ -74,9 +78,9 @@ bootstrap() {
     SKBUILD_CMAKE_DEFINE=NF4_WERROR=ON "$venv/bin/python" "$root/tests/ci/context.py" "$venv/wheel" ||
       die "building the package failed; the lines above say why"
     source=$(echo "$venv"/wheel/nf4cli-*.whl)
-    # pip takes a wheel of the version that is installed for the same.
-    "$venv/bin/python" -m pip uninstall --quiet --yes nf4cli
   fi
+  # pip takes a wheel of the version that is installed for the same.
+  [ "$source" = "$root" ] || "$venv/bin/python" -m pip uninstall --quiet --yes nf4cli
   pip_install "$venv" "$source${extra:+[$extra]}" ||
     die "installing the package failed; the lines above say why"
   printf '%s\n' "$now" >"$stamp"

@@ -41,6 +41,7 @@ def tool(name: str, *arguments: object) -> str:
         ("github-actions", "action.yml"),
         ("github-workflows", "docs/recipes/github.yml"),
         ("github-workflows", ".github/workflows/ci.yml"),
+        ("github-workflows", ".github/workflows/release.yml"),
         ("gitlab-ci", "docs/recipes/gitlab-ci.yml"),
     ],
 )
@@ -52,6 +53,7 @@ def test_nobody_can_slip_a_command_into_a_workflow():
     tool(
         "zizmor", "--offline", "--config", ".github/zizmor.yml",
         "action.yml", "docs/recipes/github.yml", ".github/workflows/ci.yml",
+        ".github/workflows/release.yml",
     )  # fmt: skip
 
 

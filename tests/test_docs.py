@@ -179,6 +179,22 @@ def test_the_scripts_name_the_package_that_is_missing(tmp_path, names, says):
     assert says in done.stderr
 
 
+def test_a_wheel_needs_no_compiler(tmp_path):
+    wheel, path = tmp_path / "nf4cli.whl", tools(tmp_path, "python3", "dirname")
+
+    def require() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [shutil.which("bash"), "-c",
+             f"source {ROOT}/scripts/bootstrap.sh; require_tools python3"],
+            env={"PATH": str(path), "NF4_WHEEL": str(wheel)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert require().returncode == 4
+    wheel.touch()
+    assert require().returncode == 0
+
+
 def test_scripts_can_be_run():
     for name in (
         "demo",
@@ -189,6 +205,7 @@ def test_scripts_can_be_run():
         "families_page.py",
         "survey_families.py",
         "survey_ties.py",
+        "wheels",
     ):
         assert os.access(ROOT / "scripts" / name, os.X_OK)
     assert "scripts/test" in (ROOT / ".ci" / "run").read_text()

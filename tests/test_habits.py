@@ -32,6 +32,27 @@ def test_ci_runs_all_tests_with_the_least_rights():
             assert os.access(ROOT / script, os.X_OK), script
 
 
+def test_a_release_is_published_by_two_jobs_that_run_nothing_of_ours():
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    assert release["permissions"] == {}
+    jobs = release["jobs"]
+    rights = {name: job["permissions"] for name, job in jobs.items()}
+    assert rights == {
+        "test": {"contents": "read"}, "build": {"contents": "read"},
+        "pypi": {"id-token": "write"}, "github": {"contents": "write"},
+    }  # fmt: skip
+    assert jobs["pypi"]["needs"] == ["test", "build"]
+    assert jobs["github"]["needs"] == "pypi"
+    runs = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    assert runs["test"][-1] == "scripts/test"
+    assert runs["build"][-1] == "scripts/wheels dist"
+    assert not runs["pypi"]
+    assert len(runs["github"]) == 1
+    for step in (step for job in jobs.values() for step in job["steps"] if "uses" in step):
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
+
+
 def test_what_scripts_test_lints_is_linted_before_a_commit():
     linters = set(
         re.findall(r'^\s*"\$venv/bin/([\w-]+)"', (ROOT / "scripts" / "test").read_text(), re.M)
