@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu_elements.h"
+#include "cpu_nested.h"
 #include "cpu_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
@@ -211,73 +212,17 @@ template <int kDtype>
 void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book,
                 const float* absmax, void* out) {
   auto* raw = static_cast<typename Element<kDtype>::Raw*>(out);
-  for (i64 i = 0; i < n; i += blocksize) {
-    const Decoded<kDtype> decoded(book->decode, *absmax++);
+  for (i64 i = 0; i < n; i += blocksize, absmax++) {
     // 64 is the default blocksize; a constant lets the compiler unroll the block.
-    if (blocksize == 64 && n - i >= 64)
-      decoded.template run<false>(packed + i / 2, 64, raw + i);
+    const int count = smaller(n - i, blocksize);
+    if (count == 64)
+      decode_block<kDtype>(book->decode, *absmax, packed + i / 2, 64, raw + i);
     else
-      decoded.template run<false>(packed + i / 2, smaller(n - i, blocksize), raw + i);
+      decode_block<kDtype>(book->decode, *absmax, packed + i / 2, count, raw + i);
   }
 }
 
 // -- double quantization of the absmax vector --
-
-// The search among the midpoints of nested codes, by the leading bits of a value: `start` is the
-// number of midpoints below a cell, so that `steps` comparisons remain.
-struct NestedSearch {
-  // Sign, exponent and 4 bits of fraction; of the 12 octaves down to 2^-12, below which lie few
-  // midpoints.
-  static constexpr int kFraction = 5, kOctaves = 18, kShift = 23 - kFraction;
-  static constexpr int kSide = kOctaves << kFraction;
-  static constexpr int32_t kFirst = (127 - kOctaves) << kFraction;
-  float midpoints[kNestedRun + 16];  // past the last one infinity
-  uint8_t start[2 * kSide];          // cells of positive values, then of negative ones
-  int steps = 0;
-
-  // Return the cell of a value in [-1, 1].
-  static NF4_FN int32_t cell(float x) {
-    const int32_t above = (int32_t)(nf4_magnitude(x) >> kShift) - kFirst;
-    const int32_t place = above < 0 ? 0 : above < kSide ? above : kSide - 1;
-    return place + (int32_t)(nf4_bits_of_float(x) >> 31) * kSide;  // no branch on the sign
-  }
-
-  explicit NestedSearch(const float* ascending) {
-    constexpr int kCount = kNestedRun - 1;
-    for (int i = 0; i < kNestedRun + 16; i++)
-      midpoints[i] = i < kCount ? ascending[i] : nf4_float_of_bits(kInfinityBits);
-    int32_t first[2 * kSide + 1];  // midpoints below each cell, in ascending order of value
-    int rank = 0;
-    for (int place = 0; place < 2 * kSide; place++) {
-      const bool negative = place < kSide;
-      const int32_t index = negative ? 2 * kSide - 1 - place : place - kSide;
-      while (rank < kCount && position(midpoints[rank]) < place) rank++;
-      first[place] = rank;
-      start[index] = (uint8_t)rank;
-    }
-    first[2 * kSide] = kCount;
-    for (int place = 0; place < 2 * kSide; place++)
-      if (first[place + 1] - first[place] > steps) steps = first[place + 1] - first[place];
-  }
-
-  // Write the ranks of n values in [-1, 1].
-  NF4_FN void run(const float* x, int n, uint8_t* ranks) const {
-    for (int i = 0; i < n; i++) {
-      uint32_t rank = start[cell(x[i])];
-      rank += (uint32_t)(x[i] > midpoints[rank]);
-      rank += (uint32_t)(x[i] > midpoints[rank]);
-      for (int step = 2; step < steps; step++) rank += (uint32_t)(x[i] > midpoints[rank]);
-      ranks[i] = (uint8_t)rank;
-    }
-  }
-
- private:
-  // Return the place of a value's cell in ascending order.
-  static int position(float x) {
-    const int32_t at = cell(x);
-    return at < kSide ? kSide + at : 2 * kSide - 1 - at;
-  }
-};
 
 // Write the codes of a run: n values of absmax - offset.  Return its nested_absmax.
 template <bool kTail>
@@ -357,12 +302,11 @@ struct Factors {
 // Write `count` values: those of the codes from element i of src on, an even one for 4-bit codes,
 // of which the first is in the low nibble.
 template <int kBits>
-NF4_FN void look_up(const uint8_t* src, i64 i, int count, const float* table,
-                    const Decoded<NF4_F32>& decoded, float* values) {
+NF4_FN void code_values(const uint8_t* src, i64 i, int count, const float* table, float* values) {
   if constexpr (kBits == 8)
     for (int j = 0; j < count; j++) values[j] = table[src[i + j]];
   else
-    decoded.run<true>(src + i / 2, count, values);
+    decode_floats<true>(table, src + i / 2, count, values);
 }
 
 // Write the factor, or zero point, of each of `count` elements of a row from `column` on; place: of
@@ -401,7 +345,6 @@ template <int kTo, int kBits, bool kZero>
 i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const Factors& f,
                  void* dst) {
   auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  const Decoded<NF4_F32> decoded(table);
   alignas(64) float values[kMaxBlock], units[kMaxBlock], zeros[kZero ? kMaxBlock : 1];
   // Short blocks are better multiplied together, factor by factor.
   const bool wide = f.block_columns >= 512 && f.block_columns % 2 == 0;
@@ -410,7 +353,7 @@ i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const
     const i64 rest = f.columns - column < n - i ? f.columns - column : n - i;
     const i64 block = column / f.block_columns, edge = (block + 1) * f.block_columns - column;
     const int count = smaller(wide && edge < rest ? edge : rest, kMaxBlock);
-    look_up<kBits>(src, i, count, table, decoded, values);
+    code_values<kBits>(src, i, count, table, values);
     uint32_t largest;
     if (wide) {
       const i64 place = f.row(row) + block;

@@ -57,31 +57,23 @@ struct Squares {
   float error2, value2;
 };
 
-// A table of 16 values as decoding reads it: a block has no others.
+// Write the values of the codes [from, n), two to a byte, by a table of 16.
+template <class Raw, bool kLowFirst>
+NF4_FN void look_up(const Raw* table, const uint8_t* packed, int from, int n, Raw* out) {
+  int i = from;
+  for (; i + 2 <= n; i += 2) {
+    const int low = packed[i / 2] & 15, high = packed[i / 2] >> 4;
+    out[i] = table[kLowFirst ? low : high];
+    out[i + 1] = table[kLowFirst ? high : low];
+  }
+  if (i < n) out[i] = table[kLowFirst ? packed[i / 2] & 15 : packed[i / 2] >> 4];
+}
+
+// Write the values of a block as they are stored: it has no more than 16.
 template <int kDtype>
-struct Decoded {
-  typedef typename Element<kDtype>::Raw Raw;
-  Raw values[16];
-  explicit Decoded(const float* table) {
-    for (int i = 0; i < 16; i++) values[i] = Element<kDtype>::store(table[i]);
-  }
-  Decoded(const float* table, float absmax) {
-    for (int i = 0; i < 16; i++) values[i] = Element<kDtype>::store(nf4_decode(table[i], absmax));
-  }
-  // Write the values of n codes, two to a byte.
-  template <bool kLowFirst>
-  NF4_FN void run(const uint8_t* packed, int n, Raw* out) const;
-  // The same, one by one.
-  template <bool kLowFirst>
-  NF4_FN void look_up(const uint8_t* packed, int from, int n, Raw* out) const {
-    int i = from;
-    for (; i + 2 <= n; i += 2) {
-      out[i] = values[kLowFirst ? packed[i / 2] & 15 : packed[i / 2] >> 4];
-      out[i + 1] = values[kLowFirst ? packed[i / 2] >> 4 : packed[i / 2] & 15];
-    }
-    if (i < n) out[i] = values[kLowFirst ? packed[i / 2] & 15 : packed[i / 2] >> 4];
-  }
-};
+NF4_FN void decode_table(const float* table, float absmax, typename Element<kDtype>::Raw* values) {
+  for (int i = 0; i < 16; i++) values[i] = Element<kDtype>::store(nf4_decode(table[i], absmax));
+}
 
 #if !defined(NF4_PLAIN_LOOPS)
 
@@ -247,19 +239,31 @@ struct Search {
   }
 };
 
-template <int kDtype>
+// Write n values of codes, two to a byte, by a table of 16.
 template <bool kLowFirst>
-NF4_FN void Decoded<kDtype>::run(const uint8_t* packed, int n, Raw* out) const {
+NF4_FN void decode_floats(const float* table, const uint8_t* packed, int n, float* out) {
+  const Floats values = load_f32(table);
+  int i = 0;
+  for (; i + kRow <= n; i += kRow) expand_floats<kLowFirst>(values, packed + i / 2, out + i);
+  look_up<float, kLowFirst>(table, packed, i, n, out);
+}
+
+// Write the n values of a block.
+template <int kDtype>
+NF4_FN void decode_block(const float* table, float absmax, const uint8_t* packed, int n,
+                         typename Element<kDtype>::Raw* out) {
+  const Floats values = multiply(load_f32(table), spread(absmax));
   int i = 0;
   if constexpr (kDtype == NF4_F32) {
-    const Floats table = load_f32(values);
-    for (; i + 16 <= n; i += 16) expand_floats<kLowFirst>(table, packed + i / 2, out + i);
-  } else {
-    static_assert(!kLowFirst, "of floats only");
-    const Halves table = load_halves(values);
-    for (; i + 32 <= n; i += 32) expand_halves(table, packed + i / 2, out + i);
+    for (; i + kRow <= n; i += kRow) expand_floats<false>(values, packed + i / 2, out + i);
+  } else if (is_finite(absmax)) {  // otherwise there may be NaN, which machines round as they like
+    const Halves halves = kDtype == NF4_F16 ? round_f16(values) : round_bf16(values);
+    for (; i + 2 * kRow <= n; i += 2 * kRow) expand_halves(halves, packed + i / 2, out + i);
   }
-  look_up<kLowFirst>(packed, i, n, out);
+  if (i == n) return;
+  typename Element<kDtype>::Raw rest[16];
+  decode_table<kDtype>(table, absmax, rest);
+  look_up<typename Element<kDtype>::Raw, false>(rest, packed, i, n, out);
 }
 
 #else
@@ -334,10 +338,17 @@ struct Search {
   }
 };
 
-template <int kDtype>
 template <bool kLowFirst>
-NF4_FN void Decoded<kDtype>::run(const uint8_t* packed, int n, Raw* out) const {
-  look_up<kLowFirst>(packed, 0, n, out);
+NF4_FN void decode_floats(const float* table, const uint8_t* packed, int n, float* out) {
+  look_up<float, kLowFirst>(table, packed, 0, n, out);
+}
+
+template <int kDtype>
+NF4_FN void decode_block(const float* table, float absmax, const uint8_t* packed, int n,
+                         typename Element<kDtype>::Raw* out) {
+  typename Element<kDtype>::Raw values[16];
+  decode_table<kDtype>(table, absmax, values);
+  look_up<typename Element<kDtype>::Raw, false>(values, packed, 0, n, out);
 }
 
 #endif

@@ -41,17 +41,33 @@ NF4_FN void store(Floats x, float* to) {
   _mm256_storeu_ps(to + 8, x.high);
 }
 
-// Return a table of 16.
+// Return a table of 16 bytes.
 NF4_FN Bytes load_bytes(const uint8_t* table) {
   return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table))};
 }
-NF4_FN Halves load_halves(const uint16_t* table) {
-  uint8_t low[16], high[16];
-  for (int i = 0; i < 16; i++) {
-    low[i] = (uint8_t)table[i];
-    high[i] = (uint8_t)(table[i] >> 8);
-  }
-  return {load_bytes(low).all, load_bytes(high).all};
+// Return a table of 16 halves: eight of a, eight of b.
+NF4_FN Halves split_halves(__m128i a, __m128i b) {
+  const __m128i byte = _mm_set1_epi16(0xff);
+  const __m128i low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+  const __m128i high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+  return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
+}
+
+// Return a table rounded to float16, to bfloat16; no entry may be a NaN.
+NF4_FN Halves round_f16(Floats x) {
+  return split_halves(_mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT),
+                      _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
+}
+NF4_FN __m256i round_eight(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_srli_epi32(up, 16);
+}
+NF4_FN Halves round_bf16(Floats x) {
+  const __m256i mixed = _mm256_packus_epi32(round_eight(x.low), round_eight(x.high));
+  const __m256i halves = _mm256_permute4x64_epi64(mixed, 0xd8);
+  return split_halves(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
 // Return 16 times the same value.

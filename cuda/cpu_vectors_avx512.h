@@ -38,12 +38,20 @@ NF4_FN Floats load_bf16(const uint16_t* x) {
 // Write a row.
 NF4_FN void store(Floats x, float* to) { _mm512_storeu_ps(to, x.all); }
 
-// Return a table of 16.
+// Return a table of 16 bytes.
 NF4_FN Bytes load_bytes(const uint8_t* table) {
   return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table))};
 }
-NF4_FN Halves load_halves(const uint16_t* table) {
-  return {_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table))};
+
+// Return a table rounded to float16, to bfloat16; no entry may be a NaN.
+NF4_FN Halves round_f16(Floats x) {
+  return {_mm512_broadcast_i64x4(_mm512_cvtps_ph(x.all, _MM_FROUND_TO_NEAREST_INT))};
+}
+NF4_FN Halves round_bf16(Floats x) {
+  const __m512i bits = _mm512_castps_si512(x.all);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return {_mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)))};
 }
 
 // Return 16 times the same value.
@@ -142,6 +150,50 @@ NF4_FN void expand_halves(Halves table, const uint8_t* packed, uint16_t* out) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.all));
+}
+
+// A heap of 256 floats: node k has the children 2k and 2k + 1, the root is node 1.
+struct Tree {
+  __m512 top[5];      // the first five levels, each repeated to 16
+  __m512 levels[14];  // the nodes 32..255
+};
+
+// Return a heap.
+NF4_FN Tree load_tree(const float* heap) {
+  Tree tree;
+  for (int level = 0; level < 5; level++) {
+    float repeated[kRow];
+    for (int i = 0; i < kRow; i++) repeated[i] = heap[(1 << level) + (i & ((1 << level) - 1))];
+    tree.top[level] = _mm512_loadu_ps(repeated);
+  }
+  for (int i = 0; i < 14; i++) tree.levels[i] = _mm512_loadu_ps(heap + 32 + i * kRow);
+  return tree;
+}
+
+// Return the nodes of a level of 32, 64 or 128 at these places.
+NF4_FN __m512 nodes_of_32(const __m512* level, __m512i place) {
+  return _mm512_permutex2var_ps(level[0], place, level[1]);
+}
+NF4_FN __m512 nodes_of_64(const __m512* level, __m512i place) {
+  const __mmask16 upper = _mm512_test_epi32_mask(place, _mm512_set1_epi32(32));
+  return _mm512_mask_blend_ps(upper, nodes_of_32(level, place), nodes_of_32(level + 2, place));
+}
+NF4_FN __m512 nodes_of_128(const __m512* level, __m512i place) {
+  const __mmask16 upper = _mm512_test_epi32_mask(place, _mm512_set1_epi32(64));
+  return _mm512_mask_blend_ps(upper, nodes_of_64(level, place), nodes_of_64(level + 4, place));
+}
+
+// Write where a row of values ends below the last level, 0..255.
+NF4_FN void descend(const Tree& tree, Floats x, uint8_t* places) {
+  Ints place = {_mm512_setzero_si512()};
+  const auto step = [&](__m512 nodes) {
+    place = count_greater({_mm512_add_epi32(place.all, place.all)}, x, {nodes});
+  };
+  for (int level = 0; level < 5; level++) step(_mm512_permutexvar_ps(place.all, tree.top[level]));
+  step(nodes_of_32(tree.levels, place.all));
+  step(nodes_of_64(tree.levels + 2, place.all));
+  step(nodes_of_128(tree.levels + 6, place.all));
+  _mm_storeu_si128((__m128i*)places, _mm512_cvtepi32_epi8(place.all));
 }
 
 }  // namespace

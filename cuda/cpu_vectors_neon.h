@@ -48,11 +48,27 @@ NF4_FN void store(Floats x, float* to) {
   for (int p = 0; p < kParts; p++) vst1q_f32(to + 4 * p, x.part[p]);
 }
 
-// Return a table of 16.
+// Return a table of 16 bytes.
 NF4_FN Bytes load_bytes(const uint8_t* table) { return {vld1q_u8(table)}; }
-NF4_FN Halves load_halves(const uint16_t* table) {
-  const uint8x16x2_t bytes = vld2q_u8((const uint8_t*)table);
-  return {bytes.val[0], bytes.val[1]};
+
+// Return a table rounded to float16, to bfloat16; no entry may be a NaN.
+NF4_FN Halves split_halves(uint16x8_t a, uint16x8_t b) {
+  const uint8x16_t first = vreinterpretq_u8_u16(a), second = vreinterpretq_u8_u16(b);
+  return {vuzp1q_u8(first, second), vuzp2q_u8(first, second)};
+}
+NF4_FN uint16x4_t round_four_f16(float32x4_t x) { return vreinterpret_u16_f16(vcvt_f16_f32(x)); }
+NF4_FN uint16x4_t round_four_bf16(float32x4_t x) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(x);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  return vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+}
+NF4_FN Halves round_f16(Floats x) {
+  return split_halves(vcombine_u16(round_four_f16(x.part[0]), round_four_f16(x.part[1])),
+                      vcombine_u16(round_four_f16(x.part[2]), round_four_f16(x.part[3])));
+}
+NF4_FN Halves round_bf16(Floats x) {
+  return split_halves(vcombine_u16(round_four_bf16(x.part[0]), round_four_bf16(x.part[1])),
+                      vcombine_u16(round_four_bf16(x.part[2]), round_four_bf16(x.part[3])));
 }
 
 // Return 16 times the same value.
