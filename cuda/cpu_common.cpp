@@ -33,7 +33,19 @@ NF4_EXPORT int64_t nf4_read_rows(int fd, int64_t offset, int64_t rows, int64_t s
 NF4_EXPORT int nf4_can_run_generic(void) { return 1; }
 
 #if defined(NF4_X86_ISAS)
-NF4_EXPORT int nf4_can_run_avx2(void) { return __builtin_cpu_supports("x86-64-v3") != 0; }
+// Not the levels by name, which older Clangs do not know: a processor that has these has all of it.
+NF4_EXPORT int nf4_can_run_avx2(void) {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
 
-NF4_EXPORT int nf4_can_run_avx512(void) { return __builtin_cpu_supports("x86-64-v4") != 0; }
+NF4_EXPORT int nf4_can_run_avx512(void) {
+  return nf4_can_run_avx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#if defined(NF4_ARM_ISAS)
+NF4_EXPORT int nf4_can_run_neon(void) { return 1; }  // part of every aarch64
 #endif

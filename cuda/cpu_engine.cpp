@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu_elements.h"
+#include "cpu_nested.h"
 #include "cpu_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
@@ -40,29 +41,31 @@ inline int whole_rows(int n) { return (n + kRow - 1) / kRow * kRow; }
 
 // -- 4-bit quantization --
 
-// Write the values of n elements; return the magnitude of the largest, as bits.
-template <int kDtype>
-NF4_FN uint32_t load_block(const typename Element<kDtype>::Raw* src, int n, float* x) {
-  uint32_t largest = 0;
-  for (int i = 0; i < n; i++) {
-    x[i] = Element<kDtype>::load(src[i]);
-    const uint32_t magnitude = nf4_magnitude(x[i]);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest;
-}
+constexpr int kGroup = 16;  // blocks that are measured together
 
-// Quantize a full block.  Return false when it is not finite.
+// Quantize `count` full blocks, at most kGroup.  Return false when one is not finite.  All are
+// measured before the first is encoded, so that no block waits for its own absmax.
 template <int kDtype>
-NF4_FN bool quantize_block(const typename Element<kDtype>::Raw* src, int blocksize,
+NF4_FN bool quantize_group(const typename Element<kDtype>::Raw* src, int count, int blocksize,
                            const Search& search, uint8_t* packed, float* absmax, Errors& errors) {
-  alignas(64) float x[kMaxBlock];
-  const uint32_t largest = load_block<kDtype>(src, blocksize, x);
-  const nf4_unit unit = nf4_unit_of<false>(nf4_float_of_bits(largest));
-  *absmax = unit.absmax;
-  if (largest >= kInfinityBits) return false;
-  errors.encode(search, x, blocksize, unit.inverse, unit.absmax, 1.0f, packed);
-  errors.judge(x, blocksize, unit.absmax);
+  float inverse[kGroup];
+  uint32_t largest[kGroup], most = 0;
+  for (int b = 0; b < count; b++) {
+    largest[b] = largest_of<kDtype>(src + b * blocksize, blocksize);
+    most = largest[b] > most ? largest[b] : most;
+  }
+  if (most >= kInfinityBits) return false;
+  for (int b = 0; b < count; b++) {
+    const nf4_unit unit = nf4_unit_of<false>(nf4_float_of_bits(largest[b]));
+    absmax[b] = unit.absmax;
+    inverse[b] = unit.inverse;
+  }
+  for (int b = 0; b < count; b++) {
+    const auto* block = src + b * blocksize;
+    errors.encode<kDtype, true>(search, block, blocksize, inverse[b], absmax[b], 1.0f,
+                                packed + b * blocksize / 2);
+    errors.judge<kDtype>(block, blocksize, absmax[b]);
+  }
   return true;
 }
 
@@ -79,8 +82,8 @@ bool quantize_tail(const typename Element<kDtype>::Raw* src, int n, const Search
   if (largest >= kInfinityBits) return false;
   const int padded = whole_rows(n);
   for (int i = 0; i < padded; i++) scaled[i] = i < n ? nf4_scaled<true>(x[i], unit) : 0.0f;
-  errors.encode(search, scaled, padded, unit.inverse, unit.absmax, 1.0f, bytes);
-  errors.judge(x, n, unit.absmax);
+  errors.encode<NF4_F32, true>(search, scaled, padded, unit.inverse, unit.absmax, 1.0f, bytes);
+  errors.judge<NF4_F32>(x, n, unit.absmax);
   memcpy(packed, bytes, (size_t)(n + 1) / 2);
   return true;
 }
@@ -104,9 +107,14 @@ i64 quantize_blocks(const typename Element<kDtype>::Raw* src, i64 n, int any_blo
     const i64 stop = n - granule < kGranule ? n : granule + kGranule;
     Errors errors;
     i64 i = granule;
-    for (; i + blocksize <= stop; i += blocksize)
-      if (!quantize_block<kDtype>(src + i, blocksize, search, packed + i / 2, absmax++, errors))
+    while (i + blocksize <= stop) {
+      const int count = smaller((stop - i) / blocksize, kGroup);
+      if (!quantize_group<kDtype>(src + i, count, blocksize, search, packed + i / 2, absmax,
+                                  errors))
         return first_nonfinite<kDtype>(src, i);
+      absmax += count;
+      i += (i64)count * blocksize;
+    }
     if (i < stop &&
         !quantize_tail<kDtype>(src + i, (int)(stop - i), search, packed + i / 2, absmax++, errors))
       return first_nonfinite<kDtype>(src, i);
@@ -136,8 +144,9 @@ NF4_FN int scale_block(const Search& search, const Ladder& ladder, const float* 
   const float scale = nf4_scale(ladder.steps[best], unit);
   const float size = nf4_abs(scale);
   const float ratio = size * nf4_reciprocal(absmax);
-  errors.encode(search, x, padded, nf4_signed_reciprocal(scale), size, ratio * ratio, packed);
-  errors.judge(x, count, absmax);
+  errors.encode<NF4_F32, false>(search, x, padded, nf4_signed_reciprocal(scale), size,
+                                ratio * ratio, packed);
+  errors.judge<NF4_F32>(x, count, absmax);
   return best;
 }
 
@@ -198,43 +207,26 @@ i64 search_scales(const typename Element<kDtype>::Raw* src, i64 n, int blocksize
 
 // -- 4-bit dequantization --
 
-// Write n elements, block by block; kBlocksize: 0 for any_blocksize.
-template <int kDtype, int kBlocksize>
-void dequantize_blocks(const uint8_t* packed, i64 n, int any_blocksize, const Lookup& lookup,
-                       const float* absmax, typename Element<kDtype>::Raw* out) {
-  const int blocksize = kBlocksize ? kBlocksize : any_blocksize;
-  alignas(64) int32_t codes[kMaxBlock];
-  alignas(64) float values[kMaxBlock];
-  for (i64 start = 0; start < n; start += blocksize) {
-    const int count = smaller(n - start, blocksize), padded = whole_rows(count);
-    const uint8_t* bytes = packed + start / 2;
-    for (int i = 0; i < (count + 1) / 2; i++) {
-      codes[2 * i] = bytes[i] >> 4;
-      codes[2 * i + 1] = bytes[i] & 15;
-    }
-    for (int i = (count + 1) / 2 * 2; i < padded; i++) codes[i] = 0;
-    lookup.run(codes, padded, *absmax++, values);
-    for (int i = 0; i < count; i++) out[start + i] = Element<kDtype>::store(values[i]);
-  }
-}
-
-// Write n elements.
+// Write n elements, block by block.
 template <int kDtype>
 void dequantize(const uint8_t* packed, i64 n, i64 blocksize, const nf4_codebook* book,
                 const float* absmax, void* out) {
   auto* raw = static_cast<typename Element<kDtype>::Raw*>(out);
-  const Lookup lookup(*book);
-  if (blocksize == 64)
-    dequantize_blocks<kDtype, 64>(packed, n, 64, lookup, absmax, raw);
-  else
-    dequantize_blocks<kDtype, 0>(packed, n, (int)blocksize, lookup, absmax, raw);
+  for (i64 i = 0; i < n; i += blocksize, absmax++) {
+    // 64 is the default blocksize; a constant lets the compiler unroll the block.
+    const int count = smaller(n - i, blocksize);
+    if (count == 64)
+      decode_block<kDtype>(book->decode, *absmax, packed + i / 2, 64, raw + i);
+    else
+      decode_block<kDtype>(book->decode, *absmax, packed + i / 2, count, raw + i);
+  }
 }
 
 // -- double quantization of the absmax vector --
 
 // Write the codes of a run: n values of absmax - offset.  Return its nested_absmax.
 template <bool kTail>
-float nested_quantize_run(const float* absmax, int n, float offset, const float* heap,
+float nested_quantize_run(const float* absmax, int n, float offset, const NestedSearch& search,
                           uint8_t* codes) {
   float x[kNestedRun];
   uint32_t bits = 0;
@@ -245,11 +237,7 @@ float nested_quantize_run(const float* absmax, int n, float offset, const float*
   }
   const nf4_unit unit = nf4_unit_of<kTail>(nf4_float_of_bits(bits));
   for (int i = 0; i < n; i++) x[i] = nf4_scaled<kTail>(x[i], unit);
-  for (int i = 0; i < n; i++) {
-    int node = 1;
-    for (int level = 0; level < kNestedBits; level++) node = nf4_heap_step(x[i], heap, node);
-    codes[i] = (uint8_t)(node - (1 << kNestedBits));
-  }
+  search.run(x, n, codes);
   return unit.absmax;
 }
 
@@ -311,23 +299,14 @@ struct Factors {
   i64 row(i64 row) const { return row / block_rows * scale_columns; }
 };
 
-// Write `count` values, at most kMaxBlock: those of the codes from element i of src on, an even one
-// for 4-bit codes, of which the first is in the low nibble.
+// Write `count` values: those of the codes from element i of src on, an even one for 4-bit codes,
+// of which the first is in the low nibble.
 template <int kBits>
-NF4_FN void look_up(const uint8_t* src, i64 i, int count, const float* table, const Lookup& lookup,
-                    int32_t* codes, float* values) {
-  if constexpr (kBits == 8) {
+NF4_FN void code_values(const uint8_t* src, i64 i, int count, const float* table, float* values) {
+  if constexpr (kBits == 8)
     for (int j = 0; j < count; j++) values[j] = table[src[i + j]];
-  } else {
-    const uint8_t* bytes = src + i / 2;
-    for (int j = 0; j < (count + 1) / 2; j++) {
-      codes[2 * j] = bytes[j] & 15;
-      codes[2 * j + 1] = bytes[j] >> 4;
-    }
-    const int padded = whole_rows(count);
-    for (int j = (count + 1) / 2 * 2; j < padded; j++) codes[j] = 0;
-    lookup.run(codes, padded, 1.0f, values);
-  }
+  else
+    decode_floats<true>(table, src + i / 2, count, values);
 }
 
 // Write the factor, or zero point, of each of `count` elements of a row from `column` on; place: of
@@ -366,10 +345,6 @@ template <int kTo, int kBits, bool kZero>
 i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const Factors& f,
                  void* dst) {
   auto* out = static_cast<typename Element<kTo>::Raw*>(dst);
-  nf4_codebook book = {};
-  if (kBits == 4) memcpy(book.decode, table, sizeof book.decode);
-  const Lookup lookup(book);
-  alignas(64) int32_t codes[kMaxBlock];
   alignas(64) float values[kMaxBlock], units[kMaxBlock], zeros[kZero ? kMaxBlock : 1];
   // Short blocks are better multiplied together, factor by factor.
   const bool wide = f.block_columns >= 512 && f.block_columns % 2 == 0;
@@ -378,7 +353,7 @@ i64 decode_codes(const uint8_t* src, i64 first, i64 n, const float* table, const
     const i64 rest = f.columns - column < n - i ? f.columns - column : n - i;
     const i64 block = column / f.block_columns, edge = (block + 1) * f.block_columns - column;
     const int count = smaller(wide && edge < rest ? edge : rest, kMaxBlock);
-    look_up<kBits>(src, i, count, table, lookup, codes, values);
+    code_values<kBits>(src, i, count, table, values);
     uint32_t largest;
     if (wide) {
       const i64 place = f.row(row) + block;
@@ -462,16 +437,14 @@ NF4_EXPORT(void nf4_nested_quantize)
 (const float* absmax, i64 n, float offset, const float* midpoints, uint8_t* codes,
  float* nested_absmax) {
   const DefaultFloatEnvironment environment;
-  float heap[1 << kNestedBits] = {0};
-  for (int node = 1; node < 1 << kNestedBits; node++)
-    heap[node] = midpoints[nf4_heap_midpoint(node, kNestedBits)];
+  const NestedSearch search(midpoints);
   i64 start = 0;
   for (; start + kNestedRun <= n; start += kNestedRun)
     *nested_absmax++ =
-        nested_quantize_run<false>(absmax + start, kNestedRun, offset, heap, codes + start);
+        nested_quantize_run<false>(absmax + start, kNestedRun, offset, search, codes + start);
   if (start < n)
     *nested_absmax =
-        nested_quantize_run<true>(absmax + start, (int)(n - start), offset, heap, codes + start);
+        nested_quantize_run<true>(absmax + start, (int)(n - start), offset, search, codes + start);
 }
 
 // Write the inverse: absmax[i] = map[codes[i]] * nested_absmax[i / nested_blocksize] + offset.

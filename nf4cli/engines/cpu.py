@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .protocol import F32, F64, U8
 
 LIBRARY = Path(__file__).with_name("_nf4.so")
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512", "avx2", "neon", "generic")
 """The instruction sets that the library may hold, fastest first."""
 
 _DECODED_GRANULES = 4  # granules of codes that are decoded at a time: 1 MB of float32
