@@ -19,7 +19,7 @@ from .attest import attest
 from .dequantize import dequantize
 from .eval import eval_
 from .inspect import inspect
-from .panels import Command
+from .panels import Command, Group
 from .push import push
 from .quantize import quantize
 from .show.terminal import print_json, results
@@ -32,6 +32,7 @@ _OPEN_FILES = 16_384
 
 app = typer.Typer(
     name="nf4",
+    cls=Group,
     help="Stream full-precision checkpoints into bitsandbytes NF4, and prove what was written.",
     no_args_is_help=True,
     add_completion=True,
