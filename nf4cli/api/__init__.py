@@ -14,24 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..convert.listener import NOBODY, Listener
 from ..format.config import QuantConfig
-from .decoding import Dequantized, decode
-from .inspecting import Inspected, look, look_at_tensor
 from .machine import Machine
-from .quantizing import SHARD_BYTES, Quantized, Request, prepared
-from .verifying import Check, Verified, check
+from .request import SHARD_BYTES, Request
 
+# Each function imports its work when it is called: a command imports this package too, and most
+# need little of it.
 if TYPE_CHECKING:
     from ..output.inspection import TensorView
     from ..planning.model_plan import ModelPlan
     from ..proof.attest import Attestation
     from ..quality.calibration.run import Calibrating
+    from .decoding import Dequantized
     from .evaluating import Evaluated
+    from .inspecting import Inspected
     from .pushing import Pushed
+    from .quantizing import Quantized
+    from .verifying import Verified
 
 __all__ = [
     "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize", "evaluate",
@@ -39,6 +43,23 @@ __all__ = [
 ]  # fmt: skip
 
 Place = str | Path
+
+_RESULTS = {
+    "Dequantized": "decoding", "Inspected": "inspecting", "Quantized": "quantizing",
+    "Verified": "verifying",
+}  # fmt: skip
+"""The modules of results' classes."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class of a result, loaded now.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _RESULTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_RESULTS[name]}"), name)
 
 
 def plan(
@@ -63,6 +84,8 @@ def plan(
     Raises:
         UsageError, InputError, MachineError: the source cannot be converted.
     """
+    from .quantizing import prepared
+
     request = Request(
         source=Path(source),
         output=_path(output),
@@ -122,6 +145,8 @@ def quantize(
         UsageError, InputError, MachineError: the source cannot be converted.
         UnfinishedRunError: the run was stopped on the way; `resume` continues it.
     """
+    from .quantizing import prepared
+
     request = Request(
         source=Path(source), output=_path(output),
         config=_recipe(config, importance, calibration), shard_size=max_shard_size,
@@ -164,6 +189,8 @@ def verify(
         UsageError, InputError, MachineError: it cannot be verified at all. Anything wrong with the
             checkpoint is a finding in the result instead.
     """
+    from .verifying import Check, check
+
     machine = Machine(engine, device, workers, memory, listener)
     texts = tuple(Path(text) for text in calibration)
     return check(Check(Path(path), _path(source), texts, sample, seed, disk, machine))
@@ -219,6 +246,8 @@ def dequantize(
     Raises:
         UsageError, InputError, MachineError: the checkpoint cannot be decoded.
     """
+    from .decoding import decode
+
     machine = Machine(engine, device, workers, memory, listener)
     return decode(Path(source), Path(output), dtype, max_shard_size, fsync, machine)
 
@@ -229,6 +258,8 @@ def inspect(path: Place, *, listener: Listener = NOBODY) -> Inspected:
     Raises:
         InputError, MachineError: it cannot be read.
     """
+    from .inspecting import look
+
     return look(Path(path), listener)
 
 
@@ -242,6 +273,8 @@ def inspect_tensor(path: Place, tensor: str, *, listener: Listener = NOBODY) -> 
     Raises:
         UsageError, InputError, MachineError: it cannot be read.
     """
+    from .inspecting import look_at_tensor
+
     return look_at_tensor(Path(path), tensor, listener)
 
 

@@ -11,7 +11,7 @@ from ..convert.dequantize import Summary, plan_decoding, write_decoded
 from ..convert.listener import Stage
 from . import sources
 from .machine import Machine
-from .quantizing import SHARD_BYTES
+from .request import SHARD_BYTES
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import engines
 from ..checkpoint.discovery import open_checkpoint
 from ..convert.listener import NOBODY, Listener
 from ..errors import InputError, UsageError
-from ..output import inspection
-from ..output.inspection import Overview, TensorView
-from ..planning.pipeline_plan import components_of, is_pipeline
 from . import sources
+
+if TYPE_CHECKING:
+    from ..output.inspection import Overview, TensorView
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ def look(path: Path, listener: Listener = NOBODY) -> Inspected:
     Raises:
         InputError, MachineError: the model cannot be fetched or read.
     """
+    sources.require_there(path)
+    from ..output import inspection  # it needs numpy, a refusal does not
+    from ..planning.pipeline_plan import components_of, is_pipeline
+
     place = sources.local(path, listener)
     called = sources.shown(path, place)
     if not is_pipeline(place):
@@ -63,6 +68,10 @@ def look_at_tensor(path: Path, tensor: str, listener: Listener = NOBODY) -> Tens
         UsageError: in a pipeline, the name does not begin with a component's.
         InputError: there is no such tensor, or the checkpoint cannot be read.
     """
+    sources.require_there(path)
+    from ..output import inspection  # see look
+    from ..planning.pipeline_plan import components_of, is_pipeline
+
     place = sources.local(path, listener)
     if is_pipeline(place):
         components = components_of(place)

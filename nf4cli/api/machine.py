@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from .. import engines
 from ..convert.listener import NOBODY, Listener
-from ..engines.protocol import GRANULE, Engine
+from ..engines.protocol import GRANULE
 from ..errors import UsageError
-from ..planning.resources import Resources, make_resources
 from ..units import size_for_option
+
+if TYPE_CHECKING:
+    from ..engines.protocol import Engine
+    from ..planning.resources import Resources
 
 
 def processors() -> int:
@@ -47,6 +51,8 @@ class Machine:
             UsageError: there is no such engine or device.
             MachineError: the engine cannot run here; the message says what to install.
         """
+        from ..planning.resources import make_resources  # it needs numpy, a refusal does not
+
         note = self.listener.note
         engine = engines.load(self.name, self.device, note)
         if self.name == "auto" and self.device is None and self.memory and engine.extra_memory:
@@ -68,6 +74,8 @@ class Machine:
         Raises:
             UsageError: the memory does not suffice, or `workers` is below 1.
         """
+        from ..planning.resources import make_resources
+
         return make_resources(
             self.engine, self.workers, self.memory, processors(), tensors, max(unit, GRANULE)
         )

@@ -29,6 +29,18 @@ def named(source: Path) -> Name | None:
     return None if os.path.lexists(source) else parse(str(source))
 
 
+def require_there(source: Path) -> None:
+    """Refuse a path where nothing is, before what reads a model is imported.
+
+    Raises:
+        InputError: as `open_checkpoint` says it.
+    """
+    if not os.path.lexists(source) and named(source) is None:
+        from ..checkpoint.discovery import open_checkpoint
+
+        open_checkpoint(source)
+
+
 def require_repository(name: str) -> None:
     """Raise UsageError if `name` cannot be a repository to push to."""
     from ..hub.client import parse

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.discovery import MANIFEST
 from ..checkpoint.file_io import name_of
 from ..checkpoint.reader import count_tensors
 from ..convert.listener import Stage
 from ..errors import InputError, UsageError
-from ..output.manifest import Manifest
-from ..output.report import Report
-from ..planning.pipeline_plan import is_pipeline, part_shards
-from ..proof.pipelines import verify_pipeline
-from ..proof.sample import verify_sample
-from ..proof.verify import verify as verify_checkpoint
 from . import sources
 from .machine import Machine
 from .verifying_bounded import Bounded
+
+# What reads and checks is imported where it is used: it needs numpy, a refusal does not.
+if TYPE_CHECKING:
+    from ..output.manifest import Manifest
+    from ..output.report import Report
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def check(asked: Check) -> Verified:
     if asked.disk is not None and source is not None:
         own, called = Bounded(asked.disk, machine).prove(path, source)
         return Verified(path, source, called, called, own, {})
+    _require_there(asked)
     path = sources.local(asked.path, machine.listener)
     called = sources.shown(asked.path, path)
     against = called
@@ -124,10 +126,25 @@ def check(asked: Check) -> Verified:
     )
 
 
+def _require_there(asked: Check) -> None:
+    """Refuse a path where nothing is, shown as a verification that has begun.
+
+    Raises:
+        InputError: there is neither a path nor a name on the Hub.
+    """
+    if os.path.lexists(asked.path) or sources.named(asked.path) is not None:
+        return
+    if asked.source is None and asked.sample is None:
+        with asked.machine.listener.stage(Stage("verifying", 0, str(asked.path))):
+            sources.require_there(asked.path)
+
+
 def _look(
     asked: Check, path: Path, source: Path | None, against: str
 ) -> tuple[Report, Mapping[str, Report]]:
     """Return the report of the whole, and those of a pipeline's components."""
+    from ..planning.pipeline_plan import is_pipeline, part_shards
+
     machine, pipeline = asked.machine, is_pipeline(path)
     if asked.sample is not None and pipeline:
         raise UsageError(
@@ -140,18 +157,26 @@ def _look(
     total = sum(file.stat().st_size for place in places for file in part_shards(place))
     with machine.listener.stage(Stage("verifying", total, against)) as progress:
         if asked.sample is not None:
+            from ..proof.sample import verify_sample
+
             seed = asked.seed
             if seed is None:
                 seed = random.SystemRandom().randrange(10**6)
             return verify_sample(path, source, asked.sample, seed, engine, limits, progress), {}
         if pipeline:
+            from ..proof.pipelines import verify_pipeline
+
             proof = verify_pipeline(path, source, engine, limits, progress)
             return proof.own, proof.parts
+        from ..proof.verify import verify as verify_checkpoint
+
         return verify_checkpoint(path, source, engine, limits, progress), {}
 
 
 def _manifest_of(path: Path) -> Manifest | None:
     """Return an output's manifest; None where it is missing or damaged, which is reported later."""
+    from ..output.manifest import Manifest
+
     place = path / MANIFEST
     with suppress(InputError):
         return Manifest.from_file(place) if place.is_file() else None
@@ -164,6 +189,8 @@ def _weights(path: Path, source: Path | None) -> int:
     Every tensor of the source counts as a weight.  Of the output's tensors, every eighth does: a
     packed weight has six, and of each little more than its entry in the header is held.
     """
+    from ..planning.pipeline_plan import part_shards
+
     counts = [0, 0]
     for number, place in enumerate((path, source)):
         for file in part_shards(place) if place else ():

@@ -1,7 +1,7 @@
 """The command line: register the commands, and turn errors into messages and exit codes.
 
-Each command has a thin module. Nothing heavy is imported before a command runs, so that
-`nf4 --help` is quick.
+Each command has a thin module, imported when it is asked for. Nothing heavy is imported before a
+command runs, so that `nf4 --help` is quick.
 """
 
 from __future__ import annotations
@@ -10,28 +10,38 @@ import io
 import os
 import sys
 from itertools import pairwise
+from typing import Any
 
 import typer
 
 from .. import stopping
 from ..version import __version__
-from .attest import attest
-from .dequantize import dequantize
-from .eval import eval_
-from .inspect import inspect
-from .panels import Command
-from .push import push
-from .quantize import quantize
+from .commands import Commands
+from .panels import Group
 from .show.terminal import print_json, results
-from .verify import verify
 
 # On import NumPy's OpenBLAS starts a thread a core, each with its own memory; we never use it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _OPEN_FILES = 16_384
 
+
+class _Nf4(Group):
+    """The command nf4: its own options, and the commands."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        commands: Any = Commands()  # typer asks for a dict, and only reads it
+        self.commands = commands
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands, as --help shows them."""
+        return list(self.commands)
+
+
 app = typer.Typer(
     name="nf4",
+    cls=_Nf4,
     help="Stream full-precision checkpoints into bitsandbytes NF4, and prove what was written.",
     no_args_is_help=True,
     add_completion=True,
@@ -40,9 +50,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check failed, 2 usage, 3 bad or unsupported input, "
     "4 the machine (disk full, I/O error, no engine), 130 interrupted.",
 )
-for command in (quantize, verify, dequantize, inspect, attest, push):
-    app.command(cls=Command)(command)
-app.command("eval", cls=Command)(eval_)
 
 
 def _version(value: bool) -> None:

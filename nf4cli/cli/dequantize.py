@@ -54,10 +54,13 @@ def dequantize(
     quiet: QuietOption = False,
 ) -> None:
     """Decode a 4-bit checkpoint to an ordinary one that any loader reads, streaming."""
-    from ..api.decoding import decode
+    from ..api.sources import require_there
 
     size = options.parse_size(max_shard_size, "--max-shard-size")
     asked = engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet))
+    require_there(source)
+    from ..api.decoding import decode  # it imports numpy: after what can be refused without
+
     done = decode(source, output, dtype, size, fsync, asked)
     if json:
         terminal.print_json("dequantize", _document(done))

@@ -55,7 +55,7 @@ class JUnitFile:
                 self._file.write(of_error(self._name, type(error).__name__, str(error)))
 
 
-_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NO_XML = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 _CLASS = "nf4.verify"
@@ -114,7 +114,7 @@ def _child(case: ET.Element, tag: str, message: str, kind: str, text: str) -> No
 
 def _text(text: str) -> str:
     """Return a text with U+FFFD for characters that XML 1.0 cannot hold, not even escaped."""
-    return _NO_XML.sub("\ufffd", text)
+    return re.sub(_NO_XML, "\ufffd", text)
 
 
 def _finished(root: ET.Element) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from . import quick_typer
 
 FORMAT = "Format"
 KEPT = "What stays in float"
@@ -39,6 +41,38 @@ class Command(TyperCommand):
             _hide_type_of_flag(option)
             option.help = "Show this message and exit"
         return option
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options and arguments, --help among them."""
+        return quick_typer.converting_quickly(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help text."""
+        quick_typer.load_display()
+        super().format_help(ctx, formatter)
+
+
+class Group(TyperGroup):
+    """The commands, with no library loaded that none of them needs."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options and arguments, --help among them."""
+        return quick_typer.converting_quickly(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help text."""
+        quick_typer.load_display()
+        super().format_help(ctx, formatter)
+
+    def make_context(self, *arguments: Any, **keywords: Any) -> Any:
+        """Read the words before the command; a mistake in them is shown by typer."""
+        with quick_typer.errors_shown_quickly():
+            return super().make_context(*arguments, **keywords)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the words of the command and run it; a mistake in them is shown by typer."""
+        with quick_typer.errors_shown_quickly():
+            return super().invoke(ctx)
 
 
 def _hide_type_of_flag(option: TyperOption) -> None:

@@ -306,7 +306,8 @@ def quantize(
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
-    from ..api.quantizing import Request, prepared
+    from ..api.request import Request
+    from ..api.sources import require_there
     from ..errors import UsageError
     from ..format.config import QuantConfig
 
@@ -348,6 +349,9 @@ def quantize(
         resume=resume,
         listener=listener,
     )
+    require_there(source)
+    from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
+
     with prepared(request, only_plan=plan) as job:
         if plan:
             show_plan(job, json)

@@ -9,7 +9,6 @@ import typer
 
 from ..errors import UsageError
 from . import engine_choice, options, panels, step_summary
-from .junit_file import JUnitFile
 from .options import (
     DeviceOption,
     EngineOption,
@@ -83,6 +82,7 @@ def verify(
 ) -> None:
     """Check a 4-bit checkpoint; exit code 1 when something is wrong with it."""
     from ..api.verifying import Check, check
+    from .junit_file import JUnitFile  # it needs an XML library, --help does not
 
     asked = Check(
         path,

@@ -1,0 +1,177 @@
+"""What is asked of a conversion.
+
+Its mistakes are told before anything numerical is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint.digest import ALGORITHMS
+from ..convert.listener import NOBODY, Listener, Stage
+from ..errors import UsageError
+from ..format.config import QuantConfig
+from .machine import Machine
+from .sources import Source, require_repository
+
+if TYPE_CHECKING:
+    from ..checkpoint.importance_file import ImportanceFile
+    from ..checkpoint.types import Checkpoint
+    from ..convert.transfers import Transfers
+    from ..hub.carrier import HubTransport
+    from ..hub.publish import Publication
+    from ..planning.answer import Answer
+    from ..planning.plan import Plan
+    from ..quality.calibration.run import Calibrating
+
+SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
+"""Default of the largest output file: as loaders write it; where files leave a bounded disk."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert, how, and where the output goes.
+
+    Attributes:
+        source: a path, or a model on the Hub.
+        output: a new directory. None for NAME-nf4 in the working directory; with `push_to`, None
+            for an output on the Hub alone.
+        config: the recipe; `recipe` replaces its `max_shard_size`.
+        shard_size: bytes of the largest output file, None for the default.
+        copy: patterns of files that are copied beside those that a model is made of.
+        importance_file: weights errors when scales are searched for, None for no data.
+        calibrating: text to run through the model first, None for no calibration.
+        exact: ask transformers which modules it holds in 4 bit, whatever the family.
+        trust_remote_code: let transformers run the model's own code for that.
+        digest: algorithm of the files' digests; "auto" is SHA-256 where a Hub is involved.
+        machine: converts.
+        disk: most bytes that may lie on the disk at once, None for no limit.
+        push_to: the repository to publish the output in, None for none.
+        public, replace_card: see `Publication`.
+        fsync, resume: see `Execution`.
+        listener: told of stages, progress and notes.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+
+    source: Path
+    output: Path | None = None
+    config: QuantConfig = field(default_factory=QuantConfig)
+    shard_size: int | None = None
+    copy: tuple[str, ...] = ()
+    importance_file: Path | None = None
+    calibrating: Calibrating | None = None
+    exact: bool = False
+    trust_remote_code: bool = False
+    digest: str = "auto"
+    machine: Machine = field(default_factory=Machine)
+    disk: int | None = None
+    push_to: str | None = None
+    public: bool = False
+    replace_card: bool = False
+    fsync: bool = True
+    resume: bool = False
+    listener: Listener = NOBODY
+
+    def __post_init__(self) -> None:
+        if self.digest not in ("auto", *ALGORITHMS):
+            raise UsageError(f"--digest {self.digest} is not one of auto, {', '.join(ALGORITHMS)}")
+        if self.push_to is not None:
+            require_repository(self.push_to)
+        for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
+            if given and self.push_to is None:
+                raise UsageError(f"{option} needs --push-to")
+
+    @property
+    def leaving(self) -> bool:
+        """Return whether the output goes to the Hub alone."""
+        return self.push_to is not None and self.output is None
+
+    @cached_property
+    def recipe(self) -> QuantConfig:
+        """The recipe, with the largest output file decided."""
+        leaves = self.disk is not None and self.leaving
+        default = LEAVING_SHARD_BYTES if leaves else SHARD_BYTES
+        return replace(self.config, max_shard_size=self.shard_size or default)
+
+    def place(self, name: str) -> Path:
+        """Return the output's directory; the run works beside it.
+
+        Without an output on this disk the name is that of the repository, as the Hub's own cache
+        would write it, so that no other file of the user is in its way.
+
+        Args:
+            name: of the source model.
+        """
+        if self.push_to is not None and self.leaving:
+            return Path(f"models--{self.push_to.replace('/', '--')}")
+        return self.output or Path(f"{name}-nf4")
+
+    def algorithm(self, source: Source) -> str:
+        """Return the algorithm of the files' digests: "blake3" or "sha256"."""
+        if self.digest != "auto":
+            return self.digest
+        return "sha256" if source.snapshot or self.push_to else "blake3"
+
+    @cached_property
+    def importance(self) -> ImportanceFile | None:
+        """The importance file, read at its first use; None where none was asked for.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from ..checkpoint.importance_file import load
+
+        return None if self.importance_file is None else load(self.importance_file)
+
+    def oracle(self, model: Checkpoint) -> Answer | None:
+        """Return what transformers says of a model; None where it need not be asked.
+
+        An argument of `make_plan`.
+        """
+        from ..planning.families import consult
+
+        return consult(model, self.exact, self.trust_remote_code)
+
+    def scan(self, preliminary: Plan) -> frozenset[str]:
+        """Return the names of the weights that hold a NaN or an infinity, read with progress.
+
+        An argument of `make_plan`.
+        """
+        from ..convert.find_nonfinite import nonfinite_weights, scan_bytes
+
+        limits = self.machine.resources(len(preliminary.tensors))
+        stage = Stage("looking for NaN", scan_bytes(preliminary))
+        with self.listener.stage(stage) as progress:
+            return nonfinite_weights(preliminary, self.machine.engine, limits, progress)
+
+    def transport(self, source: Source) -> HubTransport | None:
+        """Return what fetches and uploads the files of a run; None for a run without a Hub."""
+        from ..convert.transfers import Transfers
+        from ..hub.carrier import HubTransport
+
+        snapshot = source.snapshot if source.outline else None
+        if snapshot is None and self.disk is None and self.push_to is None:
+            return None
+        transfers = Transfers()
+        return HubTransport(
+            snapshot, self.disk, self._publication(transfers), self.leaving, transfers,
+            self.listener.note,
+        )  # fmt: skip
+
+    def _publication(self, transfers: Transfers) -> Publication | None:
+        """Return the commit in the making, None where nothing is published."""
+        from ..hub.errors import report_to
+        from ..hub.publish import Publication
+
+        if self.push_to is None:
+            return None
+        report_to(self.listener.note)
+        return Publication(
+            self.push_to, self.public, self.replace_card, self.listener.note,
+            transfers.add_uploaded,
+        )  # fmt: skip
