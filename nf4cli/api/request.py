@@ -14,8 +14,9 @@ from ..checkpoint.digest import ALGORITHMS
 from ..convert.listener import NOBODY, Listener, Stage
 from ..errors import UsageError
 from ..format.config import QuantConfig
+from ..planning.options import check_options
 from .machine import Machine
-from .sources import Source, require_repository
+from .sources import Source, require_repository, require_there
 
 if TYPE_CHECKING:
     from ..checkpoint.importance_file import ImportanceFile
@@ -85,6 +86,16 @@ class Request:
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
+
+    def refuse_early(self) -> None:
+        """Refuse what can be refused before a model is read, and what reads it is imported.
+
+        Raises:
+            InputError: there is nothing at the source's path.
+            UsageError: the recipe has a value that is none.
+        """
+        require_there(self.source)
+        check_options(self.recipe)
 
     @property
     def leaving(self) -> bool:

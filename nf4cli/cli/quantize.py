@@ -21,8 +21,6 @@ from .options import (  # fmt: skip
     VerboseOption,
     WorkersOption,
 )
-from .show.listener import TerminalListener, tell_times
-from .show.outcome import conclude, show_plan, tell_plan
 
 
 def quantize(
@@ -307,9 +305,10 @@ def quantize(
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..api.request import Request
-    from ..api.sources import require_there
     from ..errors import UsageError
     from ..format.config import QuantConfig
+    from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
+    from .show.outcome import conclude, show_plan, tell_plan
 
     if quiet and verbose:
         raise UsageError("--quiet and --verbose do not go together: leave one of them out")
@@ -349,7 +348,7 @@ def quantize(
         resume=resume,
         listener=listener,
     )
-    require_there(source)
+    request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
 
     with prepared(request, only_plan=plan) as job:

@@ -32,9 +32,10 @@ from ..output.pipeline_record import read_record
 from ..output.recorded_choices import copied_names, matrices_of
 from ..output.report import Report
 from ..planning import selection
-from ..planning.make_plan import check_shard_size, index_of
+from ..planning.make_plan import index_of
 from ..planning.model_config import set_dtype
 from ..planning.model_plan import ModelPlan
+from ..planning.options import check_shard_size
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources

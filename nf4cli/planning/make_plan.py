@@ -19,13 +19,13 @@ from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
 from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
 from ..errors import InputError, UsageError
-from ..format.codebook import BLOCKSIZES, QUANT_TYPES
-from ..format.config import EXPERT_LAYOUTS, METHODS, ON_NONFINITE, SCALES, TARGETS, QuantConfig
-from ..format.dtypes import FLOAT64, ITEMSIZE, SAFETENSORS_NAME, STORAGE_NAME, TORCH_NAME
+from ..format.config import QuantConfig
+from ..format.dtypes import FLOAT64, ITEMSIZE, STORAGE_NAME, TORCH_NAME
 from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
 from .notes import importance_notes, notes_of
+from .options import check_options
 from .plan import Plan, TensorPlan
 from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
 from .weights import Contents, contents
@@ -67,7 +67,7 @@ def make_plan(
         InputError: the source is already quantized, is of a kind that nf4 cannot convert, or has
             nothing to quantize (NothingToQuantizeError); the importance is of another model.
     """
-    _check_options(config)
+    check_options(config)
     _check_source(checkpoint, config)
     found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
@@ -160,35 +160,6 @@ def _plan(
         ),
         importance=importance,
     )
-
-
-def _check_options(config: QuantConfig) -> None:
-    for option, value, allowed in (
-        ("--quant-type", config.quant_type, QUANT_TYPES),
-        ("--blocksize", config.blocksize, BLOCKSIZES),
-        ("--quant-storage", config.quant_storage, tuple(STORAGE_NAME)),
-        ("--compute-dtype", config.compute_dtype, ("auto", *SAFETENSORS_NAME)),
-        ("--dtype", config.dtype, ("auto", *SAFETENSORS_NAME)),
-        ("--target", config.target, TARGETS),
-        ("--on-nonfinite", config.on_nonfinite, ON_NONFINITE),
-        ("--scale", config.scale, SCALES),
-        ("--method", config.method, METHODS),
-        ("expert_layout", config.expert_layout, EXPERT_LAYOUTS),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")
-    if config.target == "vllm" and config.quant_storage != "uint8":
-        raise UsageError(
-            f"--quant-storage {config.quant_storage} does not go with --target vllm, which reads "
-            "uint8 only"
-        )
-    check_shard_size(config.max_shard_size)
-
-
-def check_shard_size(size: int) -> None:
-    """Raise UsageError if a shard size, in bytes, is below 1 MB."""
-    if size < 1_000_000:
-        raise UsageError(f"--max-shard-size {size:,} bytes is below 1 MB")
 
 
 def _check_source(checkpoint: Checkpoint, config: QuantConfig) -> None:

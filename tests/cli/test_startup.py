@@ -59,6 +59,8 @@ def modules_of(*words: object) -> tuple[int, set[str]]:
         (["quantize", "/nowhere/at/all", "out", "--blocksize", "128", "--workers", "2"], 3),
         (["quantize", "/nowhere/at/all", "out", "--public"], 2),
         (["quantize", "/nowhere/at/all", "out", "--memory", "much"], 2),
+        (["quantize", "/", "out", "--blocksize", "33"], 2),
+        (["quantize", "/", "out", "--max-shard-size", "1"], 2),
         (["verify", "/nowhere/at/all"], 3),
         (["verify", "/nowhere/at/all", "--seed", "1"], 2),
         (["dequantize", "/nowhere/at/all", "out"], 3),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -265,6 +264,8 @@ def _numbers(numbers: list[int]) -> tuple[str, str, str]:
 
 def _components(outcome: Outcome) -> list[Row]:
     """Return a row for each component of a pipeline."""
+    from statistics import median  # see views
+
     rows: list[Row] = [("component", "", "bits", "before", "after", "error")]
     for name, (plan, manifest) in outcome.parts.items():
         errors = [r.error.rel_rmse for r in manifest.tensors.values() if r.error is not None]
@@ -274,7 +275,7 @@ def _components(outcome: Outcome) -> list[Row]:
             f"{plan.bits_per_weight:.2f}",
             format_size(plan.source_bytes),
             format_size(plan.shard_bytes),
-            f"{statistics.median(errors):.4f}" if errors else "-",
+            f"{median(errors):.4f}" if errors else "-",
         ))  # fmt: skip
     if len(rows) > _ROWS + 1:
         hidden = len(rows) - _ROWS
@@ -286,9 +287,11 @@ def _errors(errors: Mapping[str, TensorError], width: int) -> Iterator[str]:
     """Yield lines with the median error, the worst weights, and the share of outlier blocks."""
     if not errors:
         return
-    median = statistics.median(error.rel_rmse for error in errors.values())
+    from statistics import median  # see views
+
+    middle = median(error.rel_rmse for error in errors.values())
     worst = sorted(errors, key=lambda name: (-errors[name].rel_rmse, name))[:_WORST]
-    yield f"error   relative RMSE {median:.4f} (median weight), the worst:"
+    yield f"error   relative RMSE {middle:.4f} (median weight), the worst:"
     for name in worst:
         error = errors[name]
         notable = f"  ({error.outlier_share:.1%} outlier blocks)" * (
