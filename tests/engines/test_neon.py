@@ -1,4 +1,4 @@
-"""The NEON copy of the CPU engine, compiled for aarch64 and emulated, gives the reference's bytes."""
+"""The NEON copy of the CPU engine, compiled and emulated, gives the reference's bytes."""
 
 from __future__ import annotations
 
