@@ -10,5 +10,7 @@ else()
 endif()
 set(CMAKE_CXX_COMPILER "${CMAKE_CURRENT_LIST_DIR}/zig-c++")
 # Equal bytes wherever the source lies: no paths, and no symbols for debuggers, which hold paths.
-set(CMAKE_CXX_FLAGS_INIT "-ffile-prefix-map=${CMAKE_SOURCE_DIR}=.")
-set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)
+# No C++ library: of it only headers are used, and on macOS it would export its operator new.
+set(CMAKE_CXX_FLAGS_INIT "-fno-exceptions -ffile-prefix-map=${CMAKE_SOURCE_DIR}=.")
+set(CMAKE_EXE_LINKER_FLAGS_INIT -nostdlib++)
+set(CMAKE_SHARED_LINKER_FLAGS_INIT "-nostdlib++ -s")
