@@ -3,6 +3,10 @@
 
 #include <unistd.h>
 
+#if defined(NF4_X86_ISAS)
+#include <cpuid.h>
+#endif
+
 #include <cerrno>
 #include <cstdint>
 
@@ -33,16 +37,27 @@ NF4_EXPORT int64_t nf4_read_rows(int fd, int64_t offset, int64_t rows, int64_t s
 NF4_EXPORT int nf4_can_run_generic(void) { return 1; }
 
 #if defined(NF4_X86_ISAS)
-// Not the levels by name, which older Clangs do not know: a processor that has these has all of it.
-NF4_EXPORT int nf4_can_run_avx2(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+// By CPUID, not __builtin_cpu_supports: the runtime library that zig links answers no to
+// everything. A processor that has these features has all of its level; the system must also save
+// the registers.
+static bool has_features(unsigned ebx, unsigned registers) {
+  // FMA, MOVBE, OSXSAVE, AVX, F16C
+  const unsigned needed = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & ebx) != ebx) return false;
+  unsigned low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & registers) == registers;
 }
 
+// BMI1, AVX2, BMI2; the halves of YMM.
+NF4_EXPORT int nf4_can_run_avx2(void) { return has_features(1u << 3 | 1u << 5 | 1u << 8, 0x6); }
+
+// Also AVX-512 F, DQ, CD, BW, VL; masks, and the rest of ZMM.
 NF4_EXPORT int nf4_can_run_avx512(void) {
-  return nf4_can_run_avx2() && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_features(
+      1u << 3 | 1u << 5 | 1u << 8 | 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31, 0xe6);
 }
 #endif
 
