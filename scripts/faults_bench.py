@@ -188,9 +188,9 @@ def count_calls(bench: Bench) -> int:
         [*QUANTIZE, "-q", bench.source, bench.output],
         env={**os.environ, **environment}, pass_fds=(write,), check=True,
     )  # fmt: skip
+    os.close(write)  # so that nothing is waited for where nothing was written
     calls = int(os.read(read, 100))
     os.close(read)
-    os.close(write)
     bench.clean()
     return calls
 
