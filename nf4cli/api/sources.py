@@ -29,13 +29,18 @@ def named(source: Path) -> Name | None:
     return None if os.path.lexists(source) else parse(str(source))
 
 
+def is_there(source: Path) -> bool:
+    """Return whether something lies at a path, or an argument can be a name on a Hub."""
+    return os.path.lexists(source) or named(source) is not None
+
+
 def require_there(source: Path) -> None:
     """Refuse a path where nothing is, before what reads a model is imported.
 
     Raises:
         InputError: as `open_checkpoint` says it.
     """
-    if not os.path.lexists(source) and named(source) is None:
+    if not is_there(source):
         from ..checkpoint.discovery import open_checkpoint
 
         open_checkpoint(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -132,7 +131,7 @@ def _require_there(asked: Check) -> None:
     Raises:
         InputError: there is neither a path nor a name on the Hub.
     """
-    if os.path.lexists(asked.path) or sources.named(asked.path) is not None:
+    if sources.is_there(asked.path):
         return
     if asked.source is None and asked.sample is None:
         with asked.machine.listener.stage(Stage("verifying", 0, str(asked.path))):

@@ -20,7 +20,20 @@ OUTPUT = "Output"
 _FEW = 10
 
 
-class Command(TyperCommand):
+class _Quick:
+    """What the commands and their group have in common: typer without what nf4 never shows."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options and arguments, --help among them."""
+        return quick_typer.converting_quickly(super().get_params(ctx))  # type: ignore[misc]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help text."""
+        quick_typer.load_display()
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(_Quick, TyperCommand):
     """A command with options in panels where they are many, in one list where they are few.
 
     Options without a panel are the everyday ones: typer shows them first, under "Options".
@@ -42,27 +55,9 @@ class Command(TyperCommand):
             option.help = "Show this message and exit"
         return option
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options and arguments, --help among them."""
-        return quick_typer.converting_quickly(super().get_params(ctx))
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help text."""
-        quick_typer.load_display()
-        super().format_help(ctx, formatter)
-
-
-class Group(TyperGroup):
+class Group(_Quick, TyperGroup):
     """The commands, with no library loaded that none of them needs."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """Return the options and arguments, --help among them."""
-        return quick_typer.converting_quickly(super().get_params(ctx))
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help text."""
-        quick_typer.load_display()
-        super().format_help(ctx, formatter)
 
     def make_context(self, *arguments: Any, **keywords: Any) -> Any:
         """Read the words before the command; a mistake in them is shown by typer."""

@@ -59,6 +59,14 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
         InputError: a float8 tensor has no scale, or one of the wrong shape or dtype; a scale has no
             weight.
     """
+    if any(tensor.dtype in DTYPES for _, tensor in checkpoint.tensors.values()):
+        _add_float8(checkpoint, config, found)
+    if found.weights:
+        _leave_folded(checkpoint, found)
+
+
+def _add_float8(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found) -> None:
+    """Add every float8 weight of a source that has some; arguments and errors as for `find`."""
     blocks = _block_sizes(config or {})
     scaled = config is not None or _has_scales(checkpoint)
     known = config is not None or not checkpoint.config or checkpoint.is_diffusers
@@ -80,8 +88,6 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any] | None, found: Found)
             )
         encoding = _unscaled(tensor) if place is None else _encoding(tensor, place, blocks, known)
         found.add(EncodedWeight(name, "", "", tensor.shape, encoding))
-    if found.weights:
-        _leave_folded(checkpoint, found)
 
 
 def _is_mark(name: str) -> bool:
