@@ -33,14 +33,19 @@ def main() -> None:
 def _end_at_once(code: object) -> None:
     """End the process without taking its modules apart, which takes as long as a small command.
 
-    Does nothing where Python's own end has more to do: to print a message, to wait for a thread or
-    stop one, to report a stream that fails, or to let a profiler or debugger see the end.
+    That also spares the threads left behind, which may wait for the network in the native code of
+    a library: Python's own end stops them there, and the process may end by SIGSEGV.
+
+    Does nothing where Python's own end has more to do: to print a message, to report a stream that
+    fails, or to let a profiler or debugger see the end.
     """
-    if not (code is None or isinstance(code, int)) or threading.active_count() > 1:
+    if not (code is None or isinstance(code, int)):
         return
     if sys.getprofile() is not None or sys.gettrace() is not None or sys.flags.interactive:
         return
-    atexit._run_exitfuncs()  # libraries' own cleanups, and temporary directories
+    if not stopping.was_raised():  # else nobody waits for a thread, which may take long
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for all but daemon threads
+        atexit._run_exitfuncs()  # libraries' own cleanups, and temporary directories
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -180,9 +180,4 @@ def _fail(message: str, code: int, json: bool) -> None:
         sys.stdout.flush()
     except OSError:  # stdout failed: only the exit code can say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if stopping.was_raised():
-        # Threads may still wait for the network. Python's own end of the process would stop them
-        # somewhere in a library's native code.
-        sys.stderr.flush()
-        os._exit(code)
     sys.exit(code)

@@ -151,3 +151,23 @@ def test_the_process_ends_with_nothing_left_out(late, code, out):
     assert (done.returncode, done.stdout) == (code, out)
     assert ("why" in done.stderr) == ("why" in late)
     assert ("ValueError" in done.stderr) == ("ValueError" in late)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_threads_left_behind_are_not_broken_off_in_native_code(stopped):
+    """Python's own end once did that to an upload, and the process ended by SIGSEGV."""
+    text = (
+        "import os, sys, threading, nf4cli.cli, nf4cli.__main__\n"
+        "end = os._exit\n"
+        "os._exit = lambda code: (os.write(1, b'at once'), end(code))\n"
+        "def command():\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        f"    nf4cli.stopping.was_raised = lambda: {stopped}\n"
+        "    sys.exit(3)\n"
+        "nf4cli.cli.main = command\n"
+        "nf4cli.__main__.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", text], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "at once", "")
