@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ LLAMA = {
     "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def nightly_but(every_commit: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Return test parameters: the cases, of which all but some are left to scripts/nightly."""
+    kept = list(every_commit)
+    return [pytest.param(c, marks=[] if c in kept else pytest.mark.long) for c in cases]
 
 
 def raw(values: torch.Tensor) -> np.ndarray:

@@ -18,7 +18,15 @@ from pathlib import Path
 
 import pyte
 import pytest
-from helpers import LLAMA, llama_tensors, nf4, nf4_ok, nf4_process, write_checkpoint_dir
+from helpers import (
+    LLAMA,
+    llama_tensors,
+    nf4,
+    nf4_ok,
+    nf4_process,
+    nightly_but,
+    write_checkpoint_dir,
+)
 from hub_server import Fault
 from rich.cells import cell_len
 from small_pipelines import BLOCK
@@ -239,7 +247,7 @@ def test_the_slowest_way_decides():
 # -- a real terminal --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", nightly_but([80], [80, 200]))
 def test_a_run_on_a_terminal(nf4_hub, hub, columns):
     hub.rate = 6e6
     terminal = Terminal(

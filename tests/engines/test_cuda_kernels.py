@@ -12,6 +12,7 @@ from emulator import build, exercise, ptx
 from emulator.kernels import SAMPLE_PARTS, sample_of_kernels
 from emulator.real import DeviceKernels
 from emulator.sanitize import exercise_apart
+from helpers import nightly_but
 
 from nf4cli.engines import launches
 from nf4cli.format import codebook
@@ -85,11 +86,8 @@ def test_kernels_for_every_generation(text_of):
     assert len(others) >= 2, "Turing and Blackwell used to have code of their own"
 
 
-@pytest.mark.parametrize(
-    "arch",
-    # Turing and Blackwell have code of their own.
-    [pytest.param(a, marks=[] if a in ("75", "100") else pytest.mark.long) for a in build.ARCHS],
-)
+# Turing and Blackwell have code of their own.
+@pytest.mark.parametrize("arch", nightly_but(("75", "100"), build.ARCHS))
 def test_every_operation_rounds_on_its_own(text_of, arch):
     text, _ = text_of(arch)
     operations = ptx.instructions(text)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from emulator.build import ARCHS
 from emulator.kernels import every_kernel
+from helpers import nightly_but
 
 pytestmark = pytest.mark.gpu
 
@@ -45,13 +46,7 @@ BUDGET = {
 EVERY_COMMIT = ("80", "90")
 """Generations that are looked at on every commit: Ampere and Hopper."""
 EVERY_KERNEL = "90, every kernel"
-architectures = pytest.mark.parametrize(
-    "arch",
-    [
-        pytest.param(a, marks=[] if a in EVERY_COMMIT else pytest.mark.long)
-        for a in (*ARCHS, EVERY_KERNEL)
-    ],
-)
+architectures = pytest.mark.parametrize("arch", nightly_but(EVERY_COMMIT, (*ARCHS, EVERY_KERNEL)))
 
 
 @cache
@@ -97,7 +92,7 @@ def test_no_multiplication_is_fused_with_an_addition(arch):
         assert code.count("MUFU.RCP") <= 3 * divisions + 12, kernel
 
 
-@pytest.mark.parametrize("arch", [*EVERY_COMMIT, pytest.param("100", marks=pytest.mark.long)])
+@pytest.mark.parametrize("arch", nightly_but(EVERY_COMMIT, (*EVERY_COMMIT, "100")))
 def test_instructions_a_weight(arch):
     for kind in roofline.KINDS:
         count = codes(arch)[kind.kernel].longest_path(kind.trips) / kind.weights

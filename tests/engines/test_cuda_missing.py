@@ -5,11 +5,12 @@ Drivers are simulated by a libcuda.so.1 of a few lines, so that the real loading
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 
 import pytest
-from helpers import MACHINE, USAGE, nf4_process
+from helpers import MACHINE, USAGE, nf4_process, nightly_but
 
 from nf4cli import engines
 from nf4cli.engines import cupy_device
@@ -63,9 +64,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("command", ["quantize", "verify", "dequantize"])
-def test_each_is_one_message(llama, llama_nf4, tmp_path, with_driver, case, command):
+COMMANDS = ("quantize", "verify", "dequantize")
+EVERY_COMMIT = [*((case, "quantize") for case in CASES), *(("no GPU", c) for c in COMMANDS)]
+
+
+@pytest.mark.parametrize(
+    "case_and_command", nightly_but(EVERY_COMMIT, itertools.product(CASES, COMMANDS)), ids="-".join
+)
+def test_each_is_one_message(llama, llama_nf4, tmp_path, with_driver, case_and_command):
+    case, command = case_and_command
     options, *words = CASES[case]
     arguments = {
         "quantize": ("quantize", llama, tmp_path / "out"),
@@ -86,7 +93,7 @@ def test_without_a_driver(llama, tmp_path):
         pytest.skip("this machine has an NVIDIA driver")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", nightly_but(["no GPU", "no device"], CASES))
 def test_auto_goes_on_with_the_cpu_and_says_why(llama, tmp_path, with_driver, case):
     options, *_ = CASES[case]
     done = with_driver("quantize", llama, tmp_path / "out", **options)

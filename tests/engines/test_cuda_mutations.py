@@ -8,6 +8,7 @@ import pytest
 from emulator import build
 from emulator.kernels import every_kernel
 from emulator.sanitize import exercise_apart
+from helpers import nightly_but
 
 from nf4cli.engines import nvrtc
 
@@ -220,10 +221,7 @@ EVERY_COMMIT = [*MUTATIONS][::3]
 """Some of each kind; scripts/nightly seeds all of them."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in EVERY_COMMIT else pytest.mark.long) for n in MUTATIONS],
-)
+@pytest.mark.parametrize("name", nightly_but(EVERY_COMMIT, MUTATIONS))
 def test_a_mutation_is_caught(name):
     mutation = MUTATIONS[name]
     assert noticed(mutation, mutation.kernels, mutation.check), "not caught"

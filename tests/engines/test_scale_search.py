@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from helpers import (
     llama_tensors,
     nf4,
     nf4_ok,
+    nightly_but,
     raw,
     same_files,
     write_checkpoint_dir,
@@ -54,9 +56,13 @@ def codes_of(packed, n):
     return np.stack([packed >> 4, packed & 15], 1).reshape(-1)[:n]
 
 
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
-def test_engines_agree_to_the_bit(engine, dtype, blocksize):
+BLOCKS = [*itertools.product(["F32", "F16", "BF16"], [32, 64, 256, 4096])]
+EVERY_COMMIT = [("F32", 64), ("F16", 32), ("BF16", 64), ("BF16", 4096)]
+
+
+@pytest.mark.parametrize("block", nightly_but(EVERY_COMMIT, BLOCKS), ids=str)
+def test_engines_agree_to_the_bit(engine, block):
+    dtype, blocksize = block
     reference = CpuEngine("generic")
     generator = np.random.default_rng(blocksize)
     for n in (1, 63, 2_000) if blocksize != 64 else (5_000, GRANULE + 777):

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from helpers import same_files
+from helpers import nightly_but, same_files
 from hub_server import Fault
 from hub_server.fixtures import bytes_in
 
@@ -45,10 +45,15 @@ READING = {
 CASES = [(name, True) for name in READING] + [
     (name, False) for name, fault in READING.items() if fault.path == FILE or "small" in name
 ]
+THROUGH_THE_CACHE = ("no answer for a file", "a file breaks", "a bit of a small file flips")
+"""What is also met on every commit where files go through the cache, which is not ours."""
 
 
-@pytest.mark.parametrize(("name", "bounded"), CASES)
-def test_reading(nf4_hub, hub, converted, name, bounded):
+@pytest.mark.parametrize(
+    "case", nightly_but([c for c in CASES if c[1] or c[0] in THROUGH_THE_CACHE], CASES), ids=str
+)
+def test_reading(nf4_hub, hub, converted, case):
+    name, bounded = case
     hub.faults.add(Fault(**vars(READING[name])))
     options = ("--disk", "40MB") if bounded else ()
     nf4_hub.ok("quantize", "org/model", "out", "--max-shard-size", "1MB", *options)
@@ -67,7 +72,10 @@ def test_a_break_costs_what_it_broke(nf4_hub, hub, model):
     assert sum(r.sent for r in whole) < size + 70_000
 
 
-@pytest.mark.parametrize("setting", [{"status": 503}, {"drop": True}, {"cut": 0}])
+FOR_EVER = [{"status": 503}, {"drop": True}, {"cut": 0}]
+
+
+@pytest.mark.parametrize("setting", nightly_but(FOR_EVER[-1:], FOR_EVER))
 def test_what_does_not_pass_ends_in_words_and_can_be_continued(nf4_hub, hub, converted, setting):
     hub.faults.add(Fault(FILE, after=1, times=10**6, **setting))
     arguments = ("quantize", "org/model", "out", "--disk", "40MB", "--max-shard-size", "1MB")
@@ -94,7 +102,7 @@ def test_the_hub_goes_away(nf4_hub, hub):
     nf4_hub.fails(4, "quantize", "org/model", "out", says=("is no path here", "HF_ENDPOINT"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", nightly_but([signal.SIGINT], [signal.SIGKILL, signal.SIGINT]))
 def test_a_run_that_is_stopped_fetches_only_what_is_missing(nf4_hub, hub, converted, number):
     hub.rate = 8e6
     arguments = ("quantize", "org/model", "out", "--disk", "40MB", "--max-shard-size", "1MB")

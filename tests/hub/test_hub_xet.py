@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from helpers import nightly_but
 from hub_server import Fault
 from hub_server.fixtures import Runner, Watch, bytes_in, converted, hub, model  # noqa: F401 - fixtures
 from hub_server.published import REPO, require_published
@@ -92,7 +93,7 @@ def test_a_server_without_such_a_storage(nf4, push, hub):  # noqa: F811
     nf4.ok(*push, HF_HUB_DISABLE_XET="1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", nightly_but([signal.SIGKILL], [signal.SIGINT, signal.SIGKILL]))
 def test_stopped_and_begun_again(nf4, push, hub, converted, number):  # noqa: F811
     hub.faults.add(Fault(XORB, after=3, status=503, times=10**6))
     process = nf4.start(*push)

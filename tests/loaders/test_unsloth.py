@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import nf4_ok
+from helpers import nf4_ok, nightly_but
 from text_models import make
 
 pytestmark = pytest.mark.loaders
@@ -58,9 +58,7 @@ def found(tmp_path_factory, pytestconfig) -> dict[str, dict[str, Any]]:
     return answer
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.long] if c in LATER else []) for c in CASES]
-)
+@pytest.mark.parametrize("case", nightly_but(CASES.keys() - LATER, CASES))
 def test_unsloth_holds_every_weight_exactly(found, case):
     seen = found[case]
     assert not seen["wrong"]

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import nf4_ok, read_all, same_files, write_checkpoint_dir
+from helpers import nf4_ok, nightly_but, read_all, same_files, write_checkpoint_dir
 from safetensors.torch import load_file, save_file
 
 import nf4cli
@@ -111,16 +110,10 @@ OUTPUTS = {
     "stored as bfloat16": Output("qwen3", ("--quant-storage", "bfloat16")),
 }
 LOADED = [*FAMILIES, "llama_f16", "from float32", "float32", "kept by the user", "kept for a NaN"]
+DENSE = [name for name in FAMILIES if name not in MIXTURES]
 UNDER_FLOAT32 = ("llama", "qwen3_moe")
 EVERY_COMMIT = ("llama", "qwen3_moe", "from float32", "one part kept", "mixture for transformers")
 """Outputs that vLLM loads on every commit, a second or two each; scripts/nightly has the rest."""
-
-
-def those(names: Iterable[str]) -> list[Any]:
-    """Return test parameters for outputs: long but for those of EVERY_COMMIT."""
-    return [
-        pytest.param(name, marks=[] if name in EVERY_COMMIT else pytest.mark.long) for name in names
-    ]
 
 
 def make_model(config: Any, root: Path) -> None:
@@ -328,7 +321,7 @@ def decoded(seen: Seen, name: str, folder: str = "decoded") -> dict[str, torch.T
     return read_all(seen.root / folder / name)
 
 
-@pytest.mark.parametrize("name", those(LOADED))
+@pytest.mark.parametrize("name", nightly_but(EVERY_COMMIT, LOADED))
 def test_every_weight_is_what_nf4_dequantize_gives(seen, name):
     """But for the offset of double quantization, which vLLM rounds to its dtype for the model."""
     exact = pairs_of(seen, name, decoded(seen, name, "decoded-rounded"))
@@ -366,7 +359,7 @@ def rms(values: torch.Tensor) -> float:
     return float(values.pow(2).mean().sqrt())
 
 
-@pytest.mark.parametrize("name", those(FAMILIES))
+@pytest.mark.parametrize("name", nightly_but(EVERY_COMMIT, FAMILIES))
 def test_it_computes_what_transformers_does(seen, name):
     """As nearly as vLLM does with the unquantized model, in bfloat16.
 
@@ -381,7 +374,7 @@ def test_it_computes_what_transformers_does(seen, name):
     assert rms(ours) < rms(expected_logprobs(model) - expected_logprobs(source)) / 3
 
 
-@pytest.mark.parametrize("name", those(["kept by the user", "kept for a NaN"]))
+@pytest.mark.parametrize("name", nightly_but(EVERY_COMMIT, ["kept by the user", "kept for a NaN"]))
 def test_kept_parts_of_what_vllm_loads_as_one_are_not_quantized(seen, name):
     """Of layer 0; the first test says that the others are as packed, and kept ones exact."""
     packed = seen.loaded(name)["packed"]
@@ -448,7 +441,9 @@ def test_experts_that_nf4_refuses_for_vllm_are_wrong_there(seen, name, at_least)
     assert [path.rpartition(".")[2] for path in wrong] == list(EXPERTS)
 
 
-@pytest.mark.parametrize("name", those(name for name in FAMILIES if name not in MIXTURES))
+@pytest.mark.parametrize(
+    "name", nightly_but(EVERY_COMMIT, (n for n in FAMILIES if n not in MIXTURES))
+)
 def test_a_dense_model_is_the_same_for_every_target(seen, name, tmp_path):
     """So what vLLM was seen to load above is what the default target writes, too."""
     for target in ("transformers", "unsloth"):

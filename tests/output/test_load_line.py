@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forking import OF_LOADERS, command
-from helpers import LLAMA, llama_tensors, nf4_ok, read_all, write_checkpoint_dir
+from helpers import LLAMA, llama_tensors, nf4_ok, nightly_but, read_all, write_checkpoint_dir
 
 from nf4cli.checkpoint.discovery import MANIFEST
 from nf4cli.output.auto_class import auto_class, survey
@@ -63,7 +63,7 @@ def tables(major: str) -> tuple[str, set[tuple[str, str, str]], set[str]]:
     return version, {tuple(row) for row in found}, set(classes)
 
 
-@pytest.mark.parametrize("major", ["5", pytest.param("4", marks=pytest.mark.long)])
+@pytest.mark.parametrize("major", nightly_but("5", "54"))
 def test_every_class_of_transformers_is_loaded_by_a_class_that_gives_it(major):
     version, found, classes = tables(major)
     assert version in survey()["transformers"], "run scripts/survey_auto_classes.py"
@@ -80,7 +80,7 @@ def test_every_class_of_transformers_is_loaded_by_a_class_that_gives_it(major):
     assert not wrong
 
 
-@pytest.mark.parametrize("major", ["5", pytest.param("4", marks=pytest.mark.long)])
+@pytest.mark.parametrize("major", nightly_but("5", "54"))
 def test_a_class_without_an_auto_class_is_loaded_by_its_name(major):
     classes = tables(major)[2]
     assert auto_class({"model_type": "gpt2", "architectures": ["GPT2DoubleHeadsModel"]}) == (

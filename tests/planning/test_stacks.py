@@ -20,6 +20,7 @@ from helpers import (
     carry_out,
     llama_tensors,
     nf4_ok,
+    nightly_but,
     read_all,
     refused,
     same_files,
@@ -112,7 +113,10 @@ def test_a_stack_has_the_bytes_that_bitsandbytes_gives(tmp_path):
     assert seen["state"]["shape"] == [EXPERTS, HIDDEN, WIDTH]
 
 
-@pytest.mark.parametrize("options", [(), ("--scale", "search", "--blocksize", "32")])
+SEARCHED = ("--scale", "search", "--blocksize", "32")
+
+
+@pytest.mark.parametrize("options", nightly_but([SEARCHED], [(), SEARCHED]))
 def test_the_order_of_reading_changes_no_byte(tmp_path, all_engines, options):
     """In many small chunks, by any number of threads, from files that hold parts of each stack."""
     wide = {**tensors_of(128), **{n: t for n, t in tensors_of().items() if "experts" not in n}}

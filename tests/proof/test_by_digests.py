@@ -8,6 +8,7 @@ import time
 from urllib.parse import quote
 
 import pytest
+from helpers import nightly_but
 from hub_server.fixtures import Watch
 from schemas import document
 
@@ -82,9 +83,10 @@ def test_an_output_that_lies_here(nf4_hub, hub):
     assert "every file is the one the source gives" in found.stdout, "the manifest is as it was"
 
 
-@pytest.mark.parametrize(
-    "options", [("--scale", "search"), ("--quant-type", "fp4"), ("--no-double-quant",)]
-)
+RECIPES = [("--scale", "search"), ("--quant-type", "fp4"), ("--no-double-quant",)]
+
+
+@pytest.mark.parametrize("options", nightly_but(RECIPES[:1], RECIPES))
 def test_every_recipe(nf4_hub, options):
     nf4_hub.ok("quantize", SOURCE, "--disk", "12MB", *PUSH, *options)
     nf4_hub.ok("verify", OUTPUT, "--source", SOURCE, "--disk", "12MB")

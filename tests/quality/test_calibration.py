@@ -14,7 +14,7 @@ import pytest
 import text_models
 import torch
 import transformers
-from helpers import nf4, nf4_ok, nf4_process, same_files
+from helpers import nf4, nf4_ok, nf4_process, nightly_but, same_files
 from tiny_models import V
 
 from nf4cli.checkpoint.discovery import IMPORTANCE, MANIFEST, open_checkpoint
@@ -283,7 +283,7 @@ def work(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", nightly_but(["gptq"], ["rtn", "gptq"]))
 def test_calibrated_verified_and_measured_again(work, method):
     told = nf4("quantize", "model", "out", *TEXT, "--method", method, cwd=work)
     assert told.returncode == 0, told.stderr
