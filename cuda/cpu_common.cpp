@@ -9,6 +9,8 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,6 +32,45 @@ NF4_EXPORT int64_t nf4_read_rows(int fd, int64_t offset, int64_t rows, int64_t s
       total += count;
     }
   }
+  return total;
+}
+
+// Write rows of a matrix, at most a cache line of elements high, as columns of dst, whose rows have
+// `rows` elements.  Squares of a line a side are held, so that both are touched by whole lines.
+template <typename T>
+static void turn(const T* src, int64_t height, int64_t columns, T* dst, int64_t rows) {
+  constexpr int64_t side = 64 / sizeof(T);
+  T square[side][side];
+  for (int64_t left = 0; left < columns; left += side) {
+    const int64_t width = columns - left < side ? columns - left : side;
+    for (int64_t i = 0; i < height; i++)
+      for (int64_t j = 0; j < width; j++) square[j][i] = src[i * columns + left + j];
+    for (int64_t j = 0; j < width; j++)
+      memcpy(dst + (left + j) * rows, square[j], (size_t)height * sizeof(T));
+  }
+}
+
+// Read runs as nf4_read_rows does, and write them to dst as the columns of a matrix.
+// width: bytes, a multiple of itemsize, which is 1, 2, 4 or 8.
+NF4_EXPORT int64_t nf4_read_columns(int fd, int64_t offset, int64_t rows, int64_t stride,
+                                    int64_t width, int64_t itemsize, uint8_t* dst) {
+  const int64_t columns = width / itemsize, together = 64 / itemsize;
+  uint8_t* held = (uint8_t*)malloc((size_t)(together * width));
+  if (!held) return -ENOMEM;
+  int64_t total = 0;
+  for (int64_t row = 0; row < rows; row += together) {
+    const int64_t height = rows - row < together ? rows - row : together;
+    const int64_t count = nf4_read_rows(fd, offset + row * stride, height, stride, width, held);
+    if (count < 0) total = count;
+    if (count >= 0) total += count;
+    if (count < height * width) break;
+    uint8_t* at = dst + row * itemsize;
+    if (itemsize == 1) turn(held, height, columns, at, rows);
+    if (itemsize == 2) turn((uint16_t*)held, height, columns, (uint16_t*)at, rows);
+    if (itemsize == 4) turn((uint32_t*)held, height, columns, (uint32_t*)at, rows);
+    if (itemsize == 8) turn((uint64_t*)held, height, columns, (uint64_t*)at, rows);
+  }
+  free(held);
   return total;
 }
 

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError, MachineError
 from ..format.dtypes import ITEMSIZE
@@ -213,8 +213,36 @@ class ByteReader:
             for number, row in enumerate(block):
                 self.read_into(row, offset + number * stride)
             return
-        if count < block.nbytes:
-            rows, rest = divmod(count, block.shape[1])
+        self._require_rows(count, block.shape, offset, stride)
+
+    def read_columns(self, columns: NDArray[Any], offset: int, stride: int) -> None:
+        """Fill the columns of an array with elements of the file; column i begins at
+        offset + i * stride.
+
+        Args:
+            columns: [n, rows], elements of 1, 2, 4 or 8 bytes.
+            offset, stride: bytes.
+
+        Raises:
+            InputError: the file ends before the array is full.
+        """
+        from ..engines import cpu
+
+        count, rows = columns.shape
+        try:
+            done = cpu.read_columns(self._fd, columns, offset, stride)
+        except MachineError:
+            block = np.empty((rows, count * columns.itemsize), np.uint8)
+            self.read_rows(block, offset, stride)
+            columns[:] = block.view(columns.dtype).T
+            return
+        self._require_rows(done, (rows, count * columns.itemsize), offset, stride)
+
+    def _require_rows(self, count: int, shape: tuple[int, ...], offset: int, stride: int) -> None:
+        """Raise InputError if fewer bytes were read than rows of this shape (bytes) have."""
+        height, width = shape
+        if count < height * width:
+            rows, rest = divmod(count, width)
             self._truncated(offset + rows * stride + rest)
 
     def _truncated(self, place: int) -> None:

@@ -47,9 +47,9 @@ from .items import (
     Reading,
     Source,
     is_rearranged,
+    item_size,
     nonfinite,
     unit_of_packed,
-    widest,
 )
 from .resume import Standing
 from .worker import Sink, Worker
@@ -165,8 +165,9 @@ class Conversion:
 
     def _worker(self) -> Worker:
         return Worker(
-            self, self._engine, self._sink, self._readers, self._resources.chunk, self._packed
-        )
+            self, self._engine, self._sink, self._readers, self._resources.chunk,
+            unit_of(self.plan.config), self._packed,
+        )  # fmt: skip
 
     def _count_uses(self) -> Counter[Path]:
         """Return how often each source file is used: once for each weight, or part of a weight,
@@ -293,16 +294,19 @@ class Conversion:
 
     def _readings(self, weight: Weight) -> Iterator[Reading]:
         """Yield the chunks of a stored tensor that are read for the digest alone."""
-        tensor = weight.stored
-        for start in range(tensor.start, tensor.stop, self._resources.chunk):
-            stop = min(start + self._resources.chunk, tensor.stop)
+        tensor, step = weight.stored, min(self._resources.chunk, self._engine.item_bytes)
+        for start in range(tensor.start, tensor.stop, step):
+            stop = min(start + step, tensor.stop)
             yield Reading(weight.shard, start, stop)
 
     def _items_of(self, piece: _Piece) -> Iterator[Item]:
         """Yield the chunks of a piece, each a whole number of units and within a buffer."""
         plan, numel = piece.plan, piece.weight.numel
         unit = unit_of(self.plan.config) if plan.packed is None else unit_of_packed(plan)
-        step = max(unit, self._resources.chunk // widest(plan) // unit * unit)
+        size = item_size(
+            plan, piece.weight, piece.view, self._resources.chunk, self._engine.item_bytes
+        )
+        step = max(unit, size // unit * unit)
         starts = range(0, numel, step)
         job = self._begun.get(plan.name)
         if job is None:

@@ -161,13 +161,32 @@ def widest(plan: TensorPlan) -> int:
     rearranged = any(is_rearranged(part, part.view) for part in weight.sources)
     if any(part.encoding for part in weight.sources) and (rearranged or plan.view is not None):
         return 1 + 3 * ITEMSIZE[weight.dtype]  # the codes, their values, and those rearranged
-    if plan.view is not None or any(part.view for part in weight.parts):
-        return 4 * stored  # reading it transposed takes a block and its copy as well
     if any(part.encoding for part in weight.sources) or weight.stored.dtype == FLOAT64:
         return stored + ITEMSIZE[weight.dtype]  # both lie in the source buffer
     if plan.action == "cast":  # an upcast writes more than it reads
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     return stored
+
+
+def item_size(plan: TensorPlan, weight: Weight, view: View | None, chunk: int, usual: int) -> int:
+    """Return of how many elements an item of a weight shall be, so that the buffers hold it.
+
+    Args:
+        weight, view: see `Source`.
+        chunk: bytes of a worker's buffer.
+        usual: bytes that an engine takes at a time.
+    """
+    if view is None or weight.encoding is not None:
+        return min(chunk, usual) // widest(plan)
+    # The more columns are read at once, the longer are the pieces of rows. One begins before the
+    # item, and one ends behind it.
+    return columns_buffer(chunk) // ITEMSIZE[weight.stored.dtype] - 2 * view.rows
+
+
+def columns_buffer(chunk: int) -> int:
+    """Return the bytes of a worker's two buffers, of `chunk` bytes each, that take the columns of a
+    stored matrix: all but room for what is made of a part of them."""
+    return 2 * chunk - chunk // 2  # a unit takes an eighth of a chunk at the most, see Resources
 
 
 def is_rearranged(weight: Weight, view: View | None) -> bool:

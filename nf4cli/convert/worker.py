@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,8 +19,8 @@ from ..format.codebook import Ladder
 from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan
-from .encoded_items import EncodedReader
-from .items import Item, Reading, element, is_slab
+from .encoded_items import EncodedReader, transposed
+from .items import Item, Reading, columns_buffer, element, is_slab
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,17 +73,22 @@ class Worker:
         sink: takes the output bytes.
         readers: of the source files that are open, by path; the run opens and closes them.
         chunk: bytes of each of its two buffers.
+        unit: elements that are encoded together.
         packed: reads the weights to decode; None where there are none.
     """
 
     def __init__(
         self, run: Run, engine: Engine, sink: Sink, readers: Mapping[Path, ByteReader], chunk: int,
-        packed: PackedReader | None = None,
+        unit: int, packed: PackedReader | None = None,
     ) -> None:  # fmt: skip
         self._packed = packed
         self._run, self._engine, self._sink, self._readers = run, engine, sink, readers
-        self._source, self._output = engine.buffer(chunk), engine.buffer(chunk)
+        both = engine.buffer(2 * chunk)
+        self._output, self._source = both[:chunk], both[chunk:]
+        self._columns = both[-columns_buffer(chunk) :]
         self._encoded = EncodedReader(engine, readers, self._source)
+        # Of 4 bytes at the most, as they are written: what the columns leave of the buffers.
+        self._part = max(unit, (both.nbytes - self._columns.nbytes) // 4 // unit * unit)
 
     def __call__(self, item: Item | Reading) -> None:
         """Carry out one item.
@@ -104,13 +109,23 @@ class Worker:
             self._unpack(item, plan.packed)
             self._run.item_done(item)
             return
-        codes, source = None, item.source
+        source = item.source
         if source.weight.encoding is not None:
-            data, codes = self._read_encoded(item)
+            self._convert(item, *self._read_encoded(item))
         elif source.view is not None:
-            data = self._read_transposed(item, source.view)
+            for part, data in self._transposed(item, source.view):
+                self._convert(part, data)
         else:
-            data = self._read(item)
+            self._convert(item, self._read(item))
+        self._run.item_done(item)
+
+    def _convert(self, item: Item, data: U8, codes: Codes | None = None) -> None:
+        """Make of an item's bytes what its plan says, and write it.
+
+        Args:
+            codes: what decodes `data`; None where it holds values.
+        """
+        plan = item.job.plan
         if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
             data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
@@ -119,7 +134,6 @@ class Worker:
             self._quantize(item, data, codes)
         else:
             self._keep(item, data)
-        self._run.item_done(item)
 
     def _read(self, item: Item) -> U8:
         """Read an item's elements into the start of the source buffer.
@@ -166,32 +180,40 @@ class Worker:
         """
         plan = item.job.plan
         dtype = plan.weight.dtype
-        rest = self._source[data.nbytes if item.source.view is None else 0 :]
+        rest = self._source[data.nbytes :]
         nbytes = item.count * ITEMSIZE[dtype]
-        out = rest[:nbytes] if nbytes <= rest.nbytes else np.empty(nbytes, np.uint8)
+        fits = item.source.view is None and nbytes <= rest.nbytes
+        out = rest[:nbytes] if fits else np.empty(nbytes, np.uint8)
         self._round(item, data, FLOAT64, out, dtype)
         return out
 
-    def _read_transposed(self, item: Item, view: View) -> U8:
+    def _transposed(self, item: Item, view: View) -> Iterator[tuple[Item, U8]]:
         """Read an item's elements of the transpose of a stored matrix.
 
-        Returns:
-            uint8 [count * itemsize].
+        All are read at once, since long pieces of rows take less time than short ones, and yielded
+        in parts, so that there is room for what is made of them.
+
+        Yields:
+            (a part of the item, its elements as uint8 [count * itemsize]).
         """
-        weight = item.source.weight
+        weight, rows = item.source.weight, view.rows
         itemsize = ITEMSIZE[weight.stored.dtype]
-        first, last = item.within // view.rows, -(-(item.within + item.count) // view.rows)
-        reader = self._readers[weight.shard.path]
-        block = np.empty((view.rows, (last - first) * itemsize), np.uint8)
-        origin = weight.stored.start + view.start * itemsize
-        if last - first == view.stride:
-            reader.read_into(block.reshape(-1), origin)
-        else:
-            reader.read_rows(block, origin + first * itemsize, view.stride * itemsize)
-        elements = block.view(f"u{itemsize}")  # raw bits, [rows, last - first]
-        flat = np.ascontiguousarray(elements.T).reshape(-1)
-        skip = item.within - first * view.rows
-        return flat[skip : skip + item.count].view(np.uint8)
+        first, last = item.within // rows, -(-(item.within + item.count) // rows)
+        nbytes = rows * (last - first) * itemsize
+        # Where a unit is larger than the buffers, so are its columns.
+        fits = nbytes <= self._columns.nbytes
+        buffer = self._columns[:nbytes] if fits else np.empty(nbytes, np.uint8)
+        columns = buffer.view(f"u{itemsize}").reshape(last - first, rows)  # raw bits
+        self._readers[weight.shard.path].read_columns(
+            columns,
+            weight.stored.start + (view.start + first) * itemsize,
+            view.stride * itemsize,
+        )
+        skip = (item.within - first * rows) * itemsize
+        for start in range(0, item.count, self._part):
+            count = min(self._part, item.count - start)
+            data = buffer[skip + start * itemsize :][: count * itemsize]
+            yield Item(item.source, item.start + start, count, False), data
 
     def _quantize(self, item: Item, data: U8, codes: Codes | None) -> None:
         """Quantize an item by the largest magnitude of each block, and write it.
@@ -294,7 +316,7 @@ class Worker:
         # Rows [first, last) of the decoded matrix are columns of the stored one.
         rows, columns = plan.view.rows, plan.view.columns
         first, last = item.start // columns, (item.start + item.count) // columns
-        block = np.ascontiguousarray(data.view(f"u{itemsize}").reshape(last - first, columns).T)
+        block = transposed(data.view(f"u{itemsize}").reshape(last - first, columns))
         raw = block.view(np.uint8)
         start, stride = (plan.region.start, plan.region.stride) if plan.region else (0, rows)
         if last - first == stride:

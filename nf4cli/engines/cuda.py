@@ -84,6 +84,7 @@ class CudaEngine(CpuEngine):
         self.name = f"cuda ({count}{first.name}, sm_{first.arch})"
         self.spare_threads = len(self.devices)
         self.worker_memory += STAGING
+        self.item_bytes = 8 << 20
         self.extra_memory = max(0, (resident_bytes() or 0) - before) + _COMPILER_MEMORY
         self._notify = notify
         self._ready = threading.Condition()

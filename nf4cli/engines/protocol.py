@@ -148,6 +148,10 @@ class Engine(Protocol):
     worker_memory: int
     """Bytes of host memory that it takes for each calling thread, in addition to its buffers."""
 
+    item_bytes: int
+    """Bytes of source to hand over at a time, at the most: what is read, digested and encoded one
+    after the other shall stay in the processor's cache, and a GPU shall be kept busy."""
+
     def buffer(self, nbytes: int) -> U8:
         """Return uninitialised host memory, uint8 [nbytes], that the engine can access directly.
 

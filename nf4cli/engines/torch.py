@@ -58,6 +58,7 @@ class TorchEngine:
         self.name = f"torch ({device})"
         self.spare_threads = self.extra_memory = 0
         self.worker_memory = 2_000_000
+        self.item_bytes = 4 << 20
 
     def buffer(self, nbytes: int) -> U8:
         return np.empty(nbytes, np.uint8)
