@@ -232,6 +232,8 @@ class ByteReader:
         try:
             done = cpu.read_columns(self._fd, columns, offset, stride)
         except MachineError:
+            import numpy as np
+
             block = np.empty((rows, count * columns.itemsize), np.uint8)
             self.read_rows(block, offset, stride)
             columns[:] = block.view(columns.dtype).T

@@ -140,19 +140,40 @@ def test_a_reader_checks_the_size(tmp_path):
         assert reader.read(90, 10).nbytes == 10
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_rows_are_read_a_stride_apart(tmp_path, monkeypatch, compiled):
-    if not compiled:  # as where the library could not be built
+@pytest.fixture(params=["compiled", "not compiled"])
+def library(request, tmp_path, monkeypatch):
+    """The library, and none, as where it could not be built."""
+    if request.param == "not compiled":
         monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "absent.so")
-        cpu._library.cache_clear()
+    cpu._library.cache_clear()
+    yield
+    cpu._library.cache_clear()
+
+
+@pytest.mark.usefixtures("library")
+def test_rows_are_read_a_stride_apart(tmp_path):
     data = np.arange(1000, dtype=np.uint16).view(np.uint8)
     (tmp_path / "x").write_bytes(data.tobytes())
-    try:
-        with ByteReader(tmp_path / "x", 2000) as reader:
-            block = np.zeros((7, 30), np.uint8)
-            reader.read_rows(block, 100, 200)
-            assert all(np.array_equal(block[i], data[100 + 200 * i :][:30]) for i in range(7))
-            with pytest.raises(InputError, match="ended at byte 2,000"):
-                reader.read_rows(block, 790, 200)
-    finally:
-        cpu._library.cache_clear()
+    with ByteReader(tmp_path / "x", 2000) as reader:
+        block = np.zeros((7, 30), np.uint8)
+        reader.read_rows(block, 100, 200)
+        assert all(np.array_equal(block[i], data[100 + 200 * i :][:30]) for i in range(7))
+        with pytest.raises(InputError, match="ended at byte 2,000"):
+            reader.read_rows(block, 790, 200)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (64, 64), (7, 130), (201, 9), (65, 33)])
+def test_columns_are_turned_as_they_are_read(tmp_path, itemsize, rows, columns):
+    total, left = columns + 11, 5
+    matrix = np.random.default_rng(0).integers(0, 256, (rows, total * itemsize), np.uint8)
+    (tmp_path / "x").write_bytes(b"abc" + matrix.tobytes())
+    stored = matrix.view(f"u{itemsize}")
+    place, stride = 3 + left * itemsize, total * itemsize
+    with ByteReader(tmp_path / "x", 3 + matrix.nbytes) as reader:
+        found = np.zeros((columns, rows), f"u{itemsize}")
+        reader.read_columns(found, place, stride)
+        assert np.array_equal(found, stored[:, left : left + columns].T)
+        with pytest.raises(InputError, match=f"ended at byte {3 + matrix.nbytes:,}"):
+            reader.read_columns(found, place + 7 * itemsize, stride)  # of the last row

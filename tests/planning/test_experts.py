@@ -21,7 +21,9 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.format.config import QuantConfig
+from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.resources import Resources
 
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -78,9 +80,6 @@ def test_llama4_experts_become_matrices(tmp_path, target):
 
 
 def test_llama4_experts_in_small_chunks(tmp_path, all_engines):
-    from nf4cli.checkpoint.discovery import open_checkpoint
-    from nf4cli.planning.make_plan import make_plan
-
     source = llama4(tmp_path / "src", hidden=4096)
     engine = next(iter(all_engines.values()))
     plan = make_plan(open_checkpoint(source), QuantConfig())
@@ -90,6 +89,24 @@ def test_llama4_experts_in_small_chunks(tmp_path, all_engines):
     for name, value in slices(source).items():
         packed, _ = bnb_quantize(value, 64, "nf4")
         assert a[name].flatten().tolist() == b[name].flatten().tolist() == packed.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("keep", [(), ("*experts*",)])
+def test_llama4_experts_of_other_dtypes_in_small_chunks(tmp_path, all_engines, dtype, keep):
+    """Columns take more of a worker's buffers than of one; what is made of them must not reach
+    into them."""
+    source = llama4(tmp_path / "src", dtype, hidden=4096)
+    engine = next(iter(all_engines.values()))
+    config = QuantConfig(keep=keep, dtype="float32" if keep else "auto")
+    plan = make_plan(open_checkpoint(source), config)
+    for name, chunk in (("large", 8 << 20), ("small", 1 << 19)):
+        carry_out(plan, tmp_path / name, engine, Resources(2, chunk, 0))
+    large, small = read_all(tmp_path / "large"), read_all(tmp_path / "small")
+    assert all(torch.equal(small[name], large[name]) for name in large)
+    for name, value in slices(source).items():
+        if keep:
+            assert torch.equal(small[name], value.float()), name
 
 
 def test_kept_llama4_experts_are_matrices_too(tmp_path):
