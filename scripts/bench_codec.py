@@ -3,33 +3,30 @@
 
     .venv/bin/python scripts/bench_codec.py --against COMMIT [--compiler clang++] [--runs 15]
 
-Builds both libraries, the other commit's in a temporary git worktree, and first checks that every
-output is the same to the byte.  Then times them in turn, on one core and in CPU time, and prints
-how many times as fast the new one is: the median of the pairs, and the lowest and highest.  With
-`--compiler`, builds this checkout a second time with that compiler, and compares the two as well.
+Builds both libraries, and first checks that every output is the same to the byte.  Then times them
+in turn, on one core and in CPU time, and prints how many times as fast the new one is: the median
+of the pairs, and the lowest and highest.  With `--compiler`, builds this checkout a second time
+with that compiler, and compares the two as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from built_commit import built, library
 
 from nf4cli.engines import cpu
 from nf4cli.engines.protocol import GRANULE, STATS, Codes
 from nf4cli.format import codebook
 from nf4cli.format.dtypes import ITEMSIZE
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("BF16", "F16", "F32")
 ELEMENTS = 1 << 18
 """Of a timed call: what it reads and writes stays in the cache."""
@@ -37,28 +34,6 @@ HARD_ABSMAX = np.array([np.inf, np.nan, -np.nan, -1, 0, 1e-45, 1e-38, 3e38, 7e4]
 """What a file may hold."""
 LEAST_CALL = 0.01
 """CPU seconds of one measurement: calls are repeated until it takes so long."""
-
-
-def built(source: Path, build: Path, compiler: str | None = None) -> Path:
-    """Return the library of a source tree; raise CalledProcessError if it does not compile."""
-    chosen = [f"-DCMAKE_CXX_COMPILER={';'.join(shlex.split(compiler))}"] if compiler else []
-    for command in (
-        ["cmake", "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", *chosen],
-        ["cmake", "--build", build],
-    ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return build / "_nf4.so"
-
-
-@contextmanager
-def worktree(commit: str, at: Path) -> Iterator[Path]:
-    """Yield a temporary working tree of a commit."""
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", at, commit], check=True)
-    try:
-        yield at
-    finally:
-        subprocess.run([*git, "remove", "--force", at], check=True)
 
 
 def engines(library: Path) -> dict[str, cpu.CpuEngine]:
@@ -221,13 +196,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        new = built(ROOT, work / "new")
-        with worktree(args.against, work / "tree") as source:
-            old = built(source, work / "old")
-        table(f"{args.against} -> this checkout", old, new, args.runs)
+        new, old = built(None, work / "new"), built(args.against, work / "old")
+        table(f"{args.against} -> this checkout", library(old), library(new), args.runs)
         if args.compiler:
-            second = built(ROOT, work / "second", args.compiler)
-            table(f"default compiler -> {args.compiler}", new, second, args.runs)
+            second = built(None, work / "second", args.compiler)
+            title = f"default compiler -> {args.compiler}"
+            table(title, library(new), library(second), args.runs)
 
 
 if __name__ == "__main__":

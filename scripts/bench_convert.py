@@ -2,12 +2,14 @@
 """Measure the conversion: correctness first, then wall time, memory and where the time goes.
 
     .venv/bin/python scripts/bench_convert.py --work /some/disk [--quick] [--json FILE]
+    .venv/bin/python scripts/bench_convert.py --work /some/disk --against COMMIT
 
 Makes a Llama-1B-shaped bf16 checkpoint of random weights (2.47 GB), converts it, verifies the
 result against the source, and only then times: `nf4 quantize` and `cp -r` of the same directory in
 turn, the page cache warm for both; the transformers + bitsandbytes flow once; the codec alone; an
 8B-shaped checkpoint and one with a single 4 GB tensor for their memory; `nf4 --help`.  --quick
 leaves out the last two checkpoints.  Prints a table for docs/performance.md and writes JSON.
+With --against, measures another commit beside this one instead (bench_against.py).
 
 Peak memory is the kernel's ru_maxrss of each command, which starts from its parent's: this process
 imports nothing large.
@@ -363,9 +365,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="without the 8B and 4 GB checkpoints")
     parser.add_argument("--no-real-flow", action="store_true", help="without transformers' minute")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--against", metavar="COMMIT", help="a version to measure beside this one")
     options = parser.parse_args()
     work = options.work / "nf4-bench"
     shutil.rmtree(work, ignore_errors=True)
+    if options.against:
+        import bench_against  # noqa: PLC0415 - imports NumPy, which this process does not
+
+        bench_against.compare(options.against, work, options.runs)
+        shutil.rmtree(work)
+        return
     bench = Bench(work)
     bench.conversion(options.runs)
     if not options.no_real_flow:

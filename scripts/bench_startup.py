@@ -4,32 +4,24 @@
     .venv/bin/python scripts/bench_startup.py [--runs 10] [--against COMMIT] [--work FOLDER]
 
 Runs each command as a process of its own, compiled and in warm caches, and prints the median and
-the spread of its user and system time. With --against the versions take turns; the older one
-uses the engine's library of this one, which it must be able to load.
+the spread of its user and system time. With --against the versions take turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import compileall
-import io
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from built_commit import built, command
 
-import nf4cli.engines
-
-ROOT = Path(__file__).parent.parent
-START = "from nf4cli.__main__ import main; main()"
 SIZE, MATRICES = 1024, 18
 """Rows and columns of the model's matrices, and how many it has: 38 MB, 10 MB in 4 bit."""
 
@@ -80,29 +72,12 @@ def write_model(place: Path) -> None:
     (place / "config.json").write_text(json.dumps(config))
 
 
-def package(place: Path, commit: str | None) -> Path:
-    """Return a folder with the compiled package: of a commit, or None for the working tree's."""
-    place.mkdir()
-    if commit is None:
-        shutil.copytree(ROOT / "nf4cli", place / "nf4cli")
-    else:
-        packed = subprocess.run(
-            ["git", "archive", commit, "nf4cli"], cwd=ROOT, check=True, capture_output=True
-        ).stdout
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(place, filter="data")
-    library = Path(nf4cli.engines.__file__).parent / "_nf4.so"
-    shutil.copy(library, place / "nf4cli" / "engines" / "_nf4.so")
-    compileall.compile_dir(place, quiet=1)
-    return place
-
-
 def run(folder: Path, words: list[str], more: dict[str, str]) -> float:
     """Return the seconds of CPU time of a command with the package of a folder."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"} | more
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | more
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", START, *words], env=environment, cwd=folder,
+        [*command(folder), *words], env=environment, cwd=folder,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -116,28 +91,40 @@ def cell(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
+def table(places: dict[str, Path], work: Path, runs: int) -> None:
+    """Print the CPU time of each command.
+
+    Args:
+        places: built packages, by the title of their column; the first makes the output.
+        work: a folder to fill.
+    """
+    output = work / "output"
+    write_model(work / "model")
+    made = ["quantize", str(work / "model"), str(output), "--quiet"]
+    run(next(iter(places.values())), made, {})
+    print("| CPU time in s | " + " | ".join(places) + " |\n|---|" + "---|" * len(places))
+    for title, (words, more) in commands(output).items():
+        times: dict[str, list[float]] = {name: [] for name in places}
+        for number in range(runs + 1):
+            for name, folder in places.items():
+                seconds = run(folder, words, more)
+                if number:  # the first run warms the caches
+                    times[name].append(seconds)
+        print(f"| {title} | " + " | ".join(map(cell, times.values())) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=10, help="runs of each command")
     parser.add_argument("--against", metavar="COMMIT", help="a version to measure beside this one")
     parser.add_argument("--work", type=Path, help="a directory on the disk to use")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="nf4-bench-", dir=options.work) as work:
-        places = {"now": package(Path(work) / "now", None)}
+    with tempfile.TemporaryDirectory(prefix="nf4-bench-", dir=options.work) as directory:
+        work = Path(directory)
+        places = {"now": built(None, work / "now")}
         if options.against:
-            places[options.against] = package(Path(work) / "against", options.against)
-        output = Path(work) / "output"
-        write_model(Path(work) / "model")
-        run(places["now"], ["quantize", str(Path(work) / "model"), str(output), "--quiet"], {})
-        print("| CPU time in s | " + " | ".join(places) + " |\n|---|" + "---|" * len(places))
-        for title, (words, more) in commands(output).items():
-            times: dict[str, list[float]] = {name: [] for name in places}
-            for number in range(options.runs + 1):
-                for name, folder in places.items():
-                    seconds = run(folder, words, more)
-                    if number:  # the first run warms the caches
-                        times[name].append(seconds)
-            print(f"| {title} | " + " | ".join(map(cell, times.values())) + " |", flush=True)
+            places[options.against] = built(options.against, work / "against")
+        table(places, work, options.runs)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import compileall
 import io
-import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_START = "start_nf4.py"
 _PARTS = ("CMakeLists.txt", "cuda", "nf4cli")
 """What the compiled library and the package are made of."""
 
 
 def built(commit: str | None, place: Path, compiler: str | None = None) -> Path:
-    """Build a commit's package, and return the folder that PYTHONPATH must begin with.
+    """Build a commit's package in a folder, where `command` runs it.
 
     Args:
         commit: None for the files of this working tree.
-        place: a folder to make.
+        place: a folder to make; returned.
         compiler: the C++ compiler with its options; None for the machine's.
 
     Raises:
@@ -47,6 +48,7 @@ def built(commit: str | None, place: Path, compiler: str | None = None) -> Path:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     shutil.copy(build / "_nf4.so", place / "nf4cli" / "engines" / "_nf4.so")
     compileall.compile_dir(place / "nf4cli", quiet=1)
+    (place / _START).write_text("from nf4cli.__main__ import main\nmain()\n")
     return place
 
 
@@ -55,6 +57,6 @@ def library(package: Path) -> Path:
     return package / "nf4cli" / "engines" / "_nf4.so"
 
 
-def environment(package: Path) -> dict[str, str]:
-    """Return the environment of a process that runs a built package."""
-    return os.environ | {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+def command(package: Path) -> list[str]:
+    """Return the words that run a built package's command: the script's folder has the package."""
+    return [sys.executable, str(package / _START)]

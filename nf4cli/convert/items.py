@@ -176,6 +176,8 @@ def item_size(plan: TensorPlan, weight: Weight, view: View | None, chunk: int, u
         chunk: bytes of a worker's buffer.
         usual: bytes that an engine takes at a time.
     """
+    if plan.packed is not None and plan.view is not None:
+        return chunk // widest(plan)  # written as columns, whose pieces shall be long
     if view is None or weight.encoding is not None:
         return min(chunk, usual) // widest(plan)
     # The more columns are read at once, the longer are the pieces of rows. One begins before the
