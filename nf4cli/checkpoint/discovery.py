@@ -82,6 +82,12 @@ _PIECE = re.compile(
 _INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")
 
 
+def require_output(path: Path) -> None:
+    """Raise InputError if a path is no directory, so that it is no output either."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no directory: give one that nf4 quantize wrote")
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Find the shards, read every header, check the index, and list the other files.
 

@@ -62,13 +62,17 @@ def attest(
     Every file is read first. Unless all are what the manifest says, no
     statement is written (exit code 1).
     """
-    from ..api.attesting import state
-    from ..checkpoint.atomic_file import AtomicFile
+    from ..checkpoint.discovery import require_output
     from ..errors import UsageError
 
     to_stdout = str(file) == "-"
     if to_stdout and json:
         raise UsageError("- and --json both want stdout: name a FILE, or leave --json out")
+    require_output(output)  # before what attests is imported
+
+    from ..api.attesting import state
+    from ..checkpoint.atomic_file import AtomicFile
+
     place = file or _beside(output)
     with ExitStack() as stack:
         target = None

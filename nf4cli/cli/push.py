@@ -46,6 +46,10 @@ def push(
     Every file is read first. Unless all are what the manifest says, nothing
     is sent (exit code 1).
     """
+    from ..checkpoint.discovery import require_output
+
+    require_output(output)  # before what publishes is imported, and a Hub is asked
+
     from ..api.pushing import Push, publish
 
     listener = TerminalListener(quiet or json, notes=not quiet)

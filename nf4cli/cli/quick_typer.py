@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_origin
 
+import typer
+
 _DIGITS = 15  # of a number that is read here
 
 _UNUSED = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
@@ -74,12 +76,20 @@ def _plain(value: Any, kind: Any, info: Any) -> Any:
         usual = info.file_okay and info.dir_okay
         return Path(value) if usual and (os.access(value, os.R_OK) or _is_nowhere(value)) else None
     if kind in (int, float):
+        _refuse_words(value, kind)
         number = _number(value, kind)
         lowest, largest = info.min, info.max
         if number is None or info.clamp or (lowest is not None and number < lowest):
             return None
         return number if largest is None or number <= largest else None
     return None
+
+
+def _refuse_words(value: Any, kind: type) -> None:
+    """Raise BadParameter for a text that is certainly no number; typer decides on all others."""
+    words = type(value) is str and not any(character.isdigit() for character in value)
+    if words and value.strip().lstrip("+-").lower() not in ("nan", "inf", "infinity"):
+        raise typer.BadParameter(f"{value!r} is no {'whole ' * (kind is int)}number")
 
 
 def _is_nowhere(path: str) -> bool:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from ..callbacks import Progress
 from ..checkpoint.digest import digests_of_file
-from ..checkpoint.discovery import CARD, LEFT_DIRECTORIES, MANIFEST, PIPELINE_RECORD
+from ..checkpoint.discovery import (
+    CARD,
+    LEFT_DIRECTORIES,
+    MANIFEST,
+    PIPELINE_RECORD,
+    require_output,
+)
 from ..errors import InputError
 from ..planning.model_plan import path_in_model
 from ..threads import run
@@ -53,10 +59,9 @@ def listed_output(path: Path) -> tuple[dict[str, Manifest], dict[str, Listed]]:
         files = {n: Listed(path / n, r, record.digest) for n, r in record.files.items()}
         files[PIPELINE_RECORD] = Listed(record_place, None, record.digest)
         manifests = {name: _manifest(path / name) for name in record.components}
-    elif path.is_dir():
-        files, manifests = {}, {"": _manifest(path)}
     else:
-        raise InputError(f"{path} is no directory: give one that nf4 quantize wrote")
+        require_output(path)
+        files, manifests = {}, {"": _manifest(path)}
     for component, manifest in manifests.items():
         for name, file in manifest.output_files.items():
             name_in_output = path_in_model(component, name)

@@ -64,6 +64,9 @@ def modules_of(*words: object) -> tuple[int, set[str]]:
         (["verify", "/nowhere/at/all"], 3),
         (["verify", "/nowhere/at/all", "--seed", "1"], 2),
         (["dequantize", "/nowhere/at/all", "out"], 3),
+        (["attest", "/nowhere/at/all"], 3),
+        (["push", "/nowhere/at/all", "me/model"], 3),
+        (["quantize", "/nowhere/at/all", "--blocksize", "x"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -114,7 +117,10 @@ def test_a_value_is_what_typer_makes_of_it(tmp_path, monkeypatch, name, number):
     plain = get_command(app).commands[name].params[number]
     for text in TEXTS:
         value = [text, text] if own.multiple else text
-        assert outcome(quick, value) == outcome(plain, value), text
+        found, expected = outcome(quick, value), outcome(plain, value)
+        if "number" in found:  # in shorter words
+            found, expected = (words.partition(":")[0] for words in (found, expected))
+        assert found == expected, text
     assert outcome(quick, own.default) == outcome(plain, own.default)
 
 
