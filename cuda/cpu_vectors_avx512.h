@@ -183,17 +183,28 @@ NF4_FN __m512 nodes_of_128(const __m512* level, __m512i place) {
   return _mm512_mask_blend_ps(upper, nodes_of_64(level, place), nodes_of_64(level + 4, place));
 }
 
-// Write where a row of values ends below the last level, 0..255.
-NF4_FN void descend(const Tree& tree, Floats x, uint8_t* places) {
-  Ints place = {_mm512_setzero_si512()};
-  const auto step = [&](__m512 nodes) {
-    place = count_greater({_mm512_add_epi32(place.all, place.all)}, x, {nodes});
+// Write where values end below the last level, 0..255, of rows that do not wait for each other.
+template <int kRows>
+NF4_FN void descend(const Tree& tree, const float* x, uint8_t* places) {
+  Floats row[kRows];
+  Ints place[kRows];
+  for (int i = 0; i < kRows; i++) row[i] = load_f32(x + i * kRow);
+  for (int i = 0; i < kRows; i++) place[i] = {_mm512_setzero_si512()};
+  const auto step = [&](auto nodes) {
+    for (int i = 0; i < kRows; i++)
+      place[i] = count_greater({_mm512_add_epi32(place[i].all, place[i].all)}, row[i],
+                               {nodes(place[i].all)});
   };
-  for (int level = 0; level < 5; level++) step(_mm512_permutexvar_ps(place.all, tree.top[level]));
-  step(nodes_of_32(tree.levels, place.all));
-  step(nodes_of_64(tree.levels + 2, place.all));
-  step(nodes_of_128(tree.levels + 6, place.all));
-  _mm_storeu_si128((__m128i*)places, _mm512_cvtepi32_epi8(place.all));
+  step([&](__m512i at) { return _mm512_permutexvar_ps(at, tree.top[0]); });
+  step([&](__m512i at) { return _mm512_permutexvar_ps(at, tree.top[1]); });
+  step([&](__m512i at) { return _mm512_permutexvar_ps(at, tree.top[2]); });
+  step([&](__m512i at) { return _mm512_permutexvar_ps(at, tree.top[3]); });
+  step([&](__m512i at) { return _mm512_permutexvar_ps(at, tree.top[4]); });
+  step([&](__m512i at) { return nodes_of_32(tree.levels, at); });
+  step([&](__m512i at) { return nodes_of_64(tree.levels + 2, at); });
+  step([&](__m512i at) { return nodes_of_128(tree.levels + 6, at); });
+  for (int i = 0; i < kRows; i++)
+    _mm_storeu_si128((__m128i*)(places + i * kRow), _mm512_cvtepi32_epi8(place[i].all));
 }
 
 }  // namespace
