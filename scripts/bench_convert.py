@@ -8,7 +8,7 @@ Makes a Llama-1B-shaped bf16 checkpoint of random weights (2.47 GB), converts it
 result against the source, and only then times: `nf4 quantize` and `cp -r` of the same directory in
 turn, the page cache warm for both; the transformers + bitsandbytes flow once; the codec alone; an
 8B-shaped checkpoint and one with a single 4 GB tensor for their memory; `nf4 --help`.  --quick
-leaves out the last two checkpoints.  Prints a table for docs/performance.md and writes JSON.
+leaves out the last two checkpoints.  Prints a table for docs/measurements.md and writes JSON.
 With --against, measures another commit beside this one instead (bench_against.py).
 
 Peak memory is the kernel's ru_maxrss of each command, which starts from its parent's: this process

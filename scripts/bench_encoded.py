@@ -5,7 +5,7 @@
 
 Makes ten experts in the shape of Kimi K2's (bf16, INT4, float8) and half a layer of gpt-oss-20b
 (bf16, MXFP4) of random codes, converts each, verifies it against its source, and only then times
-the conversions in turn, the page cache warm.  Prints a table for docs/performance.md.
+the conversions in turn, the page cache warm.  Prints a table for docs/measurements.md.
 """
 
 from __future__ import annotations

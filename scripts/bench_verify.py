@@ -7,7 +7,7 @@ Makes a bf16 checkpoint of random weights in the shape of 24 layers of Llama-3-8
 it into one file and into shards of 1 GB, and times in turn, the page cache warm: `nf4 verify OUT`;
 a process that does nothing but digest the same files through nf4cli.checkpoint.digest.digest_file,
 one thread a file; and one that maps each file and lets blake3 use every processor, as `b3sum` does.
-Then memory: of these runs, and of 20,000 tiny tensors.  Prints a table for docs/performance.md.
+Then memory: of these runs, and of 20,000 tiny tensors.  Prints a table for docs/measurements.md.
 
 Peak memory is the kernel's ru_maxrss of each command, which starts from its parent's: this process
 imports nothing large.

@@ -9,7 +9,7 @@ engine and, where torch is installed, the torch engine (on the GPU, too), byte f
 bitsandbytes' own CUDA kernels, where those are installed, whose approximate arithmetic makes a few
 codes differ: they are counted.  Then speed: each kernel by the GPU's clock, as a share of what
 copying within its memory reaches, and whole conversions of a checkpoint of random weights.  Prints
-a table for docs/performance.md; exits with 1 when bytes differ.
+a table for docs/measurements.md; exits with 1 when bytes differ.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ match with a packed module.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import InputError
@@ -176,6 +176,38 @@ def skip_modules(kept: Iterable[str], quantized: Iterable[str], names: Names) ->
     ]
 
 
+def mistaken(
+    keys: Collection[str], packed: Iterable[str], matches: Callable[[str, str], bool]
+) -> Iterator[tuple[str, str]]:
+    """Yield each packed module that a loader matches with an entry, with the first such entry.
+
+    Entries and modules are told apart by kinds first, as in `skip_modules`: the largest mixtures
+    have 100,000 packed modules of a dozen kinds.
+
+    Args:
+        keys: the skip list.
+        packed: paths of modules.
+        matches: `hits`, or one loader's way to match.
+
+    Raises:
+        InputError: see `hits_v5`.
+    """
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for entry in enumerate(keys):
+        # A digit in a regular expression may count, so it is compared with every module.
+        kind = _masked(entry[1]) if _PLAIN.fullmatch(entry[1]) else ""
+        kinds.setdefault(kind, []).append(entry)
+    near: dict[str, list[str]] = {}
+    for module in packed:
+        masked = _masked(module)
+        if masked not in near:
+            found = (kind for kind in kinds if not kind or matches(kind, masked))
+            near[masked] = [key for _, key in sorted(e for kind in found for e in kinds[kind])]
+        key = next((key for key in near[masked] if matches(key, module)), None)
+        if key is not None:
+            yield module, key
+
+
 def unmeant(kept: Iterable[str], keys: Collection[str], names: Names) -> Iterator[str]:
     """Yield the kept modules that some version of transformers matches with no entry.
 
@@ -219,6 +251,7 @@ def entangled(module: str, quantized: Iterable[str], names: Names) -> list[str]:
     ]
 
 
+_PLAIN = re.compile(r"[\w.-]+")
 _DIGIT = re.compile(r"\d", re.ASCII)
 
 

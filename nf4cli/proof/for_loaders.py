@@ -47,16 +47,14 @@ def _check_skip_list(
     context = selection.Context.of(checkpoint)
     hits = skip_list.hits_v4 if context.diffusers else skip_list.hits
     packed = {selection.module_path(name) for name in weights}
-    for module in sorted(packed):
-        key = next((key for key in keys if hits(key, module)), None)
-        if key is not None:
-            report.add(
-                "config",
-                "config.json",
-                f"llm_int8_skip_modules has {key!r}, which some loader takes to mean {module}, "
-                "whose weight is packed",
-            )
-    names = names_of(checkpoint.config)
+    for module, key in skip_list.mistaken(keys, sorted(packed), hits):
+        report.add(
+            "config",
+            "config.json",
+            f"llm_int8_skip_modules has {key!r}, which some loader takes to mean {module}, "
+            "whose weight is packed",
+        )
+    names, entries = names_of(checkpoint.config), set(keys)
     for name, (_, tensor) in checkpoint.tensors.items():
         if name in weights or bnb_format.companion_owner(name) in weights:
             continue
@@ -64,9 +62,9 @@ def _check_skip_list(
         module = selection.module_path(name)
         # A bare model holds no head, so the name of a head has no form without the base prefix.
         own_names = replace(names, base_prefix="") if rule.name == "head" else names
-        if rule.name in ("linear", "head") and not any(
-            skip_list.means(key, module, own_names) for key in keys
-        ):
+        if rule.name not in ("linear", "head") or entries.intersection(own_names.forms(module)):
+            continue
+        if not any(skip_list.means(key, module, own_names) for key in keys):
             report.add(
                 "config",
                 name,

@@ -5,7 +5,7 @@
 
 It makes an environment of its own from the wheels and this checkout and runs five parts, the most
 valuable first, each a process that is ended at its limit. OUT then holds gpu_day.json, gpu_day.md
-(a table for docs/performance.md) and gpu_day.log (what failed, and how). A part can be run by
+(a table for docs/measurements.md) and gpu_day.log (what failed, and how). A part can be run by
 itself: `--parts check,tests`, then `--parts conversions` with the same OUT adds to what is there.
 """
 

@@ -102,7 +102,7 @@ def test_instructions_a_weight(arch):
 
 
 def test_an_h100_is_bound_by_memory(tmp_path):
-    """The script itself; the table of docs/performance.md is what it prints."""
+    """The script itself; the table of docs/measurements.md is what it prints."""
     done = subprocess.run(
         [sys.executable, SCRIPT, "--json", tmp_path / "table.json"],
         capture_output=True, text=True, check=True,
@@ -114,6 +114,6 @@ def test_an_h100_is_bound_by_memory(tmp_path):
     for arch in ("80", "90"):
         assert bounds["quantize bf16 to NF4", arch] == "memory"
         assert bounds["dequantize to bf16, nested", arch] == "memory"
-    documented = (SCRIPT.parent.parent / "docs" / "performance.md").read_text()
+    documented = (SCRIPT.parent.parent / "docs" / "measurements.md").read_text()
     for line in done.stdout.splitlines():
         assert line in documented, line

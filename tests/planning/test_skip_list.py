@@ -36,6 +36,36 @@ def test_no_entry_of_a_skip_list_means_a_packed_module(names, kept, quantized):
                 assert not skip_list.hits(key, form), (key, form)
 
 
+KEYS = NAMES | st.sampled_from(
+    ["model.layers.(0|10)", r"layers.\d+", "model.[^0]+", "model.1{2}0", "1", "0.", "layers.1"]
+)
+
+
+@given(st.lists(KEYS, max_size=8), st.lists(NAMES, max_size=8))
+@pytest.mark.parametrize("matches", [skip_list.hits, skip_list.hits_v4])
+def test_an_entry_that_means_a_packed_module_is_found(matches, keys, packed):
+    """As comparing each with each, which takes minutes for 100,000 modules."""
+    slowly = [
+        (module, key)
+        for module in packed
+        if (key := next((key for key in keys if matches(key, module)), None)) is not None
+    ]
+    assert [*skip_list.mistaken(keys, packed, matches)] == slowly
+
+
+def test_a_skip_list_of_the_largest_mixtures_is_compared_at_once():
+    experts = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(60) for j in range(400)]
+    gates = [f"model.layers.{i}.mlp.gate" for i in range(60)]
+    comparisons = []
+
+    def matches(key: str, module: str) -> bool:
+        comparisons.append(key)
+        return skip_list.hits(key, module)
+
+    assert not [*skip_list.mistaken(gates, experts, matches)]
+    assert len(comparisons) < 100
+
+
 @given(st.lists(NAMES, max_size=6), st.lists(NAMES, min_size=1, max_size=6))
 def test_what_no_entry_means_is_entangled_with_something(kept, quantized):
     names = Names("model")
