@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,8 +61,35 @@ Entry = tuple[str, str, tuple[int, ...]]
 """(key, dtype, shape) of a tensor to place."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What tensors take of a file: bytes, entries in its header, and bytes of these at the most."""
+
+    nbytes: int = 0
+    tensors: int = 0
+    header: int = 0
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> _Room:
+        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in entries)
+        return cls(nbytes, len(entries), sum(map(_header_room, entries)))
+
+    def __add__(self, other: _Room) -> _Room:
+        return _Room(
+            self.nbytes + other.nbytes, self.tensors + other.tensors, self.header + other.header
+        )
+
+    def fits(self, max_shard_size: int) -> bool:
+        """Return whether a file may hold so much."""
+        within = self.tensors <= MAX_TENSORS and self.header <= _HEADER_ROOM
+        return within and self.nbytes <= max_shard_size
+
+
 def fill_shards(
-    items: Iterable[Item], entries: Callable[[Item], Sequence[Entry]], max_shard_size: int
+    items: Iterable[Item],
+    entries: Callable[[Item], Sequence[Entry]],
+    max_shard_size: int,
+    group: Callable[[Item], object] | None = None,
 ) -> list[list[Item]]:
     """Distribute items over files, in order.
 
@@ -71,26 +99,32 @@ def fill_shards(
 
     Args:
         entries: returns the tensors of an item, which all go into the same file.
+        group: returns what an item belongs to.  Neighbours of one group begin a new file if they
+            would not all fit in the rest of one.  None to fill every file.
 
     Returns:
         The items of each file.
     """
+    sized = [(item, _Room.of(entries(item))) for item in items]
     files: list[list[Item]] = [[]]
-    filled = tensors = header = 0
-    for item in items:
-        of_item = entries(item)
-        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in of_item)
-        room = sum(map(_header_room, of_item))
-        if files[-1] and (
-            filled + nbytes > max_shard_size
-            or tensors + len(of_item) > MAX_TENSORS
-            or header + room > _HEADER_ROOM
-        ):
-            files.append([])
-            filled = tensors = header = 0
-        filled, tensors, header = filled + nbytes, tensors + len(of_item), header + room
-        files[-1].append(item)
+    filled = _Room()
+    for _, members in groupby(sized, lambda pair: group(pair[0]) if group else None):
+        together = list(members)
+        if group and not sum((room for _, room in together), filled).fits(max_shard_size):
+            filled = _begin_file(files)
+        for item, room in together:
+            if not (filled + room).fits(max_shard_size):
+                filled = _begin_file(files)
+            filled += room
+            files[-1].append(item)
     return files
+
+
+def _begin_file(files: list[list[Item]]) -> _Room:
+    """Add an empty file, unless the last one is; return what is in it."""
+    if files[-1]:
+        files.append([])
+    return _Room()
 
 
 def _header_room(entry: Entry) -> int:

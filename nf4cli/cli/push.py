@@ -46,8 +46,10 @@ def push(
     Every file is read first. Unless all are what the manifest says, nothing
     is sent (exit code 1).
     """
+    from ..api.sources import require_repository
     from ..checkpoint.discovery import require_output
 
+    require_repository(repo)
     require_output(output)  # before what publishes is imported, and a Hub is asked
 
     from ..api.pushing import Push, publish

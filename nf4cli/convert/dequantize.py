@@ -32,7 +32,7 @@ from ..output.pipeline_record import read_record
 from ..output.recorded_choices import copied_names, matrices_of
 from ..output.report import Report
 from ..planning import selection
-from ..planning.make_plan import index_of
+from ..planning.make_plan import index_of, source_file
 from ..planning.model_config import set_dtype
 from ..planning.model_plan import ModelPlan
 from ..planning.options import check_shard_size
@@ -424,10 +424,14 @@ def _lay_out(
         (the plans in the order of reading, each with the number of its file, the files).
     """
     tensors: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    read_from = {}
     for plan in plans:
         dtype, shape = plan.outputs[plan.name]
         tensors[plan.key] = (plan.key, dtype, plan.region.shape if plan.region else shape)
-    files = fill_shards(list(tensors.values()), lambda tensor: [tensor], max_shard_size)
+        read_from[plan.key] = source_file(plan)
+    files = fill_shards(
+        tensors.values(), lambda tensor: [tensor], max_shard_size, lambda t: read_from[t[0]]
+    )
     layouts = tuple(
         lay_out(shard_name(stem, number, len(files)), members, ())
         for number, members in enumerate(files)

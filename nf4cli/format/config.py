@@ -22,6 +22,8 @@ transformers 5 alone takes neither."""
 
 EXPERT_LAYOUTS = ("auto", "", "stacks", "lists")
 
+SHARD_CUTS = ("auto", "", "source")
+
 
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
@@ -51,6 +53,10 @@ class QuantConfig:
             EXPERT_LAYOUTS: "", as matrices; "stacks", as the class of transformers 5 holds them;
             "lists", as unsloth's own class for gpt-oss does; "auto" for what the target reads
             best.  nf4 0.2 wrote matrices for unsloth as well.
+        shard_cuts: where an output shard ends, one of SHARD_CUTS: "source", where a source file
+            does, if the next one's weights do not fit as a whole, so that few shards are made of
+            the same source file; "", where it is full, as in nf4 0.2; "auto" for "source" where
+            there are several source files.
     """
 
     quant_type: str = "nf4"
@@ -69,18 +75,19 @@ class QuantConfig:
     importance: str = ""
     requantize: bool = False
     expert_layout: str = "auto"
+    shard_cuts: str = "auto"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as the manifest records them.
 
         The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method`,
-        `importance`, `requantize` and `expert_layout` are left out where they are as in versions
-        without these options, so that manifests stay equal to theirs.
+        `importance`, `requantize`, `expert_layout` and `shard_cuts` are left out where they are as
+        in versions without these options, so that manifests stay equal to theirs.
         """
         fields = {**asdict(self), "keep": sorted(self.keep)}
         before = {
             "scale": "absmax", "method": "rtn", "importance": "", "requantize": False,
-            "expert_layout": "",
+            "expert_layout": "", "shard_cuts": "",
         }  # fmt: skip
         for name, value in before.items():
             if fields[name] == value:

@@ -308,8 +308,9 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
 
 
 def _recipe(fields: Mapping[str, Any]) -> QuantConfig:
-    """Return the recipe; versions before `expert_layout` wrote matrices."""
-    return QuantConfig(**{"expert_layout": "", **fields, "keep": tuple(fields["keep"])})
+    """Return the recipe; what a manifest does not name is as in the versions before it."""
+    before = {"expert_layout": "", "shard_cuts": ""}
+    return QuantConfig(**{**before, **fields, "keep": tuple(fields["keep"])})
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:

@@ -16,7 +16,7 @@ def options_of(config: QuantConfig) -> Iterable[str]:
     defaults = QuantConfig()
     for field in fields(QuantConfig):
         value, default = getattr(config, field.name), getattr(defaults, field.name)
-        if value == default or field.name in ("keep", "expert_layout", *_CHOICE):
+        if value == default or field.name in ("keep", "expert_layout", "shard_cuts", *_CHOICE):
             continue
         if field.name == "double_quant":
             yield "--no-double-quant"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import bnb_format
@@ -81,6 +82,8 @@ def make_plan(
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
     config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
+    if config.shard_cuts == "auto":
+        config = replace(config, shard_cuts="source" if len(checkpoint.shards) > 1 else "")
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
@@ -146,7 +149,7 @@ def _plan(
     tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
     require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
-    tensors, shards = _place(tensors, checkpoint, config.max_shard_size)
+    tensors, shards = _place(tensors, checkpoint, config)
     return Plan(
         checkpoint=checkpoint,
         config=config,
@@ -253,15 +256,17 @@ def _refuse_key_clashes(tensors: list[TensorPlan]) -> None:
 
 
 def _place(
-    tensors: list[TensorPlan], checkpoint: Checkpoint, max_shard_size: int
+    tensors: list[TensorPlan], checkpoint: Checkpoint, config: QuantConfig
 ) -> tuple[list[TensorPlan], list[ShardLayout]]:
     """Return all tensors with their output files, in reading order, and the layout of every file.
 
     Files are filled in the order of the source.  A weight and its companions stay together.
     """
-    written = [plan for plan in tensors if plan.outputs]
     files = fill_shards(
-        written, lambda plan: [(key, *spec) for key, spec in plan.outputs.items()], max_shard_size
+        [plan for plan in tensors if plan.outputs],
+        lambda plan: [(key, *spec) for key, spec in plan.outputs.items()],
+        config.max_shard_size,
+        source_file if config.shard_cuts else None,
     )
     layouts = []
     for number, members in enumerate(files):
@@ -282,6 +287,11 @@ def _place(
     by_place = reading_order(checkpoint)
     placed.sort(key=lambda plan: by_place(plan.weight))
     return placed, layouts
+
+
+def source_file(plan: TensorPlan) -> Path:
+    """Return the source file that a weight is complete with."""
+    return plan.weight.sources[-1].shard.path
 
 
 def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:

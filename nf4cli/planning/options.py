@@ -10,6 +10,7 @@ from ..format.config import (
     ON_NONFINITE,
     QUANT_TYPES,
     SCALES,
+    SHARD_CUTS,
     TARGETS,
     QuantConfig,
 )
@@ -29,6 +30,7 @@ def check_options(config: QuantConfig) -> None:
         ("--scale", config.scale, SCALES),
         ("--method", config.method, METHODS),
         ("expert_layout", config.expert_layout, EXPERT_LAYOUTS),
+        ("shard_cuts", config.shard_cuts, SHARD_CUTS),
     ):
         if value not in allowed:
             raise UsageError(f"{option} {value} is not one of {', '.join(str(a) for a in allowed)}")

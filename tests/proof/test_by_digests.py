@@ -17,7 +17,7 @@ from nf4cli.checkpoint.discovery import MANIFEST
 OUTPUT, SOURCE = "me/model-nf4", "org/model"
 WEIGHTS = r"GET /files/.*safetensors"
 PUSH = ("--push-to", OUTPUT, "--max-shard-size", "1MB")
-SHARD = "model-00005-of-00015.safetensors"
+SHARD = "model-00005-of-00017.safetensors"
 
 
 @pytest.fixture
