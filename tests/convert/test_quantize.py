@@ -29,10 +29,12 @@ from helpers import (
 
 from nf4cli import engines
 from nf4cli.checkpoint.discovery import MANIFEST, open_checkpoint
+from nf4cli.checkpoint.writer import fill_shards
+from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.protocol import GRANULE
 from nf4cli.format.config import QuantConfig
 from nf4cli.planning.make_plan import make_plan
-from nf4cli.planning.resources import make_resources
+from nf4cli.planning.resources import Resources, make_resources
 
 
 def convert(source, output, engine="cpu", workers=1, chunk=None, **options):
@@ -176,6 +178,57 @@ def test_sharding_and_index(tmp_path):
         assert len(keys) == 6
         assert len({index["weight_map"][k] for k in keys}) == 1
     nf4_ok("verify", tmp_path / "out", "--source", source)
+
+
+def of_five_files(root):
+    """A source of ten weights, of 190 kB in 4 bit, two in each file."""
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(10)]
+    weights = {name: torch.randn(512, 720).bfloat16() for name in names}
+    return write_checkpoint_dir(root, weights, {**LLAMA, "num_hidden_layers": 10}, shards=5)
+
+
+def test_shards_end_where_source_files_do(tmp_path):
+    """A shard of 1 MB holds four weights, and not five."""
+    source = of_five_files(tmp_path / "src")
+    nf4_ok("quantize", source, tmp_path / "out", "--max-shard-size", "1MB")
+    in_source = {name: shard for name, (shard, _) in open_checkpoint(source).tensors.items()}
+    made_of = [
+        {in_source[t.name].path for t in shard.tensors if t.name in in_source}
+        for shard in open_checkpoint(tmp_path / "out").shards
+    ]
+    assert [len(paths) for paths in made_of] == [2, 2, 1]
+    assert len(set().union(*made_of)) == 5, "no source file is in two shards"
+    recipe = json.loads((tmp_path / "out" / MANIFEST).read_text())["recipe"]
+    assert recipe["shard_cuts"] == "source"
+    nf4_ok("verify", tmp_path / "out", "--source", source)
+
+
+def test_outputs_of_0_2_are_proved_by_their_own_cuts(tmp_path):
+    source = of_five_files(tmp_path / "src")
+    config = QuantConfig(max_shard_size=1_000_000, shard_cuts="")
+    plan = make_plan(open_checkpoint(source), config)
+    manifest = carry_out(plan, tmp_path / "out", CpuEngine(), Resources(2, 8 << 20, 0))
+    assert len(plan.shards) == 2, "filled to the end"
+    assert "shard_cuts" not in manifest.config.as_dict()
+    assert "is good" in nf4_ok("verify", tmp_path / "out", "--source", source)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "expected"),
+    [
+        ([4, 4, 4, 4], "aabb", ["aa", "bb"]),
+        ([4, 4, 2, 4], "aabb", ["aa", "bb"]),  # the 2 would fit, but not its group
+        ([2, 2, 2, 2], "aabb", ["aabb"]),
+        ([4, 4, 4, 4, 2], "aaaab", ["aa", "aab"]),  # a group larger than a file is cut
+        ([2, 9, 9, 2], "abbc", ["a", "b", "b", "c"]),
+        ([12, 2], "ab", ["a", "b"]),
+        ([], "", [""]),
+    ],
+)
+def test_groups_stay_together_where_they_fit(sizes, groups, expected):
+    items = list(zip(groups, sizes, strict=True))
+    files = fill_shards(items, lambda item: [(item[0], "I8", (item[1],))], 10, lambda item: item[0])
+    assert ["".join(name for name, _ in file) for file in files] == expected
 
 
 def test_every_tensor_is_aligned(tmp_path):
