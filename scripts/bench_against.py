@@ -153,21 +153,37 @@ def compare(commit: str, work: Path, runs: int) -> None:
     work.mkdir(parents=True)
     versions = {commit: built(commit, work / "old"), "now": built(None, work / "new")}
     print(processor(), flush=True)
+    for source, count in (("llama-1b", runs), ("llama-4-scout-experts", max(1, runs // 2))):
+        in_process_of_its_own("make", str(work / source))
+        in_process_of_its_own("measure", str(work / source), commit, str(count))
+        shutil.rmtree(work / source)
+    print("\nCommands that answer at once\n", flush=True)
+    bench_startup.table(dict(reversed(versions.items())), work, 10)
     old, new = map(library, versions.values())
     bench_codec.table(f"{commit} -> now", old, new, 15)
     if compiler := shutil.which("clang++") or shutil.which("clang++-14"):
         second = built(None, work / "second", compiler)
         bench_codec.table(f"default compiler -> {compiler}", new, library(second), 15)
-    print("\nCommands that answer at once\n")
-    bench_startup.table(dict(reversed(versions.items())), work, 10)
-    source = make(work / "llama-1b", 2048, 8192, 16, 128256, 512, 1, 0)
-    whole_commands(versions, source, runs)
-    shutil.rmtree(source)
-    source = work / "llama-4-scout-experts"
-    # In a process of its own: what this one has held counts as the commands' peak memory.
-    subprocess.run([sys.executable, __file__, source], check=True)
-    whole_commands(versions, source, max(1, runs // 2))
+
+
+def in_process_of_its_own(*words: str) -> None:
+    """Call `main` there: what a process has held counts as the peak memory of its commands."""
+    subprocess.run([sys.executable, __file__, *words], check=True)
+
+
+def main() -> None:
+    """Make a source, or measure commands over it with versions that were built beside it."""
+    step, place, *rest = sys.argv[1:]
+    source = Path(place)
+    if step == "measure":
+        commit, runs = rest
+        versions = {commit: source.parent / "old", "now": source.parent / "new"}
+        whole_commands(versions, source, int(runs))
+    elif source.name == "llama-1b":
+        make(source, 2048, 8192, 16, 128256, 512, 1, 0)
+    else:
+        make_experts(source)
 
 
 if __name__ == "__main__":
-    make_experts(Path(sys.argv[1]))
+    main()
