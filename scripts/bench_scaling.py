@@ -5,8 +5,8 @@
 
 A conversion reads, digests, encodes and writes.  Each of these can be done by any number of
 threads, but the digests of a file take its bytes in order: they are a chain.  The script measures
-the seconds that each stage takes for a GB of bf16 source on one processor, and converts with one
-worker and with every number of workers up to that of the processors.  The model says
+the processor seconds that each stage takes for a GB of bf16 source, and converts with one worker
+and with every number of workers up to that of the processors.  The model says
 
     seconds a GB = the larger of (all stages / workers, the chain / threads of BLAKE3)
 
@@ -17,73 +17,41 @@ are computed, and say so.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from bench_convert import NF4, fresh, make, processor, run, warm
+from bench_convert import NF4, PROFILE, fresh, make, processor, run, script, warm
 
-from nf4cli.checkpoint.digest import FileDigest, hash_threads, new_tensor_hash
-from nf4cli.checkpoint.file_io import write_at
-from nf4cli.engines.cpu import CpuEngine
+from nf4cli.checkpoint.digest import hash_threads
 
-CHUNK = 4 << 20  # bytes, as a worker reads them
+_OF_SOURCE = 0.78  # of the bytes of both files: the output has 0.28 of the source's
 SMALL = (64, 128, 2, 512, 64, 1, 0)
 SHAPE = (2048, 8192, 16, 128256, 512, 1, 0)  # of Llama-1B, 2.47 GB
 
 
-def seconds_a_gb(work: Callable[[], object], nbytes: int, runs: int) -> float:
-    """Return the processor seconds that a stage takes for a GB of source, the median of runs."""
-    found = []
-    for _ in range(runs + 1):
-        start = time.process_time()
-        work()
-        found.append((time.process_time() - start) / nbytes * 1e9)
-    return statistics.median(found[1:])
-
-
 def stages(source: Path, out: Path, runs: int) -> dict[str, float]:
-    """Return the seconds a GB of each stage, on one processor."""
-    engine, n = CpuEngine(), CHUNK // 2
-    data, packed = np.empty(CHUNK, np.uint8), np.empty(n // 2, np.uint8)
-    absmax = np.empty(n // 64, np.float32)
-    codes, nested = np.empty(absmax.size, np.uint8), np.empty(absmax.size // 256, np.float32)
-    places = range(1 << 20, 64 * CHUNK, CHUNK)  # more than a cache holds
-    with source.open("rb", buffering=0) as file, out.open("wb", buffering=0) as target:
+    """Return the processor seconds that each stage of a conversion takes for a GB of source.
 
-        def read() -> None:
-            for place in places:
-                os.preadv(file.fileno(), [data], place)
-
-        def write() -> None:
-            target.truncate(0)  # an output's pages are new
-            for place in places:
-                write_at(target.fileno(), memoryview(packed), place // 4)
-
-        read()
-        encode = (data, "BF16", 64, "nf4", packed, absmax)
-        engine.quantize(*encode)
-        alone = {
-            "read": (read, len(places) * CHUNK),
-            "BLAKE3 of the source": (lambda: FileDigest("blake3").update(data), CHUNK),
-            "XXH3 of its tensors": (lambda: new_tensor_hash().update(memoryview(data)), CHUNK),
-            "encode": (lambda: engine.quantize(*encode), CHUNK),
-            "double quantization": (
-                lambda: engine.nested_quantize(absmax, 0.5, codes, nested), CHUNK
-            ),
-            "BLAKE3 of the output": (lambda: FileDigest("blake3").update(packed), CHUNK),
-            "write": (write, len(places) * CHUNK),
-        }  # fmt: skip
-        return {name: seconds_a_gb(*stage, runs) for name, stage in alone.items()}
+    They are taken within conversions: a stage alone, over bytes that are in the cache, takes half.
+    """
+    code = PROFILE
+    for kind, label in (("FileDigest", "BLAKE3"), ("TensorDigests", "XXH3")):
+        code = code.replace(
+            f'watch(digest.{kind}, "update", "hash")', f'watch(digest.{kind}, "update", "{label}")'
+        )
+    size, found = warm(source), []
+    for _ in range(runs):
+        found.append(json.loads(script(code, str(source), fresh(out)))["spent"])
+    return {name: statistics.median(spent[name] for spent in found) / size * 1e9
+            for name in found[0]}  # fmt: skip
 
 
 def modelled(cost: dict[str, float], workers: int) -> float:
     """Return the seconds a GB that the model gives for a number of workers."""
-    chain = cost["BLAKE3 of the source"] / hash_threads(workers)
+    chain = cost["BLAKE3"] * _OF_SOURCE / hash_threads(workers)
     return max(sum(cost.values()) / workers, chain)
 
 
@@ -96,7 +64,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     source = make(work / "llama-1b", *SHAPE)
     size, cores = warm(source), len(os.sched_getaffinity(0))
-    cost = stages(source / "model.safetensors", work / "packed", options.runs)
+    cost = stages(source, work / "out", options.runs)
     small = make(work / "small", *SMALL)
 
     def wall(root: Path, workers: int) -> float:
