@@ -231,6 +231,16 @@ def quantize(
             "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
         ),
     ] = DAMPING,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            show_default=False,
+            help="Convert on a Ray cluster: host:port, auto, or local",
+            rich_help_panel=panels.RUNNING,
+        ),
+    ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -340,6 +350,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         digest=digest,
         machine=engine_choice.machine(engine, device, workers, memory, listener),
+        ray=ray,
         disk=_size(disk, "--disk"),
         push_to=push_to,
         public=public,

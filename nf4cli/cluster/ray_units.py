@@ -63,6 +63,10 @@ class _Failed:
     message: str
 
 
+class _NoNodeError(MachineError):
+    """A task's process or node died each time that it was tried."""
+
+
 class RayUnits:
     """The `Units` that a Ray cluster makes.
 
@@ -89,9 +93,12 @@ class RayUnits:
             nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
             threads = self._threads(nodes)
             settings = replace(self._settings, workers=threads)
-            _require_all_see(ray, nodes, units, place)
+            nodes = _that_see(ray, nodes, units, place)
             at_once = sum(int(node["Resources"]["CPU"]) // threads for node in nodes)
-            self._note(f"{len(nodes)} nodes, {at_once} files at a time, {threads} threads each")
+            self._note(
+                f"Ray: {_count(len(nodes), 'node')}, {_count(at_once, 'file')} at a time, "
+                f"{_count(threads, 'thread')} each"
+            )
             gpus = int(settings.engine == "cuda")
             task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_work)
             _run(ray, task, units, (place, settings), _AHEAD * at_once, take)
@@ -142,30 +149,49 @@ def _connected(address: str) -> Iterator[Any]:
             f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, "
             "or give --ray local for one on this machine"
         ) from error
+    finally:
+        stopping.listen_again()  # Ray ends the process at a SIGTERM
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _require_all_see(
+def _count(number: int, what: str) -> str:
+    """Return "1 node", "2 nodes"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _that_see(
     ray: Any, nodes: Sequence[dict[str, Any]], units: Sequence[Unit], place: Place
-) -> None:
-    """Raise MachineError unless every node has this nf4, and sees the source and the output."""
+) -> list[dict[str, Any]]:
+    """Return the nodes that are alive, all of which have this nf4 and see source and output.
+
+    Raises:
+        MachineError: one has not, or does not; or none is alive.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     files = {s.path: s.size for unit in units for s in unit.plan.checkpoint.shards}
-    look = ray.remote(num_cpus=0, max_retries=_RETRIES)(_look)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
     looks = [
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(files, place.tries, __version__)
         for node in nodes
     ]
+    alive = []
     for node, answer in zip(nodes, looks, strict=True):
-        said = _answer(ray, answer, str(node["NodeManagerHostname"]))
+        try:
+            said = _answer(ray, answer, f"the node {node['NodeManagerHostname']}")
+        except _NoNodeError:
+            continue  # it has died, and Ray will notice: the others go on
         if isinstance(said, _Failed):
             raise MachineError(said.message)
+        alive.append(node)
+    if not alive:
+        raise MachineError("no node of the Ray cluster answers")
+    return alive
 
 
 def _run(
@@ -216,9 +242,13 @@ def _answer(ray: Any, reference: Any, node: str) -> Any:
     """Return what a task returned.
 
     Raises:
-        MachineError: its process or node died more often than it is tried, or has no nf4.
+        MachineError: the node has no nf4.
+        _NoNodeError: its process or node died more often than it is tried.
+        InterruptedRunError: a stop was asked for.
     """
     try:
+        while not ray.wait([reference], timeout=_EVERY)[0]:
+            stopping.check()
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ImportError):
@@ -227,7 +257,7 @@ def _answer(ray: Any, reference: Any, node: str) -> Any:
             ) from error
         raise  # a bug
     except ray.exceptions.RayError as error:
-        raise MachineError(
+        raise _NoNodeError(
             f"{node} failed {_RETRIES + 1} times ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}): what is finished is kept"
         ) from error
