@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ LOCAL = "local"
 """In place of an address: a cluster on this machine, for the length of the run."""
 _RETRIES = 3  # of a task whose process or node died
 _EVERY = 0.2  # seconds between two looks at whether to stop
+_ANSWER = 10  # seconds within which a cluster takes a connection
 _AHEAD = 2  # tasks that are handed to Ray for each that can run at once
 
 
@@ -142,19 +144,36 @@ def _connected(address: str) -> Iterator[Any]:
         options["num_cpus"] = len(os.sched_getaffinity(0))
     else:
         options["address"] = address
+        _require_answer(address)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise MachineError(
-            f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, "
-            "or give --ray local for one on this machine"
-        ) from error
+        raise MachineError(_no_cluster(address, error)) from error
     finally:
         stopping.listen_again()  # Ray ends the process at a SIGTERM
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise MachineError if nothing listens at host:port: Ray itself tries for minutes."""
+    stated = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, colon, port = stated.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" on this machine, or a form that Ray explains
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise MachineError(_no_cluster(stated, error)) from error
+
+
+def _no_cluster(address: str, why: object) -> str:
+    return (
+        f"no Ray cluster answers at {address!r} ({why}): start one with `ray start --head`, or "
+        "give --ray local for one on this machine"
+    )
 
 
 def _count(number: int, what: str) -> str:
@@ -198,7 +217,10 @@ def _run(
     ray: Any, task: Any, units: Sequence[Unit], common: tuple[Any, ...], ahead: int,
     take: Callable[[Unit, Made], None],
 ) -> None:  # fmt: skip
-    """Have units made, a number of them at a time; cancel what runs when one fails.
+    """Have units made, a number of them at a time.
+
+    An error leaves tasks behind; Ray ends them when the run disconnects.  They are not cancelled:
+    Ray 2.60 may abort the process that cancels a task which is just done.
 
     Raises:
         InputError, UsageError, MachineError: of a unit.
@@ -208,21 +230,16 @@ def _run(
     queue = iter(sorted(units, key=lambda unit: -unit.source_bytes))
     running: dict[Any, Unit] = {}
     shared = ray.put(common)
-    try:
-        while True:
-            for unit in islice(queue, ahead - len(running)):
-                running[task.remote(unit, shared)] = unit
-            if not running:
-                return
-            done, _ = ray.wait([*running], num_returns=1, timeout=_EVERY)
-            stopping.check()
-            for reference in done:
-                unit = running.pop(reference)
-                take(unit, _made(ray, reference, unit))
-    except BaseException:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        raise
+    while True:
+        for unit in islice(queue, ahead - len(running)):
+            running[task.remote(unit, shared)] = unit
+        if not running:
+            return
+        done, _ = ray.wait([*running], num_returns=1, timeout=_EVERY)
+        stopping.check()
+        for reference in done:
+            unit = running.pop(reference)
+            take(unit, _made(ray, reference, unit))
 
 
 def _made(ray: Any, reference: Any, unit: Unit) -> Made:

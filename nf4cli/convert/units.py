@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ..checkpoint.file_io import sync
+from ..checkpoint.file_io import identity_of, sync
 from ..checkpoint.types import Checkpoint, FileDigests, Shard
 from ..errors import InputError
 from ..output.manifest import Result
@@ -263,6 +263,17 @@ class _NoJournal(Journal):
 
     def source_file(self, *_: object) -> None:
         """Record nothing."""
+
+
+def require_unchanged(shards: Iterable[Shard]) -> None:
+    """Raise InputError if a source file was touched since its header was read.
+
+    Units read a file at different times: one may have digested it before, and another read it
+    after a change.
+    """
+    for shard in shards:
+        if identity_of(shard.path.stat()) != shard.identity:
+            raise InputError(changed(shard.path))
 
 
 class Collected:

@@ -30,7 +30,7 @@ from .resume import Standing, check, header
 from .shard_files import ShardFiles, file_records
 from .side_files import clear, write_side_files
 from .transport import LOCAL, Carriage, Transport
-from .units import Collected, Made, Unit, Units, cut, place_for_units
+from .units import Collected, Made, Unit, Units, cut, place_for_units, require_unchanged
 from .workspace import Workspace, earlier_header
 
 
@@ -255,6 +255,7 @@ def _convert_elsewhere(
 
     with place_for_units(directory, run.digest, run.fsync) as place:
         elsewhere.carry_out(cut(plan, standing), place, take)
+        require_unchanged(plan.checkpoint.shards)
     manifest = manifest_of(
         plan, run.digest, collected.results, collected.sources, collected.tensors
     )
