@@ -231,16 +231,6 @@ def quantize(
             "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
         ),
     ] = DAMPING,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="ADDRESS",
-            show_default=False,
-            help="Convert on a Ray cluster: host:port, auto, or local",
-            rich_help_panel=panels.RUNNING,
-        ),
-    ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -274,6 +264,16 @@ def quantize(
         ),
     ] = False,
     memory: MemoryOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            show_default=False,
+            help="Ray cluster: host:port, auto or local",
+            rich_help_panel=panels.RUNNING,
+        ),
+    ] = None,
     workers: WorkersOption = None,
     engine: EngineOption = "auto",
     device: DeviceOption = None,
