@@ -65,6 +65,13 @@ def listen() -> None:
     sys.unraisablehook = _take_unraisable
 
 
+def listen_again() -> None:
+    """Install our signal handlers once more, after a library has put its own in their place."""
+    if _state.listening and _is_main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, _take)
+
+
 def ignore() -> None:
     """Ignore every further signal: the process is ending, and its exit code is decided."""
     for number in _SIGNALS if _is_main_thread() else ():

@@ -21,7 +21,7 @@ WINGS = (
     ("cli",),
     ("__init__",),  # offers what api has, loaded when it is asked for
     ("api",),
-    ("quality", "hub", "proof", "loading"),
+    ("quality", "hub", "proof", "loading", "cluster"),
     ("convert",),
     ("output",),
     ("planning",),

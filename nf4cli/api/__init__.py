@@ -108,9 +108,10 @@ def quantize(
     calibration: Calibrating | None = None,
     max_shard_size: int | None = None, exact: bool = False, trust_remote_code: bool = False,
     digest: str = "auto", engine: str = "auto", device: str | None = None,
-    workers: int | None = None, memory: int | None = None, disk: int | None = None,
-    push_to: str | None = None, public: bool = False, replace_card: bool = False,
-    fsync: bool = True, resume: bool = False, listener: Listener = NOBODY,
+    workers: int | None = None, memory: int | None = None, ray: str | None = None,
+    disk: int | None = None, push_to: str | None = None, public: bool = False,
+    replace_card: bool = False, fsync: bool = True, resume: bool = False,
+    listener: Listener = NOBODY,
 ) -> Quantized:  # fmt: skip
     """Convert a full-precision checkpoint or pipeline to bitsandbytes 4-bit, streaming.
 
@@ -133,6 +134,8 @@ def quantize(
         device: a device of the engine, such as "cuda:1".
         workers: threads, None for one a processor, at most 16.
         memory: most bytes of memory that the process shall take.
+        ray: address of a Ray cluster that converts, each output file on its own: host:port,
+            "auto", or "local" for one on this machine (docs/cluster.md).
         disk: most bytes that may lie on the disk at once.
         push_to: the repository on the Hub to publish the output in.
         public: make a new repository public.
@@ -153,8 +156,9 @@ def quantize(
         copy=tuple(copy),
         importance_file=_path(importance), calibrating=calibration, exact=exact,
         trust_remote_code=trust_remote_code, digest=digest,
-        machine=Machine(engine, device, workers, memory, listener), disk=disk, push_to=push_to,
-        public=public, replace_card=replace_card, fsync=fsync, resume=resume, listener=listener,
+        machine=Machine(engine, device, workers, memory, listener), ray=ray, disk=disk,
+        push_to=push_to, public=public, replace_card=replace_card, fsync=fsync, resume=resume,
+        listener=listener,
     )  # fmt: skip
     with prepared(request) as job:
         return job.run()

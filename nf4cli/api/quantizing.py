@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,12 +142,14 @@ class Job:
                 self.model,
                 self.output,
                 Execution(
-                    request.machine.engine, self.limits, request.algorithm(self.source),
+                    request.here.engine, self.limits, request.algorithm(self.source),
                     request.fsync, request.resume, request.listener, self.transport or LOCAL,
+                    request.units,
                 ),
             )  # fmt: skip
         return Quantized(
-            self.stays, self.model, manifests, request.machine.engine.name,
+            self.stays, self.model, manifests,
+            request.here.engine.name if request.ray is None else f"ray ({request.ray})",
             time.monotonic() - started, self.transport.outcome if self.transport else None,
         )  # fmt: skip
 
@@ -162,13 +165,15 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     Raises:
         UsageError, InputError, MachineError: the model cannot be converted.
     """
+    if request.ray is not None:  # the nodes' processes have working directories of their own
+        request = replace(request, source=Path(os.path.abspath(request.source)))  # noqa: PTH100
     keep = request.disk is None and not only_plan
     continued = request.place if request.resume else None
     asked = sources.Files(request.copy, headers_only=only_plan)
     with sources.found(request.source, keep, request.listener, continued, asked) as source:
         started = time.monotonic()
         with _planned(request, source, only_plan) as (whole, model, output):
-            limits = request.machine.resources(model.tensors, unit_of(request.recipe))
+            limits = request.here.resources(model.tensors, unit_of(request.recipe))
             transport = request.transport(whole)
             need = transport.disk_needed(model, limits.workers) if transport else None
             if only_plan and not model.is_pipeline:

@@ -5,6 +5,7 @@ Its mistakes are told before anything numerical is imported.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from .sources import Source, require_repository, require_there
 if TYPE_CHECKING:
     from ..checkpoint.importance_file import ImportanceFile
     from ..checkpoint.types import Checkpoint
+    from ..cluster.ray_units import RayUnits
     from ..convert.transfers import Transfers
     from ..hub.carrier import HubTransport
     from ..hub.publish import Publication
@@ -50,6 +52,7 @@ class Request:
         digest: algorithm of the files' digests; "auto" is SHA-256 where a Hub is involved.
         machine: converts.
         disk: most bytes that may lie on the disk at once, None for no limit.
+        ray: address of the Ray cluster that converts, see `RayUnits`; None to convert here.
         push_to: the repository to publish the output in, None for none.
         public, replace_card: see `Publication`.
         fsync, resume: see `Execution`.
@@ -71,6 +74,7 @@ class Request:
     digest: str = "auto"
     machine: Machine = field(default_factory=Machine)
     disk: int | None = None
+    ray: str | None = None
     push_to: str | None = None
     public: bool = False
     replace_card: bool = False
@@ -86,6 +90,40 @@ class Request:
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
+        if self.ray is not None:
+            self._require_for_ray()
+
+    def _require_for_ray(self) -> None:
+        """Raise UsageError for what a cluster does not do."""
+        for option, given in (
+            ("--disk", self.disk), ("--push-to", self.push_to), ("--calibration", self.calibrating)
+        ):  # fmt: skip
+            if given is not None:
+                raise UsageError(
+                    f"{option} is for one machine: leave it or --ray out. A cluster reads from, "
+                    "and writes to, directories that all its nodes share"
+                )
+        if not os.path.lexists(self.source):
+            raise UsageError(
+                f"--ray needs a source in a directory that all nodes share: {self.source} is none. "
+                "Download a model of a Hub there first, with hf download"
+            )
+
+    @cached_property
+    def here(self) -> Machine:
+        """What this process may take of its machine; on a cluster it encodes nothing itself."""
+        return self.machine if self.ray is None else replace(self.machine, name="cpu", device=None)
+
+    @property
+    def units(self) -> RayUnits | None:
+        """What makes the output files elsewhere, None to make them here."""
+        from ..cluster.ray_units import RayUnits, Settings
+
+        if self.ray is None:
+            return None
+        machine = self.machine
+        settings = Settings(machine.name, machine.device, machine.workers, machine.memory)
+        return RayUnits(self.ray, settings, self.listener.note)
 
     def refuse_early(self) -> None:
         """Refuse what can be refused before a model is read, and what reads it is imported.
@@ -155,10 +193,10 @@ class Request:
         """
         from ..convert.find_nonfinite import nonfinite_weights, scan_bytes
 
-        limits = self.machine.resources(len(preliminary.tensors))
+        limits = self.here.resources(len(preliminary.tensors))
         stage = Stage("looking for NaN", scan_bytes(preliminary))
         with self.listener.stage(stage) as progress:
-            return nonfinite_weights(preliminary, self.machine.engine, limits, progress)
+            return nonfinite_weights(preliminary, self.here.engine, limits, progress)
 
     def transport(self, source: Source) -> HubTransport | None:
         """Return what fetches and uploads the files of a run; None for a run without a Hub."""

@@ -111,6 +111,8 @@ class Conversion:
 
     Attributes:
         results: by weight, filled as weights are finished.
+        digested: digests of the source files that are read to their end, and of those that were
+            digested before, by name.  One without digests of its tensors is digested elsewhere.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Conversion:
         self._lock = threading.Lock()
         self._turns: dict[Path, OrderedDigest] = {}
         self._algorithm = digest
-        self._digested = dict(standing.sources) if standing else {}
+        self.digested = dict(standing.sources) if standing else {}
         self.results: dict[str, Result] = dict(standing.results) if standing else {}
         self._done = frozenset(self.results)
         self._jobs: set[Job] = set()
@@ -183,7 +185,7 @@ class Conversion:
         )
         if self._algorithm is not None:
             shards = self.plan.checkpoint.shards
-            uses.update(s.path for s in shards if s.path.name not in self._digested)
+            uses.update(s.path for s in shards if s.path.name not in self.digested)
         return uses
 
     def _use_done(self, shard: Shard) -> None:
@@ -207,7 +209,7 @@ class Conversion:
 
     def _digest_done(self, shard: Shard, digest: ShardDigest) -> None:
         digests = FileDigests(digest.hexdigest(), digest.tensors)
-        self._digested[shard.path.name] = digests
+        self.digested[shard.path.name] = digests
         self._sink.source_read(shard, digests)
         self._use_done(shard)
 
@@ -215,10 +217,10 @@ class Conversion:
         """Raise InputError if a source file changed while it was read."""
         if reader.identity() == self._identities[shard.path]:
             return
-        digests = self._digested.get(shard.path.name)
+        digests = self.digested.get(shard.path.name)
         # Its times may change without its bytes (chmod, a new link): only the bytes tell.
         if digests is None or digest_open(reader, shard, self._algorithm or "") != digests.digest:
-            raise InputError(_changed(shard.path))
+            raise InputError(changed(shard.path))
 
     def _require_consistent(self) -> None:
         """Raise InputError if a tensor that was read early is not the one digested later.
@@ -229,9 +231,9 @@ class Conversion:
         files = {tensor.name: shard for shard, tensor in placed}
         for result in self.results.values():
             for name, digest in result.sources.items():
-                digests = self._digested.get(files[name].path.name)
-                if digests is not None and digests.tensors[name] != digest:
-                    raise InputError(_changed(files[name].path))
+                digests = self.digested.get(files[name].path.name)
+                if digests is not None and digests.tensors.get(name, digest) != digest:
+                    raise InputError(changed(files[name].path))
 
     def manifest(self, output_digests: Mapping[str, str]) -> Manifest:
         """Return the record of this run, without its list of output files; call it after `run`.
@@ -240,14 +242,14 @@ class Conversion:
             output_digests: of every output tensor, by key.
         """
         return manifest_of(
-            self.plan, self._algorithm or "", self.results, self._digested, output_digests
+            self.plan, self._algorithm or "", self.results, self.digested, output_digests
         )
 
     def _open(self, shard: Shard) -> None:
         """Open the next source file, and begin its digest."""
         reader = self._readers[shard.path] = self._source.open(shard)
         self._identities[shard.path] = reader.identity()
-        if self._algorithm is None or shard.path.name in self._digested:
+        if self._algorithm is None or shard.path.name in self.digested:
             return
         threads = hash_threads(self._resources.workers)
         digest = ShardDigest(shard.tensors, self._algorithm, threads)
@@ -410,7 +412,7 @@ class Conversion:
         """Return the digests of the tensors of a source file, as far as they are known."""
         if shard.path in self._turns:
             return self._turns[shard.path].digest.tensors
-        digests = self._digested.get(shard.path.name)
+        digests = self.digested.get(shard.path.name)
         return digests.tensors if digests else {}
 
     def _finish(self, job: Job) -> None:
@@ -528,7 +530,8 @@ def _pieces(plan: TensorPlan) -> Iterator[_Piece]:
         first += part.numel
 
 
-def _changed(path: Path) -> str:
+def changed(path: Path) -> str:
+    """Return the message about a source file whose bytes were others before."""
     return (
         f"{path} changed while it was being read: what was made of it is of no use. Start again "
         "when nothing writes to it any more"

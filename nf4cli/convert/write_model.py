@@ -16,7 +16,7 @@ from ..engines.protocol import Engine
 from ..errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
 from ..output.already_there import confirm, copies_otherwise, differs, is_of_commit
 from ..output.card import write_card
-from ..output.manifest import FileRecord, Manifest
+from ..output.manifest import FileRecord, Manifest, manifest_of
 from ..output.pipeline_record import Record, confirm_pipeline
 from ..planning.model_plan import ModelPlan, path_in_model, place_for
 from ..planning.pipeline_plan import INDEX_FILE
@@ -30,6 +30,7 @@ from .resume import Standing, check, header
 from .shard_files import ShardFiles, file_records
 from .side_files import clear, write_side_files
 from .transport import LOCAL, Carriage, Transport
+from .units import Collected, Made, Unit, Units, cut, place_for_units, require_unchanged
 from .workspace import Workspace, earlier_header
 
 
@@ -46,6 +47,8 @@ class Execution:
             exists already, if it is what this run would write.
         listener: told of the run's progress.
         transport: brings the source files, and takes the output files to their destination.
+        units: makes each output file somewhere else, from source files that both see; None to make
+            them here.
     """
 
     engine: Engine
@@ -55,6 +58,7 @@ class Execution:
     resume: bool = False
     listener: Listener = NOBODY
     transport: Transport = LOCAL
+    units: Units | None = None
 
 
 def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
@@ -164,7 +168,11 @@ def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manife
         _write_beside(work, part, plan, standings[part])
     with carriage:
         manifests = {
-            part: _convert(work, part, plan, standings[part], carriage, run)
+            part: (
+                _convert(work, part, plan, standings[part], carriage, run)
+                if run.units is None
+                else _convert_elsewhere(work, part, plan, standings[part], run, run.units)
+            )
             for part, plan in model.parts.items()
         }
         copied = _copy(work, model, carriage, run.digest)
@@ -222,12 +230,50 @@ def _convert(
         conversion.run()
     finally:
         files.close()
-    shards = {layout.filename: layout.size for layout in plan.shards}
-    records = {name: FileRecord(size, files.shard_digests[name]) for name, size in shards.items()}
-    manifest = replace(
-        conversion.manifest(files.tensor_digests),
-        output_files=file_records(directory, run.digest, records),
+    manifest = conversion.manifest(files.tensor_digests)
+    return _write_manifest(directory, plan, manifest, files.shard_digests)
+
+
+def _convert_elsewhere(
+    work: Workspace, part: str, plan: Plan, standing: Standing, run: Execution, elsewhere: Units
+) -> Manifest:
+    """Have the shards of a part made, and write its manifest."""
+    directory, listener = work.directory / part, run.listener
+    collected = Collected(plan, standing)
+
+    def take(unit: Unit, made: Made) -> None:
+        for name, digests in made.sources.items():
+            work.journal.source_file(part, name, digests)
+        for tensor, result in collected.add(unit, made):
+            outputs = {key: collected.tensors[key] for key in tensor.outputs}
+            path = directory / plan.shards[tensor.file].filename
+            work.journal.weight(part, tensor.name, result, outputs, path)
+            listener.tensor(part, tensor, result)
+        for layout in unit.plan.shards:
+            listener.file(part, layout.filename, layout.size)
+        listener.progress(unit.name, unit.source_bytes)
+
+    with place_for_units(directory, run.digest, run.fsync) as place:
+        elsewhere.carry_out(cut(plan, standing), place, take)
+        require_unchanged(plan.checkpoint.shards)
+    manifest = manifest_of(
+        plan, run.digest, collected.results, collected.sources, collected.tensors
     )
+    return _write_manifest(directory, plan, manifest, collected.shards)
+
+
+def _write_manifest(
+    directory: Path, plan: Plan, manifest: Manifest, digests: Mapping[str, str]
+) -> Manifest:
+    """Write a part's manifest, and return it.
+
+    Args:
+        manifest: without its list of output files.
+        digests: of the shards, by name.
+    """
+    shards = {layout.filename: layout.size for layout in plan.shards}
+    records = {name: FileRecord(size, digests[name]) for name, size in shards.items()}
+    manifest = replace(manifest, output_files=file_records(directory, manifest.digest, records))
     (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
 

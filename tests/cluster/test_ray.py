@@ -1,0 +1,189 @@
+"""nf4 quantize --ray: the real command on a real Ray cluster of several nodes on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LLAMA, MACHINE, USAGE, nf4_ok, refused, same_files, write_checkpoint_dir
+
+from nf4cli.cluster import ray_units
+from nf4cli.errors import MachineError
+from nf4cli.version import __version__
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="Ray's nodes of the tests run on Linux"
+)
+OPTIONS = ("--max-shard-size", "2MB", "--scale", "search")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """A head and two nodes of one CPU each; nodes are added to it."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A model of 24 shards in 4 bit, which take a node some 100 ms each."""
+    weights = {
+        f"model.layers.{i}.mlp.up_proj.weight": torch.randn(2048, 1024).bfloat16()
+        for i in range(24)
+    }
+    config = {**LLAMA, "num_hidden_layers": 24, "tie_word_embeddings": True}
+    return write_checkpoint_dir(tmp_path_factory.mktemp("ray") / "model", weights, config, 12)
+
+
+@pytest.fixture(scope="module")
+def expected(source) -> Path:
+    nf4_ok("quantize", source, source.parent / "one", *OPTIONS)
+    return source.parent / "one"
+
+
+def start(source: Path, output: Path, address: str, *more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("nf4"), "quantize", source, output, *OPTIONS, "--ray",
+         address, *map(str, more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=output.parent,  # Ray's processes import from where the command was started
+    )  # fmt: skip
+
+
+def wait_for_weights(output: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until so many weights are finished, and the journal says so."""
+    journal = output.parent / f".{output.name}.partial" / "journal"
+    while not journal.exists() or journal.read_bytes().count(b'"weight"') < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=120)
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr
+
+
+def test_the_bytes_are_those_of_one_machine(cluster, source, expected, tmp_path):
+    code, stderr = end(start(source, tmp_path / "out", cluster.address))
+    assert code == 0, stderr
+    assert "Ray: 3 nodes, 3 files at a time, 1 thread each" in stderr
+    assert same_files(expected, tmp_path / "out")
+
+
+def test_a_cluster_for_one_run(source, expected, tmp_path):
+    code, stderr = end(start(source, tmp_path / "out", "local"))
+    assert code == 0, stderr
+    assert same_files(expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_goes_on_where_it_was(cluster, source, expected, tmp_path, number):
+    process = start(source, tmp_path / "out", cluster.address)
+    wait_for_weights(tmp_path / "out", 1, process)
+    process.send_signal(number)
+    code, stderr = end(process)
+    assert code == {signal.SIGKILL: -9}.get(number, 130), stderr
+    assert not (tmp_path / "out").exists()
+    code, stderr = end(start(source, tmp_path / "out", cluster.address, "--resume"))
+    assert code == 0, stderr
+    assert "weights are there, checked by their digests" in stderr
+    assert same_files(expected, tmp_path / "out")
+
+
+def test_an_error_names_the_node_and_the_file(cluster, tmp_path):
+    weights = {"a.b.weight": torch.full((64, 64), torch.inf).bfloat16()}
+    source = write_checkpoint_dir(tmp_path / "src", weights, LLAMA)
+    code, stderr = end(start(source, tmp_path / "out", cluster.address))
+    assert code == 3
+    for word in ("on the node", "model.safetensors", "a.b.weight[0, 0]", "is infinite"):
+        assert word in stderr
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--disk", "1GB"), "--disk is for one machine"),
+        (("--push-to", "me/model"), "--push-to is for one machine"),
+        (("--calibration", "text"), "--calibration is for one machine"),
+    ],
+)
+def test_what_is_for_one_machine_is_refused(source, tmp_path, options, says):
+    (tmp_path / "text").write_text("words")
+    refused(USAGE, "quantize", source, "out", "--ray", "auto", *options, says=(says,), cwd=tmp_path)
+
+
+def test_a_model_of_a_hub_is_refused(tmp_path):
+    says = ("directory that all nodes share", "hf download")
+    refused(USAGE, "quantize", "org/model", "out", "--ray", "auto", says=says, cwd=tmp_path)
+
+
+def test_more_threads_than_a_node_has(cluster, source, tmp_path):
+    code, stderr = end(start(source, tmp_path / "out", cluster.address, "--workers", 64))
+    assert code == USAGE
+    assert "--workers 64 are more threads than any node of the cluster has CPUs" in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_cluster_is(source, tmp_path):
+    code, stderr = end(start(source, tmp_path / "out", "127.0.0.1:1"))
+    assert code == MACHINE
+    assert "no Ray cluster answers at '127.0.0.1:1'" in stderr
+    assert "ray start --head" in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MachineError, match=r"pip install 'nf4cli\[ray\]'"), \
+            ray_units._connected("auto"):  # fmt: skip
+        pass
+
+
+def test_a_node_says_what_it_lacks(tmp_path):
+    """What a node is asked before anything is written."""
+    (tmp_path / "files" / ".tries" / "x").mkdir(parents=True)
+    tries = tmp_path / "files" / ".tries" / "x"
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"12345")
+    assert ray_units._look({file: 5}, tries, __version__) is None
+    for answer, words in (
+        (ray_units._look({file: 5}, tries, "0.0.1"), "install the same"),
+        (ray_units._look({file: 5}, tries.parent / "y", __version__), "does not see"),
+        (ray_units._look({file: 6}, tries, __version__), "sees 5 bytes of"),
+        (ray_units._look({tmp_path / "no": 5}, tries, __version__), "does not see"),
+    ):
+        assert answer is not None
+        assert words in answer.message
+        assert "on the node" in answer.message
+
+
+def test_nodes_and_processes_that_die_are_replaced(cluster, source, expected, tmp_path):
+    node = cluster.add_node(num_cpus=2)
+    process = start(source, tmp_path / "out", cluster.address)
+    wait_for_weights(tmp_path / "out", 1, process)
+    workers = subprocess.run(
+        ["pgrep", "-f", "ray::_work"], capture_output=True, text=True, check=False
+    )
+    killed = [int(pid) for pid in workers.stdout.split()][:2]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    cluster.remove_node(node, allow_graceful=False)
+    code, stderr = end(process)
+    assert killed, "no task was running"
+    assert code == 0, stderr
+    assert same_files(expected, tmp_path / "out")
