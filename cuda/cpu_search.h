@@ -88,6 +88,10 @@ NF4_FN Floats load_row(const typename Element<kDtype>::Raw* x) {
 // Return the magnitude of the largest of n elements, a multiple of 16, as bits.
 template <int kDtype>
 NF4_FN uint32_t largest_of(const typename Element<kDtype>::Raw* src, int n) {
+  if constexpr (kDtype != NF4_F32) {  // their order is that of their bits
+    const uint16_t half = (uint16_t)largest_half(src, n);
+    return nf4_bits_of_float(Element<kDtype>::load(half));
+  }
   Floats largest = magnitude(load_row<kDtype>(src));
   for (int i = kRow; i < n; i += kRow)
     largest = larger(largest, magnitude(load_row<kDtype>(src + i)));

@@ -116,6 +116,14 @@ NF4_FN uint32_t largest_bits(Floats a) {
   return vmaxvq_u32(vmaxq_u32(vmaxq_u32(x.part[0], x.part[1]), vmaxq_u32(x.part[2], x.part[3])));
 }
 
+// Return the largest magnitude of n floats of 16 bits, a multiple of 16, as bits.
+NF4_FN uint32_t largest_half(const uint16_t* x, int n) {
+  const uint16x8_t magnitude = vdupq_n_u16(0x7fff);
+  uint16x8_t all = vdupq_n_u16(0);
+  for (int i = 0; i < n; i += 8) all = vmaxq_u16(all, vandq_u16(vld1q_u16(x + i), magnitude));
+  return vmaxvq_u16(all);
+}
+
 // Return values limited to [-limit, limit].
 NF4_FN Floats limited(Floats a, float limit) {
   const float32x4_t most = vdupq_n_f32(limit), least = vdupq_n_f32(-limit);
