@@ -108,6 +108,13 @@ def exit_code_of(error: BaseException | None) -> int:
     return MachineError.exit_code
 
 
+def error_with(exit_code: int, message: str) -> Nf4Error:
+    """Return the error with an exit code; a MachineError for a code that is none of an input's or a
+    command line's."""
+    kinds = {kind.exit_code: kind for kind in (InputError, UsageError)}
+    return kinds.get(exit_code, MachineError)(message)
+
+
 def describe(error: Nf4Error | OSError | InterruptedRunError) -> str:
     """Return the text that the command line shows for an error."""
     if isinstance(error, UnfinishedRunError):

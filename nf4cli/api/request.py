@@ -111,12 +111,12 @@ class Request:
 
     @cached_property
     def here(self) -> Machine:
-        """What this process may take of its machine; on a cluster it encodes nothing itself."""
+        """Return what this process may take of its machine; on a cluster it encodes nothing."""
         return self.machine if self.ray is None else replace(self.machine, name="cpu", device=None)
 
     @property
     def units(self) -> RayUnits | None:
-        """What makes the output files elsewhere, None to make them here."""
+        """Return what makes the output files elsewhere, None to make them here."""
         from ..cluster.ray_units import RayUnits, Settings
 
         if self.ray is None:

@@ -12,7 +12,7 @@ same as before, so are the bytes (but see `is_settled`); if not, the bytes may b
 
 _WRITE = 512 << 10
 """Bytes of one write.  For a larger one Linux 6.18 takes larger pages for its cache, and five times
-as long (scripts/bench_convert.py: 1.6 s instead of 0.3 s of a conversion)."""
+as long (docs/measurements.md: 1.6 s instead of 0.3 s of a conversion)."""
 _TICK = 2_000_000_000  # nanoseconds: the coarsest clock of a file system's times (FAT has 2 s)
 
 

@@ -71,10 +71,12 @@ class _Room:
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> _Room:
+        """Return what some tensors take."""
         nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in entries)
         return cls(nbytes, len(entries), sum(map(_header_room, entries)))
 
     def __add__(self, other: _Room) -> _Room:
+        """Return what both take."""
         return _Room(
             self.nbytes + other.nbytes, self.tensors + other.tensors, self.header + other.header
         )

@@ -23,7 +23,7 @@ from ..callbacks import Notify, no_notice
 from ..convert.conversion import Tools
 from ..convert.units import Made, Place, Unit, make
 from ..engines.protocol import GRANULE, Engine
-from ..errors import InputError, MachineError, Nf4Error, UsageError, exit_code_of
+from ..errors import MachineError, Nf4Error, UsageError, error_with, exit_code_of
 from ..planning.resources import Resources, make_resources, unit_of
 from ..version import __version__
 
@@ -250,8 +250,7 @@ def _made(ray: Any, reference: Any, unit: Unit) -> Made:
     """
     made: Made | _Failed = _answer(ray, reference, "a node")
     if isinstance(made, _Failed):
-        kinds = {kind.exit_code: kind for kind in (InputError, UsageError)}
-        raise kinds.get(made.exit_code, MachineError)(f"{unit.name}: {made.message}")
+        raise error_with(made.exit_code, f"{unit.name}: {made.message}")
     return made
 
 

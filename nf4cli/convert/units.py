@@ -127,62 +127,63 @@ def cut(plan: Plan, standing: Standing) -> list[Unit]:
 
     An output file is made again as a whole unless all of it stands.
     """
-    members: dict[int, list[TensorPlan]] = {number: [] for number in range(len(plan.shards))}
-    for tensor in plan.tensors:
+    # Places of weights in the plan, whose order is kept: by output file, and by source file.
+    made: dict[int, list[int]] = {number: [] for number in range(len(plan.shards))}
+    made_from: dict[Path, list[int]] = {shard.path: [] for shard in plan.checkpoint.shards}
+    for place, tensor in enumerate(plan.tensors):
         if tensor.outputs:
-            members[tensor.file].append(tensor)
-    unread = {s.path: s for s in plan.checkpoint.shards if s.path.name not in standing.sources}
+            made[tensor.file].append(place)
+        for path in {source.shard.path for source in tensor.weight.sources}:
+            made_from[path].append(place)
+    shards = {shard.path: shard for shard in plan.checkpoint.shards}
+    unread = {path for path, s in shards.items() if s.path.name not in standing.sources}
+
+    def unit(number: int | None, used: Iterable[Path]) -> Unit:
+        ours = made[number] if number is not None else []
+        files = [shard for path, shard in shards.items() if path in used]
+        owned = unread.intersection(used)
+        unread.difference_update(owned)
+        seen = {*ours, *(place for path in owned for place in made_from[path])}
+        return _unit(plan, number, ours, sorted(seen), files, owned)
+
     units = []
     for number, layout in enumerate(plan.shards):
-        if layout.filename in standing.shards:
-            continue
-        used = {s.shard.path: s.shard for t in members[number] for s in t.weight.sources}
-        owned = [unread.pop(path) for path in used if path in unread]
-        units.append(_unit(plan, number, members[number], used.values(), owned))
-    return [*units, *(_unit(plan, None, (), (shard,), (shard,)) for shard in unread.values())]
+        if layout.filename not in standing.shards:
+            tensors = (plan.tensors[place] for place in made[number])
+            units.append(unit(number, {s.shard.path for t in tensors for s in t.weight.sources}))
+    return [*units, *(unit(None, {path}) for path in shards if path in unread)]
 
 
 def _unit(
-    plan: Plan,
-    number: int | None,
-    members: Collection[TensorPlan],
-    used: Collection[Shard],
-    owned: Collection[Shard],
-) -> Unit:
+    plan: Plan, number: int | None, ours: Iterable[int], seen: Iterable[int],
+    files: Sequence[Shard], owned: Collection[Path],
+) -> Unit:  # fmt: skip
     """Return a unit.
 
     Args:
         number: of its output file, None for none.
-        members: the weights in that.
-        used: the source files that it reads.
+        ours: places in the plan of the weights in that.
+        seen: places of these, and of all weights in the files that it digests, in order.
+        files: the source files that it reads.
         owned: those that it digests.
     """
-    names, paths = {t.name for t in members}, {shard.path for shard in owned}
-    shards = tuple(s for s in plan.checkpoint.shards if s.path in {u.path for u in used})
-    tensors = tuple(
-        replace(t, file=0) if t.name in names else t
-        for t in plan.tensors
-        if t.name in names or any(source.shard.path in paths for source in t.weight.sources)
-    )
-    importance = plan.importance
+    members = [plan.tensors[place] for place in ours]
+    names, importance = frozenset(t.name for t in members), plan.importance
     if importance is not None:
-        columns = {n: c for n, c in importance.columns.items() if n in _sources_of(members)}
+        used = {source.name for t in members for source in (t.weight, *t.weight.sources)}
+        columns = {name: c for name, c in importance.columns.items() if name in used}
         importance = replace(importance, columns=columns)
+    tensors = (plan.tensors[place] for place in seen)
     return Unit(
         replace(
-            plan, checkpoint=_with_files(plan.checkpoint, shards), tensors=tensors,
-            importance=importance,
+            plan, checkpoint=_with_files(plan.checkpoint, tuple(files)), importance=importance,
+            tensors=tuple(replace(t, file=0) if t.name in names else t for t in tensors),
             shards=() if number is None else (plan.shards[number],),
             index=None, output_config=None, notes=(),
         ),
-        frozenset(names),
-        frozenset(shard.path.name for shard in owned),
+        names,
+        frozenset(path.name for path in owned),
     )  # fmt: skip
-
-
-def _sources_of(tensors: Iterable[TensorPlan]) -> set[str]:
-    """Return the names of weights, and of the parts that they are made of."""
-    return {name for t in tensors for name in (t.name, *(s.name for s in t.weight.sources))}
 
 
 def _with_files(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> Checkpoint:

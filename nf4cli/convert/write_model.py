@@ -13,7 +13,7 @@ from ..checkpoint.digest import digest_file
 from ..checkpoint.discovery import IMPORTANCE, MANIFEST, PIPELINE_RECORD
 from ..checkpoint.untrusted import read_json
 from ..engines.protocol import Engine
-from ..errors import InputError, InterruptedRunError, MachineError, Nf4Error, UsageError
+from ..errors import InterruptedRunError, Nf4Error, error_with
 from ..output.already_there import confirm, copies_otherwise, differs, is_of_commit
 from ..output.card import write_card
 from ..output.manifest import FileRecord, Manifest, manifest_of
@@ -136,8 +136,7 @@ def unpublished(output: Path) -> Iterator[None]:
     except InterruptedRunError as error:
         raise InterruptedRunError(message(error), leaves=True) from error
     except Nf4Error as error:
-        kind = {kind.exit_code: kind for kind in (InputError, UsageError)}
-        raise kind.get(error.exit_code, MachineError)(message(error)) from error
+        raise error_with(error.exit_code, message(error)) from error
 
 
 def _confirm(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manifest]:

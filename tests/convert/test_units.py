@@ -99,12 +99,20 @@ def test_stored_codes_whose_factors_lie_in_other_files(tmp_path):
     assert same_files(tmp_path / "one", tmp_path / "units")
 
 
-def test_what_is_finished_is_not_made_again(tmp_path):
+@pytest.fixture
+def stopped(tmp_path):
+    """A run into `out` that was stopped after two units: its plan, and what made those; `one` is
+    the output of a run that was not."""
     plan = plan_of(source_of(tmp_path / "src", 5))
     carry_out(plan, tmp_path / "one", CpuEngine(), RESOURCES)
     first = Elsewhere(1, stop_after=2)
     with pytest.raises(Exception, match="continue with the same command and --resume"):
         write(plan, tmp_path / "out", first)
+    return plan, first
+
+
+def test_what_is_finished_is_not_made_again(tmp_path, stopped):
+    plan, first = stopped
     second = Elsewhere(2)
     write(plan, tmp_path / "out", second, resume=True)
     assert len(first.made) == 2
@@ -112,12 +120,8 @@ def test_what_is_finished_is_not_made_again(tmp_path):
     assert same_files(tmp_path / "one", tmp_path / "out")
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path):
-    plan = plan_of(source_of(tmp_path / "src", 5))
-    carry_out(plan, tmp_path / "one", CpuEngine(), RESOURCES)
-    first = Elsewhere(1, stop_after=2)
-    with pytest.raises(Exception, match="--resume"):
-        write(plan, tmp_path / "out", first)
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path, stopped):
+    plan, first = stopped
     (damaged,) = tmp_path.glob(f".out.partial/**/{first.made[0]}")
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
