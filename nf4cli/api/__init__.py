@@ -156,7 +156,7 @@ def quantize(
         copy=tuple(copy),
         importance_file=_path(importance), calibrating=calibration, exact=exact,
         trust_remote_code=trust_remote_code, digest=digest,
-        machine=Machine(engine, device, workers, memory, listener), ray=ray, disk=disk,
+        machine=Machine(engine, device, workers, memory, listener, ray), disk=disk,
         push_to=push_to, public=public, replace_card=replace_card, fsync=fsync, resume=resume,
         listener=listener,
     )  # fmt: skip
@@ -176,6 +176,7 @@ def verify(
     device: str | None = None,
     workers: int | None = None,
     memory: int | None = None,
+    ray: str | None = None,
     listener: Listener = NOBODY,
 ) -> Verified:
     """Check a 4-bit checkpoint or pipeline, written by nf4 or not.
@@ -187,7 +188,7 @@ def verify(
         sample: the part to check, as a share (0.05) or in bytes (an int); None for all.
         seed: chooses the sample; None for another one every time.
         disk: most bytes that may lie on the disk at once, with `source`.
-        engine, device, workers, memory, listener: as in `quantize`.
+        engine, device, workers, memory, ray, listener: as in `quantize`.
 
     Raises:
         UsageError, InputError, MachineError: it cannot be verified at all. Anything wrong with the
@@ -195,7 +196,7 @@ def verify(
     """
     from .verifying import Check, check
 
-    machine = Machine(engine, device, workers, memory, listener)
+    machine = Machine(engine, device, workers, memory, listener, ray)
     texts = tuple(Path(text) for text in calibration)
     return check(Check(Path(path), _path(source), texts, sample, seed, disk, machine))
 
@@ -235,6 +236,7 @@ def dequantize(
     device: str | None = None,
     workers: int | None = None,
     memory: int | None = None,
+    ray: str | None = None,
     fsync: bool = True,
     listener: Listener = NOBODY,
 ) -> Dequantized:
@@ -245,14 +247,14 @@ def dequantize(
         output: the new directory.
         dtype: of all floats: "float32", "float16", "bfloat16"; "auto" for the original ones.
         max_shard_size: bytes of the largest output file.
-        engine, device, workers, memory, fsync, listener: as in `quantize`.
+        engine, device, workers, memory, ray, fsync, listener: as in `quantize`.
 
     Raises:
         UsageError, InputError, MachineError: the checkpoint cannot be decoded.
     """
     from .decoding import decode
 
-    machine = Machine(engine, device, workers, memory, listener)
+    machine = Machine(engine, device, workers, memory, listener, ray)
     return decode(Path(source), Path(output), dtype, max_shard_size, fsync, machine)
 
 

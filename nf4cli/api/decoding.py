@@ -50,14 +50,15 @@ def decode(
         UsageError, InputError, MachineError, OSError: see `plan_decoding`, `write_decoded`.
     """
     machine = machine or Machine()
-    place = sources.local(source, machine.listener)
+    place = sources.shared(source, machine)
     engine, started = machine.engine, time.monotonic()
     model = plan_decoding(place, engine, dtype, max_shard_size)
     limits = machine.resources(model.tensors)
     stage = Stage(
         "dequantizing", sum(plan.work_bytes for plan in model.parts.values()),
         f"{sources.shown(source, place)} -> {output}", place=output,
+        crowd=machine.crowd,
     )  # fmt: skip
     with machine.listener.stage(stage) as progress:
-        parts = write_decoded(model, output, engine, limits, fsync, progress)
-    return Dequantized(output, parts, engine.name, time.monotonic() - started)
+        parts = write_decoded(model, output, engine, limits, fsync, progress, machine.cluster)
+    return Dequantized(output, parts, machine.called, time.monotonic() - started)

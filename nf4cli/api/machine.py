@@ -14,6 +14,8 @@ from ..errors import UsageError
 from ..units import size_for_option
 
 if TYPE_CHECKING:
+    from ..cluster.ray_tasks import RayCluster
+    from ..convert.tasks import Crowd
     from ..engines.protocol import Engine
     from ..planning.resources import Resources
 
@@ -35,6 +37,8 @@ class Machine:
         workers: threads, None for one a processor, at most 16.
         memory: most bytes of memory that the process shall take, None for no limit.
         listener: told what a user should know.
+        ray: address of the Ray cluster that does the work (see `connected`), with this engine,
+            threads and memory for each task; None to do it here.
     """
 
     name: str = "auto"
@@ -42,10 +46,33 @@ class Machine:
     workers: int | None = None
     memory: int | None = None
     listener: Listener = NOBODY
+    ray: str | None = None
+
+    @cached_property
+    def cluster(self) -> RayCluster | None:
+        """The cluster that does the work, None to do it here."""
+        from ..cluster.ray_tasks import RayCluster, Settings
+
+        if self.ray is None:
+            return None
+        settings = Settings(self.name, self.device, self.workers, self.memory)
+        return RayCluster(self.ray, settings, self.listener.note, self.listener.detail)
+
+    @property
+    def crowd(self) -> Crowd | None:
+        """Who works in the cluster, None without one."""
+        return None if self.cluster is None else self.cluster.crowd
+
+    @property
+    def called(self) -> str:
+        """What does the work, for messages: an engine, or a cluster."""
+        return self.engine.name if self.ray is None else f"ray ({self.ray})"
 
     @cached_property
     def engine(self) -> Engine:
         """The engine; for "auto", the CPU's where a GPU does not fit into the memory.
+
+        With a cluster this process encodes nothing, and its engine is the CPU's.
 
         Raises:
             UsageError: there is no such engine or device.
@@ -53,6 +80,8 @@ class Machine:
         """
         from ..planning.resources import make_resources  # it needs numpy, a refusal does not
 
+        if self.ray is not None:
+            return engines.load("cpu")
         note = self.listener.note
         engine = engines.load(self.name, self.device, note)
         if self.name == "auto" and self.device is None and self.memory and engine.extra_memory:
@@ -76,6 +105,8 @@ class Machine:
         """
         from ..planning.resources import make_resources
 
+        # With a cluster the threads and the memory are those of a task, not of this process.
+        workers, memory = (self.workers, self.memory) if self.ray is None else (None, None)
         return make_resources(
-            self.engine, self.workers, self.memory, processors(), tensors, max(unit, GRANULE)
+            self.engine, workers, memory, processors(), tensors, max(unit, GRANULE)
         )

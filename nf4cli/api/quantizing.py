@@ -136,20 +136,21 @@ class Job:
             "quantizing", sum(plan.work_bytes for plan in self.model.parts.values()),
             f"{self.source.name} -> {self.destination}", self.model.parameters,
             self.transport.transfers if self.transport else None, self.output,
+            request.machine.crowd,
         )  # fmt: skip
         with request.listener.stage(stage):
             manifests = write_model(
                 self.model,
                 self.output,
                 Execution(
-                    request.here.engine, self.limits, request.algorithm(self.source),
+                    request.machine.engine, self.limits, request.algorithm(self.source),
                     request.fsync, request.resume, request.listener, self.transport or LOCAL,
-                    request.units,
+                    request.machine.cluster,
                 ),
             )  # fmt: skip
         return Quantized(
             self.stays, self.model, manifests,
-            request.here.engine.name if request.ray is None else f"ray ({request.ray})",
+            request.machine.called,
             time.monotonic() - started, self.transport.outcome if self.transport else None,
         )  # fmt: skip
 
@@ -165,7 +166,8 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     Raises:
         UsageError, InputError, MachineError: the model cannot be converted.
     """
-    if request.ray is not None:  # the nodes' processes have working directories of their own
+    if request.machine.ray is not None and sources.named(request.source) is None:
+        # The nodes' processes have working directories of their own.
         request = replace(request, source=Path(os.path.abspath(request.source)))  # noqa: PTH100
     keep = request.disk is None and not only_plan
     continued = request.place if request.resume else None
@@ -173,7 +175,7 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     with sources.found(request.source, keep, request.listener, continued, asked) as source:
         started = time.monotonic()
         with _planned(request, source, only_plan) as (whole, model, output):
-            limits = request.here.resources(model.tensors, unit_of(request.recipe))
+            limits = request.machine.resources(model.tensors, unit_of(request.recipe))
             transport = request.transport(whole)
             need = transport.disk_needed(model, limits.workers) if transport else None
             if only_plan and not model.is_pipeline:
@@ -198,6 +200,11 @@ def _planned(
         source = sources.whole(source, "--on-nonfinite keep", bounded, request.listener)
     if is_pipeline(source.path):
         _refuse_data(request)
+        if request.machine.ray is not None and source.snapshot is not None:
+            raise UsageError(
+                f"{source.name} is a pipeline, whose small components --ray does not fetch: "
+                "download it into a directory that all nodes share, with hf download"
+            )
         output = request.place(name_of_directory(source.path))
         if scans:  # refuse before the long reading
             require_place(source.path, output, False, request.resume)

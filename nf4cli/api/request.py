@@ -5,7 +5,6 @@ Its mistakes are told before anything numerical is imported.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +16,11 @@ from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..planning.options import check_options
 from .machine import Machine
-from .sources import Source, require_repository, require_there
+from .sources import Source, named, require_repository, require_there
 
 if TYPE_CHECKING:
     from ..checkpoint.importance_file import ImportanceFile
     from ..checkpoint.types import Checkpoint
-    from ..cluster.ray_units import RayUnits
     from ..convert.transfers import Transfers
     from ..hub.carrier import HubTransport
     from ..hub.publish import Publication
@@ -52,7 +50,6 @@ class Request:
         digest: algorithm of the files' digests; "auto" is SHA-256 where a Hub is involved.
         machine: converts.
         disk: most bytes that may lie on the disk at once, None for no limit.
-        ray: address of the Ray cluster that converts, see `RayUnits`; None to convert here.
         push_to: the repository to publish the output in, None for none.
         public, replace_card: see `Publication`.
         fsync, resume: see `Execution`.
@@ -74,7 +71,6 @@ class Request:
     digest: str = "auto"
     machine: Machine = field(default_factory=Machine)
     disk: int | None = None
-    ray: str | None = None
     push_to: str | None = None
     public: bool = False
     replace_card: bool = False
@@ -90,40 +86,21 @@ class Request:
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
-        if self.ray is not None:
+        if self.machine.ray is not None:
             self._require_for_ray()
 
     def _require_for_ray(self) -> None:
         """Raise UsageError for what a cluster does not do."""
-        for option, given in (
-            ("--disk", self.disk), ("--push-to", self.push_to), ("--calibration", self.calibrating)
-        ):  # fmt: skip
-            if given is not None:
-                raise UsageError(
-                    f"{option} is for one machine: leave it or --ray out. A cluster reads from, "
-                    "and writes to, directories that all its nodes share"
-                )
-        if not os.path.lexists(self.source):
+        if self.calibrating is not None:
             raise UsageError(
-                f"--ray needs a source in a directory that all nodes share: {self.source} is none. "
-                "Download a model of a Hub there first, with hf download"
+                "--calibration is for one machine: save what it finds with --save-importance, and "
+                "give the cluster that file with --importance"
             )
-
-    @cached_property
-    def here(self) -> Machine:
-        """Return what this process may take of its machine; on a cluster it encodes nothing."""
-        return self.machine if self.ray is None else replace(self.machine, name="cpu", device=None)
-
-    @property
-    def units(self) -> RayUnits | None:
-        """Return what makes the output files elsewhere, None to make them here."""
-        from ..cluster.ray_units import RayUnits, Settings
-
-        if self.ray is None:
-            return None
-        machine = self.machine
-        settings = Settings(machine.name, machine.device, machine.workers, machine.memory)
-        return RayUnits(self.ray, settings, self.listener.note)
+        if self.disk is not None and named(self.source) is None and not self.leaving:
+            raise UsageError(
+                "--disk bounds what each task of --ray fetches from a Hub, or holds until a Hub "
+                "has it, and here is no Hub: leave it out"
+            )
 
     def refuse_early(self) -> None:
         """Refuse what can be refused before a model is read, and what reads it is imported.
@@ -193,10 +170,10 @@ class Request:
         """
         from ..convert.find_nonfinite import nonfinite_weights, scan_bytes
 
-        limits = self.here.resources(len(preliminary.tensors))
+        limits = self.machine.resources(len(preliminary.tensors))
         stage = Stage("looking for NaN", scan_bytes(preliminary))
         with self.listener.stage(stage) as progress:
-            return nonfinite_weights(preliminary, self.here.engine, limits, progress)
+            return nonfinite_weights(preliminary, self.machine.engine, limits, progress)
 
     def transport(self, source: Source) -> HubTransport | None:
         """Return what fetches and uploads the files of a run; None for a run without a Hub."""
@@ -209,7 +186,7 @@ class Request:
         transfers = Transfers()
         return HubTransport(
             snapshot, self.disk, self._publication(transfers), self.leaving, transfers,
-            self.listener.note,
+            self.listener.note, on_nodes=self.machine.ray is not None,
         )  # fmt: skip
 
     def _publication(self, transfers: Transfers) -> Publication | None:

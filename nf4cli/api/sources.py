@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..checkpoint.types import Checkpoint, Origin
     from ..hub.client import Name, Snapshot
     from ..output.manifest import Manifest
+    from .machine import Machine
 
 
 def named(source: Path) -> Name | None:
@@ -207,6 +208,25 @@ def local(source: Path, listener: Listener) -> Path:
         return source
     with found(source, True, listener) as place:
         return whole(place, "this command", False, listener).path
+
+
+def shared(source: Path, machine: Machine) -> Path:
+    """Return a model's path as `local` does; with a cluster an absolute one, and none on a Hub.
+
+    Nodes have working directories of their own, and do not see this machine's cache.
+
+    Raises:
+        UsageError: there is a cluster, and the model is on a Hub.
+        InputError, MachineError: the model cannot be fetched.
+    """
+    if machine.ray is None:
+        return local(source, machine.listener)
+    if named(source) is not None:
+        raise UsageError(
+            f"--ray reads from a directory that all nodes share, and {source} is on a Hub: "
+            "download it there first, with hf download"
+        )
+    return Path(os.path.abspath(source))  # noqa: PTH100 - a link stays one
 
 
 def as_recorded(source: Path, manifest: Manifest | None, notify: Notify) -> Path:

@@ -60,6 +60,13 @@ class Check:
             raise UsageError(
                 "--disk needs --source, and goes with neither --calibration nor --sample"
             )
+        if self.machine.ray is not None:
+            for option, given in (
+                ("--calibration", self.calibration or None), ("--sample", self.sample),
+                ("--disk", self.disk),
+            ):  # fmt: skip
+                if given is not None:
+                    raise UsageError(f"{option} is for one machine: leave it or --ray out")
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,12 @@ def check(asked: Check) -> Verified:
         own, called = Bounded(asked.disk, machine).prove(path, source)
         return Verified(path, source, called, called, own, {})
     _require_there(asked)
-    path = sources.local(asked.path, machine.listener)
+    path = sources.shared(asked.path, machine)
     called = sources.shown(asked.path, path)
     against = called
     if source is not None:
         source = sources.as_recorded(source, _manifest_of(path), machine.listener.note)
-        named, source = source, sources.local(source, machine.listener)
+        named, source = source, sources.shared(source, machine)
         against = f"{called} against {sources.shown(named, source)}"
     own, parts = _look(asked, path, source, against)
     if asked.calibration and source:
@@ -154,7 +161,8 @@ def _look(
     limits = machine.resources(_weights(path, source) if machine.memory else 0)
     places = [place for place in (path, source) if place]
     total = sum(file.stat().st_size for place in places for file in part_shards(place))
-    with machine.listener.stage(Stage("verifying", total, against)) as progress:
+    stage = Stage("verifying", total, against, crowd=machine.crowd)
+    with machine.listener.stage(stage) as progress:
         if asked.sample is not None:
             from ..proof.sample import verify_sample
 
@@ -165,11 +173,12 @@ def _look(
         if pipeline:
             from ..proof.pipelines import verify_pipeline
 
-            proof = verify_pipeline(path, source, engine, limits, progress)
+            proof = verify_pipeline(path, source, engine, limits, progress, machine.cluster)
             return proof.own, proof.parts
         from ..proof.verify import verify as verify_checkpoint
 
-        return verify_checkpoint(path, source, engine, limits, progress), {}
+        report = verify_checkpoint(path, source, engine, limits, progress, cluster=machine.cluster)
+        return report, {}
 
 
 def _manifest_of(path: Path) -> Manifest | None:

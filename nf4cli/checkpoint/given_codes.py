@@ -5,7 +5,7 @@ A calibration with GPTQ leaves such codes in files; a proof takes them from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +37,10 @@ class CodeSource(Protocol):
         """
         ...
 
+    def only(self, names: Collection[str]) -> CodeSource:
+        """Return the codes of some weights alone: few enough to be sent to another machine."""
+        ...
+
 
 class _CodesInFiles:
     """The `CodeSource` whose codes are tensors of safetensors files.
@@ -54,6 +58,9 @@ class _CodesInFiles:
         shard, tensor = self._places[name]
         with ByteReader(shard.path, shard.size) as reader:
             return reader.read(tensor.start + start, count)
+
+    def only(self, names: Collection[str]) -> CodeSource:
+        return _CodesInFiles({name: p for name, p in self._places.items() if name in names})
 
 
 def calibrated(files: Iterable[Path]) -> CodeSource:

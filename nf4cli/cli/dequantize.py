@@ -16,6 +16,7 @@ from .options import (  # fmt: skip
     JsonOption,
     MemoryOption,
     QuietOption,
+    RayOption,
     ShardSizeOption,
     WorkersOption,
 )
@@ -49,6 +50,7 @@ def dequantize(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    ray: RayOption = None,
     fsync: FsyncOption = True,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -57,7 +59,7 @@ def dequantize(
     from ..api.sources import require_there
 
     size = options.parse_size(max_shard_size, "--max-shard-size")
-    asked = engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet))
+    asked = engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet), ray)
     require_there(source)
     from ..api.decoding import decode  # it imports numpy: after what can be refused without
 

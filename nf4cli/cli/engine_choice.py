@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 def machine(
-    engine: str, device: str | None, workers: int | None, memory: str | None, listener: Listener
-) -> Machine:
+    engine: str, device: str | None, workers: int | None, memory: str | None, listener: Listener,
+    ray: str | None = None,
+) -> Machine:  # fmt: skip
     """Return the engine and limits that the options ask for.
+
+    Args:
+        ray: address of a cluster, for commands that can use one.
 
     Raises:
         UsageError: the memory is no size.
@@ -22,4 +26,4 @@ def machine(
     from ..api.machine import Machine
 
     bound = None if memory is None else parse_size(memory, "--memory")
-    return Machine(engine, device, workers, bound, listener)
+    return Machine(engine, device, workers, bound, listener, ray)

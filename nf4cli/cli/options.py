@@ -57,6 +57,17 @@ MemoryOption = Annotated[
     ),
 ]
 
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        show_default=False,
+        help="Ray cluster: host:port, auto or local",
+        rich_help_panel=panels.RUNNING,
+    ),
+]
+
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document instead", rich_help_panel=panels.OUTPUT),

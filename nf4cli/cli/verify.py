@@ -15,6 +15,7 @@ from .options import (
     JsonOption,
     MemoryOption,
     QuietOption,
+    RayOption,
     WorkersOption,
 )
 from .show import terminal, views
@@ -68,6 +69,7 @@ def verify(
     device: DeviceOption = None,
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    ray: RayOption = None,
     junit: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +93,7 @@ def verify(
         None if sample is None else _amount(sample),
         seed,
         None if disk is None else options.parse_size(disk, "--disk"),
-        engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet)),
+        engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet), ray),
     )
     with JUnitFile(junit, path, source) as report_file:
         done = check(asked)

@@ -23,7 +23,7 @@ from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint, FileDigests, Region, Shard, TensorInfo, View, Weight
 from ..checkpoint.untrusted import is_regular
 from ..checkpoint.writer import ShardLayout, ShardWriter, fill_shards, lay_out
-from ..engines.protocol import Engine
+from ..engines.protocol import GRANULE, Engine
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, SAFETENSORS_NAME, TORCH_NAME
@@ -41,8 +41,13 @@ from ..planning.plan import Plan, TensorPlan
 from ..planning.resources import Resources
 from ..planning.weights import ROUTER, regions
 from .conversion import Conversion, Tools
+from .make_units import SharedPlace, place_for_units
 from .output_place import refuse_place, require_disk
+from .resume import Standing
 from .side_files import write_side_files
+from .tasks import Cluster, SeesFiles
+from .transfers import Transfers
+from .units import Unit, cut, require_unchanged, source_files
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -90,6 +95,11 @@ class _Files:
 
     def abort(self) -> None: ...
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order."""
+        return [writer.path for writer in self._writers]
+
     def finish_files(self) -> None:
         """Check each file with the safetensors library."""
         for writer in self._writers:
@@ -107,6 +117,7 @@ def write_decoded(
     resources: Resources,
     fsync: bool = True,
     progress: Progress = no_progress,
+    cluster: Cluster | None = None,
 ) -> dict[str, Summary]:
     """Decode a model into the new directory `output`, which appears complete or not at all.
 
@@ -114,6 +125,7 @@ def write_decoded(
         model: what `plan_decoding` returns.
         fsync: wait for the disk before the output appears.
         progress: told the bytes of each tensor that are done.
+        cluster: writes the files; None to write them here.
 
     Returns:
         What was written, by part.
@@ -136,19 +148,70 @@ def write_decoded(
         for part, plan in model.parts.items():
             directory = work.directory / part
             directory.mkdir(exist_ok=True)
-            _decode_into(directory, plan, Tools(engine, resources, progress))
+            write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+            if cluster is None:
+                _decode_into(directory, plan, Tools(engine, resources, progress))
+            else:
+                _decode_on_nodes(cluster, directory, plan, fsync, progress)
     return {part: Summary.of(plan) for part, plan in model.parts.items()}
 
 
-def _decode_into(directory: Path, plan: Plan, tools: Tools) -> None:
-    """Write the decoded checkpoint of one plan into `directory`."""
-    write_side_files(directory, plan.checkpoint, plan.output_config, plan.index)
+def _decode_into(directory: Path, plan: Plan, tools: Tools) -> list[Path]:
+    """Write the decoded shards of one plan into `directory`, and return their paths."""
     with ExitStack() as stack:
         readers = stack.enter_context(ShardReaders(plan.checkpoint.shards))
         files = _Files(directory, plan)
         stack.callback(files.close)
         Conversion(plan, tools, files, packed=PackedReader(readers, tools.engine)).run()
         files.finish_files()
+        return files.paths
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeFile:
+    """The `Task` that writes one decoded file.
+
+    Attributes:
+        unit: all of whose weights are made, and no source file digested.
+        place: takes the file.
+    """
+
+    unit: Unit
+    place: SharedPlace
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.unit.source_bytes
+
+    @property
+    def tensors(self) -> int:
+        return len(self.unit.plan.tensors)
+
+    @property
+    def granule(self) -> int:
+        return GRANULE
+
+    def do(self, tools: Tools, moved: Transfers) -> None:
+        with self.place.aside() as aside:
+            for path in _decode_into(aside, self.unit.plan, tools):
+                self.place.take(path, "", moved)
+
+
+def _decode_on_nodes(
+    cluster: Cluster, directory: Path, plan: Plan, fsync: bool, progress: Progress
+) -> None:
+    """Have the decoded shards of one plan written into `directory`."""
+    nothing_to_digest = {shard.path.name: FileDigests("", {}) for shard in plan.checkpoint.shards}
+    units = cut(plan, Standing(sources=nothing_to_digest))
+    with place_for_units(directory, "", fsync) as place:
+        check = SeesFiles(source_files(units), place.tries)
+        tasks = [DecodeFile(unit, place) for unit in units]
+        cluster.do(tasks, check, lambda task, made: None, progress)
+        require_unchanged(plan.checkpoint.shards)
 
 
 def plan_decoding(

@@ -211,12 +211,14 @@ class Journal:
         self._add({"part": part, "identities": settled}, None)
 
     def weight(
-        self, part: str, name: str, result: Result, outputs: Mapping[str, str], path: Path
-    ) -> None:
-        """Record that a weight is written whole, into the file at `path`.
+        self, part: str, name: str, result: Result, outputs: Mapping[str, str],
+        path: Path | None,
+    ) -> None:  # fmt: skip
+        """Record that a weight is written whole.
 
         Args:
             outputs: digests of its output tensors, by key.
+            path: of its file; None for one that is not on this disk.
 
         Raises:
             OSError: an earlier line could not be written.

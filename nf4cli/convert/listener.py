@@ -13,6 +13,7 @@ from ..callbacks import Progress
 if TYPE_CHECKING:
     from ..output.manifest import Result
     from ..planning.plan import TensorPlan
+    from .tasks import Crowd
     from .transfers import Transfers
 
 
@@ -27,6 +28,7 @@ class Stage:
         weights: number of parameters; 0 where it does not matter.
         transfers: counts the bytes that are moved meanwhile; None where none are.
         place: a path on the disk whose free space is shown; None for none.
+        crowd: the machines that work on it, and its files; None where this machine does it all.
     """
 
     label: str
@@ -35,6 +37,7 @@ class Stage:
     weights: int = 0
     transfers: Transfers | None = None
     place: Path | None = None
+    crowd: Crowd | None = None
 
 
 class Listener:
@@ -53,6 +56,9 @@ class Listener:
 
     def note(self, sentence: str) -> None:
         """Hear a sentence that the user should read."""
+
+    def detail(self, sentence: str) -> None:
+        """Hear a sentence for those who want to know everything."""
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
         """Hear which weights an earlier run finished."""

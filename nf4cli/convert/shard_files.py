@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from ..planning.plan import Plan, TensorPlan
 from .journal import Journal
 from .listener import Listener
 from .resume import Standing
-from .transport import Carriage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +39,7 @@ class ShardFiles:
         journal: told of every weight that is written.
         part: name of this checkpoint in the journal.
         standing: finished work of an earlier run.
-        carriage: takes the files that are complete.
+        hand_on: told of each file that is complete: its path in the output, where it lies, digest.
         listener: told of weights and files that are finished.
 
     Attributes:
@@ -50,7 +49,7 @@ class ShardFiles:
 
     def __init__(
         self, plan: Plan, directory: Path, algorithm: str, journal: Journal, part: str,
-        standing: Standing, carriage: Carriage, listener: Listener,
+        standing: Standing, hand_on: Callable[[str, Path, str], None], listener: Listener,
     ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._opening = threading.RLock()
@@ -66,7 +65,7 @@ class ShardFiles:
         self._algorithm = algorithm
         self._journal = journal
         self._part = part
-        self._carriage = carriage
+        self._hand_on = hand_on
         self._listener = listener
         self._gone = standing.uploads.keys()
         self._writers: dict[int, ShardWriter] = {}
@@ -173,7 +172,7 @@ class ShardFiles:
         self._listener.file(self._part, layout.filename, layout.size)
         writer.close()
         name = path_in_model(self._part, layout.filename)
-        self._carriage.file_done(name, writer.path, self.shard_digests[layout.filename])
+        self._hand_on(name, writer.path, self.shard_digests[layout.filename])
 
     def _stop_when_aborted(self, count: int) -> None:
         if self._aborted.is_set():

@@ -8,15 +8,23 @@ stays there; hub/carrier.py has the transport from and to a Hub.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.reader import LocalShards, ShardSource
 from ..output.manifest import Manifest
 from ..planning.model_plan import ModelPlan
+from ..planning.plan import Plan
+from .journal import Upload
+from .make_units import Place, place_for_units
 from .output_place import disk_bytes
 from .resume import Standing
+from .tasks import Check, SeesFiles
+from .transfers import Transfers
+from .units import SharedSources, Sources, Unit, source_files
 from .workspace import Workspace
 
 
@@ -129,6 +137,31 @@ class Transport(Protocol):
         """
         ...
 
+    def elsewhere(
+        self, plan: Plan, part: str, units: Sequence[Unit], directory: Path, algorithm: str,
+        fsync: bool,
+    ) -> AbstractContextManager[Means]:  # fmt: skip
+        """Return how units are made on other machines, which move their files themselves.
+
+        Args:
+            plan, part: that the units are of.
+            directory: of the finished output files, where they stay.
+            algorithm: of the files' digests.
+            fsync: wait for the disk.
+
+        Raises:
+            UsageError: the bound on the disk is too small.
+        """
+        ...
+
+    def uploaded(self, name: str, upload: Upload) -> None:
+        """Hear that another machine uploaded an output file.
+
+        Args:
+            name: its path in the output.
+        """
+        ...
+
     def publish(
         self,
         model: ModelPlan,
@@ -148,6 +181,25 @@ class Transport(Protocol):
             InputError, MachineError: it cannot be published.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How units are made on other machines.
+
+    Attributes:
+        place: takes their files.
+        sources: bring their source files.
+        check: every machine has to pass it.
+        shared: whether all machines read the same source files, which must not change.
+        moved: counts what they fetch and upload; None where nothing is.
+    """
+
+    place: Place
+    sources: Sources
+    check: Check
+    shared: bool
+    moved: Transfers | None = None
 
 
 class LocalCarriage(LocalShards):
@@ -194,6 +246,18 @@ class LocalTransport:
         workers: int,
     ) -> Carriage:  # fmt: skip
         return LocalCarriage(model.root)
+
+    @contextmanager
+    def elsewhere(
+        self, plan: Plan, part: str, units: Sequence[Unit], directory: Path, algorithm: str,
+        fsync: bool,
+    ) -> Iterator[Means]:  # fmt: skip
+        with place_for_units(directory, algorithm, fsync) as place:
+            check = SeesFiles(source_files(units), place.tries)
+            yield Means(place, SharedSources(), check, shared=True)
+
+    def uploaded(self, name: str, upload: Upload) -> None:
+        """Do nothing: no output file is uploaded."""
 
     def publish(
         self,

@@ -7,27 +7,23 @@ unit: it returns what it made, and the run that asked for it keeps the journal.
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ..checkpoint.file_io import identity_of, sync
+from ..checkpoint.file_io import identity_of
+from ..checkpoint.reader import LocalShards, ShardSource
 from ..checkpoint.types import Checkpoint, FileDigests, Shard
 from ..errors import InputError
 from ..output.manifest import Result
 from ..planning.plan import Plan, TensorPlan
-from .conversion import Conversion, Tools, changed
-from .journal import Journal
-from .listener import NOBODY
+from .conversion import Tools, changed
+from .journal import Upload
 from .resume import Standing
-from .shard_files import ShardFiles
-from .transport import LocalCarriage
+from .transfers import Transfers
 
-_TRIES = ".tries"
 _ELSEWHERE = Result(None, None, {})
 
 
@@ -68,58 +64,38 @@ class Made:
         tensors: digests of their output tensors, by key.
         digest: of the output file; "" without one.
         sources: digests of the source files that it digested, by name.
+        upload: of the output file, where a Hub has it; None where none was asked to take it.
     """
 
     results: Mapping[str, Result]
     tensors: Mapping[str, str]
     digest: str
     sources: Mapping[str, FileDigests]
+    upload: Upload | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where units of one run make their files.
+class Sources(Protocol):
+    """Brings a unit's source files to the machine that makes it; pickled and sent."""
 
-    Attributes:
-        directory: of the finished output files.
-        tries: a directory in it, of this run alone, for files that are not finished.  Once it is
-            removed, a try that was left behind can make nothing more: it has no place to rename
-            its file from.
-        algorithm: of the files' digests.
-        fsync: wait for the disk.
-    """
+    def opened(
+        self, unit: Unit, aside: Path, moved: Transfers
+    ) -> AbstractContextManager[ShardSource]:
+        """Return what opens the unit's source files, and no others.
 
-    directory: Path
-    tries: Path
-    algorithm: str
-    fsync: bool
-
-
-@contextmanager
-def place_for_units(directory: Path, algorithm: str, fsync: bool) -> Iterator[Place]:
-    """Yield a place for the units of one run, after every earlier one in the directory is gone."""
-    shutil.rmtree(directory / _TRIES, ignore_errors=True)
-    tries = directory / _TRIES / uuid.uuid4().hex
-    tries.mkdir(parents=True)
-    try:
-        yield Place(directory, tries, algorithm, fsync)
-    finally:
-        shutil.rmtree(directory / _TRIES, ignore_errors=True)
-
-
-class Units(Protocol):
-    """Makes units, somewhere."""
-
-    def carry_out(
-        self, units: Sequence[Unit], place: Place, take: Callable[[Unit, Made], None]
-    ) -> None:
-        """Make all units, and hand each over when it is made, in any order, in this thread.
-
-        Raises:
-            InputError, MachineError, UsageError, OSError: one could not be made.
-            InterruptedRunError: a stop was asked for.
+        Args:
+            aside: a directory for what is fetched.
+            moved: counts what is fetched.
         """
         ...
+
+
+class SharedSources:
+    """The `Sources` that lie where the plan found them."""
+
+    def opened(
+        self, unit: Unit, aside: Path, moved: Transfers
+    ) -> AbstractContextManager[ShardSource]:
+        return LocalShards()
 
 
 def cut(plan: Plan, standing: Standing) -> list[Unit]:
@@ -133,7 +109,7 @@ def cut(plan: Plan, standing: Standing) -> list[Unit]:
     for place, tensor in enumerate(plan.tensors):
         if tensor.outputs:
             made[tensor.file].append(place)
-        for path in {source.shard.path for source in tensor.weight.sources}:
+        for path in _files_of(tensor):
             made_from[path].append(place)
     shards = {shard.path: shard for shard in plan.checkpoint.shards}
     unread = {path for path, s in shards.items() if s.path.name not in standing.sources}
@@ -150,8 +126,16 @@ def cut(plan: Plan, standing: Standing) -> list[Unit]:
     for number, layout in enumerate(plan.shards):
         if layout.filename not in standing.shards:
             tensors = (plan.tensors[place] for place in made[number])
-            units.append(unit(number, {s.shard.path for t in tensors for s in t.weight.sources}))
+            units.append(unit(number, {path for t in tensors for path in _files_of(t)}))
     return [*units, *(unit(None, {path}) for path in shards if path in unread)]
+
+
+def _files_of(tensor: TensorPlan) -> set[Path]:
+    """Return the source files that a weight is made of."""
+    files = {source.shard.path for source in tensor.weight.sources}
+    if tensor.packed is not None:
+        files |= {shard.path for shard, _ in tensor.packed.parts()}
+    return files
 
 
 def _unit(
@@ -173,13 +157,14 @@ def _unit(
         used = {source.name for t in members for source in (t.weight, *t.weight.sources)}
         columns = {name: c for name, c in importance.columns.items() if name in used}
         importance = replace(importance, columns=columns)
+    codes = plan.codes.only(names) if plan.codes else None
     tensors = (plan.tensors[place] for place in seen)
     return Unit(
         replace(
             plan, checkpoint=_with_files(plan.checkpoint, tuple(files)), importance=importance,
             tensors=tuple(replace(t, file=0) if t.name in names else t for t in tensors),
             shards=() if number is None else (plan.shards[number],),
-            index=None, output_config=None, notes=(),
+            index=None, output_config=None, notes=(), codes=codes,
         ),
         names,
         frozenset(path.name for path in owned),
@@ -193,16 +178,10 @@ def _with_files(checkpoint: Checkpoint, shards: tuple[Shard, ...]) -> Checkpoint
                    extra_files=(), left_files=())  # fmt: skip
 
 
-def make(unit: Unit, tools: Tools, place: Place) -> Made:
-    """Make a unit's output file, which appears in its directory when it is whole.
-
-    Each try writes a file of its own, so tries of the same unit do not meet.
-
-    Raises:
-        InputError, OSError: see `Conversion.run`.
-    """
+def standing_of(unit: Unit) -> Standing:
+    """Return what a unit's conversion leaves to other units: weights and digests."""
     elsewhere = {t.name for t in unit.plan.tensors} - unit.made
-    standing = Standing(
+    return Standing(
         results=dict.fromkeys(elsewhere, _ELSEWHERE),
         sources={
             shard.path.name: FileDigests("", {})
@@ -210,60 +189,21 @@ def make(unit: Unit, tools: Tools, place: Place) -> Made:
             if shard.path.name not in unit.digested
         },
     )
-    own = replace(unit.plan, tensors=tuple(t for t in unit.plan.tensors if t.name in unit.made))
-    with _of_a_try(place) as aside:
-        carriage = LocalCarriage(unit.plan.checkpoint.root)
-        files = ShardFiles(
-            own, aside, place.algorithm, _NoJournal(), "", Standing(), carriage, NOBODY
-        )
-        try:
-            files.open()
-            conversion = Conversion(
-                unit.plan, tools, files, place.algorithm, standing, scratch=aside
-            )
-            conversion.run()
-        finally:
-            files.close()
-        for name in files.shard_digests:
-            if place.fsync:
-                sync(aside / name)
-            (aside / name).replace(place.directory / name)
-        if place.fsync and files.shard_digests:
-            sync(place.directory)
-    return Made(
-        {name: conversion.results[name] for name in unit.made},
-        files.tensor_digests,
-        next(iter(files.shard_digests.values()), ""),
-        {name: conversion.digested[name] for name in unit.digested},
-    )
 
 
-@contextmanager
-def _of_a_try(place: Place) -> Iterator[Path]:
-    """Make a directory that nobody else writes to, and remove it with what is left in it.
+def with_own_progress(unit: Unit, tools: Tools) -> Tools:
+    """Return tools whose progress hears of the weights that a unit makes, and of no others."""
 
-    Raises:
-        FileNotFoundError: the run that asked for it has ended, or another one has begun.
-    """
-    aside = place.tries / uuid.uuid4().hex
-    aside.mkdir()
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    def progress(name: str, nbytes: int) -> None:
+        if name in unit.made:
+            tools.progress(name, nbytes)
+
+    return replace(tools, progress=progress)
 
 
-class _NoJournal(Journal):
-    """The journal of a unit: none."""
-
-    def __init__(self) -> None:
-        """Open no file."""
-
-    def weight(self, *_: object) -> None:
-        """Record nothing."""
-
-    def source_file(self, *_: object) -> None:
-        """Record nothing."""
+def source_files(units: Iterable[Unit]) -> dict[Path, int]:
+    """Return the size in bytes of every file that some units read."""
+    return {shard.path: shard.size for unit in units for shard in unit.plan.checkpoint.shards}
 
 
 def require_unchanged(shards: Iterable[Shard]) -> None:
@@ -289,7 +229,7 @@ class Collected:
     """
 
     def __init__(self, plan: Plan, standing: Standing) -> None:
-        self._plan = {t.name: t for t in plan.tensors}
+        self._plan, self._files = {t.name: t for t in plan.tensors}, plan.shards
         whole = {
             t.name
             for t in plan.tensors
@@ -326,6 +266,11 @@ class Collected:
                 waiting.append(name)
         self._waiting = waiting
         return complete
+
+    def whole(self, names: Iterable[str]) -> list[str]:
+        """Return those of some output files of whose weights nothing more is to be known."""
+        waiting = {self._files[self._plan[name].file].filename for name in self._waiting}
+        return [name for name in names if name not in waiting]
 
     def _with_sources(self, tensor: TensorPlan, result: Result) -> Result:
         """Return a result with the digests of the stored tensors that the weight is made of.

@@ -23,14 +23,16 @@ from ..planning.pipeline_plan import INDEX_FILE
 from ..planning.plan import Plan
 from ..planning.resources import Resources
 from .conversion import Conversion, Tools
-from .journal import Part
+from .journal import Part, Upload
 from .listener import NOBODY, Listener
+from .make_units import MakeFile
 from .output_place import check_output
 from .resume import Standing, check, header
 from .shard_files import ShardFiles, file_records
 from .side_files import clear, write_side_files
+from .tasks import Cluster
 from .transport import LOCAL, Carriage, Transport
-from .units import Collected, Made, Unit, Units, cut, place_for_units, require_unchanged
+from .units import Collected, Made, cut, require_unchanged
 from .workspace import Workspace, earlier_header
 
 
@@ -47,8 +49,7 @@ class Execution:
             exists already, if it is what this run would write.
         listener: told of the run's progress.
         transport: brings the source files, and takes the output files to their destination.
-        units: makes each output file somewhere else, from source files that both see; None to make
-            them here.
+        cluster: makes each output file somewhere else; None to make them here.
     """
 
     engine: Engine
@@ -58,7 +59,7 @@ class Execution:
     resume: bool = False
     listener: Listener = NOBODY
     transport: Transport = LOCAL
-    units: Units | None = None
+    cluster: Cluster | None = None
 
 
 def write_model(model: ModelPlan, output: Path, run: Execution) -> dict[str, Manifest]:
@@ -169,8 +170,8 @@ def _fill(work: Workspace, model: ModelPlan, run: Execution) -> dict[str, Manife
         manifests = {
             part: (
                 _convert(work, part, plan, standings[part], carriage, run)
-                if run.units is None
-                else _convert_elsewhere(work, part, plan, standings[part], run, run.units)
+                if run.cluster is None
+                else _convert_elsewhere(work, part, plan, standings[part], run, run.cluster)
             )
             for part, plan in model.parts.items()
         }
@@ -218,7 +219,7 @@ def _convert(
     """Write the shards and the manifest of a part."""
     directory = work.directory / part
     files = ShardFiles(
-        plan, directory, run.digest, work.journal, part, standing, carriage, run.listener
+        plan, directory, run.digest, work.journal, part, standing, carriage.file_done, run.listener
     )
     try:
         files.open()
@@ -234,27 +235,36 @@ def _convert(
 
 
 def _convert_elsewhere(
-    work: Workspace, part: str, plan: Plan, standing: Standing, run: Execution, elsewhere: Units
+    work: Workspace, part: str, plan: Plan, standing: Standing, run: Execution, cluster: Cluster
 ) -> Manifest:
     """Have the shards of a part made, and write its manifest."""
-    directory, listener = work.directory / part, run.listener
+    directory, listener, transport = work.directory / part, run.listener, run.transport
     collected = Collected(plan, standing)
+    uploads: dict[str, Upload] = {}
 
-    def take(unit: Unit, made: Made) -> None:
+    def take(task: MakeFile, made: Made) -> None:
         for name, digests in made.sources.items():
             work.journal.source_file(part, name, digests)
-        for tensor, result in collected.add(unit, made):
+        for tensor, result in collected.add(task.unit, made):
             outputs = {key: collected.tensors[key] for key in tensor.outputs}
-            path = directory / plan.shards[tensor.file].filename
+            path = None if transport.leaving else directory / plan.shards[tensor.file].filename
             work.journal.weight(part, tensor.name, result, outputs, path)
             listener.tensor(part, tensor, result)
-        for layout in unit.plan.shards:
+        for layout in task.unit.plan.shards:
             listener.file(part, layout.filename, layout.size)
-        listener.progress(unit.name, unit.source_bytes)
+        if made.upload is not None:
+            uploads[task.name] = made.upload
+            transport.uploaded(path_in_model(part, task.name), made.upload)
+        if transport.leaving:  # an upload is of use when all that is in it is known
+            for name in collected.whole(uploads):
+                work.journal.uploaded(part, name, uploads.pop(name))
 
-    with place_for_units(directory, run.digest, run.fsync) as place:
-        elsewhere.carry_out(cut(plan, standing), place, take)
-        require_unchanged(plan.checkpoint.shards)
+    units = cut(plan, standing)
+    with transport.elsewhere(plan, part, units, directory, run.digest, run.fsync) as means:
+        tasks = [MakeFile(unit, means.place, means.sources) for unit in units]
+        cluster.do(tasks, means.check, take, listener.progress, means.moved)
+        if means.shared:
+            require_unchanged(plan.checkpoint.shards)
     manifest = manifest_of(
         plan, run.digest, collected.results, collected.sources, collected.tensors
     )

@@ -11,8 +11,8 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,26 @@ from ..checkpoint.model_files import never_kind
 from ..checkpoint.reader import ByteReader, LocalShards
 from ..checkpoint.types import Shard, TensorInfo
 from ..convert.journal import Journal, Part, Upload
-from ..convert.output_place import base_bytes, room_for
+from ..convert.make_units import Place, place_for_units
+from ..convert.output_place import base_bytes, disk_bytes, room_for
 from ..convert.resume import Standing
+from ..convert.tasks import SeesFiles
 from ..convert.transfers import Transfers
+from ..convert.transport import Carriage, LocalCarriage, Means
+from ..convert.units import SharedSources, Sources, Unit, source_files
 from ..convert.workspace import Workspace
 from ..errors import InputError, InterruptedRunError, UsageError
 from ..output.manifest import FileRecord, Manifest
 from ..output.pipeline_record import Record
 from ..planning.model_plan import ModelPlan, path_in_model
+from ..planning.plan import Plan
 from ..units import size_for_option
 from . import client
 from .budget import Budget, Step, smallest, steps_of
 from .client import Name, Snapshot
 from .errors import endpoint, in_mid_run
 from .fetching import Channel, Fetcher, is_right
+from .on_nodes import HubSources, ReachesHub, UploadingPlace, wanted_in_git
 from .publish import LostUploadError, Publication, Published, Uploaded
 from .repository import read_whole
 from .retries import persist
@@ -86,6 +92,7 @@ class HubTransport:
         transfers: counts everything that is moved and held.
         notify: told what the user should know.
         proved: the output that is proved by such digests, for the journal.
+        on_nodes: other machines move the weight files (see `elsewhere`); this one moves the rest.
 
     Attributes:
         outcome: where the output is published, after `publish`; None before.
@@ -100,6 +107,7 @@ class HubTransport:
         transfers: Transfers,
         notify: Notify,
         proved: str | None = None,
+        on_nodes: bool = False,
     ) -> None:
         self.snapshot = snapshot
         self.publication = publication
@@ -109,6 +117,7 @@ class HubTransport:
         self.outcome: Published | None = None
         self._limit = limit
         self._proved = proved
+        self._on_nodes = on_nodes
 
     @property
     def destination(self) -> str | None:
@@ -127,7 +136,7 @@ class HubTransport:
             MachineError: the cache is too full.
             UsageError, InputError, MachineError: see `Publication.prepare`.
         """
-        if self.snapshot is not None and self._limit is None:
+        if self.snapshot is not None and self._limit is None and not self._on_nodes:
             files = self.snapshot.files
             names = [step.name for step in steps_of(model, ())]
             missing = [n for n in names if client.cached(self.snapshot, files[n]) is None]
@@ -178,6 +187,8 @@ class HubTransport:
             return parse(path)
 
     def disk_needed(self, model: ModelPlan, workers: int) -> int:
+        if self._on_nodes:
+            return base_bytes(model, workers) if self.leaving else disk_bytes(model, workers)
         steps = steps_of(model, self._fetched(model))
         need = smallest(steps, model.file_sizes, base_bytes(model, workers), self.leaving)
         if self._limit is not None and self._limit < need:
@@ -235,7 +246,9 @@ class HubTransport:
     def carry(
         self, work: Workspace, model: ModelPlan, standings: Mapping[str, Standing], algorithm: str,
         workers: int,
-    ) -> HubCarriage:  # fmt: skip
+    ) -> Carriage:  # fmt: skip
+        if self._on_nodes:
+            return _BesideNodes(model.root, self, _uploads_of(work, model, standings))
         load = self._load(work, model, standings, workers)
         return HubCarriage(self, work, model, load, algorithm)
 
@@ -268,6 +281,43 @@ class HubTransport:
                 raise UsageError(self._too_little(model, need))
             for part, name in map(model.part_and_name, unfinished):
                 standings[part].forget(model.parts[part], [name])
+
+    @contextmanager
+    def elsewhere(
+        self, plan: Plan, part: str, units: Sequence[Unit], directory: Path, algorithm: str,
+        fsync: bool,
+    ) -> Iterator[Means]:  # fmt: skip
+        sizes = sum(layout.size for unit in units for layout in unit.plan.shards)
+        with ExitStack() as stack:
+            place: Place | None = None
+            stays, tries = None, None
+            if not self.leaving:
+                place = stays = stack.enter_context(place_for_units(directory, algorithm, fsync))
+                tries = stays.tries
+            if self.publication is not None:
+                repo, head = self.publication.repo, self.publication.head
+                place = UploadingPlace(repo, head, part, algorithm, stays)
+                self.transfers.to_upload += sizes
+            assert place is not None, "without a publication the output stays"
+            sources: Sources = SharedSources()
+            if self.snapshot is not None:
+                sources = fetching = HubSources(
+                    self.snapshot, plan.checkpoint.root, self._limit, self.leaving
+                )
+                fetching.require_room(units)
+                files = {}
+                self.transfers.to_download += sum(
+                    shard.size for unit in units for shard in unit.plan.checkpoint.shards
+                )
+            else:
+                files = source_files(units)
+            repo_name = self.publication.repo if self.publication else None
+            check = ReachesHub(endpoint(), self.snapshot, repo_name, SeesFiles(files, tries))
+            yield Means(place, sources, check, self.snapshot is None, self.transfers)
+
+    def uploaded(self, name: str, upload: Upload) -> None:
+        assert self.publication is not None
+        self.publication.accept(Uploaded(name, upload.size, upload.sha256, upload.sample, True))
 
     def _limit_on(self, work: Workspace) -> int | None:
         """Return the bound, lowered to the free space: files fetched ahead would fill the disk."""
@@ -452,9 +502,7 @@ class HubCarriage:
             stack.enter_context(self._source)
             if self._publication is not None:
                 self._transfers.to_upload = sum(self._load.sizes.values())
-                for name, upload in self._load.uploads.items():
-                    sent = Uploaded(name, upload.size, upload.sha256, upload.sample, True)
-                    self._publication.restore(sent)
+                _restore(self._publication, self._load.uploads)
             if self._uploads is not None:
                 stack.enter_context(self._uploads)
             self._stack = stack.pop_all()
@@ -488,6 +536,32 @@ class HubCarriage:
     def file_done(self, name: str, path: Path, digest: str) -> None:
         if self._uploads is not None:
             self._uploads.put(name, path, digest)
+
+
+class _BesideNodes(LocalCarriage):
+    """The `Carriage` of a run whose weight files other machines move.
+
+    Args:
+        root: of the source.
+        transport: that it is made by.
+        uploads: the files that an earlier run uploaded, by path.
+    """
+
+    def __init__(self, root: Path, transport: HubTransport, uploads: Mapping[str, Upload]) -> None:
+        super().__init__(root)
+        self._publication, self._uploads = transport.publication, uploads
+        transport.transfers.to_upload += sum(upload.size for upload in uploads.values())
+
+    def __enter__(self) -> _BesideNodes:
+        if self._publication is not None:
+            _restore(self._publication, self._uploads)
+        return self
+
+
+def _restore(publication: Publication, uploads: Mapping[str, Upload]) -> None:
+    """Add what an earlier run uploaded to a publication."""
+    for name, upload in uploads.items():
+        publication.restore(Uploaded(name, upload.size, upload.sha256, upload.sample, True))
 
 
 class _LocalSource(LocalShards):
@@ -612,11 +686,7 @@ class _Uploads:
         sha256 = digest if self._algorithm == "sha256" else None
         uploaded = self._publication.add(path, name, sha256)
         if self._leaving and self._budget.bounded and not uploaded.stored:
-            raise UsageError(
-                f"{self._publication.repo} wants {name} in git itself, not in LFS, where it "
-                "would have to stay on this disk until the commit: name *.safetensors in its "
-                ".gitattributes, or do without --disk"
-            )
+            raise wanted_in_git(self._publication.repo, name)
         if self._leaving and uploaded.stored:
             upload = Upload(digest, uploaded.size, uploaded.sha256, uploaded.sample)
             self._remove(name, path, upload)

@@ -158,6 +158,36 @@ class Publication:
         self._expected: dict[str, Expected] = {}
         self._restored: set[str] = set()
 
+    @classmethod
+    def joined(cls, repo: str, head: Snapshot, sent: Sent) -> Publication:
+        """Return a publication that only adds files, for another process to commit.
+
+        Args:
+            head: the repository's commit when that process looked at it.
+        """
+        joined = cls(repo, sent=sent)
+        joined._head = head
+        return joined
+
+    @property
+    def head(self) -> Snapshot:
+        """The repository's commit when `prepare` looked at it."""
+        assert self._head is not None, "prepare() comes first"
+        return self._head
+
+    def require_write_access(self) -> None:
+        """Ask whether files may be sent to the repository, which exists.
+
+        Raises:
+            InputError: no token, or one that may not write there.
+            MachineError: the Hub cannot be reached.
+        """
+        require_access(self.repo)
+        try:
+            self._ask(self.repo, self._probe)
+        except InputError as error:
+            raise no_access(self.repo, error) from error
+
     def prepare(self) -> None:
         """Create the repository where there is none, and check everything that may refuse a commit.
 
@@ -170,9 +200,9 @@ class Publication:
         require_access(self.repo)
         try:
             self.repo = self._ask(self.repo, self._create)
-            self._ask(self.repo, self._probe)
         except InputError as error:
             raise no_access(self.repo, error) from error
+        self.require_write_access()
         head = self._ask(self.repo, lambda: resolve(Name(self.repo, None)))
         self._recorded, why = files_of_earlier_output(
             head, lambda name: self._ask(f"{name} of {self.repo}", lambda: read_whole(head, name))
@@ -286,16 +316,20 @@ class Publication:
         return Uploaded(CARD, len(text), sha256, text[:_SAMPLE], False)
 
     def restore(self, uploaded: Uploaded) -> None:
-        """Add a file that an earlier process uploaded, and that this disk may not have any more."""
+        """Add a file that an earlier run uploaded, and that this disk may not have any more."""
+        self.accept(uploaded)
+        if not self._is_there(uploaded.name, uploaded.size, uploaded.sha256):
+            self._restored.add(uploaded.name)
+        self._sent(uploaded.size)
+
+    def accept(self, uploaded: Uploaded) -> None:
+        """Add a file that another process uploaded, and counted."""
+        operation = None
         if not self._is_there(uploaded.name, uploaded.size, uploaded.sha256):
             operation = addition(
                 uploaded.name, None, uploaded.size, uploaded.sample, uploaded.sha256, self._sent
             )
-            self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None), operation)
-            self._restored.add(uploaded.name)
-        else:
-            self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None))
-        self._sent(uploaded.size)
+        self._expect(uploaded.name, Expected(uploaded.size, uploaded.sha256, None), operation)
 
     def has(self, name: str) -> bool:
         """Return whether a file was added or restored."""
@@ -308,20 +342,14 @@ class Publication:
 
     def _is_there(self, name: str, size: int, sha256: str) -> bool:
         """Return whether the repository has this file already."""
-        file = self._prepared.files.get(name)
+        file = self.head.files.get(name)
         return file is not None and (file.size, file.sha256) == (size, sha256)
-
-    @property
-    def _prepared(self) -> Snapshot:
-        """The repository's head when `prepare` looked at it."""
-        assert self._head is not None, "prepare() comes first"
-        return self._head
 
     def _expect(
         self, name: str, expected: Expected, operation: CommitOperationAdd | None = None
     ) -> None:
         """Note a file that the commit has to show, and the operation that puts it there."""
-        file = self._prepared.files.get(name)
+        file = self.head.files.get(name)
         with self._lock:
             self._expected[name] = expected
             if operation is None or (file and expected.blob and file.blob == expected.blob):
@@ -347,7 +375,7 @@ class Publication:
     @property
     def stale(self) -> tuple[str, ...]:
         """Files of the earlier output that the new one does not have; never the model card."""
-        earlier = self._prepared.files.keys() & self._recorded
+        earlier = self.head.files.keys() & self._recorded
         return tuple(sorted(earlier - self._expected.keys() - {CARD, ".gitattributes"}))
 
     def commit(self, message: str) -> Published:
@@ -368,7 +396,7 @@ class Publication:
                 f"commit {commit[:12]} of {self.repo} is not what was sent: {wrong[0]}. Run the "
                 "same again, and look at the page of the model"
             )
-        changed = commit != self._prepared.commit
+        changed = commit != self.head.commit
         url = f"{endpoint()}/{self.repo}"
         return Published(self.repo, commit, url, self.private, changed, stale)
 
@@ -385,7 +413,7 @@ class Publication:
             except MachineError as error:
                 # The commit may have been made although its answer was lost.
                 now = self._ask(self.repo, lambda: resolve(Name(self.repo, None)))
-                if now.commit != self._prepared.commit:
+                if now.commit != self.head.commit:
                     if not differences(now, self._expected, stale):
                         return now.commit
                     raise MachineError(
@@ -408,7 +436,7 @@ class Publication:
         """
         from huggingface_hub import CommitOperationDelete, HfApi
 
-        head = self._prepared.commit
+        head = self.head.commit
         if not operations and not stale:
             return head
         try:

@@ -53,7 +53,6 @@ def check_manifest(
         report: takes the findings.
     """
     shards = check_lists(checkpoint, weights, manifest, report)
-    expected = recorded_digests(manifest)
     digests = digest_shards(shards, manifest.digest, resources.workers, progress, tensors=False)
     wrong = [
         shard
@@ -62,7 +61,23 @@ def check_manifest(
     ]
     # Only where a file is not as it was written do its tensors' digests say more.
     digests = digest_shards(wrong, manifest.digest, resources.workers, progress)
-    for shard, (digest, tensors) in zip(wrong, digests, strict=True):
+    report_digests(zip(wrong, digests, strict=True), manifest, report)
+
+
+def report_digests(
+    wrong: Iterable[tuple[Shard, tuple[str, Mapping[str, str]]]], manifest: Manifest,
+    report: Report,
+) -> None:  # fmt: skip
+    """Report what every file's digest says.
+
+    Args:
+        wrong: each file that has not the digest of the manifest, with (its digest, those of its
+            tensors by key).
+        manifest: of the checkpoint.
+        report: takes the findings.
+    """
+    expected = recorded_digests(manifest)
+    for shard, (digest, tensors) in wrong:
         report.findings += _digest_findings(shard, digest, tensors, manifest, expected)
     report.check("manifest", f"every byte is the one written ({manifest.digest} of the manifest)")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PIECE = 1 << 19  # bytes compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a conversion gave, and where a finished checkpoint differs from it.
+
+    Attributes:
+        results: of the weights, by name.
+        sources: digests of the source files, by name.
+        first: by tensor, the offset in bytes of the first byte that differs.
+        states: by tensor, how a quant_state differs, in words.
+        nbytes: bytes that were compared.
+    """
+
+    results: Mapping[str, Result]
+    sources: Mapping[str, FileDigests]
+    first: Mapping[str, int]
+    states: Mapping[str, str]
+    nbytes: int
 
 
 class Comparison:
@@ -78,6 +99,12 @@ class Comparison:
             self.compared += data.nbytes
             if not same:
                 self.states[key] = f"{key} is {stored[:300]!r}, the source gives {expected}"
+
+    def outcome(
+        self, results: Mapping[str, Result], sources: Mapping[str, FileDigests]
+    ) -> Compared:
+        """Return what was found, with the conversion's results and digests."""
+        return Compared(results, sources, self.first, self.states, self.compared)
 
     def finish(self, plan: TensorPlan, result: Result) -> None: ...
 

@@ -17,11 +17,13 @@ from ..checkpoint.types import Checkpoint
 from ..checkpoint.untrusted import RECORD, read_json
 from ..convert.conversion import Conversion, Tools
 from ..convert.find_nonfinite import scanner
+from ..convert.tasks import Cluster
 from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import SAFETENSORS_NAME, TORCH_NAME
+from ..output.against_manifest import recorded_digests
 from ..output.against_source import compare_beside
-from ..output.manifest import Manifest
+from ..output.manifest import Manifest, manifest_of
 from ..output.recorded_choices import (
     fed_back,
     recorded_answer,
@@ -34,8 +36,9 @@ from ..planning.families import names_of
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..version import __version__
-from .comparison import Comparison
+from .comparison import Compared, Comparison
 from .foreign import ForeignConversion
+from .on_nodes import compare_on_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Proof:
         source: path of the checkpoint that it was made from.
         tools: the engine that quantizes again, its threads and buffers, and who is told of it.
         report: takes the findings.
+        cluster: quantizes again; None to do it here.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +61,7 @@ class Proof:
     source: Path
     tools: Tools
     report: Report
+    cluster: Cluster | None = None
 
 
 def check_source(proof: Proof) -> None:
@@ -73,24 +78,31 @@ def check_source(proof: Proof) -> None:
     plan = plan_of(proof)
     if plan is None:
         return
-    conversion, sink = compare(proof, plan, manifest.digest if manifest else None)
+    algorithm = manifest.digest if manifest else None
+    if proof.cluster is not None:
+        found = compare_on_nodes(
+            proof.cluster, plan, proof.checkpoint, algorithm or "", proof.tools.progress
+        )
+    else:
+        found = compare(proof, plan, algorithm)
     if manifest is not None:
-        digests = {k: d for record in manifest.tensors.values() for k, d in record.outputs.items()}
-        made = conversion.manifest(digests)
+        digests = recorded_digests(manifest)
+        made = manifest_of(plan, manifest.digest, found.results, found.sources, digests)
         compare_manifest(proof.checkpoint, manifest, made, proof.source, report)
-    add_differences(proof, sink)
+    add_differences(proof, found)
     compare_beside(proof.checkpoint, plan, manifest, report)
     same = (
         "is the one the source gives, or as good (see the note)"
         if report.notes
         else "is the one the source gives"
     )
-    how = f"({sink.compared:,} bytes, quantized again with {proof.tools.engine.name})"
+    who = proof.tools.engine.name if proof.cluster is None else "ray"
+    how = f"({found.nbytes:,} bytes, quantized again with {who})"
     if manifest is None or manifest.config.method != "gptq":
         report.check("source", f"every byte {same} {how}")
         return
     bound = max(
-        (r.error.worst_block or 0.0 for r in conversion.results.values() if r.error), default=0.0
+        (r.error.worst_block or 0.0 for r in found.results.values() if r.error), default=0.0
     )
     report.check(
         "source",
@@ -132,16 +144,11 @@ def plan_of(proof: Proof) -> Plan | None:
         return None
 
 
-def compare(
-    proof: Proof, plan: Plan, algorithm: str | None = None
-) -> tuple[Conversion, Comparison]:
+def compare(proof: Proof, plan: Plan, algorithm: str | None = None) -> Compared:
     """Carry a plan out, and compare every tensor's bytes with those of the checkpoint.
 
     Args:
         algorithm: of the source files' digests; None to compute none.
-
-    Returns:
-        (the conversion, which has run, and what its sink found).
     """
     with ShardReaders(proof.checkpoint.shards) as readers:
         sink = Comparison(proof.checkpoint, readers)
@@ -155,14 +162,14 @@ def compare(
             foreign.run()
             if note := foreign.note():
                 proof.report.notes.append(note)
-    return conversion, sink
+    return sink.outcome(conversion.results, conversion.digested)
 
 
-def add_differences(proof: Proof, sink: Comparison) -> None:
+def add_differences(proof: Proof, found: Compared) -> None:
     """Report what a comparison found, tensor by tensor."""
-    for key, offset in sorted(sink.first.items()):
+    for key, offset in sorted(found.first.items()):
         proof.report.add("source", key, _difference(proof, key, offset))
-    for key, message in sorted(sink.states.items()):
+    for key, message in sorted(found.states.items()):
         proof.report.add("source", key, message)
 
 

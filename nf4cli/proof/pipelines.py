@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..callbacks import Progress, no_progress
 from ..checkpoint.discovery import open_checkpoint
+from ..convert.tasks import Cluster
 from ..engines.protocol import Engine
 from ..errors import InputError
 from ..output.pipeline_record import check_copies, check_recorded, read_record
@@ -35,6 +36,7 @@ def verify_pipeline(
     engine: Engine,
     resources: Resources,
     progress: Progress = no_progress,
+    cluster: Cluster | None = None,
 ) -> PipelineReport:
     """Check a pipeline with 4-bit components, written by nf4 or not.
 
@@ -42,6 +44,7 @@ def verify_pipeline(
         path: the pipeline.
         source: the pipeline that it was made from; None for no proof.
         engine, resources, progress: see `Tools`.
+        cluster: reads and quantizes; None to do it here.
 
     Raises:
         InputError: `path` holds no 4-bit component, `source` is no pipeline, or a component of it
@@ -68,7 +71,7 @@ def verify_pipeline(
     check_recorded(path, record, packed, report.own)
     for name in packed:
         report.parts[name] = _verify_part(
-            path / name, originals.get(name), engine, resources, progress
+            path / name, originals.get(name), engine, resources, progress, cluster
         )
     if source is not None:
         check_copies(path, source, packed, record, report.own)
@@ -95,11 +98,12 @@ def _originals(source: Path | None, packed: list[str], report: Report) -> dict[s
 
 
 def _verify_part(
-    path: Path, source: Path | None, engine: Engine, resources: Resources, progress: Progress
-) -> Report:
+    path: Path, source: Path | None, engine: Engine, resources: Resources, progress: Progress,
+    cluster: Cluster | None,
+) -> Report:  # fmt: skip
     """Verify a component; report an InputError, so that the others are verified as well."""
     try:
-        return verify(path, source, engine, resources, progress)
+        return verify(path, source, engine, resources, progress, cluster=cluster)
     except InputError as error:
         report = Report()
         report.add("structure", path.name, str(error))

@@ -29,7 +29,8 @@ from ..planning.resources import Resources
 from ..threads import run
 from .for_loaders import check_config
 from .from_source import Proof, add_differences, compare, plan_of
-from .verify import check_states, check_structure, open_or_report
+from .states import check_states
+from .verify import check_structure, open_or_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +190,14 @@ def _check_source(proof: Proof, names: set[str]) -> None:
     plan = plan_of(proof)
     if plan is not None:
         part = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names))
-        _, sink = compare(proof, part)
-        add_differences(proof, sink)
+        found = compare(proof, part)
+        add_differences(proof, found)
         compare_beside(proof.checkpoint, plan, manifest, report)
         if manifest is not None and manifest.config.method == "gptq":
             report.unchecked.append("what the codes that gptq chose lose: run without --sample")
         report.check(
             "source",
-            f"the sampled tensors are those the source gives ({sink.compared:,} bytes, quantized "
+            f"the sampled tensors are those the source gives ({found.nbytes:,} bytes, quantized "
             f"again with {proof.tools.engine.name})",
         )
     if manifest is not None:

@@ -7,44 +7,26 @@ the source: every byte is the one that the source gives (see from_source.py).
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ..callbacks import Progress, no_progress
 from ..checkpoint import bnb_format
 from ..checkpoint.discovery import MANIFEST, index_name, open_checkpoint
-from ..checkpoint.packed import (
-    PackedReader,
-    PackedWeight,
-    by_shard,
-    find_weights,
-    has_chosen_scales,
-    standard_nested_map,
-)
+from ..checkpoint.packed import PackedReader, PackedWeight, by_shard, find_weights
 from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint
 from ..convert.conversion import Tools
+from ..convert.tasks import Cluster
 from ..engines.protocol import Engine
-from ..errors import InputError
-from ..format.codebook import codebook
+from ..errors import InputError, UsageError
 from ..output.against_manifest import check_manifest, read_manifest
 from ..output.report import LEVELS, Report
 from ..planning import selection
 from ..planning.resources import Resources
-from ..threads import run
 from .for_loaders import check_config
 from .from_source import Proof, check_source
-
-if TYPE_CHECKING:
-    from ..engines.protocol import F32
-
-_BLOCKS_AT_A_TIME = 1 << 18
-_SIGNED_SHARE = 0.1  # negative scales above this share were chosen; about half of those are
-_NESTED_ROUNDING = 0.01  # of nested_absmax: half the widest step of the 8-bit codes
+from .on_nodes import check_files
+from .states import check_states
 
 
 def verify(
@@ -54,6 +36,7 @@ def verify(
     resources: Resources,
     progress: Progress = no_progress,
     elsewhere: bool = False,
+    cluster: Cluster | None = None,
 ) -> Report:
     """Check a 4-bit checkpoint, written by nf4 or not.
 
@@ -62,9 +45,11 @@ def verify(
         source: the full-precision checkpoint that it was made from; None for no proof.
         engine, resources, progress: see `Tools`.
         elsewhere: the caller compares the bytes with the source (see by_digests.py).
+        cluster: reads and quantizes; None to do it here.
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
+        UsageError: a cluster cannot prove it.
     """
     report = Report()
     checkpoint = open_or_report(path, report)
@@ -75,25 +60,31 @@ def verify(
         check_config(checkpoint, weights, report)
         recorded = (checkpoint.root / MANIFEST).is_file()
         manifest = read_manifest(checkpoint, report)
-        check_states(
-            PackedReader(readers, engine),
-            by_shard(weights),
-            resources.workers,
-            report,
-            zeros_are_wrong=source is None and not (recorded or elsewhere),
-            signed=manifest is not None and manifest.config.scale == "search",
+        if cluster is not None and source is not None and manifest is None:
+            raise UsageError(
+                f"{checkpoint.root} has no {MANIFEST} to say how it was made: prove it on one "
+                "machine, without --ray"
+            )
+        zeros_are_wrong = source is None and not (recorded or elsewhere)
+        signed = manifest is not None and manifest.config.scale == "search"
+        if cluster is None:
+            reader, order = PackedReader(readers, engine), by_shard(weights)
+            check_states(reader, order, resources.workers, report, zeros_are_wrong, signed)
+    if cluster is not None:
+        check_files(
+            cluster, checkpoint, weights, manifest, report, zeros_are_wrong, signed, progress
         )
+    elif manifest is not None:
+        check_manifest(checkpoint, weights, manifest, resources, report, progress)
     if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
-    else:
-        check_manifest(checkpoint, weights, manifest, resources, report, progress)
     if source is None and not elsewhere:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     if source is not None:
         tools = Tools(engine, resources, progress)
-        check_source(Proof(checkpoint, weights, manifest, source, tools, report))
+        check_source(Proof(checkpoint, weights, manifest, source, tools, report, cluster))
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 
@@ -152,109 +143,6 @@ def check_index(checkpoint: Checkpoint, report: Report) -> None:
         report.add("structure", index, f"{index} is missing: loaders cannot find the shards")
     for error in checkpoint.index_errors:
         report.add("structure", index, f"{error}: expected what the shards' headers list")
-
-
-def check_states(
-    reader: PackedReader,
-    weights: Iterable[PackedWeight],
-    workers: int,
-    report: Report,
-    zeros_are_wrong: bool,
-    signed: bool,
-    where: str = "",
-) -> None:
-    """Check the tables and statistics of packed weights.
-
-    Args:
-        weights: in the order of reading.
-        workers: threads.
-        zeros_are_wrong: report a weight of nothing but zeros.  There are models with such weights,
-            but where nothing else proves the bytes, they are more likely lost data.
-        signed: scales of either sign were chosen for them, as their manifest says.
-        where: for the report: which weights these are, where they are not all.
-    """
-    lock = threading.Lock()
-
-    def check(weight: PackedWeight) -> None:
-        problems = list(_state_problems(reader, weight, zeros_are_wrong, signed))
-        with lock:
-            for message in problems:
-                report.add("state", weight.name, message)
-
-    run(weights, lambda: check, workers, lambda: None)
-    report.check("state", f"tables are bitsandbytes' own, statistics are finite{where}")
-
-
-def _state_problems(
-    reader: PackedReader, weight: PackedWeight, zeros_are_wrong: bool, signed: bool
-) -> Iterator[str]:
-    """Yield what is wrong with the quantization state of a weight."""
-    signed = signed or has_chosen_scales(weight)
-    table = reader.floats(weight.quant_map)
-    if not np.array_equal(table, codebook(weight.state.quant_type).decode):
-        yield f"{weight.name}: quant_map is not the {weight.state.quant_type} table"
-    if weight.nested_quant_map is not None and not standard_nested_map(
-        reader.floats(weight.nested_quant_map)
-    ):
-        yield f"{weight.name}: nested_quant_map is not bitsandbytes' dynamic map"
-    least = 0.0
-    if weight.nested_absmax is not None:
-        nested = reader.floats(weight.nested_absmax)
-        if not np.isfinite(nested).all() or (nested < 0).any():
-            yield f"{weight.name}: nested_absmax holds a value that is negative or not finite"
-            return
-        least = -float(nested.max()) * _NESTED_ROUNDING
-        unscaled = next(_unscaled_runs(reader, weight, nested), None)
-        if unscaled is not None:
-            yield (
-                f"{weight.name}: nested_absmax[{unscaled}] is zero, but the codes that it scales "
-                "differ: it was overwritten"
-            )
-    all_zero = True
-    for first in range(0, weight.blocks, _BLOCKS_AT_A_TIME):
-        absmax = reader.absmax(weight, first, min(_BLOCKS_AT_A_TIME, weight.blocks - first))
-        any_sign = signed or _are_signed(absmax)
-        good = np.isfinite(absmax) & (any_sign | (absmax >= least))
-        if not good.all():
-            bad = int(np.argmin(good))
-            yield (
-                f"{weight.name}: absmax of block {first + bad} is {absmax[bad]}: expected "
-                + (
-                    "a finite scale"
-                    if any_sign
-                    else "the largest magnitude of a block, which is finite and not negative"
-                )
-            )
-            return
-        all_zero = all_zero and not absmax.any()
-    if all_zero and zeros_are_wrong:
-        yield f"{weight.name}: every absmax is zero, so the whole weight decodes to zeros"
-
-
-def _are_signed(absmax: F32) -> bool:
-    """Return whether so many scales are negative that they were chosen, not damaged.
-
-    Args:
-        absmax: float32 [blocks].
-    """
-    return bool((absmax < 0).mean() > _SIGNED_SHARE)
-
-
-def _unscaled_runs(reader: PackedReader, weight: PackedWeight, nested: F32) -> Iterator[int]:
-    """Yield the runs of double-quantized scales whose codes differ although their scale is zero.
-
-    Args:
-        nested: float32, the scale of each run.
-
-    Yields:
-        The number of the run.
-    """
-    size = weight.state.nested_blocksize
-    for number in np.flatnonzero(nested == 0).tolist():
-        start = number * size
-        codes = reader.read(weight.absmax, start, min(size, weight.blocks - start))
-        if (codes != codes[0]).any():
-            yield number
 
 
 def _say_what_is_kept(

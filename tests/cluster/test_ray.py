@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LLAMA, MACHINE, USAGE, nf4_ok, refused, same_files, write_checkpoint_dir
+from helpers import (
+    LLAMA,
+    MACHINE,
+    USAGE,
+    nf4_ok,
+    nf4_process,
+    refused,
+    same_files,
+    write_checkpoint_dir,
+)
 
-from nf4cli.cluster import ray_units
+from nf4cli.cluster import ray_tasks
+from nf4cli.cluster.ray_connection import connected
+from nf4cli.convert.tasks import SeesFiles
 from nf4cli.errors import MachineError
 from nf4cli.version import __version__
 
@@ -54,12 +67,15 @@ def expected(source) -> Path:
 
 
 def start(source: Path, output: Path, address: str, *more: object) -> subprocess.Popen[str]:
+    return command("quantize", source, output, *OPTIONS, "--ray", address, *more, cwd=output.parent)
+
+
+def command(*words: object, cwd: Path) -> subprocess.Popen[str]:
+    """Start nf4, in a directory that holds no Python: Ray's processes import from there."""
     return subprocess.Popen(
-        [Path(sys.executable).with_name("nf4"), "quantize", source, output, *OPTIONS, "--ray",
-         address, *map(str, more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [Path(sys.executable).with_name("nf4"), *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=output.parent,  # Ray's processes import from where the command was started
     )  # fmt: skip
 
 
@@ -82,6 +98,39 @@ def test_the_bytes_are_those_of_one_machine(cluster, source, expected, tmp_path)
     assert code == 0, stderr
     assert "Ray: 3 nodes, 3 files at a time, 1 thread each" in stderr
     assert same_files(expected, tmp_path / "out")
+
+
+def test_the_way_back_gives_the_bytes_of_one_machine(cluster, expected, tmp_path):
+    nf4_ok("dequantize", expected, tmp_path / "one", "--max-shard-size", "9MB")
+    code, stderr = end(
+        command("dequantize", expected, "out", "--max-shard-size", "9MB", "--ray", cluster.address,
+                cwd=tmp_path)
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert same_files(tmp_path / "one", tmp_path / "out")
+
+
+def test_a_proof_finds_what_one_machine_finds(cluster, source, expected, tmp_path):
+    """Damage that shows alone, by the manifest and by the source, and none."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(expected, damaged)
+    file = damaged / "model-00003-of-00024.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2000] ^= 16
+    file.write_bytes(data)
+    for output in (expected, damaged):
+        for more in ((), ("--source", source)):
+            one = nf4_process("verify", output, *more, "--json")
+            process = command(
+                "verify", output, *more, "--json", "--ray", cluster.address, cwd=tmp_path
+            )
+            printed, stderr = process.communicate(timeout=120)
+            assert process.returncode == one.returncode == int(output == damaged), stderr
+            many, alone = json.loads(printed), json.loads(one.stdout)
+            assert many["findings"] == alone["findings"]
+            assert [check["what"].partition(" (")[0] for check in many["checks"]] == [
+                check["what"].partition(" (")[0] for check in alone["checks"]
+            ]
 
 
 def test_a_cluster_for_one_run(source, expected, tmp_path):
@@ -115,21 +164,22 @@ def test_an_error_names_the_node_and_the_file(cluster, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("command", "says"),
     [
-        (("--disk", "1GB"), "--disk is for one machine"),
-        (("--push-to", "me/model"), "--push-to is for one machine"),
-        (("--calibration", "text"), "--calibration is for one machine"),
+        (("quantize", "out", "--calibration", "text"), "--calibration is for one machine"),
+        (("quantize", "out", "--disk", "1GB"), "here is no Hub"),
+        (("verify", "--sample", "5%"), "--sample is for one machine"),
+        (("verify", "--source", "src", "--disk", "1GB"), "--disk is for one machine"),
+        (("verify", "--source", "org/model"), "a directory that all nodes share"),
+        (("verify", "--source", "src", "--calibration", "text"), "--calibration is for one"),
     ],
 )
-def test_what_is_for_one_machine_is_refused(source, tmp_path, options, says):
+def test_what_is_for_one_machine_is_refused(source, expected, tmp_path, command, says):
     (tmp_path / "text").write_text("words")
-    refused(USAGE, "quantize", source, "out", "--ray", "auto", *options, says=(says,), cwd=tmp_path)
-
-
-def test_a_model_of_a_hub_is_refused(tmp_path):
-    says = ("directory that all nodes share", "hf download")
-    refused(USAGE, "quantize", "org/model", "out", "--ray", "auto", says=says, cwd=tmp_path)
+    name, *options = command
+    place = source if name == "quantize" else expected
+    refused(USAGE, name, place, *options, "--ray", "auto", says=(says,), cwd=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_more_threads_than_a_node_has(cluster, source, tmp_path):
@@ -150,7 +200,7 @@ def test_where_no_cluster_is(source, tmp_path):
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MachineError, match=r"pip install 'nf4cli\[ray\]'"), \
-            ray_units._connected("auto"):  # fmt: skip
+            connected("auto"):  # fmt: skip
         pass
 
 
@@ -160,12 +210,13 @@ def test_a_node_says_what_it_lacks(tmp_path):
     tries = tmp_path / "files" / ".tries" / "x"
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"12345")
-    assert ray_units._look({file: 5}, tries, __version__) is None
+    version = __version__
+    assert ray_tasks._look(SeesFiles({file: 5}, tries), version) is None
     for answer, words in (
-        (ray_units._look({file: 5}, tries, "0.0.1"), "install the same"),
-        (ray_units._look({file: 5}, tries.parent / "y", __version__), "does not see"),
-        (ray_units._look({file: 6}, tries, __version__), "sees 5 bytes of"),
-        (ray_units._look({tmp_path / "no": 5}, tries, __version__), "does not see"),
+        (ray_tasks._look(SeesFiles({file: 5}, tries), "0.0.1"), "install the same"),
+        (ray_tasks._look(SeesFiles({file: 5}, tries.parent / "y"), version), "does not see"),
+        (ray_tasks._look(SeesFiles({file: 6}, tries), version), "sees 5 bytes of"),
+        (ray_tasks._look(SeesFiles({tmp_path / "no": 5}, tries), version), "does not see"),
     ):
         assert answer is not None
         assert words in answer.message

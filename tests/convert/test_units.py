@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import pickle
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import RESOURCES, Elsewhere
 from float8_models import CASES, float8_model
 from helpers import LLAMA, carry_out, same_files, write_checkpoint_dir
 
 from nf4cli.checkpoint.discovery import open_checkpoint
-from nf4cli.convert import units
 from nf4cli.convert.conversion import Tools
-from nf4cli.convert.units import Made, Place, Unit
+from nf4cli.convert.make_units import MakeFile, Place
+from nf4cli.convert.resume import Standing
+from nf4cli.convert.transfers import Transfers
+from nf4cli.convert.units import cut
 from nf4cli.convert.write_model import Execution, write_model
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.errors import InputError, MachineError
+from nf4cli.errors import InputError
 from nf4cli.format.config import QuantConfig
 from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.model_plan import ModelPlan
-from nf4cli.planning.resources import Resources
-
-RESOURCES = Resources(2, 8 << 20, 0)
-
-
-class Elsewhere:
-    """Makes units as another process would: from bytes, and handed back as bytes.
-
-    Args:
-        seed: of their order.
-        stop_after: so many are made before the run is broken off.
-        spoil: called with the place before a unit is made.
-
-    Attributes:
-        made: names of the units that were made.
-    """
-
-    def __init__(
-        self, seed: int = 0, stop_after: int | None = None,
-        spoil: Callable[[Place], None] = lambda place: None,
-    ) -> None:  # fmt: skip
-        self._random, self._stop_after, self._spoil = random.Random(seed), stop_after, spoil
-        self.made: list[str] = []
-
-    def carry_out(
-        self, work: Sequence[Unit], place: Place, take: Callable[[Unit, Made], None]
-    ) -> None:
-        work = list(work)
-        self._random.shuffle(work)
-        for unit in work:
-            if len(self.made) == self._stop_after:
-                raise MachineError("the cluster is gone")
-            self._spoil(place)
-            sent = pickle.loads(pickle.dumps(unit))
-            made = pickle.dumps(units.make(sent, Tools(CpuEngine(), RESOURCES), place))
-            assert len(made) < 300 * (1 + len(unit.made) + 4 * len(unit.plan.tensors))
-            take(unit, pickle.loads(made))
-            self.made.append(unit.name)
 
 
 def source_of(root: Path, shards: int) -> Path:
@@ -76,7 +38,7 @@ def plan_of(source: Path, **recipe: object):
 
 
 def write(plan, output: Path, elsewhere: Elsewhere, resume: bool = False) -> None:
-    run = Execution(CpuEngine(), RESOURCES, resume=resume, units=elsewhere)
+    run = Execution(CpuEngine(), RESOURCES, resume=resume, cluster=elsewhere)
     write_model(ModelPlan.of(plan), output, run)
 
 
@@ -87,7 +49,10 @@ def test_they_give_the_bytes_of_one_run(tmp_path, shards, recipe):
     plan = plan_of(source_of(tmp_path / "src", shards), **recipe)
     carry_out(plan, tmp_path / "one", CpuEngine(), RESOURCES)
     for seed in range(3):
-        write(plan, tmp_path / str(seed), Elsewhere(seed))
+        elsewhere = Elsewhere(seed)
+        write(plan, tmp_path / str(seed), elsewhere)
+        assert elsewhere.sent < 3_000 * len(plan.tensors)
+        assert elsewhere.returned < 3_000 * len(plan.tensors)
         assert same_files(tmp_path / "one", tmp_path / str(seed))
 
 
@@ -138,12 +103,12 @@ def test_a_try_that_was_left_behind_can_make_nothing(tmp_path):
     plan = plan_of(source_of(tmp_path / "src", 5))
     places: list[Place] = []
     with pytest.raises(Exception, match="--resume"):
-        write(plan, tmp_path / "out", Elsewhere(1, 1, places.append))
-    unit = units.cut(plan, units.Standing())[-1]
+        write(plan, tmp_path / "out", Elsewhere(1, 1, lambda task: places.append(task.place)))
+    late = MakeFile(cut(plan, Standing())[-1], places[0])
 
-    def come_back(_: Place) -> None:
+    def come_back(_: MakeFile) -> None:
         with pytest.raises(FileNotFoundError):
-            units.make(unit, Tools(CpuEngine(), RESOURCES), places[0])
+            late.do(Tools(CpuEngine(), RESOURCES), Transfers())
 
     write(plan, tmp_path / "out", Elsewhere(2, spoil=come_back), resume=True)
     assert not list(tmp_path.rglob(".tries"))
@@ -157,10 +122,10 @@ def test_a_source_that_changes_between_units_is_noticed(tmp_path):
     data[-1] ^= 1
 
     class Between(Elsewhere):
-        def carry_out(self, work, place, take):
-            super().carry_out(work[:1], place, take)
+        def do(self, tasks, *others):
+            super().do(tasks[:1], *others)
             file.write_bytes(data)
-            super().carry_out(work[1:], place, take)
+            super().do(tasks[1:], *others)
 
     with pytest.raises(Exception, match="changed while it was being read"):
         write(plan_of(source), tmp_path / "out", Between())

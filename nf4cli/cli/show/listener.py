@@ -25,7 +25,7 @@ class TerminalListener(Listener):
 
     Args:
         quiet: show no progress.
-        verbose: print a line for every weight and file.
+        verbose: print a line for every weight and file, and details.
         notes: print notes; None to print them unless `quiet`.
 
     Attributes:
@@ -47,7 +47,7 @@ class TerminalListener(Listener):
     def stage(self, stage: Stage) -> Iterator[Progress]:
         with ProgressDisplay(
             stage.total, stage.label, self._shows, what=stage.what, weights=stage.weights,
-            transfers=stage.transfers, place=stage.place,
+            transfers=stage.transfers, place=stage.place, crowd=stage.crowd,
         ) as self._display:  # fmt: skip
             yield self._display
 
@@ -58,6 +58,10 @@ class TerminalListener(Listener):
     def note(self, sentence: str) -> None:
         if self._notes:
             note(sentence)
+
+    def detail(self, sentence: str) -> None:
+        if self._verbose:
+            self._tell(plain(sentence))
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
         finished = list(plans)

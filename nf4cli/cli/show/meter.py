@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ...process_memory import resident_bytes
 
 if TYPE_CHECKING:
+    from ...convert.tasks import Crowd
     from ...convert.transfers import Transfers
 
 _WINDOW = 30.0  # seconds that a speed is taken over
@@ -60,6 +61,7 @@ class Reading:
         download, upload: None where nothing is fetched or uploaded.
         disk: bytes held on the disk under --disk.
         disk_limit: value of --disk, None without it.
+        crowd: machines and files, None where this machine does it all.
     """
 
     work: Flow
@@ -74,6 +76,7 @@ class Reading:
     upload: Flow | None = None
     disk: int = 0
     disk_limit: int | None = None
+    crowd: Crowd | None = None
 
     @property
     def share(self) -> float:
@@ -91,6 +94,7 @@ class Meter:
         transfers: counters of what the run fetches and uploads.
         place: a path on the disk whose free bytes are shown.
         clock: returns seconds.
+        crowd: see `Reading`.
     """
 
     def __init__(
@@ -100,7 +104,9 @@ class Meter:
         transfers: Transfers | None = None,
         place: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        crowd: Crowd | None = None,
     ) -> None:
+        self._crowd = crowd
         self._total, self._weights, self._transfers = total, weights, transfers
         self._place, self._clock = place, clock
         self._lock = threading.Lock()
@@ -171,6 +177,7 @@ class Meter:
             upload=upload,
             disk=moved.disk if moved else 0,
             disk_limit=moved.disk_limit if moved else None,
+            crowd=self._crowd,
         )
 
     def _counts(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+    from ...convert.tasks import Crowd
     from ...convert.transfers import Transfers
 
 _HEARTBEAT = 30.0  # seconds
@@ -46,6 +47,7 @@ class ProgressDisplay:
         weights: parameters in the work, 0 where they do not matter.
         transfers: counters of what the run fetches and uploads.
         place: a path on the disk whose free bytes are shown.
+        crowd: the machines that do it, and its files; None where this machine does it all.
 
     Raises:
         UsageError: NF4_HEARTBEAT is no number.
@@ -61,8 +63,9 @@ class ProgressDisplay:
         weights: int = 0,
         transfers: Transfers | None = None,
         place: Path | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
-        self._meter = Meter(total, weights, transfers, place)
+        self._meter = Meter(total, weights, transfers, place, crowd=crowd)
         self._total, self._label, self._what = total, label, what
         self._heartbeat = heartbeat()
         self._stop = threading.Event()
@@ -267,13 +270,14 @@ def log_line(label: str, reading: Reading, width: int = _LOG_WIDTH, patience: fl
         return f"{label}, {format_duration(reading.seconds)} so far"[:width]
     still = reading.still >= patience
     facts = [f"{reading.share:.0%}", of(reading.work.done, reading.work.total)]
+    facts += _crowd(reading)
     if still:
         facts.append(f"nothing moved for {reading.still:.0f} s")
     moves = _moves(reading)
     facts += [fact for _, fact in moves] or [_speed(reading.work)]
     if reading.left is not None and not still:
         facts.append(f"{format_duration(reading.left)} left")
-    if reading.memory is not None:
+    if reading.memory is not None and reading.crowd is None:
         facts.append(f"memory {format_size(reading.memory)}")
     if reading.weights and not moves:
         facts.append(f"{count(reading.weights)} weights/s")
@@ -379,14 +383,23 @@ def _draw(line: Text, share: float, cells: int, ascii_only: bool) -> None:
 
 def _state(reading: Reading) -> list[str]:
     """Return what is shown where there is room: weights a second, memory, free disk."""
-    facts = []
+    facts = _crowd(reading)
     if reading.weights:
         facts.append(f"{count(reading.weights)} weights/s")
-    if reading.memory is not None:
+    if reading.memory is not None and reading.crowd is None:
         facts.append(f"memory {format_size(reading.memory)}")
     if reading.free is not None and not reading.disk_limit:
         facts.append(f"{format_size(reading.free)} free")
     return facts
+
+
+def _crowd(reading: Reading) -> list[str]:
+    """Return the files that are finished, and the machines that work on the others."""
+    crowd = reading.crowd
+    if crowd is None or not crowd.total:
+        return []
+    files, nodes = terminal.plural(crowd.total, "file"), terminal.plural(crowd.nodes, "node")
+    return [f"{crowd.done} of {files}", nodes]
 
 
 def _moves(reading: Reading) -> list[tuple[str, str]]:

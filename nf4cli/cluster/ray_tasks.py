@@ -1,0 +1,489 @@
+"""Have tasks done by a Ray cluster.
+
+Ray's tasks get some kB and return some kB; the bytes go from a shared directory, or a Hub, to
+another one.  Ray does a task again whose process or node died.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from typing import Any, NamedTuple
+
+from .. import engines, stopping
+from ..callbacks import Notify, Progress, no_notice
+from ..convert.conversion import Tools
+from ..convert.tasks import AnyTask, Check, Crowd, Task
+from ..convert.transfers import Transfers
+from ..engines.protocol import GRANULE, Engine
+from ..errors import (
+    MachineError,
+    Nf4Error,
+    TransferError,
+    UsageError,
+    error_with,
+    exit_code_of,
+)
+from ..planning.resources import Resources, make_resources
+from ..units import format_duration, format_size
+from ..version import __version__
+from .ray_connection import connected
+
+_RETRIES = 3  # of a task whose process or node died
+_EVERY = 0.2  # seconds between two looks at whether to stop
+_REPORTS_EVERY = 0.5  # seconds between two reports of a task
+_AHEAD = 2  # tasks that are handed to Ray for each that can run at once
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What each task runs with.
+
+    Attributes:
+        engine, device: see `engines.load`.
+        workers: threads, for which the task asks Ray as many CPUs; None for 4, or as many as the
+            smallest node has.
+        memory: bytes that a task's process stays below, None for no limit.
+    """
+
+    engine: str = "auto"
+    device: str | None = None
+    workers: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An error of a task, as words: an exception may not survive the way back.
+
+    Attributes:
+        exit_code: of the error.
+        message: names the node.
+        in_transfer: a Hub refused, and finished work is kept: see `TransferError`.
+    """
+
+    exit_code: int
+    message: str
+    in_transfer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a task returned.
+
+    Attributes:
+        node: name of the machine that did it.
+        seconds: that it took.
+        result: of `Task.do`.
+    """
+
+    node: str
+    seconds: float
+    result: Any
+
+
+class _Report(NamedTuple):
+    """How far a task is.
+
+    Attributes:
+        name: of the weight or file at work.
+        done, downloaded, uploaded: bytes so far.
+    """
+
+    name: str = ""
+    done: int = 0
+    downloaded: int = 0
+    uploaded: int = 0
+
+
+class _NoNodeError(MachineError):
+    """A task's process or node died each time that it was tried."""
+
+
+class RayCluster:
+    """The `Cluster` that Ray runs.
+
+    Args:
+        address: see `connected`.
+        settings: of each task.
+        note: told which nodes there are.
+        detail: told of each task that is done, for those who want to know.
+
+    Attributes:
+        crowd: see `Cluster`.
+    """
+
+    def __init__(
+        self, address: str, settings: Settings, note: Notify = no_notice,
+        detail: Notify = no_notice,
+    ) -> None:  # fmt: skip
+        self._address, self._settings = address, settings
+        self._note, self._detail = note, detail
+        self.crowd = Crowd()
+
+    def do(
+        self, tasks: Sequence[AnyTask], check: Check, take: Callable[[AnyTask, Any], None],
+        progress: Progress, moved: Transfers | None = None,
+    ) -> None:  # fmt: skip
+        """Do all tasks, see `Cluster`.
+
+        Raises:
+            MachineError: Ray is missing, no cluster answers, or a node cannot take part.
+        """
+        if not tasks:
+            return
+        with connected(self._address) as ray:
+            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            asked = self._asked(nodes, tasks)
+            settings = replace(self._settings, workers=asked.threads)
+            nodes = _that_pass(ray, nodes, check)
+            at_once = sum(map(asked.times_on, nodes))
+            if not at_once:
+                raise MachineError(
+                    "no node that can take part has the CPUs, memory and GPUs for a task"
+                )
+            self.crowd.nodes = len(nodes)
+            self.crowd.total += len(tasks)
+            self._note(
+                f"Ray: {_count(len(nodes), 'node')}, {_count(at_once, 'file')} at a time, "
+                f"{_count(asked.threads, 'thread')} each"
+            )
+            run = _Run(ray, tasks, progress, moved or Transfers())
+            work = ray.remote(max_retries=_RETRIES, **asked.options)(_work)
+            send = _sender(ray, work, settings, run.counter)
+
+            def take_done(task: AnyTask, done: _Done) -> None:
+                take(task, done.result)
+                self.crowd.done += 1
+                self._detail(
+                    f"node {done.node}: {task.name}, {format_size(task.nbytes)} in "
+                    f"{format_duration(done.seconds)}"
+                )
+
+            run.go(send, _AHEAD * at_once, take_done)
+
+    def _asked(self, nodes: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> _Asked:
+        """Return what each task asks Ray for.
+
+        Raises:
+            MachineError: there is no node.
+            UsageError: no node has so many CPUs, or so much memory.
+        """
+        if not nodes:
+            raise MachineError("the Ray cluster has no node with CPUs")
+        settings = self._settings
+        sizes = [int(node["Resources"]["CPU"]) for node in nodes]
+        threads = settings.workers or max(1, min(4, *sizes))
+        if threads > max(sizes):
+            raise UsageError(
+                f"--workers {threads} are more threads than any node of the cluster has CPUs: "
+                f"the largest has {max(sizes)}"
+            )
+        # The memory of its plan, and of the CPU engine's buffers: the least that a task takes.
+        limits = replace(settings, workers=threads)
+        memory = max(_resources(engines.load("cpu"), limits, task).memory for task in tasks)
+        most = max(int(node["Resources"].get("memory", memory)) for node in nodes)
+        if memory > most:
+            raise UsageError(
+                f"a task takes {format_size(memory)} of memory, and no node of the cluster has "
+                f"more than {format_size(most)} for tasks: give --memory, or a smaller --workers"
+            )
+        return _Asked(threads, memory, int(settings.engine == "cuda"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a task asks Ray for: threads (CPUs), bytes of memory, and GPUs."""
+
+    threads: int
+    memory: int
+    gpus: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as options of a Ray task."""
+        return {"num_cpus": self.threads, "memory": self.memory, "num_gpus": self.gpus}
+
+    def times_on(self, node: Mapping[str, Any]) -> int:
+        """Return how many such tasks a node runs at once."""
+        has = node["Resources"]
+        room = [has["CPU"] // self.threads]
+        if "memory" in has:
+            room.append(has["memory"] // self.memory)
+        if self.gpus:
+            room.append(has.get("GPU", 0) // self.gpus)
+        return int(min(room))
+
+
+class _Run:
+    """Tasks that are handed to Ray, a number of them at a time, and how far they are.
+
+    Args:
+        ray: the module.
+        tasks: to do.
+        progress, moved: told what the tasks report.
+
+    Attributes:
+        counter: the actor that the tasks report to.  It lives on the driver's node: reports of a
+            node that dies are lost with the node alone.
+    """
+
+    def __init__(
+        self, ray: Any, tasks: Sequence[Task], progress: Progress, moved: Transfers
+    ) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray, self._progress, self._moved = ray, progress, moved
+        # The largest first, so that no node works alone at the end.
+        self._tasks = sorted(tasks, key=lambda task: -task.nbytes)
+        self._known = [_Report()] * len(tasks)
+        here = ray.get_runtime_context().get_node_id()
+        self.counter = (
+            ray.remote(num_cpus=0)(_Counter)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True))
+            .remote()
+        )
+
+    def go(
+        self, send: Callable[[int, Task], Any], ahead: int, take: Callable[[Any, _Done], None]
+    ) -> None:
+        """Have the tasks done.
+
+        An error leaves tasks behind; Ray ends them when the run disconnects.  They are not
+        cancelled: Ray 2.60 may abort the process that cancels a task which is just done.
+
+        Args:
+            send: (number, task) -> Ray's reference to its result.
+            ahead: tasks that are handed to Ray at once.
+            take: gets each task that is done.
+
+        Raises:
+            InputError, UsageError, MachineError: of a task.
+            InterruptedRunError: a stop was asked for.
+        """
+        ray, queue = self._ray, iter(enumerate(self._tasks))
+        running: dict[Any, int] = {}
+        news = None
+        while True:
+            for number, task in islice(queue, ahead - len(running)):
+                running[send(number, task)] = number
+            if not running:
+                return
+            news = news or self.counter.news.remote()
+            done, _ = ray.wait([*running, news], num_returns=1, timeout=_EVERY)
+            stopping.check()
+            for reference in done:
+                if reference == news:
+                    self._hear(reference)
+                    news = None
+                    continue
+                number = running.pop(reference)
+                task = self._tasks[number]
+                answer = _done(ray, reference, task)
+                self._report(number, self._known[number]._replace(name=task.name, done=task.nbytes))
+                take(task, answer)
+
+    def _hear(self, reference: Any) -> None:
+        """Pass on what the tasks reported, as far as the counter lives."""
+        with suppress(self._ray.exceptions.RayError):
+            for number, report in self._ray.get(reference).items():
+                self._report(number, report)
+
+    def _report(self, number: int, now: _Report) -> None:
+        """Count what a task did since its last report; one that is done again counts once."""
+        known = self._known[number]
+        grown = [max(0, new - old) for new, old in zip(now[1:], known[1:], strict=True)]
+        self._known[number] = _Report(now.name, *map(max, now[1:], known[1:]))
+        done, downloaded, uploaded = grown
+        if done:
+            self._progress(now.name, min(done, max(0, self._tasks[number].nbytes - known.done)))
+        self._moved.add_downloaded(downloaded)
+        self._moved.add_uploaded(uploaded)
+
+
+class _Counter:
+    """What running tasks report: an actor."""
+
+    def __init__(self) -> None:
+        self._reports: dict[int, _Report] = {}
+
+    def told(self, number: int, report: _Report) -> None:
+        """Take the report of a task."""
+        self._reports[number] = report
+
+    def news(self) -> dict[int, _Report]:
+        """Return what was reported since the last call, after a short while."""
+        time.sleep(_REPORTS_EVERY)
+        news, self._reports = self._reports, {}
+        return news
+
+
+def _sender(ray: Any, work: Any, settings: Settings, counter: Any) -> Callable[[int, Task], Any]:
+    """Return what hands a task to Ray."""
+    common = ray.put(settings)
+    return lambda number, task: work.remote(task, common, counter, number)
+
+
+def _count(number: int, what: str) -> str:
+    """Return "1 node", "2 nodes"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[dict[str, Any]]:
+    """Return the nodes that are alive, all of which have this nf4 and pass the check.
+
+    Raises:
+        MachineError: one has not, or does not; or none is alive.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    looks = [
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(check, __version__)
+        for node in nodes
+    ]
+    alive = []
+    for node, reference in zip(nodes, looks, strict=True):
+        try:
+            said = _answer(ray, reference, f"the node {node['NodeManagerHostname']}")
+        except _NoNodeError:
+            continue  # it has died, and Ray will notice: the others go on
+        if isinstance(said, _Failed):
+            raise MachineError(said.message)
+        alive.append(node)
+    if not alive:
+        raise MachineError("no node of the Ray cluster answers")
+    return alive
+
+
+def _done(ray: Any, reference: Any, task: Task) -> _Done:
+    """Return what a task has done.
+
+    Raises:
+        InputError, UsageError, MachineError: the task's own; see `_answer`.
+    """
+    done: _Done | _Failed = _answer(ray, reference, "a node")
+    if isinstance(done, _Failed):
+        error = error_with(done.exit_code, f"{task.name}: {done.message}")
+        raise TransferError(error) if done.in_transfer else error
+    return done
+
+
+def _answer(ray: Any, reference: Any, node: str) -> Any:
+    """Return what a Ray task returned.
+
+    Raises:
+        MachineError: the node has no nf4.
+        _NoNodeError: its process or node died more often than it is tried.
+        InterruptedRunError: a stop was asked for.
+    """
+    try:
+        while not ray.wait([reference], timeout=_EVERY)[0]:
+            stopping.check()
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ImportError):
+            raise MachineError(
+                f"{node} cannot run nf4 ({error.cause}): install nf4cli {__version__} there"
+            ) from error
+        raise  # a bug
+    except ray.exceptions.RayError as error:
+        raise _NoNodeError(
+            f"{node} failed {_RETRIES + 1} times ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}): what is finished is kept"
+        ) from error
+
+
+# -- on a node --------------------------------------------------------------------------------
+
+
+def _look(check: Check, version: str) -> _Failed | None:
+    """Return why this node cannot take part, None if it can."""
+    if version != __version__:
+        return _failed(
+            f"it has nf4 {__version__}, and {version} asks for its work: install the same"
+        )
+    fault = check.fault()
+    return None if fault is None else _failed(fault)
+
+
+def _failed(why: str, exit_code: int = MachineError.exit_code) -> _Failed:
+    return _Failed(exit_code, f"on the node {platform.node()} {why}")
+
+
+def _work(task: Task, settings: Settings, counter: Any, number: int) -> _Done | _Failed:
+    """Do a task."""
+    began = time.monotonic()
+    try:
+        engine = _engine(settings.engine, settings.device)
+        limits = _resources(engine, settings, task)
+        with _Reporter(counter, number) as reporter:
+            result = task.do(Tools(engine, limits, reporter.add), reporter.moved)
+        return _Done(platform.node(), time.monotonic() - began, result)
+    except Nf4Error as error:
+        failed = _failed(str(error), error.exit_code)
+        return replace(failed, in_transfer=isinstance(error, TransferError))
+    except OSError as error:
+        return _failed(str(error), exit_code_of(error))
+
+
+class _Reporter:
+    """A thread that reports how far a task is, now and then.
+
+    Args:
+        counter: the actor that hears of it.
+        number: of the task.
+
+    Attributes:
+        moved: counts what the task fetches and uploads.
+    """
+
+    def __init__(self, counter: Any, number: int) -> None:
+        self._counter, self._number = counter, number
+        self.moved = Transfers()
+        self._done, self._name, self._lock = 0, "", threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="nf4-report", daemon=True)
+
+    def add(self, name: str, nbytes: int) -> None:
+        """Count bytes of work: the task's `Progress`."""
+        with self._lock:
+            self._done += nbytes
+            self._name = name
+
+    def _tell(self) -> None:
+        told = None
+        while not self._stop.wait(_REPORTS_EVERY):
+            with self._lock:
+                moved = self.moved.downloaded, self.moved.uploaded
+                report = _Report(f"{platform.node()}: {self._name}", self._done, *moved)
+            if report != told:
+                self._counter.told.remote(self._number, report)
+                told = report
+
+    def __enter__(self) -> _Reporter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@cache
+def _engine(name: str, device: str | None) -> Engine:
+    """Return the engine of this process, which does one task after the other."""
+    return engines.load(name, device)
+
+
+def _resources(engine: Engine, settings: Settings, task: Task) -> Resources:
+    workers, least = settings.workers or 1, max(GRANULE, task.granule)
+    return make_resources(engine, workers, settings.memory, workers, task.tensors, least)
