@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import text_models
 import torch
-from helpers import INPUT, LLAMA, nf4_ok, read_all, refused, write_checkpoint_dir
+from elsewhere import Elsewhere
+from helpers import INPUT, LLAMA, nf4_ok, read_all, refused, same_files, write_checkpoint_dir
 from safetensors.torch import save_file
 from tiny_models import MIXTURES, MODELS, SPECIAL, UNTIED, VISION, WIDE_HEADS, Tiny, V
 
@@ -223,6 +224,9 @@ def test_experts_of_several_files_and_chunks(tmp_path):
     nf4_ok("dequantize", out, tmp_path / "a", "--max-shard-size", "1MB")
     engine = engines.load("cpu")
     write_decoded(plan_decoding(out, engine), tmp_path / "b", engine, Resources(3, 1 << 17, 0))
+    model = plan_decoding(out, engine, max_shard_size=1_000_000)
+    write_decoded(model, tmp_path / "c", engine, Resources(1, 1 << 20, 0), cluster=Elsewhere())
+    assert same_files(tmp_path / "a", tmp_path / "c")
     a, b, given = (read_all(p) for p in (tmp_path / "a", tmp_path / "b", source))
     assert a.keys() == b.keys() == given.keys()
     for name, tensor in given.items():

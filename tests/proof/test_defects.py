@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from defects import DEFECTS, Defect, Kit
+from elsewhere import Elsewhere
 from helpers import LLAMA, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
 
 from nf4cli import engines
 from nf4cli.checkpoint.discovery import MANIFEST
-from nf4cli.errors import InputError
+from nf4cli.errors import InputError, Nf4Error
 from nf4cli.planning.resources import Resources
 from nf4cli.proof.verify import verify
 
@@ -147,6 +148,27 @@ def test_defect(defect, kit, tmp_path):
     if found["alone"]:
         assert found["manifest"], "what is seen without a manifest is seen with one"
         assert found["source without manifest"]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=IDS)
+def test_a_cluster_finds_the_same(defect, kit, tmp_path):
+    """File by file, from pickled tasks, in any order."""
+    root = damaged(defect, kit, tmp_path / "copy")
+    engine = engines.load("cpu")
+    for source in (None, kit.sources[defect.base]):
+
+        def findings(cluster: Elsewhere | None, source: Path | None = source) -> object:
+            try:
+                report = verify(root, source, engine, RESOURCES, cluster=cluster)
+            except Nf4Error as error:
+                return str(error)
+            return sorted((f.level, f.where, f.message) for f in report.findings)
+
+        alone, many = findings(None), findings(Elsewhere())
+        if isinstance(many, str) and source is not None:
+            assert "prove it on one machine, without --ray" in many or many == alone
+        else:
+            assert many == alone
 
 
 @pytest.mark.parametrize("what", BY_COMMAND)
