@@ -171,7 +171,7 @@ BIG_JSON = {
     "config of 100 MB": ("config.json", b'{"a": "' + b"x" * 100_000_000 + b'"}', "larger than"),
     "config of lists": ("config.json", b'{"a": [' + b"[]," * 5_000_000 + b"0]}", "values"),
     "index of lists": (INDEX, b'{"a": [' + b"[]," * 19_000_000 + b"0]}", "values"),
-    "index of spaces": (INDEX, b" " * 64_000_001, "larger than"),
+    "index of spaces": (INDEX, b" " * 240_000_001, "larger than"),
 }
 
 

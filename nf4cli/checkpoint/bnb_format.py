@@ -141,7 +141,7 @@ def decode_state(blob: bytes, where: str) -> QuantState:
         ),
         nested_dtype=field("nested_dtype", lambda value: value == "float32", "float32"),
         # -0.0, which only another program could write, becomes 0.0.
-        nested_offset=float(field("nested_offset", _is_offset, "a finite number") or 0.0),
+        nested_offset=float(field("nested_offset", is_offset, "a finite number") or 0.0),
     )
 
 
@@ -167,7 +167,7 @@ def _is_nested_blocksize(value: object) -> bool:
     return _is_integer(value) and 0 < value <= _MAX_NESTED_BLOCKSIZE
 
 
-def _is_offset(value: object) -> bool:
+def is_offset(value: object) -> bool:
     """Return whether a JSON value is a number within the range of float32; a NaN is not."""
     return (isinstance(value, float) or _is_integer(value)) and abs(value) <= _FLOAT32_MAX
 

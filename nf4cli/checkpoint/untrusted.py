@@ -23,9 +23,9 @@ MAX_HEADER = 32_000_000
 """Bytes of a safetensors header; those of published files have less than 4 MB."""
 MAX_TENSORS = 100_000
 """Tensors in one file; published files have a few thousand.  The writer keeps to it as well."""
-MAX_ALL_TENSORS = 1_000_000
+MAX_ALL_TENSORS = 2_000_000
 """Tensors in all files of a checkpoint; the largest mixtures of experts have 140,000, packed
-420,000."""
+420,000.  A source of 184,000 weights gives 1,103,000.  The writer keeps to it as well."""
 MAX_NAME = 1_000
 """Characters of a tensor's name; published ones have up to about 150."""
 MAX_DIMENSIONS = 20
@@ -48,8 +48,9 @@ class JsonLimits:
 
 SIDE_FILE = JsonLimits(16_000_000, 500_000)
 """Limits of config.json and similar files; published ones are below 1 MB."""
-INDEX = JsonLimits(64_000_000, MAX_ALL_TENSORS)
-"""Limits of an index; that of the largest packed mixtures of experts has 57 MB."""
+INDEX = JsonLimits(240_000_000, MAX_ALL_TENSORS)
+"""Limits of an index: 57 MB is that of the largest packed mixtures of experts, 115 MB that of
+1,103,000 tensors.  The writer keeps to them as well."""
 RECORD = JsonLimits(500_000_000, 8_000_000)
 """Limits of a manifest, which has about 35 values and 1,200 bytes for each weight."""
 

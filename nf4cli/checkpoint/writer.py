@@ -12,11 +12,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import MachineError
+from ..format.dtypes import ITEMSIZE
 from .file_io import write_at
 from .reader import ByteReader, read_shard
 from .types import TensorInfo
@@ -72,7 +75,7 @@ class _Room:
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> _Room:
         """Return what some tensors take."""
-        nbytes = sum(TensorInfo(*entry, 0).nbytes for entry in entries)
+        nbytes = sum(nbytes_of(dtype, shape) for _, dtype, shape in entries)
         return cls(nbytes, len(entries), sum(map(_header_room, entries)))
 
     def __add__(self, other: _Room) -> _Room:
@@ -135,7 +138,9 @@ def _header_room(entry: Entry) -> int:
     Braces, field names and offsets take at most 100, each dimension at most 21.
     """
     key, _, shape = entry
-    return len(json.dumps(key, ensure_ascii=False).encode()) + 21 * len(shape) + 100
+    plain = key.isascii() and key.isprintable() and '"' not in key and "\\" not in key
+    quoted = len(key) + 2 if plain else len(json.dumps(key, ensure_ascii=False).encode())
+    return quoted + 21 * len(shape) + 100
 
 
 def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry]) -> ShardLayout:
@@ -152,29 +157,34 @@ def lay_out(filename: str, bodies: Iterable[Entry], companions: Iterable[Entry])
 
     def looseness(entry: Entry) -> int:
         """Return 0 for a size that is a multiple of 8 bytes, then 1 of 4, 2 of 2, and 3."""
-        nbytes = TensorInfo(*entry, 0).nbytes
-        return next(i for i, unit in enumerate((8, 4, 2, 1)) if nbytes % unit == 0)
+        return _LOOSENESS[nbytes_of(entry[1], entry[2]) % 8]
 
     bodies = tuple(bodies)
     streamed = frozenset(entry[0] for entry in bodies if looseness(entry) == 0)
     ordered = sorted((*bodies, *companions), key=looseness)
-    placed: list[TensorInfo] = []
-    offset = 0
-    for key, dtype, shape in ordered:
-        placed.append(TensorInfo(key, dtype, shape, offset))
-        offset = placed[-1].stop
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for t in placed:
-        fields[t.name] = {
-            "dtype": t.dtype,
-            "shape": list(t.shape),
-            "data_offsets": [t.start, t.stop],
-        }
+    starts, offset = [], 0
+    for key, dtype, shape in ordered:
+        starts.append(offset)
+        offset += nbytes_of(dtype, shape)
+        fields[key] = {"dtype": dtype, "shape": shape, "data_offsets": (starts[-1], offset)}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    tensors = {t.name: TensorInfo(t.name, t.dtype, t.shape, t.start + len(header)) for t in placed}
+    tensors = {
+        entry[0]: TensorInfo(*entry, start + len(header))
+        for entry, start in zip(ordered, starts, strict=True)
+    }
     return ShardLayout(filename, header, tensors, len(header) + offset, streamed)
+
+
+_LOOSENESS = (0, 3, 2, 3, 1, 3, 2, 3)  # by the rest of a size that is divided by 8
+
+
+@cache
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor; a model has a million of a few shapes."""
+    return prod(shape) * ITEMSIZE[dtype]
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -283,7 +283,8 @@ def _write_manifest(
     shards = {layout.filename: layout.size for layout in plan.shards}
     records = {name: FileRecord(size, digests[name]) for name, size in shards.items()}
     manifest = replace(manifest, output_files=file_records(directory, manifest.digest, records))
-    (directory / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    with (directory / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(manifest.pieces())
     return manifest
 
 

@@ -10,7 +10,7 @@ from ..checkpoint import bnb_format
 from ..checkpoint.digest import digest_file
 from ..checkpoint.discovery import index_name
 from ..checkpoint.types import Checkpoint
-from ..checkpoint.untrusted import read_json
+from ..checkpoint.untrusted import INDEX, read_json
 from ..planning.plan import Plan
 from .manifest import Manifest
 from .report import Report
@@ -62,7 +62,7 @@ def _compare_layout(checkpoint: Checkpoint, plan: Plan, report: Report) -> None:
         return
     name = index_name(plan.checkpoint.stem)
     path = checkpoint.root / name
-    if not path.is_file() or read_json(path) != plan.index:
+    if not path.is_file() or read_json(path, INDEX) != plan.index:
         report.add("source", name, f"{name} is not the index that the source gives")
 
 

@@ -9,7 +9,6 @@ only where they are plain.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 import statistics
@@ -20,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.digest import digest_file
 from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
 from ..checkpoint.untrusted import printable
 from ..planning.diffusers_rules import converts
@@ -52,12 +52,14 @@ class Subject:
         metadata: metadata of the source's own card.
         parts: component of a pipeline -> its manifest; "" alone for a single checkpoint.
         config: config.json of the output, or model_index.json of a pipeline.
+        digests: SHA-256 of each part's manifest, by component.
     """
 
     name: str
     metadata: Metadata
     parts: Mapping[str, Manifest]
     config: Mapping[str, Any]
+    digests: Mapping[str, str]
 
     @property
     def is_pipeline(self) -> bool:
@@ -108,11 +110,13 @@ def write_card(
     """Write the card of a finished output.
 
     Args:
+        directory: of the output, with its manifests.
         source: directory of the source, whose card's metadata is carried over; None where the
             source is a single file, since the card beside it may be of something else.
         name, parts, config: see `Subject`.
     """
-    subject = Subject(name, read_metadata(source) if source else {}, parts, config)
+    digests = {part: digest_file(directory / part / MANIFEST, "sha256") for part in parts}
+    subject = Subject(name, read_metadata(source) if source else {}, parts, config, digests)
     (directory / CARD).write_text(card(subject), "utf-8")
 
 
@@ -396,8 +400,7 @@ def _checking(subject: Subject) -> list[str]:
     rows = []
     for name, manifest in subject.parts.items():
         prefix = f"{name}/" if name else ""
-        digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()
-        rows.append((escape(prefix + MANIFEST), "sha256", digest))
+        rows.append((escape(prefix + MANIFEST), "sha256", subject.digests[name]))
         shards = sorted({t.output_file for t in manifest.tensors.values()} - {""})
         rows += [
             (escape(prefix + shard), manifest.digest, manifest.output_files[shard].digest)

@@ -21,7 +21,7 @@ def loading_call(
         place: path of the output, or its repository.
         parts, config: see `Subject`.
     """
-    subject = Subject("", {}, parts, config)
+    subject = Subject("", {}, parts, config, {})
     target = subject.first.config.target
     if not subject.library:
         return None

@@ -18,6 +18,7 @@ from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.discovery import WEIGHTS_KEY, shard_count, shard_name
 from ..checkpoint.importance_file import ImportanceFile
 from ..checkpoint.types import Checkpoint, Shard, TensorInfo, View, Weight
+from ..checkpoint.untrusted import INDEX, MAX_ALL_TENSORS
 from ..checkpoint.writer import ShardLayout, fill_shards, lay_out
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
@@ -150,12 +151,14 @@ def _plan(
     require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config)
+    index = index_of(shards)
+    _refuse_unreadable(checkpoint, shards, index)
     return Plan(
         checkpoint=checkpoint,
         config=config,
         tensors=tuple(tensors),
         shards=tuple(shards),
-        index=index_of(shards),
+        index=index,
         output_config=_output_config(checkpoint, config, skip),
         notes=(
             *notes_of(checkpoint, config, tensors),
@@ -287,6 +290,21 @@ def _place(
     by_place = reading_order(checkpoint)
     placed.sort(key=lambda plan: by_place(plan.weight))
     return placed, layouts
+
+
+def _refuse_unreadable(
+    checkpoint: Checkpoint, shards: Sequence[ShardLayout], index: dict[str, Any] | None
+) -> None:
+    """Raise InputError if the output would be larger than what `open_checkpoint` reads."""
+    count = sum(len(layout.tensors) for layout in shards)
+    names = index["weight_map"].items() if index else ()
+    nbytes = sum(len(key) + len(filename) + 10 for key, filename in names)
+    if count > MAX_ALL_TENSORS or nbytes > INDEX.nbytes:
+        raise InputError(
+            f"{checkpoint.name} would become {count:,} tensors with an index of {nbytes:,} bytes: "
+            f"nf4 reads no more than {MAX_ALL_TENSORS:,} and {INDEX.nbytes:,}. --target unsloth "
+            "and --no-double-quant make fewer"
+        )
 
 
 def source_file(plan: TensorPlan) -> Path:

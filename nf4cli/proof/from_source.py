@@ -5,6 +5,7 @@ The conversion is the one that writes outputs, with another sink.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,6 +231,8 @@ def _compare_text(
     checkpoint: Checkpoint, manifest: Manifest, expected: Manifest, report: Report
 ) -> None:
     """Compare the JSON of a manifest that this very version wrote, field by field."""
+    if _is_text(checkpoint.root / MANIFEST, expected.pieces()):
+        return
     written_json = read_json(checkpoint.root / MANIFEST, RECORD)
     expected_json = expected.to_dict()
     for document in (written_json, expected_json):
@@ -239,6 +242,14 @@ def _compare_text(
     for key in sorted(written_json.keys() | expected_json.keys()):
         if written_json.get(key) != expected_json.get(key):
             report.add("source", MANIFEST, f"{MANIFEST}: {key} is not what the source gives")
+
+
+def _is_text(path: Path, pieces: Iterable[str]) -> bool:
+    """Return whether a file holds a text, which is not put together for that."""
+    with path.open("rb") as file:
+        return all(
+            file.read(len(data)) == data for data in (piece.encode() for piece in pieces)
+        ) and not file.read(1)
 
 
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:

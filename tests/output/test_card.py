@@ -56,7 +56,7 @@ def out(source) -> Path:
 
 @pytest.fixture(scope="module")
 def subject(out) -> Subject:
-    return Subject("llama", {}, {"": Manifest.from_file(out / MANIFEST)}, LLAMA)
+    return Subject("llama", {}, {"": Manifest.from_file(out / MANIFEST)}, LLAMA, {"": "12ab"})
 
 
 def head_of(text: str) -> dict:
@@ -166,7 +166,7 @@ def test_a_pipeline(tmp_path, subject):
     parts = {"transformer": subject.parts[""], "text_encoder": subject.parts[""]}
     index = {"transformer": ["diffusers", "FluxTransformer2DModel"],
              "text_encoder_2": ["transformers", "T5EncoderModel"]}  # fmt: skip
-    text = card(Subject("flux", {}, parts, index))
+    text = card(Subject("flux", {}, parts, index, dict.fromkeys(parts, "12ab")))
     assert head_of(text)["library_name"] == "diffusers"
     assert "DiffusionPipeline.from_pretrained" in text
     assert "### transformer" in text
@@ -233,7 +233,7 @@ def test_hostile_names_are_text(subject):
                for name, record in manifest.tensors.items()}  # fmt: skip
     config = replace(QuantConfig(), keep=(evil, "'; rm -rf /"))
     parts = {"": replace(manifest, tensors=tensors, config=config)}
-    text = card(Subject(evil, {"tags": ["<b>"]}, parts, LLAMA))
+    text = card(Subject(evil, {"tags": ["<b>"]}, parts, LLAMA, {"": "12ab"}))
     html = (
         MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---\n", 2)[2])
     )

@@ -340,7 +340,7 @@ def test_lines_for_other_libraries(manifest, config, options, says):
     line = loading_call("out", {"": changed}, config)
     assert line is not None
     assert line.startswith(says) if target == "vllm" else line == says
-    text = card(Subject("x", {}, {"": changed}, config))
+    text = card(Subject("x", {}, {"": changed}, config, {"": "12ab"}))
     assert ("trust_remote_code=True" in text or "--trust-remote-code" in text) == (
         "auto_map" in config
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,7 @@ from helpers import nf4_ok
 
 from nf4cli.checkpoint.discovery import MANIFEST
 from nf4cli.errors import InputError
-from nf4cli.output.manifest import Manifest
+from nf4cli.output.manifest import Manifest, indented
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT.parent / "docs" / "manifest.schema.json").read_text())
@@ -34,6 +35,25 @@ def test_other_recipes_are_valid(llama, tmp_path, options):
 def test_round_trip(llama_nf4):
     text = (llama_nf4 / MANIFEST).read_text()
     assert Manifest.from_file(llama_nf4 / MANIFEST).to_json() == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {}, [], {"a": {}}, {"a": [], "b": [[], {}]},
+        {"ключ\n\"": "\u2028é\x00"}, [1, -2.5e-300, 1e16],
+        [True, False, None, 10**30], {"a": {"b": [1, {"c": [2.0, "x"]}]}, "d": 0.1},
+    ],
+)  # fmt: skip
+def test_json_is_indented_as_the_library_does(value):
+    assert indented(value) == json.dumps(value, indent=1)
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 3])
+def test_the_text_is_the_document(llama_nf4, tensors):
+    whole = Manifest.from_file(llama_nf4 / MANIFEST)
+    manifest = replace(whole, tensors=dict(list(whole.tensors.items())[:tensors]))
+    assert manifest.to_json() == json.dumps(manifest.to_dict(), indent=1) + "\n"
 
 
 def test_nothing_of_the_machine_is_in_it(llama, llama_nf4):

@@ -262,6 +262,20 @@ def test_shards_without_their_index(tmp_path):
     assert "loaders cannot find the shards" in done.stdout
 
 
+def test_a_large_index_is_read(tmp_path):
+    """That of DeepSeek-V3 for vLLM has 57 MB; only the digest of this one is another."""
+    tensors = llama_tensors()
+    tensors["model.embed_tokens.weight"] = torch.randn(16384, 64).bfloat16()
+    config = {**LLAMA, "vocab_size": 16384, "tie_word_embeddings": True}
+    llama, out = write_checkpoint_dir(tmp_path / "llama", tensors, config), tmp_path / "out"
+    nf4_ok("quantize", llama, out, "--max-shard-size", "1MB", "-q")
+    index = out / "model.safetensors.index.json"
+    index.write_text(index.read_text() + " " * 60_000_000)
+    done = nf4("verify", out, "--source", llama, "--json")
+    findings = json.loads(done.stdout)["findings"]
+    assert [finding["level"] for finding in findings] == ["manifest"]
+
+
 def test_an_edited_model_card_is_no_damage(llama, tmp_path):
     source = Path(shutil.copytree(llama, tmp_path / "src"))
     (source / "README.md").write_text("card")
