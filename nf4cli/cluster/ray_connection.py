@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .. import stopping
@@ -27,6 +28,8 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         MachineError: Ray is missing, no cluster answers, or it has another Python or Ray.
     """
+    if address != LOCAL:
+        _use_token()
     try:
         import ray
     except ImportError as error:
@@ -49,6 +52,11 @@ def connected(address: str) -> Iterator[Any]:
                 f"the Ray cluster at {address!r} has another Ray or Python than this process: "
                 f"{' '.join(str(error).split())}. Install the same on all nodes"
             ) from error
+        if _is_about_token(error):
+            raise MachineError(
+                f"the Ray cluster at {address!r} asks for another token: set RAY_AUTH_MODE=token, "
+                "and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+            ) from error
         raise MachineError(_no_cluster(address, error)) from error
     finally:
         stopping.listen_again()  # Ray ends the process at a SIGTERM
@@ -56,6 +64,25 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _use_token() -> None:
+    """Give the cluster this user's token, if there is one: `ray start --head` asks for it then.
+
+    Ray itself gives a token only where RAY_AUTH_MODE says so; a cluster that wants none takes any.
+    """
+    stated = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if any(map(os.environ.get, stated)) or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _is_about_token(error: BaseException | None) -> bool:
+    """Return whether an error, or what it came from, is about a token."""
+    while error is not None:
+        if "AuthenticationError" in f"{type(error).__name__} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _require_answer(address: str) -> None:

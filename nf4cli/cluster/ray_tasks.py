@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -38,6 +38,8 @@ from .ray_connection import connected
 _RETRIES = 3  # of a task whose process or node died
 _EVERY = 0.2  # seconds between two looks at whether to stop
 _REPORTS_EVERY = 0.5  # seconds between two reports of a task
+_LOOKS_EVERY = 1.0  # seconds between two looks at which nodes are alive
+_GRACE = 5.0  # seconds that Ray has to do a dead node's tasks again by itself
 _AHEAD = 2  # tasks that are handed to Ray for each that can run at once
 
 
@@ -92,14 +94,16 @@ class _Report(NamedTuple):
     """How far a task is.
 
     Attributes:
-        name: of the weight or file at work.
         done, downloaded, uploaded: bytes so far.
+        name: of the weight or file at work.
+        node: id of the node; "" for a task that has not begun.
     """
 
-    name: str = ""
     done: int = 0
     downloaded: int = 0
     uploaded: int = 0
+    name: str = ""
+    node: str = ""
 
 
 class _NoNodeError(MachineError):
@@ -243,6 +247,8 @@ class _Run:
         # The largest first, so that no node works alone at the end.
         self._tasks = sorted(tasks, key=lambda task: -task.nbytes)
         self._known = [_Report()] * len(tasks)
+        self._tries, self._sent = [0] * len(tasks), [0.0] * len(tasks)
+        self._nodes = _Nodes(ray)
         here = ray.get_runtime_context().get_node_id()
         self.counter = (
             ray.remote(num_cpus=0)(_Counter)
@@ -256,7 +262,8 @@ class _Run:
         """Have the tasks done.
 
         An error leaves tasks behind; Ray ends them when the run disconnects.  They are not
-        cancelled: Ray 2.60 may abort the process that cancels a task which is just done.
+        cancelled: Ray 2.60 may abort the process that cancels a task which is just done.  Of two
+        tries of a task the first that is done counts.
 
         Args:
             send: (number, task) -> Ray's reference to its result.
@@ -267,27 +274,55 @@ class _Run:
             InputError, UsageError, MachineError: of a task.
             InterruptedRunError: a stop was asked for.
         """
-        ray, queue = self._ray, iter(enumerate(self._tasks))
+        queue = iter(range(len(self._tasks)))
         running: dict[Any, int] = {}
         news = None
         while True:
-            for number, task in islice(queue, ahead - len(running)):
-                running[send(number, task)] = number
+            left = ahead - len({*running.values()})
+            for number in [*islice(queue, left), *self._lost({*running.values()})]:
+                self._tries[number] += 1
+                self._sent[number] = time.monotonic()
+                running[send(number, self._tasks[number])] = number
             if not running:
                 return
             news = news or self.counter.news.remote()
-            done, _ = ray.wait([*running, news], num_returns=1, timeout=_EVERY)
+            done, _ = self._ray.wait([*running, news], num_returns=1, timeout=_EVERY)
             stopping.check()
             for reference in done:
                 if reference == news:
                     self._hear(reference)
                     news = None
-                    continue
-                number = running.pop(reference)
-                task = self._tasks[number]
-                answer = _done(ray, reference, task)
-                self._report(number, self._known[number]._replace(name=task.name, done=task.nbytes))
-                take(task, answer)
+                elif reference in running:  # and no other try of the same task was done
+                    number = running[reference]
+                    self._take(number, reference, take)
+                    running = {r: n for r, n in running.items() if n != number}
+
+    def _take(self, number: int, reference: Any, take: Callable[[Any, _Done], None]) -> None:
+        """Hand over a task that is done.
+
+        Raises:
+            InputError, UsageError, MachineError: of the task.
+        """
+        task = self._tasks[number]
+        done = _done(self._ray, reference, task)
+        self._report(number, self._known[number]._replace(name=task.name, done=task.nbytes))
+        take(task, done)
+
+    def _lost(self, running: Collection[int]) -> list[int]:
+        """Return running tasks that wait for a node which is dead, to be tried once more.
+
+        Ray does a task again when the connection to its process ends.  That of a node without
+        power, or which stands still, does not end: Ray 2.60 waits for it although it knows that
+        the node is dead.  A task that has not said where it is may have been sent there.
+        """
+        dead = self._nodes.dead_for(_GRACE)
+        last = max(dead.values(), default=0.0)
+
+        def is_lost(number: int) -> bool:
+            node, sent = self._known[number].node, self._sent[number]
+            return sent < dead.get(node, 0.0 if node else last)
+
+        return [n for n in running if self._tries[n] <= _RETRIES and is_lost(n)]
 
     def _hear(self, reference: Any) -> None:
         """Pass on what the tasks reported, as far as the counter lives."""
@@ -298,13 +333,41 @@ class _Run:
     def _report(self, number: int, now: _Report) -> None:
         """Count what a task did since its last report; one that is done again counts once."""
         known = self._known[number]
-        grown = [max(0, new - old) for new, old in zip(now[1:], known[1:], strict=True)]
-        self._known[number] = _Report(now.name, *map(max, now[1:], known[1:]))
-        done, downloaded, uploaded = grown
+        done = max(0, now.done - known.done)
+        downloaded = max(0, now.downloaded - known.downloaded)
+        uploaded = max(0, now.uploaded - known.uploaded)
+        self._known[number] = _Report(
+            known.done + done, known.downloaded + downloaded, known.uploaded + uploaded,
+            now.name, now.node,
+        )  # fmt: skip
         if done:
             self._progress(now.name, min(done, max(0, self._tasks[number].nbytes - known.done)))
         self._moved.add_downloaded(downloaded)
         self._moved.add_uploaded(uploaded)
+
+
+class _Nodes:
+    """The nodes of a cluster, and how long those have been dead that died in this run.
+
+    Args:
+        ray: the module.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._before = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        self._died: dict[str, float] = {}
+        self._looked = time.monotonic()
+
+    def dead_for(self, seconds: float) -> dict[str, float]:
+        """Return the nodes that have been dead for so long: id -> when that was noticed."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOKS_EVERY:
+            self._looked = now
+            for node in self._ray.nodes():
+                if not node["Alive"] and node["NodeID"] not in self._before:
+                    self._died.setdefault(node["NodeID"], now)
+        return {node: since for node, since in self._died.items() if now - since >= seconds}
 
 
 class _Counter:
@@ -350,10 +413,10 @@ def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[
         ).remote(check, __version__)
         for node in nodes
     ]
-    alive = []
+    alive, health = [], _Nodes(ray)
     for node, reference in zip(nodes, looks, strict=True):
         try:
-            said = _answer(ray, reference, f"the node {node['NodeManagerHostname']}")
+            said = _said(ray, reference, node, health)
         except _NoNodeError:
             continue  # it has died, and Ray will notice: the others go on
         if isinstance(said, _Failed):
@@ -362,6 +425,21 @@ def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[
     if not alive:
         raise MachineError("no node of the Ray cluster answers")
     return alive
+
+
+def _said(ray: Any, reference: Any, node: Mapping[str, Any], health: _Nodes) -> _Failed | None:
+    """Return what a node says of itself.
+
+    Raises:
+        _NoNodeError: it has died.
+        MachineError: see `_answer`.
+    """
+    while not ray.wait([reference], timeout=_EVERY)[0]:
+        stopping.check()
+        if node["NodeID"] in health.dead_for(0):  # Ray may go on waiting
+            raise _NoNodeError("the node does not answer")
+    answer: _Failed | None = _answer(ray, reference, f"the node {node['NodeManagerHostname']}")
+    return answer
 
 
 def _done(ray: Any, reference: Any, task: Task) -> _Done:
@@ -447,7 +525,10 @@ class _Reporter:
     """
 
     def __init__(self, counter: Any, number: int) -> None:
+        import ray
+
         self._counter, self._number = counter, number
+        self._node = ray.get_runtime_context().get_node_id()
         self.moved = Transfers()
         self._done, self._name, self._lock = 0, "", threading.Lock()
         self._stop = threading.Event()
@@ -464,12 +545,14 @@ class _Reporter:
         while not self._stop.wait(_REPORTS_EVERY):
             with self._lock:
                 moved = self.moved.downloaded, self.moved.uploaded
-                report = _Report(f"{platform.node()}: {self._name}", self._done, *moved)
+                name = f"{platform.node()}: {self._name}"
+                report = _Report(self._done, *moved, name, self._node)
             if report != told:
                 self._counter.told.remote(self._number, report)
                 told = report
 
     def __enter__(self) -> _Reporter:
+        self._counter.told.remote(self._number, _Report(node=self._node))
         self._thread.start()
         return self
 
