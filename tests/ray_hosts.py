@@ -41,7 +41,7 @@ class Hosts:
         self._number = os.getpid() % 10_000
         self._bridge = f"nf4b{self._number}"
         self._net = f"10.{80 + self._number % 100}.7"
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._running: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,7 +63,7 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         for process in self._running:
             _end(process)
-        for name in self._names:
+        for name in self.names:
             subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", self._bridge], check=False)
 
@@ -72,12 +72,12 @@ class Hosts:
         """Address of the cluster, whose head is the first host."""
         return f"{self._net}.1:{PORT}"
 
-    def _add(self) -> str:
+    def add(self) -> str:
         """Add a host, and return its address."""
-        place = len(self._names) + 1
+        place = len(self.names) + 1
         name, link = f"nf4h{self._number}x{place}", f"v{self._number}x{place}"
         _ip("netns", "add", name)
-        self._names.append(name)
+        self.names.append(name)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip("link", "set", link, "master", self._bridge, "up")
         _ip("-n", name, "addr", "add", f"{self._net}.{place}/24", "dev", "eth0")
@@ -93,8 +93,8 @@ class Hosts:
             name: of the host.
             setup: shell commands that change its mounts.
         """
-        address = self._add()
-        if len(self._names) == 1:
+        address = self.add()
+        if len(self.names) == 1:
             join = f"--head --port {PORT} --include-dashboard=false --system-config='{HEALTH}'"
         else:
             join = f"--address {self.address}"
@@ -103,7 +103,7 @@ class Hosts:
             f"--node-ip-address {address} --block"
         )
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self._names[-1], "unshare", "-mu", "sh", "-ec", script],
+            ["ip", "netns", "exec", self.names[-1], "unshare", "-mu", "sh", "-ec", script],
             env={**self.environment, "RAY_AUTH_MODE": "token"}, cwd="/",
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -136,7 +136,7 @@ class Hosts:
 
     def command(self, *words: object, cwd: str | Path = "/") -> list[str]:
         """The words that run a command on the head's host."""
-        return ["ip", "netns", "exec", self._names[0], *map(str, words)]
+        return ["ip", "netns", "exec", self.names[0], *map(str, words)]
 
     def start(self, *words: object, cwd: Path) -> subprocess.Popen[str]:
         """Start a command on the head's host."""
@@ -154,7 +154,7 @@ class Hosts:
 
     def received(self, number: int) -> int:
         """Bytes that a host got over its link."""
-        name = self._names[number]
+        name = self.names[number]
         done = subprocess.run(
             ["ip", "netns", "exec", name, "cat", "/proc/net/dev"],
             capture_output=True, text=True, check=True,

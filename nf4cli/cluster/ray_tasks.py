@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -143,7 +143,7 @@ class RayCluster:
         if not tasks:
             return
         with connected(self._address) as ray:
-            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            nodes = _with_cpus(ray.nodes())
             asked = self._asked(nodes, tasks)
             settings = replace(self._settings, workers=asked.threads)
             nodes = _that_pass(ray, nodes, check)
@@ -152,15 +152,17 @@ class RayCluster:
                 raise MachineError(
                     "no node that can take part has the CPUs, memory and GPUs for a task"
                 )
-            self.crowd.nodes = len(nodes)
             self.crowd.total += len(tasks)
             self._note(
                 f"Ray: {_count(len(nodes), 'node')}, {_count(at_once, 'file')} at a time, "
                 f"{_count(asked.threads, 'thread')} each"
             )
-            run = _Run(ray, tasks, progress, moved or Transfers())
+            run = _Run(ray, tasks, progress, moved or Transfers(), self.crowd)
             work = ray.remote(max_retries=_RETRIES, **asked.options)(_work)
-            send = _sender(ray, work, settings, run.counter)
+            common = ray.put((settings, check))
+
+            def send(number: int, task: Task) -> Any:
+                return work.remote(task, common, run.counter, number)
 
             def take_done(task: AnyTask, done: _Done) -> None:
                 take(task, done.result)
@@ -170,7 +172,7 @@ class RayCluster:
                     f"{format_duration(done.seconds)}"
                 )
 
-            run.go(send, _AHEAD * at_once, take_done)
+            run.go(send, asked, take_done)
 
     def _asked(self, nodes: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> _Asked:
         """Return what each task asks Ray for.
@@ -232,6 +234,7 @@ class _Run:
         ray: the module.
         tasks: to do.
         progress, moved: told what the tasks report.
+        crowd: told how many nodes there are.
 
     Attributes:
         counter: the actor that the tasks report to.  It lives on the driver's node: reports of a
@@ -239,11 +242,11 @@ class _Run:
     """
 
     def __init__(
-        self, ray: Any, tasks: Sequence[Task], progress: Progress, moved: Transfers
+        self, ray: Any, tasks: Sequence[Task], progress: Progress, moved: Transfers, crowd: Crowd
     ) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray, self._progress, self._moved = ray, progress, moved
+        self._ray, self._progress, self._moved, self._crowd = ray, progress, moved, crowd
         # The largest first, so that no node works alone at the end.
         self._tasks = sorted(tasks, key=lambda task: -task.nbytes)
         self._known = [_Report()] * len(tasks)
@@ -257,7 +260,7 @@ class _Run:
         )
 
     def go(
-        self, send: Callable[[int, Task], Any], ahead: int, take: Callable[[Any, _Done], None]
+        self, send: Callable[[int, Task], Any], asked: _Asked, take: Callable[[Any, _Done], None]
     ) -> None:
         """Have the tasks done.
 
@@ -267,7 +270,7 @@ class _Run:
 
         Args:
             send: (number, task) -> Ray's reference to its result.
-            ahead: tasks that are handed to Ray at once.
+            asked: what each task asks for.  Nodes that join later get their share.
             take: gets each task that is done.
 
         Raises:
@@ -278,8 +281,10 @@ class _Run:
         running: dict[Any, int] = {}
         news = None
         while True:
-            left = ahead - len({*running.values()})
-            for number in [*islice(queue, left), *self._lost({*running.values()})]:
+            alive = self._nodes.alive()
+            self._crowd.nodes = len(alive)
+            left = max(1, _AHEAD * sum(map(asked.times_on, alive))) - len({*running.values()})
+            for number in [*islice(queue, max(0, left)), *self._lost({*running.values()})]:
                 self._tries[number] += 1
                 self._sent[number] = time.monotonic()
                 running[send(number, self._tasks[number])] = number
@@ -346,6 +351,11 @@ class _Run:
         self._moved.add_uploaded(uploaded)
 
 
+def _with_cpus(nodes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the nodes that are alive and have CPUs."""
+    return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+
+
 class _Nodes:
     """The nodes of a cluster, and how long those have been dead that died in this run.
 
@@ -354,19 +364,29 @@ class _Nodes:
     """
 
     def __init__(self, ray: Any) -> None:
-        self._ray = ray
-        self._before = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        self._ray, self._nodes = ray, ray.nodes()
+        self._before = {node["NodeID"] for node in self._nodes if not node["Alive"]}
         self._died: dict[str, float] = {}
         self._looked = time.monotonic()
 
-    def dead_for(self, seconds: float) -> dict[str, float]:
-        """Return the nodes that have been dead for so long: id -> when that was noticed."""
+    def _look(self) -> float:
+        """Ask for the nodes, not too often, and return the time."""
         now = time.monotonic()
         if now - self._looked >= _LOOKS_EVERY:
-            self._looked = now
-            for node in self._ray.nodes():
+            self._looked, self._nodes = now, self._ray.nodes()
+            for node in self._nodes:
                 if not node["Alive"] and node["NodeID"] not in self._before:
                     self._died.setdefault(node["NodeID"], now)
+        return now
+
+    def alive(self) -> list[dict[str, Any]]:
+        """Return the nodes that can take tasks."""
+        self._look()
+        return _with_cpus(self._nodes)
+
+    def dead_for(self, seconds: float) -> dict[str, float]:
+        """Return the nodes that have been dead for so long: id -> when that was noticed."""
+        now = self._look()
         return {node: since for node, since in self._died.items() if now - since >= seconds}
 
 
@@ -385,12 +405,6 @@ class _Counter:
         time.sleep(_REPORTS_EVERY)
         news, self._reports = self._reports, {}
         return news
-
-
-def _sender(ray: Any, work: Any, settings: Settings, counter: Any) -> Callable[[int, Task], Any]:
-    """Return what hands a task to Ray."""
-    common = ray.put(settings)
-    return lambda number, task: work.remote(task, common, counter, number)
 
 
 def _count(number: int, what: str) -> str:
@@ -497,10 +511,13 @@ def _failed(why: str, exit_code: int = MachineError.exit_code) -> _Failed:
     return _Failed(exit_code, f"on the node {platform.node()} {why}")
 
 
-def _work(task: Task, settings: Settings, counter: Any, number: int) -> _Done | _Failed:
+def _work(task: Task, common: tuple[Settings, Check], counter: Any, number: int) -> _Done | _Failed:
     """Do a task."""
     began = time.monotonic()
+    settings, check = common
     try:
+        if fault := _fault_of(check):
+            return _failed(fault)
         engine = _engine(settings.engine, settings.device)
         limits = _resources(engine, settings, task)
         with _Reporter(counter, number) as reporter:
@@ -511,6 +528,19 @@ def _work(task: Task, settings: Settings, counter: Any, number: int) -> _Done | 
         return replace(failed, in_transfer=isinstance(error, TransferError))
     except OSError as error:
         return _failed(str(error), exit_code_of(error))
+
+
+def _fault_of(check: Check) -> str | None:
+    """Return why this node cannot take part; asked once in a process, which may be on a node that
+    joined later."""
+    if check != _passed.get("check"):
+        if fault := check.fault():
+            return fault
+        _passed["check"] = check
+    return None
+
+
+_passed: dict[str, Check] = {}
 
 
 class _Reporter:
