@@ -45,9 +45,8 @@ class Hosts:
         self._running: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0",
-            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "token",
         }  # fmt: skip
-        self.environment.pop("RAY_AUTH_MODE", None)
         home.mkdir()
         subprocess.run(
             [BIN / "ray", "get-auth-token", "--generate"], env=self.environment, check=True,
@@ -104,7 +103,7 @@ class Hosts:
         )
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.names[-1], "unshare", "-mu", "sh", "-ec", script],
-            env={**self.environment, "RAY_AUTH_MODE": "token"}, cwd="/",
+            env=self.environment, cwd="/",
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self._running.append(process)
@@ -127,8 +126,7 @@ class Hosts:
             "print([n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
         )
         for _ in range(20):
-            token = "RAY_AUTH_MODE=token"  # nf4 finds out by itself
-            done = self.run("env", token, sys.executable, "-c", code, self.address)
+            done = self.run(sys.executable, "-c", code, self.address)
             if f"'{address}'" in done.stdout:
                 return
             time.sleep(0.2)

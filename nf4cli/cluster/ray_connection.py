@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from .. import stopping
@@ -28,8 +27,6 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         MachineError: Ray is missing, no cluster answers, or it has another Python or Ray.
     """
-    if address != LOCAL:
-        _use_token()
     try:
         import ray
     except ImportError as error:
@@ -54,8 +51,9 @@ def connected(address: str) -> Iterator[Any]:
             ) from error
         if _is_about_token(error):
             raise MachineError(
-                f"the Ray cluster at {address!r} asks for another token: set RAY_AUTH_MODE=token, "
-                "and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+                f"the Ray cluster at {address!r} asks for a token, or another one: set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on "
+                "its head"
             ) from error
         raise MachineError(_no_cluster(address, error)) from error
     finally:
@@ -64,16 +62,6 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _use_token() -> None:
-    """Give the cluster this user's token, if there is one: `ray start --head` asks for it then.
-
-    Ray itself gives a token only where RAY_AUTH_MODE says so; a cluster that wants none takes any.
-    """
-    stated = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    if any(map(os.environ.get, stated)) or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _is_about_token(error: BaseException | None) -> bool:

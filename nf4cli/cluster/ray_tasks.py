@@ -486,6 +486,12 @@ def _answer(ray: Any, reference: Any, node: str) -> Any:
             raise MachineError(
                 f"{node} cannot run nf4 ({error.cause}): install nf4cli {__version__} there"
             ) from error
+        if isinstance(error.cause, ray.exceptions.RayError):
+            raise MachineError(
+                f"{node} cannot reach this process ({type(error.cause).__name__}): nodes and "
+                "driver have to reach each other on all ports, with the same RAY_AUTH_MODE and "
+                "token"
+            ) from error
         raise  # a bug
     except ray.exceptions.RayError as error:
         raise _NoNodeError(

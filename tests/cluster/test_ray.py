@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from helpers import (
     USAGE,
     nf4_ok,
     nf4_process,
+    nightly_but,
     refused,
     same_files,
     write_checkpoint_dir,
@@ -28,7 +30,8 @@ from helpers import (
 from nf4cli.cluster import ray_tasks
 from nf4cli.cluster.ray_connection import connected
 from nf4cli.convert.tasks import SeesFiles
-from nf4cli.errors import MachineError
+from nf4cli.engines.protocol import GRANULE
+from nf4cli.errors import MachineError, UsageError
 from nf4cli.version import __version__
 
 pytestmark = pytest.mark.skipif(
@@ -87,6 +90,19 @@ def wait_for_weights(output: Path, count: int, process: subprocess.Popen[str]) -
         time.sleep(0.005)
 
 
+def tasks_of(cluster) -> list[int]:
+    """Processes that do a task for a cluster, and not for another one here."""
+    words = ["pgrep", "-f", "ray::_work"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = []
+    for pid in map(int, done.stdout.split()):
+        with contextlib.suppress(OSError):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if cluster.address in Path(f"/proc/{parent}/cmdline").read_text():
+                found.append(pid)
+    return found
+
+
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, stderr = process.communicate(timeout=120)
     assert "Traceback" not in stderr, stderr
@@ -139,7 +155,10 @@ def test_a_cluster_for_one_run(source, expected, tmp_path):
     assert same_files(expected, tmp_path / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", nightly_but([signal.SIGINT, signal.SIGKILL], STOPS))
 def test_a_stopped_run_goes_on_where_it_was(cluster, source, expected, tmp_path, number):
     process = start(source, tmp_path / "out", cluster.address)
     wait_for_weights(tmp_path / "out", 1, process)
@@ -197,6 +216,28 @@ def test_where_no_cluster_is(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_task_asks_for():
+    """CPUs for its threads, memory for its buffers, and a GPU for that engine alone."""
+    node = {"Resources": {"CPU": 16.0, "memory": 2e9, "GPU": 2.0}}
+    for engine, memory, times in (("cpu", 2e9, 4), ("cpu", 400e6, 2), ("cuda", 2e9, 2)):
+        node["Resources"]["memory"] = memory
+        settings = ray_tasks.Settings(engine, workers=4)
+        asked = ray_tasks.RayCluster("auto", settings)._asked([node], [Small()])
+        assert (asked.threads, asked.gpus) == (4, int(engine == "cuda"))
+        assert 100e6 < asked.memory < 200e6
+        assert asked.times_on(node) == times
+    assert asked.times_on({"Resources": {"CPU": 16.0, "memory": 2e9}}) == 0, "it has no GPU"
+    tiny = {"Resources": {"CPU": 16.0, "memory": 1e8}}
+    with pytest.raises(UsageError, match="no node of the cluster has more than"):
+        ray_tasks.RayCluster("auto", ray_tasks.Settings(workers=4))._asked([tiny], [Small()])
+
+
+class Small:
+    """A task that holds the plan of ten tensors."""
+
+    name, nbytes, tensors, granule = "small", 1, 10, GRANULE
+
+
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MachineError, match=r"pip install 'nf4cli\[ray\]'"), \
@@ -227,10 +268,7 @@ def test_nodes_and_processes_that_die_are_replaced(cluster, source, expected, tm
     node = cluster.add_node(num_cpus=2)
     process = start(source, tmp_path / "out", cluster.address)
     wait_for_weights(tmp_path / "out", 1, process)
-    workers = subprocess.run(
-        ["pgrep", "-f", "ray::_work"], capture_output=True, text=True, check=False
-    )
-    killed = [int(pid) for pid in workers.stdout.split()][:2]
+    killed = tasks_of(cluster)[:2]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     cluster.remove_node(node, allow_graceful=False)

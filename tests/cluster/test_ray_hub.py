@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import same_files
+from helpers import nightly_but, same_files
 from hub_server.published import REPO, require_published
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def test_from_a_directory_and_published(hub, nf4_hub, model, converted):
     require_published(hub, converted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", nightly_but([signal.SIGINT], [signal.SIGINT, signal.SIGKILL]))
 def test_a_stopped_run_sends_nothing_twice(hub, nf4_hub, one, number):
     words = ("quantize", "org/model", "--push-to", REPO, *RAY)
     process = nf4_hub.start(*words)
