@@ -17,7 +17,7 @@ CACHE = "Cache"
 RUNNING = "Running"
 OUTPUT = "Output"
 
-_FEW = 10
+_FEW = 9
 
 
 class _Quick:

@@ -16,7 +16,7 @@ PANELS = {  # in the order in which they are shown
                  "Running", "Output"],
     "verify": ["Arguments", "Options", "Running", "Output"],
     "eval": ["Arguments", "Options", "Running", "Cache", "Limits (exit code 1)", "Output"],
-    "dequantize": ["Arguments", "Options"],
+    "dequantize": ["Arguments", "Options", "Output", "Running"],
     "inspect": ["Arguments", "Options"],
     "attest": ["Arguments", "Options"],
     "push": ["Arguments", "Options"],

@@ -43,7 +43,7 @@ class Outcome:
         config: config.json of the output, {} for a pipeline.
         notes: sentences that a user should know.
         copied: bytes of a pipeline's other files, None for a checkpoint.
-        engine, workers: the name of the engine, and the number of threads.
+        engine, by: the name of the engine, and its threads or the nodes of its cluster.
         seconds: time of converting and writing.
         ledger: counts of what this run converted itself.
         transfers: bytes that were fetched, uploaded and held, None for a run without a Hub.
@@ -59,7 +59,7 @@ class Outcome:
     notes: tuple[str, ...]
     copied: int | None
     engine: str
-    workers: int
+    by: str
     seconds: float
     ledger: TerminalListener
     transfers: Transfers | None = None
@@ -87,6 +87,12 @@ class Outcome:
             for name, record in manifest.tensors.items()
             if record.error is not None
         }
+
+
+def _workers(job: Job) -> str:
+    """Return who converted: threads of this process, or the nodes of a cluster."""
+    crowd = job.request.machine.crowd
+    return plural(job.limits.workers, "worker") if crowd is None else plural(crowd.nodes, "node")
 
 
 def tell_plan(job: Job) -> None:
@@ -139,7 +145,7 @@ def conclude(
             notes=tuple(model.notes),
             copied=model.copies.nbytes if model.is_pipeline else None,
             engine=done.engine,
-            workers=job.limits.workers,
+            by=_workers(job),
             seconds=done.seconds,
             ledger=listener,
             transfers=job.transport.transfers if job.transport else None,
@@ -223,7 +229,7 @@ def _speeds(outcome: Outcome) -> Iterator[str]:
     yield took
     memory = peak_bytes()
     most = f", memory at most {format_size(memory)}" if memory else ""
-    yield f"engine  {outcome.engine}, {plural(outcome.workers, 'worker')}{most}"
+    yield f"engine  {outcome.engine}, {outcome.by}{most}"
     moved = outcome.transfers
     if moved is not None:
         facts = []
