@@ -39,7 +39,8 @@ from ray.cluster_utils import Cluster
 from nf4cli import engines
 from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.cli.options import parse_size
-from nf4cli.cluster.ray_tasks import RayCluster, Settings
+from nf4cli.cluster.ray_node import Settings
+from nf4cli.cluster.ray_tasks import RayCluster
 from nf4cli.convert.conversion import Tools
 from nf4cli.convert.make_units import MakeFile, place_for_units
 from nf4cli.convert.resume import Standing

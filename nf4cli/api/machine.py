@@ -51,7 +51,8 @@ class Machine:
     @cached_property
     def cluster(self) -> RayCluster | None:
         """The cluster that does the work, None to do it here."""
-        from ..cluster.ray_tasks import RayCluster, Settings
+        from ..cluster.ray_node import Settings
+        from ..cluster.ray_tasks import RayCluster
 
         if self.ray is None:
             return None

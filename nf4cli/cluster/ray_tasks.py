@@ -6,104 +6,28 @@ another one.  Ray does a task again whose process or node died.
 
 from __future__ import annotations
 
-import platform
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import engines, stopping
 from ..callbacks import Notify, Progress, no_notice
-from ..convert.conversion import Tools
 from ..convert.tasks import AnyTask, Check, Crowd, Task
 from ..convert.transfers import Transfers
-from ..engines.protocol import GRANULE, Engine
-from ..errors import (
-    MachineError,
-    Nf4Error,
-    TransferError,
-    UsageError,
-    error_with,
-    exit_code_of,
-)
-from ..planning.resources import Resources, make_resources
+from ..errors import MachineError, TransferError, UsageError, error_with
 from ..units import format_duration, format_size
 from ..version import __version__
 from .ray_connection import connected
+from .ray_node import Counter, Done, Failed, Report, Settings, look, resources_for, work
 
 _RETRIES = 3  # of a task whose process or node died
 _EVERY = 0.2  # seconds between two looks at whether to stop
-_REPORTS_EVERY = 0.5  # seconds between two reports of a task
 _LOOKS_EVERY = 1.0  # seconds between two looks at which nodes are alive
 _GRACE = 5.0  # seconds that Ray has to do a dead node's tasks again by itself
 _AHEAD = 2  # tasks that are handed to Ray for each that can run at once
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What each task runs with.
-
-    Attributes:
-        engine, device: see `engines.load`.
-        workers: threads, for which the task asks Ray as many CPUs; None for 4, or as many as the
-            smallest node has.
-        memory: bytes that a task's process stays below, None for no limit.
-    """
-
-    engine: str = "auto"
-    device: str | None = None
-    workers: int | None = None
-    memory: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """An error of a task, as words: an exception may not survive the way back.
-
-    Attributes:
-        exit_code: of the error.
-        message: names the node.
-        in_transfer: a Hub refused, and finished work is kept: see `TransferError`.
-    """
-
-    exit_code: int
-    message: str
-    in_transfer: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What a task returned.
-
-    Attributes:
-        node: name of the machine that did it.
-        seconds: that it took.
-        result: of `Task.do`.
-    """
-
-    node: str
-    seconds: float
-    result: Any
-
-
-class _Report(NamedTuple):
-    """How far a task is.
-
-    Attributes:
-        done, downloaded, uploaded: bytes so far.
-        name: of the weight or file at work.
-        node: id of the node; "" for a task that has not begun.
-    """
-
-    done: int = 0
-    downloaded: int = 0
-    uploaded: int = 0
-    name: str = ""
-    node: str = ""
 
 
 class _NoNodeError(MachineError):
@@ -158,13 +82,13 @@ class RayCluster:
                 f"{_count(asked.threads, 'thread')} each"
             )
             run = _Run(ray, tasks, progress, moved or Transfers(), self.crowd)
-            work = ray.remote(max_retries=_RETRIES, **asked.options)(_work)
+            task_of = ray.remote(max_retries=_RETRIES, **asked.options)(work)
             common = ray.put((settings, check))
 
             def send(number: int, task: Task) -> Any:
-                return work.remote(task, common, run.counter, number)
+                return task_of.remote(task, common, run.counter, number)
 
-            def take_done(task: AnyTask, done: _Done) -> None:
+            def take_done(task: AnyTask, done: Done) -> None:
                 take(task, done.result)
                 self.crowd.done += 1
                 self._detail(
@@ -193,7 +117,7 @@ class RayCluster:
             )
         # The memory of its plan, and of the CPU engine's buffers: the least that a task takes.
         limits = replace(settings, workers=threads)
-        memory = max(_resources(engines.load("cpu"), limits, task).memory for task in tasks)
+        memory = max(resources_for(engines.load("cpu"), limits, task).memory for task in tasks)
         most = max(int(node["Resources"].get("memory", memory)) for node in nodes)
         if memory > most:
             raise UsageError(
@@ -249,18 +173,18 @@ class _Run:
         self._ray, self._progress, self._moved, self._crowd = ray, progress, moved, crowd
         # The largest first, so that no node works alone at the end.
         self._tasks = sorted(tasks, key=lambda task: -task.nbytes)
-        self._known = [_Report()] * len(tasks)
+        self._known = [Report()] * len(tasks)
         self._tries, self._sent = [0] * len(tasks), [0.0] * len(tasks)
         self._nodes = _Nodes(ray)
         here = ray.get_runtime_context().get_node_id()
         self.counter = (
-            ray.remote(num_cpus=0)(_Counter)
+            ray.remote(num_cpus=0)(Counter)
             .options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True))
             .remote()
         )
 
     def go(
-        self, send: Callable[[int, Task], Any], asked: _Asked, take: Callable[[Any, _Done], None]
+        self, send: Callable[[int, Task], Any], asked: _Asked, take: Callable[[Any, Done], None]
     ) -> None:
         """Have the tasks done.
 
@@ -302,7 +226,7 @@ class _Run:
                     self._take(number, reference, take)
                     running = {r: n for r, n in running.items() if n != number}
 
-    def _take(self, number: int, reference: Any, take: Callable[[Any, _Done], None]) -> None:
+    def _take(self, number: int, reference: Any, take: Callable[[Any, Done], None]) -> None:
         """Hand over a task that is done.
 
         Raises:
@@ -335,13 +259,13 @@ class _Run:
             for number, report in self._ray.get(reference).items():
                 self._report(number, report)
 
-    def _report(self, number: int, now: _Report) -> None:
+    def _report(self, number: int, now: Report) -> None:
         """Count what a task did since its last report; one that is done again counts once."""
         known = self._known[number]
         done = max(0, now.done - known.done)
         downloaded = max(0, now.downloaded - known.downloaded)
         uploaded = max(0, now.uploaded - known.uploaded)
-        self._known[number] = _Report(
+        self._known[number] = Report(
             known.done + done, known.downloaded + downloaded, known.uploaded + uploaded,
             now.name, now.node,
         )  # fmt: skip
@@ -390,23 +314,6 @@ class _Nodes:
         return {node: since for node, since in self._died.items() if now - since >= seconds}
 
 
-class _Counter:
-    """What running tasks report: an actor."""
-
-    def __init__(self) -> None:
-        self._reports: dict[int, _Report] = {}
-
-    def told(self, number: int, report: _Report) -> None:
-        """Take the report of a task."""
-        self._reports[number] = report
-
-    def news(self) -> dict[int, _Report]:
-        """Return what was reported since the last call, after a short while."""
-        time.sleep(_REPORTS_EVERY)
-        news, self._reports = self._reports, {}
-        return news
-
-
 def _count(number: int, what: str) -> str:
     """Return "1 node", "2 nodes"."""
     return f"{number} {what}{'s' * (number != 1)}"
@@ -420,9 +327,9 @@ def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asking = ray.remote(num_cpus=0, max_retries=0)(look)
     looks = [
-        look.options(
+        asking.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(check, __version__)
         for node in nodes
@@ -433,7 +340,7 @@ def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[
             said = _said(ray, reference, node, health)
         except _NoNodeError:
             continue  # it has died, and Ray will notice: the others go on
-        if isinstance(said, _Failed):
+        if isinstance(said, Failed):
             raise MachineError(said.message)
         alive.append(node)
     if not alive:
@@ -441,7 +348,7 @@ def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[
     return alive
 
 
-def _said(ray: Any, reference: Any, node: Mapping[str, Any], health: _Nodes) -> _Failed | None:
+def _said(ray: Any, reference: Any, node: Mapping[str, Any], health: _Nodes) -> Failed | None:
     """Return what a node says of itself.
 
     Raises:
@@ -452,18 +359,18 @@ def _said(ray: Any, reference: Any, node: Mapping[str, Any], health: _Nodes) -> 
         stopping.check()
         if node["NodeID"] in health.dead_for(0):  # Ray may go on waiting
             raise _NoNodeError("the node does not answer")
-    answer: _Failed | None = _answer(ray, reference, f"the node {node['NodeManagerHostname']}")
+    answer: Failed | None = _answer(ray, reference, f"the node {node['NodeManagerHostname']}")
     return answer
 
 
-def _done(ray: Any, reference: Any, task: Task) -> _Done:
+def _done(ray: Any, reference: Any, task: Task) -> Done:
     """Return what a task has done.
 
     Raises:
         InputError, UsageError, MachineError: the task's own; see `_answer`.
     """
-    done: _Done | _Failed = _answer(ray, reference, "a node")
-    if isinstance(done, _Failed):
+    done: Done | Failed = _answer(ray, reference, "a node")
+    if isinstance(done, Failed):
         error = error_with(done.exit_code, f"{task.name}: {done.message}")
         raise TransferError(error) if done.in_transfer else error
     return done
@@ -498,111 +405,3 @@ def _answer(ray: Any, reference: Any, node: str) -> Any:
             f"{node} failed {_RETRIES + 1} times ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}): what is finished is kept"
         ) from error
-
-
-# -- on a node --------------------------------------------------------------------------------
-
-
-def _look(check: Check, version: str) -> _Failed | None:
-    """Return why this node cannot take part, None if it can."""
-    if version != __version__:
-        return _failed(
-            f"it has nf4 {__version__}, and {version} asks for its work: install the same"
-        )
-    fault = check.fault()
-    return None if fault is None else _failed(fault)
-
-
-def _failed(why: str, exit_code: int = MachineError.exit_code) -> _Failed:
-    return _Failed(exit_code, f"on the node {platform.node()} {why}")
-
-
-def _work(task: Task, common: tuple[Settings, Check], counter: Any, number: int) -> _Done | _Failed:
-    """Do a task."""
-    began = time.monotonic()
-    settings, check = common
-    try:
-        if fault := _fault_of(check):
-            return _failed(fault)
-        engine = _engine(settings.engine, settings.device)
-        limits = _resources(engine, settings, task)
-        with _Reporter(counter, number) as reporter:
-            result = task.do(Tools(engine, limits, reporter.add), reporter.moved)
-        return _Done(platform.node(), time.monotonic() - began, result)
-    except Nf4Error as error:
-        failed = _failed(str(error), error.exit_code)
-        return replace(failed, in_transfer=isinstance(error, TransferError))
-    except OSError as error:
-        return _failed(str(error), exit_code_of(error))
-
-
-def _fault_of(check: Check) -> str | None:
-    """Return why this node cannot take part; asked once in a process, which may be on a node that
-    joined later."""
-    if check != _passed.get("check"):
-        if fault := check.fault():
-            return fault
-        _passed["check"] = check
-    return None
-
-
-_passed: dict[str, Check] = {}
-
-
-class _Reporter:
-    """A thread that reports how far a task is, now and then.
-
-    Args:
-        counter: the actor that hears of it.
-        number: of the task.
-
-    Attributes:
-        moved: counts what the task fetches and uploads.
-    """
-
-    def __init__(self, counter: Any, number: int) -> None:
-        import ray
-
-        self._counter, self._number = counter, number
-        self._node = ray.get_runtime_context().get_node_id()
-        self.moved = Transfers()
-        self._done, self._name, self._lock = 0, "", threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._tell, name="nf4-report", daemon=True)
-
-    def add(self, name: str, nbytes: int) -> None:
-        """Count bytes of work: the task's `Progress`."""
-        with self._lock:
-            self._done += nbytes
-            self._name = name
-
-    def _tell(self) -> None:
-        told = None
-        while not self._stop.wait(_REPORTS_EVERY):
-            with self._lock:
-                moved = self.moved.downloaded, self.moved.uploaded
-                name = f"{platform.node()}: {self._name}"
-                report = _Report(self._done, *moved, name, self._node)
-            if report != told:
-                self._counter.told.remote(self._number, report)
-                told = report
-
-    def __enter__(self) -> _Reporter:
-        self._counter.told.remote(self._number, _Report(node=self._node))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-@cache
-def _engine(name: str, device: str | None) -> Engine:
-    """Return the engine of this process, which does one task after the other."""
-    return engines.load(name, device)
-
-
-def _resources(engine: Engine, settings: Settings, task: Task) -> Resources:
-    workers, least = settings.workers or 1, max(GRANULE, task.granule)
-    return make_resources(engine, workers, settings.memory, workers, task.tensors, least)

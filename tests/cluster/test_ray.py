@@ -27,7 +27,7 @@ from helpers import (
     write_checkpoint_dir,
 )
 
-from nf4cli.cluster import ray_tasks
+from nf4cli.cluster import ray_node, ray_tasks
 from nf4cli.cluster.ray_connection import connected
 from nf4cli.convert.tasks import SeesFiles
 from nf4cli.engines.protocol import GRANULE
@@ -92,7 +92,7 @@ def wait_for_weights(output: Path, count: int, process: subprocess.Popen[str]) -
 
 def tasks_of(cluster) -> list[int]:
     """Processes that do a task for a cluster, and not for another one here."""
-    words = ["pgrep", "-f", "ray::_work"]
+    words = ["pgrep", "-f", "ray::work"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     found = []
     for pid in map(int, done.stdout.split()):
@@ -147,6 +147,15 @@ def test_a_proof_finds_what_one_machine_finds(cluster, source, expected, tmp_pat
             assert [check["what"].partition(" (")[0] for check in many["checks"]] == [
                 check["what"].partition(" (")[0] for check in alone["checks"]
             ]
+
+
+def test_a_pipeline(cluster, pipe, tmp_path):
+    """Its components one after the other; what lies beside them is the driver's."""
+    nf4_ok("quantize", pipe, tmp_path / "one")
+    for words in (("quantize", pipe, "many"), ("verify", "many", "--source", pipe)):
+        code, stderr = end(command(*words, "--ray", cluster.address, cwd=tmp_path))
+        assert code == 0, stderr
+    assert same_files(tmp_path / "one", tmp_path / "many")
 
 
 def test_a_cluster_for_one_run(source, expected, tmp_path):
@@ -221,7 +230,7 @@ def test_what_a_task_asks_for():
     node = {"Resources": {"CPU": 16.0, "memory": 2e9, "GPU": 2.0}}
     for engine, memory, times in (("cpu", 2e9, 4), ("cpu", 400e6, 2), ("cuda", 2e9, 2)):
         node["Resources"]["memory"] = memory
-        settings = ray_tasks.Settings(engine, workers=4)
+        settings = ray_node.Settings(engine, workers=4)
         asked = ray_tasks.RayCluster("auto", settings)._asked([node], [Small()])
         assert (asked.threads, asked.gpus) == (4, int(engine == "cuda"))
         assert 100e6 < asked.memory < 200e6
@@ -229,7 +238,7 @@ def test_what_a_task_asks_for():
     assert asked.times_on({"Resources": {"CPU": 16.0, "memory": 2e9}}) == 0, "it has no GPU"
     tiny = {"Resources": {"CPU": 16.0, "memory": 1e8}}
     with pytest.raises(UsageError, match="no node of the cluster has more than"):
-        ray_tasks.RayCluster("auto", ray_tasks.Settings(workers=4))._asked([tiny], [Small()])
+        ray_tasks.RayCluster("auto", ray_node.Settings(workers=4))._asked([tiny], [Small()])
 
 
 class Small:
@@ -252,12 +261,12 @@ def test_a_node_says_what_it_lacks(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"12345")
     version = __version__
-    assert ray_tasks._look(SeesFiles({file: 5}, tries), version) is None
+    assert ray_node.look(SeesFiles({file: 5}, tries), version) is None
     for answer, words in (
-        (ray_tasks._look(SeesFiles({file: 5}, tries), "0.0.1"), "install the same"),
-        (ray_tasks._look(SeesFiles({file: 5}, tries.parent / "y"), version), "does not see"),
-        (ray_tasks._look(SeesFiles({file: 6}, tries), version), "sees 5 bytes of"),
-        (ray_tasks._look(SeesFiles({tmp_path / "no": 5}, tries), version), "does not see"),
+        (ray_node.look(SeesFiles({file: 5}, tries), "0.0.1"), "install the same"),
+        (ray_node.look(SeesFiles({file: 5}, tries.parent / "y"), version), "does not see"),
+        (ray_node.look(SeesFiles({file: 6}, tries), version), "sees 5 bytes of"),
+        (ray_node.look(SeesFiles({tmp_path / "no": 5}, tries), version), "does not see"),
     ):
         assert answer is not None
         assert words in answer.message

@@ -14,6 +14,7 @@ import pytest
 import text_models
 import torch
 import transformers
+from elsewhere import RESOURCES, Elsewhere
 from helpers import nf4, nf4_ok, nf4_process, nightly_but, same_files
 from tiny_models import V
 
@@ -23,6 +24,7 @@ from nf4cli.engines.cpu import CpuEngine
 from nf4cli.format.codebook import codebook
 from nf4cli.format.config import QuantConfig
 from nf4cli.output.manifest import Manifest
+from nf4cli.proof.verify import verify
 from nf4cli.quality.calibration.gptq import DAMPING, feed_back, relative_loss
 from nf4cli.quality.calibration.passes import Calibration, Settings
 from nf4cli.quality.calibration.rounding import pack, round_matrix
@@ -297,6 +299,10 @@ def test_calibrated_verified_and_measured_again(work, method):
     errors = [t.error for t in manifest.tensors.values() if t.error]
     assert all((e.worst_block is not None) == (method == "gptq") for e in errors)
     nf4_ok("verify", "out", cwd=work)
+    engine, elsewhere = CpuEngine(), Elsewhere()  # codes and importance go along with each task
+    report = verify(work / "out", work / "model", engine, RESOURCES, cluster=elsewhere)
+    assert report.ok, report.findings
+    assert elsewhere.made
     # In another process, which shares no cache and no order of hashes with the first.
     again = ("verify", "out", "--source", "model", "--calibration", "text.txt")
     said = nf4_ok(*again, cwd=work, run=nf4_process)
