@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .api import (
         attest,
         dequantize,
+        diff,
         evaluate,
         inspect,
         inspect_tensor,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from .format.config import QuantConfig
 
 __all__ = [
-    "Listener", "QuantConfig", "attest", "dequantize", "evaluate", "inspect", "inspect_tensor",
-    "load", "plan", "push", "quantize", "verify",
+    "Listener", "QuantConfig", "attest", "dequantize", "diff", "evaluate", "inspect",
+    "inspect_tensor", "load", "plan", "push", "quantize", "verify",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from nf4cli import __version__
 from nf4cli.cli import app
+from nf4cli.cli.commands import Commands
 from nf4cli.planning.selection import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -49,11 +50,8 @@ def test_every_command_of_a_page_runs(page, least, tmp_path, gpu_nf4):
 
 def test_every_command_is_in_the_readme():
     text = CliRunner().invoke(app, ["--help"]).output
-    commands = {
-        c
-        for c in ("quantize", "verify", "dequantize", "inspect", "attest", "push", "eval")
-        if c in text
-    }
+    commands = set(Commands())
+    assert all(command in text for command in commands)
     assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..proof.attest import Attestation
     from ..quality.calibration.run import Calibrating
     from .decoding import Dequantized
+    from .diffing import Compared
     from .evaluating import Evaluated
     from .inspecting import Inspected
     from .pushing import Pushed
@@ -38,15 +39,15 @@ if TYPE_CHECKING:
     from .verifying import Verified
 
 __all__ = [
-    "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize", "evaluate",
-    "inspect", "inspect_tensor", "load", "plan", "push", "quantize", "verify",
+    "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize",
+    "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push", "quantize", "verify",
 ]  # fmt: skip
 
 Place = str | Path
 
 _RESULTS = {
-    "Dequantized": "decoding", "Inspected": "inspecting", "Quantized": "quantizing",
-    "Verified": "verifying",
+    "Compared": "diffing", "Dequantized": "decoding", "Inspected": "inspecting",
+    "Quantized": "quantizing", "Verified": "verifying",
 }  # fmt: skip
 """The modules of results' classes."""
 
@@ -282,6 +283,29 @@ def inspect_tensor(path: Place, tensor: str, *, listener: Listener = NOBODY) -> 
     from .inspecting import look_at_tensor
 
     return look_at_tensor(Path(path), tensor, listener)
+
+
+def diff(
+    a: Place,
+    b: Place,
+    *,
+    engine: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    listener: Listener = NOBODY,
+) -> Compared:
+    """Compare two checkpoints or pipelines, 4-bit or full, whoever wrote them.
+
+    Args:
+        a, b: the models.
+        engine, workers, memory, listener: as in `quantize`; the engine decodes.
+
+    Raises:
+        UsageError, InputError, MachineError: one cannot be read.
+    """
+    from .diffing import compare
+
+    return compare(Path(a), Path(b), Machine(engine, None, workers, memory, listener))
 
 
 def evaluate(

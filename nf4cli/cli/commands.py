@@ -17,7 +17,7 @@ from .panels import Command
 
 _FUNCTIONS = {
     "quantize": "quantize", "verify": "verify", "dequantize": "dequantize", "inspect": "inspect",
-    "attest": "attest", "push": "push", "eval": "eval_",
+    "diff": "diff", "attest": "attest", "push": "push", "eval": "eval_",
 }  # fmt: skip
 """The function of each command, in the module with the command's name; in the order of --help."""
 
