@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -175,7 +174,7 @@ class _Run:
         self._tasks = sorted(tasks, key=lambda task: -task.nbytes)
         self._known = [Report()] * len(tasks)
         self._tries, self._sent = [0] * len(tasks), [0.0] * len(tasks)
-        self._nodes = _Nodes(ray)
+        self._nodes, self._hears = _Nodes(ray), True
         here = ray.get_runtime_context().get_node_id()
         self.counter = (
             ray.remote(num_cpus=0)(Counter)
@@ -214,8 +213,10 @@ class _Run:
                 running[send(number, self._tasks[number])] = number
             if not running:
                 return
-            news = news or self.counter.news.remote()
-            done, _ = self._ray.wait([*running, news], num_returns=1, timeout=_EVERY)
+            if news is None and self._hears:
+                news = self.counter.news.remote()
+            awaited = [*running] if news is None else [*running, news]
+            done, _ = self._ray.wait(awaited, num_returns=1, timeout=_EVERY)
             stopping.check()
             for reference in done:
                 if reference == news:
@@ -254,10 +255,14 @@ class _Run:
         return [n for n in running if self._tries[n] <= _RETRIES and is_lost(n)]
 
     def _hear(self, reference: Any) -> None:
-        """Pass on what the tasks reported, as far as the counter lives."""
-        with suppress(self._ray.exceptions.RayError):
-            for number, report in self._ray.get(reference).items():
-                self._report(number, report)
+        """Pass on what the tasks reported, until the counter dies."""
+        try:
+            reports = self._ray.get(reference)
+        except self._ray.exceptions.RayError:
+            self._hears = False
+            return
+        for number, report in reports.items():
+            self._report(number, report)
 
     def _report(self, number: int, now: Report) -> None:
         """Count what a task did since its last report; one that is done again counts once."""
