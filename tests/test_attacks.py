@@ -20,16 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ATTACKS = Path(__file__).parent / "attacks"
-REFUSED = {"quantize": {3}, "inspect": {3}, "verify": {1, 3}, "dequantize": {3}}
-HARMLESS = {"quantize": {0, 3}, "inspect": {0}, "verify": {0, 1, 3}, "dequantize": {0, 3}}
+REFUSED = {"quantize": {3}, "inspect": {3}, "verify": {1, 3}, "dequantize": {3}, "diff": {3}}
+HARMLESS = {
+    "quantize": {0, 3}, "inspect": {0}, "verify": {0, 1, 3}, "dequantize": {0, 3}, "diff": {0, 3}
+}  # fmt: skip
 EXPECTED = {
     "safetensors": REFUSED,
     "index": REFUSED,
     "config": REFUSED,
     "pipeline": REFUSED,
     # These are beside a finished output, which quantize refuses for being one.
-    "state": {"inspect": {0}, "verify": {1}, "dequantize": {3}},
-    "manifest": {"inspect": {0, 3}, "verify": {1}},
+    "state": {"inspect": {0}, "verify": {1}, "dequantize": {3}, "diff": {3}},
+    "manifest": {"inspect": {0, 3}, "verify": {1}, "diff": {0}},
     "record": {"inspect": {0}, "verify": {1}, "dequantize": {0}},
 }
 VALID = {

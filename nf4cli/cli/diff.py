@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -100,12 +101,14 @@ def _print_part(console: Console, found: Difference) -> None:
     if order:
         headings = ("what", "weight", "changed", "codes", "rel. RMSE", "largest")
         print_rows(console, [headings, *map(_row, order[:_SHOWN])])
-    for difference in order[:_SHOWN]:
-        if difference.a != difference.b:
-            sides = f"{difference.a or 'nothing'} | {difference.b or 'nothing'}"
-            console.print(terminal.plain(f"  {difference.name}: {sides}"), soft_wrap=True)
     if (hidden := len(order) - _SHOWN) > 0:
         console.print(f"... and {hidden:,} more; --json has them all")
+    stored = Counter((d.a, d.b) for d in found.tensors if d.a != d.b)
+    for (a, b), count in stored.most_common():
+        sides = f"{a or 'nothing'} | {b or 'nothing'}"
+        console.print(
+            terminal.plain(f"{terminal.plural(count, 'weight')}: {sides}"), soft_wrap=True
+        )
     for key, (a, b) in found.config.items():
         values = f"{_short(a)} | {_short(b)}"
         console.print(terminal.plain(f"config.json {key}: {values}"), soft_wrap=True)

@@ -40,7 +40,8 @@ class TensorDifference:
         kind: "only in A", "only in B", "shape", "values" (of the weight as it is decoded), or
             "storage" (the same values, stored in another way).
         a, b: how each stores it, in words; "" where it does not.
-        elements: of the weight.
+        shape_a, shape_b: of the weight in each, None where there is none.
+        elements: of the weight, in A if it is there.
         changed: elements whose values differ, None where values were not compared.
         codes_changed: 4-bit codes that differ, None unless both are packed in the same type.
         rel_rmse: root of (sum of squared differences / sum of A's squares); None where it is not
@@ -52,6 +53,8 @@ class TensorDifference:
     kind: str
     a: str
     b: str
+    shape_a: tuple[int, ...] | None
+    shape_b: tuple[int, ...] | None
     elements: int
     changed: int | None = None
     codes_changed: int | None = None
@@ -107,12 +110,12 @@ class _Side:
 
     def words(self, name: str) -> str:
         """Return how a weight is stored, in words."""
-        weight, shape = self.packed.get(name), list(self.shape(name))
+        weight = self.packed.get(name)
         if weight is None:
-            return f"{self.stored[name][1].dtype} {shape}"
+            return self.stored[name][1].dtype
         state = weight.state
         nested = ", nested" if state.nested else ""
-        return f"{state.quant_type} {shape}, blocksize {state.blocksize}{nested}, {state.dtype}"
+        return f"{state.quant_type}, blocksize {state.blocksize}{nested}, {state.dtype}"
 
     def pieces(self, placed: Placed) -> Iterator[bytes]:
         """Yield the bytes of a stored tensor."""
@@ -199,12 +202,16 @@ def _of_weight(name: str, a: _Side, b: _Side) -> TensorDifference | None:
     """Return how a weight differs, None where it does not."""
     for mine, other, which in ((a, b, "only in A"), (b, a, "only in B")):
         if name not in other.stored:
-            words = ("", mine.words(name)) if mine is b else (mine.words(name), "")
-            return TensorDifference(name, which, *words, math.prod(mine.shape(name)))
+            words, shape = mine.words(name), mine.shape(name)
+            size = math.prod(shape)
+            if mine is a:
+                return TensorDifference(name, which, words, "", shape, None, size)
+            return TensorDifference(name, which, "", words, None, shape, size)
     shapes = a.shape(name), b.shape(name)
     described = partial(
-        TensorDifference, name, a=a.words(name), b=b.words(name), elements=math.prod(shapes[0])
-    )
+        TensorDifference, name, a=a.words(name), b=b.words(name), shape_a=shapes[0],
+        shape_b=shapes[1], elements=math.prod(shapes[0]),
+    )  # fmt: skip
     if shapes[0] != shapes[1]:
         return described(kind="shape")
     if _is_stored_alike(name, a, b):

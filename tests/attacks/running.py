@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("inspect", "m"),
     "verify": ("verify", "m", *CPU),
     "dequantize": ("dequantize", "m", "out-dequantize", *CPU),
+    "diff": ("diff", "m", "m", *CPU),
 }
 
 

@@ -87,9 +87,9 @@ def test_another_recipe(llama, llama_nf4, tmp_path):
     [
         (lambda t: t.update({NORM: t[NORM].float()}), "storage", {"changed": 0, "rel_rmse": 0}),
         (lambda t: t.update({NORM: t[NORM].double()}), "storage", {"changed": 0}),
-        (lambda t: t.pop(NORM), "only in A", {"b": "", "changed": None}),
+        (lambda t: t.pop(NORM), "only in A", {"b": "", "shape_b": None, "changed": None}),
         (lambda t: t.update(extra=torch.ones(3)), "only in B", {"a": "", "elements": 3}),
-        (lambda t: t.update({NORM: t[NORM][:7].clone()}), "shape", {"changed": None}),
+        (lambda t: t.update({NORM: t[NORM][:7].clone()}), "shape", {"shape_b": [7]}),
         (lambda t: t[NORM].fill_(torch.nan), "values", {"rel_rmse": None, "max_abs": None}),
         (lambda t: t[NORM][:3].add_(1), "values", {"changed": 3, "max_abs": 1}),
     ],
@@ -111,7 +111,12 @@ def test_tensors_that_are_no_floats(tmp_path):
 
 def test_in_words(llama, llama_nf4):
     done = nf4("diff", llama, llama_nf4)
-    for words in ("they differ", UP, "BF16 [128, 64]", "nf4 [128, 64], blocksize 64, nested"):
+    for words in (
+        "they differ",
+        UP,
+        "weights: BF16 | nf4, blocksize 64, nested, bfloat16",
+        "codes",
+    ):
         assert words in done.stdout
     assert nf4("diff", llama, llama_nf4, "--quiet").stdout == ""
 
