@@ -35,3 +35,8 @@ def format_duration(seconds: float) -> str:
         return f"{whole // 60}:{whole % 60:02} min"
     minutes = whole // 60
     return f"{minutes // 60:,}:{minutes % 60:02} h"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return `1 file` or `3 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

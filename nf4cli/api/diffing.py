@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.discovery import open_checkpoint
 from ..convert.listener import Stage
 from ..errors import InputError
 from . import sources
@@ -49,7 +48,8 @@ def compare(a: Path, b: Path, machine: Machine) -> Compared:
     """
     for path in (a, b):
         sources.require_there(path)
-    from ..proof.difference import compare as of_checkpoints  # it needs numpy, a refusal does not
+    from ..planning.pipeline_plan import part_shards  # it needs numpy, a refusal does not
+    from ..proof.difference import compare as of_checkpoints
 
     places = [sources.local(path, machine.listener) for path in (a, b)]
     called = [sources.shown(*pair) for pair in zip((a, b), places, strict=True)]
@@ -60,8 +60,12 @@ def compare(a: Path, b: Path, machine: Machine) -> Compared:
             "component's directory, like its transformer or unet"
         )
     both = sorted(first.keys() & second.keys())
-    pairs = [part for name in both for part in (first[name], second[name])]
-    total = sum(shard.size for part in pairs for shard in open_checkpoint(part).shards)
+    total = sum(
+        file.stat().st_size
+        for name in both
+        for part in (first[name], second[name])
+        for file in part_shards(part)
+    )
     engine, workers = machine.engine, machine.resources().workers
     with machine.listener.stage(Stage("comparing", total, " with ".join(called))) as progress:
         parts = {

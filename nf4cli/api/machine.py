@@ -61,12 +61,12 @@ class Machine:
 
     @property
     def crowd(self) -> Crowd | None:
-        """Who works in the cluster, None without one."""
+        """Return who works in the cluster, None without one."""
         return None if self.cluster is None else self.cluster.crowd
 
     @property
     def called(self) -> str:
-        """What does the work, for messages: an engine, or a cluster."""
+        """Return what does the work, for messages: an engine, or a cluster."""
         return self.engine.name if self.ray is None else f"ray ({self.ray})"
 
     @cached_property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..units import plural
 from . import engine_choice
 from .options import (  # fmt: skip
     DeviceOption,
@@ -124,7 +125,7 @@ def _print_next(place: Path, subjects: int, output: Path) -> None:
     from ..checkpoint.file_io import name_of
 
     console = terminal.out_console()
-    count = terminal.plural(subjects, "file")
+    count = plural(subjects, "file")
     console.print(f"[bold]{terminal.plain(place)}[/]: {count}; nobody has signed it yet")
     console.print(
         f"next    cosign attest-blob --statement {terminal.plain(place)} "

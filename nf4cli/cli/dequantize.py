@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..units import format_size
+from ..units import format_size, plural
 from . import completion, engine_choice, options
 from .options import (  # fmt: skip
     DeviceOption,
@@ -72,7 +72,7 @@ def dequantize(
             console.print(
                 f"[bold]{terminal.plain(output / name)}[/]: {summary.decoded} weights decoded, "
                 f"{summary.kept} kept, "
-                f"{format_size(summary.nbytes)} in {terminal.plural(summary.files, 'file')}"
+                f"{format_size(summary.nbytes)} in {plural(summary.files, 'file')}"
             )
         console.print(f"in {done.seconds:.2f} s ({done.engine})")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..units import format_size
+from ..units import format_size, plural
 from . import engine_choice
 from .options import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
 from .show import terminal
@@ -93,10 +93,8 @@ def _print(console: Console, done: Compared) -> None:
 
 def _print_part(console: Console, found: Difference) -> None:
     sizes = f"{format_size(found.bytes_a)} and {format_size(found.bytes_b)}"
-    differ = terminal.plural(len(found.tensors), "weight")
-    console.print(
-        f"{sizes}; {terminal.plural(found.same, 'weight')} alike, {differ} not", soft_wrap=True
-    )
+    differ = plural(len(found.tensors), "weight")
+    console.print(f"{sizes}; {plural(found.same, 'weight')} alike, {differ} not", soft_wrap=True)
     order = sorted(found.tensors, key=lambda d: (d.rel_rmse is not None, -(d.rel_rmse or 0)))
     if order:
         headings = ("what", "weight", "changed", "codes", "rel. RMSE", "largest")
@@ -106,9 +104,7 @@ def _print_part(console: Console, found: Difference) -> None:
     stored = Counter((d.a, d.b) for d in found.tensors if d.a != d.b)
     for (a, b), count in stored.most_common():
         sides = f"{a or 'nothing'} | {b or 'nothing'}"
-        console.print(
-            terminal.plain(f"{terminal.plural(count, 'weight')}: {sides}"), soft_wrap=True
-        )
+        console.print(terminal.plain(f"{plural(count, 'weight')}: {sides}"), soft_wrap=True)
     for key, (a, b) in found.config.items():
         values = f"{_short(a)} | {_short(b)}"
         console.print(terminal.plain(f"config.json {key}: {values}"), soft_wrap=True)

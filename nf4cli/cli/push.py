@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from ..units import format_size
+from ..units import format_size, plural
 from .options import JsonOption, QuietOption, WorkersOption
 from .show import terminal, views
 from .show.listener import TerminalListener
@@ -94,7 +94,7 @@ def _show(checked: Checked, published: Published) -> None:
     console = terminal.out_console()
     seen = "private" if published.private else "public"
     what = f"commit {published.commit[:12]}" if published.changed else "all of it was there already"
-    files = terminal.plural(len(checked.sha256), "file")
+    files = plural(len(checked.sha256), "file")
     console.print(
         f"[bold]{terminal.plain(published.url)}[/]: {files}, "
         f"{format_size(checked.nbytes)}, {seen}, {what}"

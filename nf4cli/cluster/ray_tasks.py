@@ -17,7 +17,7 @@ from ..callbacks import Notify, Progress, no_notice
 from ..convert.tasks import AnyTask, Check, Crowd, Task
 from ..convert.transfers import Transfers
 from ..errors import MachineError, TransferError, UsageError, error_with
-from ..units import format_duration, format_size
+from ..units import format_duration, format_size, plural
 from ..version import __version__
 from .ray_connection import connected
 from .ray_node import Counter, Done, Failed, Report, Settings, look, resources_for, work
@@ -77,8 +77,8 @@ class RayCluster:
                 )
             self.crowd.total += len(tasks)
             self._note(
-                f"Ray: {_count(len(nodes), 'node')}, {_count(at_once, 'file')} at a time, "
-                f"{_count(asked.threads, 'thread')} each"
+                f"Ray: {plural(len(nodes), 'node')}, {plural(at_once, 'file')} at a time, "
+                f"{plural(asked.threads, 'thread')} each"
             )
             run = _Run(ray, tasks, progress, moved or Transfers(), self.crowd)
             task_of = ray.remote(max_retries=_RETRIES, **asked.options)(work)
@@ -317,11 +317,6 @@ class _Nodes:
         """Return the nodes that have been dead for so long: id -> when that was noticed."""
         now = self._look()
         return {node: since for node, since in self._died.items() if now - since >= seconds}
-
-
-def _count(number: int, what: str) -> str:
-    """Return "1 node", "2 nodes"."""
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _that_pass(ray: Any, nodes: Sequence[dict[str, Any]], check: Check) -> list[dict[str, Any]]:

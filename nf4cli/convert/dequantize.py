@@ -23,7 +23,7 @@ from ..checkpoint.reader import ShardReaders
 from ..checkpoint.types import Checkpoint, FileDigests, Region, Shard, TensorInfo, View, Weight
 from ..checkpoint.untrusted import is_regular
 from ..checkpoint.writer import ShardLayout, ShardWriter, fill_shards, lay_out
-from ..engines.protocol import GRANULE, Engine
+from ..engines.protocol import Engine
 from ..errors import InputError, UsageError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, SAFETENSORS_NAME, TORCH_NAME
@@ -47,7 +47,7 @@ from .resume import Standing
 from .side_files import write_side_files
 from .tasks import Cluster, SeesFiles
 from .transfers import Transfers
-from .units import Unit, cut, require_unchanged, source_files
+from .units import UnitTask, cut, require_unchanged, source_files
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -168,32 +168,14 @@ def _decode_into(directory: Path, plan: Plan, tools: Tools) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeFile:
-    """The `Task` that writes one decoded file.
+class DecodeFile(UnitTask):
+    """The `Task` that writes one decoded file; all weights of its unit are made, none is digested.
 
     Attributes:
-        unit: all of whose weights are made, and no source file digested.
         place: takes the file.
     """
 
-    unit: Unit
     place: SharedPlace
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.unit.source_bytes
-
-    @property
-    def tensors(self) -> int:
-        return len(self.unit.plan.tensors)
-
-    @property
-    def granule(self) -> int:
-        return GRANULE
 
     def do(self, tools: Tools, moved: Transfers) -> None:
         with self.place.aside() as aside:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.file_io import sync
-from ..planning.resources import unit_of
 from .conversion import Conversion, Tools
 from .journal import Journal, Upload
 from .listener import NOBODY
 from .resume import Standing
 from .shard_files import ShardFiles
 from .transfers import Transfers
-from .units import Made, SharedSources, Sources, Unit, standing_of, with_own_progress
+from .units import Made, SharedSources, Sources, UnitTask, standing_of, with_own_progress
 
 _TRIES = ".tries"
 
@@ -109,34 +108,16 @@ def place_for_units(directory: Path, algorithm: str, fsync: bool) -> Iterator[Sh
 
 
 @dataclass(frozen=True, slots=True)
-class MakeFile:
+class MakeFile(UnitTask):
     """The `Task` that makes a unit; `do` returns a `Made`.
 
     Attributes:
-        unit: the unit.
         sources: bring its source files.
         place: takes its file.
     """
 
-    unit: Unit
     place: Place
     sources: Sources = field(default_factory=SharedSources)
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.unit.source_bytes
-
-    @property
-    def tensors(self) -> int:
-        return len(self.unit.plan.tensors)
-
-    @property
-    def granule(self) -> int:
-        return unit_of(self.unit.plan.config)
 
     def do(self, tools: Tools, moved: Transfers) -> Made:
         """Make the unit's output file, which its place takes when it is whole.

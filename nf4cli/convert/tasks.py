@@ -82,7 +82,7 @@ class Cluster(Protocol):
 
     @property
     def crowd(self) -> Crowd:
-        """How the run goes on."""
+        """Return how the run goes on."""
         ...
 
     def do(

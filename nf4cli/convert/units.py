@@ -19,6 +19,7 @@ from ..checkpoint.types import Checkpoint, FileDigests, Shard
 from ..errors import InputError
 from ..output.manifest import Result
 from ..planning.plan import Plan, TensorPlan
+from ..planning.resources import unit_of
 from .conversion import Tools, changed
 from .journal import Upload
 from .resume import Standing
@@ -53,6 +54,33 @@ class Unit:
     def source_bytes(self) -> int:
         """Bytes of the weights that it makes, as they are stored."""
         return sum(t.source_bytes for t in self.plan.tensors if t.name in self.made)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTask:
+    """What every `Task` about a unit says of itself; subclasses do it.
+
+    Attributes:
+        unit: the unit.
+    """
+
+    unit: Unit
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.unit.source_bytes
+
+    @property
+    def tensors(self) -> int:
+        return len(self.unit.plan.tensors)
+
+    @property
+    def granule(self) -> int:
+        return unit_of(self.unit.plan.config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from ..convert.units import (
     Collected,
     Made,
     Unit,
+    UnitTask,
     cut,
     require_unchanged,
     source_files,
@@ -30,7 +31,6 @@ from ..output.against_manifest import check_lists, report_digests
 from ..output.manifest import FileRecord, Manifest
 from ..output.report import Finding, Report
 from ..planning.plan import Plan
-from ..planning.resources import unit_of
 from .comparison import Compared, Comparison
 from .states import check_states
 
@@ -148,34 +148,16 @@ def check_files(
 
 
 @dataclass(frozen=True, slots=True)
-class CompareFile:
+class CompareFile(UnitTask):
     """The `Task` that makes a unit again, and compares it with a finished file.
 
     Attributes:
-        unit: the unit.
         output: the tensors of the finished checkpoint that the unit would make.
         algorithm: of the source files' digests.
     """
 
-    unit: Unit
     output: Checkpoint
     algorithm: str
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.unit.source_bytes
-
-    @property
-    def tensors(self) -> int:
-        return len(self.unit.plan.tensors)
-
-    @property
-    def granule(self) -> int:
-        return unit_of(self.unit.plan.config)
 
     def do(self, tools: Tools, moved: Transfers) -> Compared:
         unit = self.unit

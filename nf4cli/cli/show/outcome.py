@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...process_memory import peak_bytes
-from ...units import format_duration, format_size
+from ...units import format_duration, format_size, plural
 from .. import step_summary
 from . import terminal, views
 from .listener import TerminalListener, tell_resources
 from .outlook import outlook_document, show_outlook
 from .progress import count, shorten
 from .rows import Row, print_rows
-from .terminal import plain, plural
+from .terminal import plain
 
 if TYPE_CHECKING:
     from rich.console import Console

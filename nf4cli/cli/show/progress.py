@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ... import stopping
 from ...checkpoint.untrusted import printable
 from ...errors import UsageError
-from ...units import format_duration, format_size
+from ...units import format_duration, format_size, plural
 from . import terminal
 from .meter import Flow, Meter, Reading
 
@@ -398,7 +398,7 @@ def _crowd(reading: Reading) -> list[str]:
     crowd = reading.crowd
     if crowd is None or not crowd.total:
         return []
-    files, nodes = terminal.plural(crowd.total, "file"), terminal.plural(crowd.nodes, "node")
+    files, nodes = plural(crowd.total, "file"), plural(crowd.nodes, "node")
     return [f"{crowd.done} of {files}", nodes]
 
 

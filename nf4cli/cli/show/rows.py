@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ...checkpoint.untrusted import printable
-from .terminal import plural
+from ...units import plural
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -83,11 +83,6 @@ def plain(text: object) -> str:
     return escape(printable(str(text)))
 
 
-def plural(count: int, noun: str) -> str:
-    """Return `1 file` or `3 files`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 JSON_VERSION = 1
 """Version of every document of --json; docs/machine.md says what it promises."""
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...units import format_size
+from ...units import format_size, plural
 from .rows import Row, print_names, print_rows
-from .terminal import plain, plural
+from .terminal import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
