@@ -217,6 +217,7 @@ def _planned(
     if calibrating:
         source = sources.whole(source, "--calibration", bounded, request.listener)
     checkpoint = with_copies(source.open(), request.copy)
+    request.require_recipe_of(checkpoint)
     output = request.place(checkpoint.name)
     if scans or calibrating:
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
@@ -251,6 +252,10 @@ def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
 
 def _refuse_data(request: Request) -> None:
     """Raise UsageError if an option was given that does not go with a pipeline."""
+    if request.recipe_file is not None:
+        raise UsageError(
+            "--recipe is for one checkpoint, and this is a pipeline: give a component's directory"
+        )
     data = {"--importance": request.importance_file, "--calibration": request.calibrating}
     for option, given in data.items():
         if given is not None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..hub.publish import Publication
     from ..planning.answer import Answer
     from ..planning.plan import Plan
+    from ..planning.recipe_file import Recipe
     from ..quality.calibration.run import Calibrating
 
 SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
@@ -43,6 +44,7 @@ class Request:
         config: the recipe; `recipe` replaces its `max_shard_size`.
         shard_size: bytes of the largest output file, None for the default.
         copy: patterns of files that are copied beside those that a model is made of.
+        recipe_file: formats of modules, see planning/recipe_file.py; None for one format.
         importance_file: weights errors when scales are searched for, None for no data.
         calibrating: text to run through the model first, None for no calibration.
         exact: ask transformers which modules it holds in 4 bit, whatever the family.
@@ -64,6 +66,7 @@ class Request:
     config: QuantConfig = field(default_factory=QuantConfig)
     shard_size: int | None = None
     copy: tuple[str, ...] = ()
+    recipe_file: Path | None = None
     importance_file: Path | None = None
     calibrating: Calibrating | None = None
     exact: bool = False
@@ -112,6 +115,22 @@ class Request:
         require_there(self.source)
         check_options(self.recipe)
 
+    @cached_property
+    def module_recipe(self) -> Recipe | None:
+        """The recipe file, read at its first use; None where none was asked for.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from ..planning.recipe_file import load_recipe
+
+        return None if self.recipe_file is None else load_recipe(self.recipe_file)
+
+    def require_recipe_of(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError if the recipe file was made for another model."""
+        if self.module_recipe is not None and self.recipe_file is not None:
+            self.module_recipe.require_model(checkpoint, self.recipe_file)
+
     @property
     def leaving(self) -> bool:
         """Return whether the output goes to the Hub alone."""
@@ -119,10 +138,15 @@ class Request:
 
     @cached_property
     def recipe(self) -> QuantConfig:
-        """The recipe, with the largest output file decided."""
+        """The recipe, with the formats of its file, and the largest output file decided."""
+        from ..planning.recipe_file import with_recipe
+
+        config = self.config
+        if self.module_recipe is not None:
+            config = with_recipe(config, self.module_recipe)
         leaves = self.disk is not None and self.leaving
         default = LEAVING_SHARD_BYTES if leaves else SHARD_BYTES
-        return replace(self.config, max_shard_size=self.shard_size or default)
+        return replace(config, max_shard_size=self.shard_size or default)
 
     def place(self, name: str) -> Path:
         """Return the output's directory; the run works beside it.

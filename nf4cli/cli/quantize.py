@@ -37,8 +37,18 @@ def quantize(
         bool,
         typer.Option("--resume", help="Continue a stopped run; start one where there is none"),
     ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            show_default=False,
+            help="Each module's format, by nf4 plan",
+            rich_help_panel=panels.FORMAT,
+        ),
+    ] = None,
     blocksize: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--blocksize",
             metavar="N",
@@ -47,7 +57,7 @@ def quantize(
             rich_help_panel=panels.FORMAT,
             autocompletion=completion.blocksizes,
         ),
-    ] = 64,
+    ] = None,
     quant_type: Annotated[
         str,
         typer.Option(
@@ -59,14 +69,14 @@ def quantize(
         ),
     ] = "nf4",
     double_quant: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--double-quant/--no-double-quant",
             show_default=False,
             help="8-bit scales (default)",
             rich_help_panel=panels.FORMAT,
         ),
-    ] = True,
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
@@ -320,8 +330,8 @@ def quantize(
         output=output,
         config=QuantConfig(
             quant_type=quant_type,
-            blocksize=blocksize,
-            double_quant=double_quant,
+            blocksize=64 if blocksize is None else blocksize,
+            double_quant=double_quant is not False,
             quant_storage=quant_storage,
             compute_dtype=compute_dtype,
             dtype=dtype,
@@ -334,6 +344,7 @@ def quantize(
         ),
         shard_size=_size(max_shard_size, "--max-shard-size"),
         copy=tuple(copy or ()),
+        recipe_file=_recipe_file(recipe, blocksize, double_quant),
         importance_file=importance,
         calibrating=Calibrating.of(
             calibration, calibration_tokens, calibration_length, damping, save_importance
@@ -367,6 +378,20 @@ def quantize(
 
 def _size(text: str | None, option: str) -> int | None:
     return None if text is None else options.parse_size(text, option)
+
+
+def _recipe_file(recipe: Path | None, blocksize: int | None, nested: bool | None) -> Path | None:
+    """Return --recipe.
+
+    Raises:
+        UsageError: an option is given that the recipe decides.
+    """
+    from ..errors import UsageError
+
+    for option, given in (("--blocksize", blocksize), ("--double-quant", nested)):
+        if recipe is not None and given is not None:
+            raise UsageError(f"{option} is the recipe's to say, in [default]: leave it out")
+    return recipe
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:

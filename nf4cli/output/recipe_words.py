@@ -18,7 +18,9 @@ def options_of(config: QuantConfig) -> Iterable[str]:
         value, default = getattr(config, field.name), getattr(defaults, field.name)
         if value == default or field.name in ("keep", "expert_layout", "shard_cuts", *_CHOICE):
             continue
-        if field.name == "double_quant":
+        if field.name == "formats":
+            yield from ("--recipe", "RECIPE.toml")
+        elif field.name == "double_quant":
             yield "--no-double-quant"
         elif field.name == "asked":
             yield "--exact"
@@ -43,6 +45,19 @@ def how_chosen(config: QuantConfig) -> str:
     if config.importance:
         return ", scales chosen by the importance of inputs"
     return ", scales chosen by loss" if config.scale == "search" else ""
+
+
+def packing_words(config: QuantConfig) -> str:
+    """Return how weights are packed: "blocksize 64, nested; 32 for 12 modules by a recipe"."""
+
+    def words(blocksize: int, nested: bool) -> str:
+        return f"blocksize {blocksize}, {'nested' if nested else 'float32'}"
+
+    apart = [
+        f"{words(each.blocksize, each.double_quant)} for {len(each.modules):,} by the recipe"
+        for each in config.formats
+    ]
+    return "; ".join([words(config.blocksize, config.double_quant), *apart])
 
 
 def why_not_by_digests(config: QuantConfig, digest: str, on_a_hub: bool) -> str | None:

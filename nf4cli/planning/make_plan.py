@@ -26,6 +26,7 @@ from ..format.dtypes import FLOAT64, ITEMSIZE, STORAGE_NAME, TORCH_NAME
 from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
+from .formats import formats_of, require_formats
 from .notes import importance_notes, notes_of
 from .options import check_options
 from .plan import Plan, TensorPlan
@@ -146,7 +147,12 @@ def _plan(
         choices: by weight name.
         skip: llm_int8_skip_modules of the output.
     """
-    tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
+    recipe_of = formats_of(config)
+    tensors = [
+        _plan_weight(w, choices[w.name], recipe_of(selection.module_path(w.name)), model_dtype)
+        for w in content.weights
+    ]
+    _refuse_unknown_formats(tensors, config)
     tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
     require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
@@ -159,7 +165,7 @@ def _plan(
         tensors=tuple(tensors),
         shards=tuple(shards),
         index=index,
-        output_config=_output_config(checkpoint, config, skip),
+        output_config=_output_config(checkpoint, config, tensors, skip),
         notes=(
             *notes_of(checkpoint, config, tensors),
             *(importance_notes(importance, tensors) if importance else ()),
@@ -239,6 +245,14 @@ def _plan_weight(
     )
     outputs = bnb_format.expected_tensors(weight.name, state, config.quant_storage)
     return TensorPlan(weight, "quantize", rule.name, rule.reason, view, state, outputs)
+
+
+def _refuse_unknown_formats(tensors: Sequence[TensorPlan], config: QuantConfig) -> None:
+    """Raise UsageError if the recipe gives a format to what does not become 4-bit."""
+    if config.formats:
+        paths = {selection.module_path(t.name): t.state is not None for t in tensors if t.outputs}
+        packed = [path for path, is_packed in paths.items() if is_packed]
+        require_formats(config, packed, paths.keys())
 
 
 def _drop(shard: Shard, tensor: TensorInfo, reason: str) -> TensorPlan:
@@ -328,14 +342,22 @@ def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
 
 
 def _output_config(
-    checkpoint: Checkpoint, config: QuantConfig, skip: list[str]
+    checkpoint: Checkpoint, config: QuantConfig, tensors: Sequence[TensorPlan], skip: list[str]
 ) -> dict[str, Any] | None:
+    """Return the new config.json, None where the source has none.
+
+    Loaders read each weight's own state; of several formats, config.json tells one.
+    """
     if not checkpoint.config:
         return None
     output = model_config.without_quantization(checkpoint.config)
     output.pop(WEIGHTS_KEY, None)  # the output's files have the names that a loader looks for
     model_config.set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
-        config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
+        config.quant_type,
+        any(tensor.state.nested for tensor in tensors if tensor.state),
+        config.quant_storage,
+        config.compute_dtype,
+        skip,
     )
     return output

@@ -56,8 +56,13 @@ def unit_of(config: QuantConfig) -> int:
     At least a granule; under a search of doubly quantized scales, all blocks that share a
     nested_absmax.
     """
-    together = config.scale == "search" and config.double_quant
-    return max(GRANULE, NESTED_BLOCKSIZE * config.blocksize if together else 0)
+    return max(GRANULE, NESTED_BLOCKSIZE * _together(config))
+
+
+def _together(config: QuantConfig) -> int:
+    """Return the largest blocksize whose nested scales are chosen, 0 for none."""
+    nested = [blocksize for blocksize, nested in config.packings if nested]
+    return max(nested, default=0) if config.scale == "search" else 0
 
 
 def require_chunk(config: QuantConfig, resources: Resources) -> None:
@@ -67,7 +72,7 @@ def require_chunk(config: QuantConfig, resources: Resources) -> None:
     if unit > GRANULE and resources.chunk < need:
         raise UsageError(
             f"--memory leaves buffers of {resources.chunk:,} bytes, and --blocksize "
-            f"{config.blocksize} under chosen scales needs {need:,}: give more memory, or leave "
+            f"{_together(config)} under chosen scales needs {need:,}: give more memory, or leave "
             "--memory out"
         )
 

@@ -34,6 +34,7 @@ from ..output.recorded_choices import (
 from ..output.report import Report
 from ..planning import selection, skip_list
 from ..planning.families import names_of
+from ..planning.formats import formats_like
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..version import __version__
@@ -255,6 +256,12 @@ def _is_text(path: Path, pieces: Iterable[str]) -> bool:
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:
     """Return the recipe of a checkpoint without manifest, as far as its files show it."""
     weight = next(iter(weights.values()))
+    (blocksize, nested), formats = formats_like(
+        {
+            selection.module_path(name): (each.state.blocksize, each.state.nested)
+            for name, each in weights.items()
+        }
+    )
     kept = next(
         (
             TORCH_NAME[t.dtype]
@@ -280,8 +287,9 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
     ]
     return QuantConfig(
         quant_type=weight.state.quant_type,
-        blocksize=weight.state.blocksize,
-        double_quant=weight.state.nested,
+        blocksize=blocksize,
+        double_quant=nested,
+        formats=formats,
         quant_storage=bnb_format.storage_of(weight.packed[1]) or "uint8",
         compute_dtype=(
             compute if isinstance(compute, str) and compute in SAFETENSORS_NAME else "auto"
