@@ -14,6 +14,7 @@ from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     FsyncOption,
+    HtmlOption,
     JsonOption,
     MemoryOption,
     QuietOption,
@@ -301,6 +302,7 @@ def quantize(
             autocompletion=completion.digests,
         ),
     ] = "auto",
+    html: HtmlOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -309,8 +311,9 @@ def quantize(
     from ..api.request import Request
     from ..errors import UsageError
     from ..format.config import QuantConfig
+    from .html_file import HtmlFile
     from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
-    from .show.outcome import conclude, show_plan, tell_plan
+    from .show.outcome import conclude, page_of, show_plan, tell_plan
 
     if quiet and verbose:
         raise UsageError("--quiet and --verbose do not go together: leave one of them out")
@@ -350,16 +353,19 @@ def quantize(
         resume=resume,
         listener=listener,
     )
+    if plan and html is not None:
+        raise UsageError("--plan writes nothing: leave --html out")
     request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
 
-    with prepared(request, only_plan=plan) as job:
+    with HtmlFile(html, source, output) as file, prepared(request, only_plan=plan) as job:
         if plan:
             show_plan(job, json)
             return
         if verbose:
             tell_plan(job)
         done = job.run()
+        file.write(lambda: page_of(job, done))
         if verbose:
             tell_times(job.seconds, done.seconds)
         conclude(job, done, listener, disk, json, quiet)

@@ -95,9 +95,7 @@ def format_map(label: str, caption: str, grid: Grid[tuple[str, str]]) -> Html:
     Args:
         grid: of (short form of at most five characters, words).
     """
-    found = dict(
-        value for values in grid.cells.values() for value in values
-    )
+    found = dict(value for values in grid.cells.values() for value in values)
     order = sorted(found)
     colour = {short: min(i, _FORMATS - 1) for i, short in enumerate(order)}
     kept = {cell: sorted(set(values))[0][0] for cell, values in grid.cells.items()}

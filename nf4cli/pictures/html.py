@@ -63,9 +63,7 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]
 
 def scrolling(label: str, *children: Html) -> Html:
     """Return a box that scrolls sideways, also with the keys."""
-    return element(
-        "div", *children, class_="scroll", tabindex="0", role="region", aria_label=label
-    )
+    return element("div", *children, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], sections: Iterable[Html]) -> bytes:
@@ -91,7 +89,9 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Iterable[Html])
         element("a", "Skip to the charts", href="#main", class_="skip"),
         element("header", element("h1", title), element("dl", *known)),
         element("main", *sections, id="main", tabindex="-1"),
-        element("footer", f"Written by nf4 {__version__}. This page loads nothing and runs no script."),
+        element(
+            "footer", f"Written by nf4 {__version__}. This page loads nothing and runs no script."
+        ),
     )
     whole = element("html", head, body, lang="en")
     return f"<!doctype html>\n{whole}\n".encode("utf-8", "replace")

@@ -61,7 +61,9 @@ def grids(values: Mapping[str, Value]) -> list[Grid[Value]]:
 
 def _grid(place: str, found: list[tuple[int, str, Value]], most: int) -> Grid[Value]:
     common = {kind for kind, _ in Counter(k for _, k, _ in found).most_common(_MOST_KINDS)}
-    kinds = tuple(dict.fromkeys(kind for _, kind, _ in sorted(found, key=_by_layer) if kind in common))
+    kinds = tuple(
+        dict.fromkeys(kind for _, kind, _ in sorted(found, key=_by_layer) if kind in common)
+    )
     layers = sorted({layer for layer, _, _ in found})
     together = -(-len(layers) // max(1, most // len(kinds)))
     rows = [layers[i : i + together] for i in range(0, len(layers), together)]
