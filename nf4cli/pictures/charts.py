@@ -179,7 +179,7 @@ def bars(
     scale = {"scale": {"type": "symlog"}} if log else {}
     spec = {
         "data": {"values": values}, "width": 110,
-        "height": {"step": 13 if len(series) > 1 else 17, "for": "offset" if offset else "position"},
+        "height": {"step": 13, "for": "offset"} if offset else {"step": 17},
         "encoding": {"y": y, **offset, "x": {
             "field": "value", "type": "quantitative", "axis": None, **scale}},
         "layer": [
@@ -188,11 +188,10 @@ def bars(
                       "fill": "var(--ink)"}, "encoding": {"text": {"field": "text"}}},
         ],
     }  # fmt: skip
-    key = Html("")
     if len(series) > 1:
         caption += f" In each row, above: {series[0]}; below: {series[1]}."
     data = table(label, ("", *series), [(n, *map(form, v)) for n, v in rows])
-    return _figure(label, caption, spec, key, data)
+    return _figure(label, caption, spec, Html(""), data)
 
 
 def intervals(

@@ -250,10 +250,11 @@ def of_eval(done: Evaluated, rows: Sequence[tuple[str, str, str]]) -> bytes:
     ]
     for name, measured in done.texts.items():
         if measured.ranges:
-            places = [(f"{r.first}-{r.last}", *r.kl.as_list()) for r in measured.ranges]
+            places = [
+                (f"{r.first}-{r.last}", r.kl.value, r.kl.low, r.kl.high) for r in measured.ranges
+            ]
             caption = "KL divergence by tokens before, mean and 95% interval over windows."
-            label = f"KL divergence by position, {name}"
-            chart = intervals(label, caption, [(p[0], p[1], p[2], p[3]) for p in places], "nats")
+            chart = intervals(f"KL divergence by position, {name}", caption, places, "nats")
             sections.append(section(f"By position: {name}", chart))
         if measured.worst:
             tokens = [(w.before, w.token, f"{w.kl:.3f}", f"{w.window}", f"{w.position}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,11 +58,11 @@ def by_position(kl: NDArray[np.float64]) -> tuple[Range, ...]:
     windows, length = kl.shape
     edges = np.unique(np.linspace(0, length, _RANGES + 1).astype(int))
     ranges = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         blocks = list(np.arange(windows * (stop - start)).reshape(windows, -1))
         column = {"kl": kl[:, start:stop].reshape(-1)}
         kept = figures(column, blocks, {"kl": statistics.mean("kl")})
-        ranges.append(Range(int(start) + 1, int(stop), kept["kl"]))
+        ranges.append(Range(start + 1, stop, kept["kl"]))
     return tuple(ranges)
 
 
