@@ -74,7 +74,8 @@ def figures_of(
     engine, workers = engines.load("cpu"), processors()
     found = {}
     for name, part in seen.parts.items():
-        with listener.stage(Stage("reading", part.nbytes, seen.called)) as progress:
+        nbytes = sum(group.nbytes for group in part.groups if group.packed)
+        with listener.stage(Stage("reading", nbytes, seen.called)) as progress:
             checkpoint = open_checkpoint(place / name)
             found[name] = weight_figures(checkpoint, engine, workers, progress)
     return found

@@ -309,14 +309,13 @@ def quantize(
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..api.request import Request
-    from ..errors import UsageError
     from ..format.config import QuantConfig
     from .html_file import HtmlFile
     from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
     from .show.outcome import conclude, page_of, show_plan, tell_plan
 
-    if quiet and verbose:
-        raise UsageError("--quiet and --verbose do not go together: leave one of them out")
+    _refuse_together({"--quiet": quiet, "--verbose": verbose})
+    _refuse_together({"--plan": plan, "--html": html is not None})
     listener = TerminalListener(quiet, verbose)
     request = Request(
         source=source,
@@ -353,8 +352,6 @@ def quantize(
         resume=resume,
         listener=listener,
     )
-    if plan and html is not None:
-        raise UsageError("--plan writes nothing: leave --html out")
     request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
 
@@ -369,6 +366,15 @@ def quantize(
         if verbose:
             tell_times(job.seconds, done.seconds)
         conclude(job, done, listener, disk, json, quiet)
+
+
+def _refuse_together(given: dict[str, bool]) -> None:
+    """Raise UsageError if all of these options are given."""
+    from ..errors import UsageError
+
+    if all(given.values()):
+        names = " and ".join(given)
+        raise UsageError(f"{names} do not go together: leave one of them out")
 
 
 def _size(text: str | None, option: str) -> int | None:
