@@ -190,7 +190,7 @@ def bars(
     }  # fmt: skip
     if len(series) > 1:
         caption += f" In each row, above: {series[0]}; below: {series[1]}."
-    data = table(label, ("", *series), [(n, *map(form, v)) for n, v in rows])
+    data = table(label, ("name", *series), [(n, *map(form, v)) for n, v in rows])
     return _figure(label, caption, spec, Html(""), data)
 
 
@@ -220,6 +220,6 @@ def intervals(
              "encoding": {"x": {"field": "value", **x}}},
         ],
     }  # fmt: skip
-    data = table(label, ("", unit, "from", "to"), [
+    data = table(label, ("name", unit, "from", "to"), [
         (n, f"{v:.5g}", f"{low:.5g}", f"{high:.5g}") for n, v, low, high in rows])  # fmt: skip
     return _figure(label, caption, spec, Html(""), data)

@@ -58,7 +58,7 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[object]
     whole = element(
         "table", element("caption", caption), element("thead", head), element("tbody", *body)
     )
-    return scrolling(caption, whole)
+    return scrolling(f"Table: {caption}", whole)
 
 
 def scrolling(label: str, *children: Html) -> Html:

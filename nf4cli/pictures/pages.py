@@ -267,5 +267,5 @@ def of_eval(done: Evaluated, rows: Sequence[tuple[str, str, str]]) -> bytes:
                   for f in (m.figures[figure] for m in done.texts.values())))
         for label, figure, shape in rows
     ]  # fmt: skip
-    data = table("All figures, with 95% intervals", ("", *done.texts), figures)
+    data = table("All figures, with 95% intervals", ("figure", *done.texts), figures)
     return page("nf4 eval", facts, [*sections, section("Figures", data)])

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from functools import cache
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,8 @@ def browser() -> Iterator[object]:
         opened.close()
 
 
-def page_of(names: list[str], called: str = "model-nf4") -> bytes:
+@cache
+def page_of(names: tuple[str, ...], called: str = "model-nf4") -> bytes:
     """The page of nf4 inspect for weights of such names."""
     chance = random.Random(0)
     errors = {n: TensorError(chance.gauss(0.095, 0.004), 0.3, 4096, 5) for n in names}
@@ -47,17 +50,17 @@ def page_of(names: list[str], called: str = "model-nf4") -> bytes:
     return of_inspect(called, {"": (WeightFigures(weights, codes, absmax), errors)})
 
 
-def dense(layers: int) -> list[str]:
-    return [f"model.layers.{i}.{kind}.weight" for i in range(layers) for kind in DENSE]
+def dense(layers: int) -> tuple[str, ...]:
+    return tuple(f"model.layers.{i}.{kind}.weight" for i in range(layers) for kind in DENSE)
 
 
-def experts() -> list[str]:
-    return [
+def experts() -> tuple[str, ...]:
+    return tuple(
         f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight"
         for layer in range(52)
         for expert in range(128)
         for kind in ("gate_proj", "up_proj", "down_proj")
-    ]
+    )
 
 
 def test_pages_are_small():
@@ -80,7 +83,7 @@ def test_names_are_split_by_layer_and_kind():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("names", [[*dense(30), HOSTILE], experts()], ids=["dense", "experts"])
+@pytest.mark.parametrize("names", [(*dense(30), HOSTILE), experts()], ids=["dense", "experts"])
 def test_a_page_is_quiet_and_fits(browser, tmp_path, names, width, scheme):
     file = tmp_path / "page.html"
     file.write_bytes(page_of(names, called=f"{HOSTILE}{'x' * 500}"))
@@ -117,7 +120,8 @@ CONTRAST = """() => {
   const ratio = (a, b) => { const [x, y] = [light(a), light(b)];
     return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05); };
   const pairs = [...Array(8).keys()].flatMap(i => [[`--h${i}`, `--i${i}`], [`--c${i}`, '--ci']]);
-  pairs.push(['--card', '--ink'], ['--card', '--soft'], ['--card', '--link'], ['--paper', '--soft']);
+  pairs.push(['--card', '--ink'], ['--card', '--soft'], ['--card', '--link']);
+  pairs.push(['--paper', '--soft']);
   const bars = ['--a', '--b'].map(c => [c, ratio(c, '--card'), 3]);
   return [...pairs.map(([a, b]) => [a, ratio(a, b), 4.5]), ...bars].filter(([, r, l]) => !(r >= l));
 }"""
@@ -168,7 +172,7 @@ def test_commands_write_pages(llama, tmp_path):
         done = run_inside(*words, "--html", page)
         assert done.returncode == (words[0] == "diff"), done.stderr
         assert page.read_text().count("<svg") >= 2
-        assert "default-src 'none'" in page.read_text()
+        assert "default-src 'none'" in unescape(page.read_text())
     assert not list(tmp_path.glob(".*partial*"))
 
 
