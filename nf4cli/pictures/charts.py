@@ -37,7 +37,7 @@ def _svg(spec: dict[str, Any]) -> Html:
 
     whole = {
         "$schema": "https://vega.github.io/schema/vega-lite/v5.json", "background": None,
-        "padding": 4, "config": _CONFIG, **spec,
+        "padding": {"left": 12, "top": 4, "right": 12, "bottom": 4}, "config": _CONFIG, **spec,
     }  # fmt: skip
     text: str = vl_convert.vegalite_to_svg(whole, allowed_base_urls=[])
     return Html(text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1))
