@@ -95,7 +95,10 @@ def format_map(label: str, caption: str, grid: Grid[tuple[str, str]]) -> Html:
     Args:
         grid: of (short form of at most five characters, words).
     """
-    found = dict(value for values in grid.cells.values() for value in values)
+    words: dict[str, set[str]] = {}
+    for short, long in (value for values in grid.cells.values() for value in values):
+        words.setdefault(short, set()).add(long)
+    found = {short: " or ".join(sorted(long)) for short, long in words.items()}
     order = sorted(found)
     colour = {short: min(i, _FORMATS - 1) for i, short in enumerate(order)}
     kept = {cell: sorted(set(values))[0][0] for cell, values in grid.cells.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from ..output.weight_figures import OUTLIER
@@ -72,6 +73,7 @@ def _planned(tensor: TensorPlan) -> tuple[str, str]:
 
 def _errors(errors: Mapping[str, TensorError], of: str) -> Iterator[Html]:
     """Yield sections about the error of rounding, none where it is not known."""
+    errors = {name: error for name, error in errors.items() if isfinite(error.rel_rmse)}
     if not errors:
         return
     caption = (
