@@ -6,17 +6,26 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import run_inside
 
+from nf4cli import engines
+from nf4cli.api.evaluating import Evaluated, Measured
+from nf4cli.checkpoint.discovery import open_checkpoint
+from nf4cli.checkpoint.packed import PackedReader, find_weights
+from nf4cli.checkpoint.reader import ShardReaders
 from nf4cli.output.manifest import TensorError
-from nf4cli.output.weight_figures import Stored, WeightFigures
+from nf4cli.output.weight_figures import Stored, WeightFigures, weight_figures
 from nf4cli.pictures.layers import grids, split_name
-from nf4cli.pictures.pages import of_inspect
+from nf4cli.pictures.pages import of_eval, of_inspect
+from nf4cli.quality.evaluation.positions import by_position, worst
+from nf4cli.quality.evaluation.statistics import Figure
 
 CHROMIUM = os.environ.get("NF4_CHROMIUM") or shutil.which("chromium")
 HOSTILE = "model.layers.0.</script><script>alert(1)</script>\u202e<img src=x onerror=alert(1)>&\"'"
@@ -194,3 +203,49 @@ def test_a_page_needs_its_extra(llama, tmp_path, monkeypatch):
     assert done.returncode == 4
     assert "nf4cli[pictures]" in done.stderr
     assert not Path(tmp_path / "out").exists()
+
+
+def test_the_page_of_a_pipeline_names_its_components(pipe, tmp_path):
+    out = tmp_path / "out"
+    done = run_inside("quantize", pipe, out, "-q", "--html", tmp_path / "q.html")
+    assert done.returncode == 0, done.stderr
+    done = run_inside("inspect", out, "--json", "--html", tmp_path / "i.html")
+    assert done.returncode == 0, done.stderr
+    for name in ("q.html", "i.html"):
+        assert "Error in transformer" in (tmp_path / name).read_text()
+
+
+def test_outlier_blocks_are_counted_as_numpy_counts_them(llama_nf4):
+    checkpoint = open_checkpoint(llama_nf4)
+    figures = weight_figures(checkpoint, engines.load("cpu"))
+    with ShardReaders(checkpoint.shards) as readers:
+        weights, _ = find_weights(checkpoint, readers)
+        reader = PackedReader(readers, engines.load("cpu"))
+        assert weights
+        for name, weight in weights.items():
+            absmax = reader.absmax(weight, 0, weight.blocks)
+            seen = figures.weights[name]
+            assert seen.blocks == absmax.size
+            assert seen.largest == absmax.max()
+            assert absmax[seen.block] == seen.largest
+            assert seen.median == pytest.approx(np.median(absmax), rel=0.06)
+    total = sum(weight.numel for weight in weights.values())
+    assert sum(count for _, count in figures.codes["nf4"]) == total
+    assert sum(n for *_, n in figures.absmax) == sum(w.blocks for w in weights.values())
+
+
+def test_the_worst_tokens_of_hostile_text_are_only_text():
+    kl = np.zeros((2, 31))
+    kl[1, 4] = 3.0
+    (first, *_) = worst(kl)
+    assert (first.window, first.position, first.kl) == (1, 5, 3.0)
+    figure = Figure(0.1, 0.05, 0.2)
+    measured = Measured(
+        62, {"kl_mean": figure}, by_position(kl), (replace(first, before=HOSTILE, token="</td>"),)
+    )
+    done = Evaluated(Path("o"), Path("s"), HOSTILE, "causal", {HOSTILE: measured}, ())
+    page = of_eval(done, [("KL", "kl_mean", "{:.3f}")]).decode()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "\u202e" not in page
+    assert page.count("&lt;/td&gt;") == 1
