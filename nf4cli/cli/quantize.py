@@ -14,6 +14,7 @@ from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     FsyncOption,
+    HtmlOption,
     JsonOption,
     MemoryOption,
     QuietOption,
@@ -311,19 +312,20 @@ def quantize(
             autocompletion=completion.digests,
         ),
     ] = "auto",
+    html: HtmlOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..api.request import Request
-    from ..errors import UsageError
     from ..format.config import QuantConfig
+    from .html_file import HtmlFile
     from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
-    from .show.outcome import conclude, show_plan, tell_plan
+    from .show.outcome import conclude, page_of, show_plan, tell_plan
 
-    if quiet and verbose:
-        raise UsageError("--quiet and --verbose do not go together: leave one of them out")
+    _refuse_together({"--quiet": quiet, "--verbose": verbose})
+    _refuse_together({"--plan": plan, "--html": html is not None})
     listener = TerminalListener(quiet, verbose)
     request = Request(
         source=source,
@@ -364,16 +366,26 @@ def quantize(
     request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
 
-    with prepared(request, only_plan=plan) as job:
+    with HtmlFile(html, source, output) as file, prepared(request, only_plan=plan) as job:
         if plan:
             show_plan(job, json)
             return
         if verbose:
             tell_plan(job)
         done = job.run()
+        file.write(lambda: page_of(job, done))
         if verbose:
             tell_times(job.seconds, done.seconds)
         conclude(job, done, listener, disk, json, quiet)
+
+
+def _refuse_together(given: dict[str, bool]) -> None:
+    """Raise UsageError if all of these options are given."""
+    from ..errors import UsageError
+
+    if all(given.values()):
+        names = " and ".join(given)
+        raise UsageError(f"{names} do not go together: leave one of them out")
 
 
 def _size(text: str | None, option: str) -> int | None:

@@ -118,6 +118,14 @@ def show_plan(job: Job, json: bool) -> None:
         show_outlook(outlook)
 
 
+def page_of(job: Job, done: Quantized) -> bytes:
+    """Return the page of --html."""
+    from ...pictures.pages import of_quantize
+
+    parts = {name: (job.model.parts[name], found) for name, found in done.manifests.items()}
+    return of_quantize(job.destination, parts)
+
+
 def conclude(
     job: Job, done: Quantized, listener: TerminalListener, disk: str | None, json: bool, quiet: bool
 ) -> None:
