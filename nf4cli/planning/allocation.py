@@ -132,7 +132,7 @@ def _improve(units: Sequence[Sequence[Option]], budget: int, relaxed: _Relaxed) 
     """Return the best choice, found among what can be better than the relaxation's."""
     price, best = relaxed.price, list(relaxed.chosen)
     best_loss = sum(options[i].loss for options, i in zip(units, best, strict=True))
-    gap = (best_loss - relaxed.bound) * (1 + 1e-9)
+    gap = max(0.0, best_loss - relaxed.bound) + 1e-9 * abs(best_loss)
     cheapest = [min(option.loss + price * option.nbytes for option in options) for options in units]
     open_units, fixed_bytes = [], 0
     for number, options in enumerate(units):
