@@ -121,8 +121,11 @@ class Job:
             )
         (plan,) = self.model.parts.values()
         return ModelPlan.of(
-            make_plan(plan.checkpoint, recipe, request.oracle, importance=request.importance)
-        )
+            make_plan(
+                plan.checkpoint, recipe, request.oracle, importance=request.importance,
+                merging=request.merging,
+            )
+        )  # fmt: skip
 
     def run(self) -> Quantized:
         """Convert the model, write the output and publish it.
@@ -222,7 +225,7 @@ def _planned(
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
     # A calibrated model is planned twice; transformers is asked and NaN are looked for once.
     recipe, ask, scan = request.recipe, _once(request.oracle), _once(request.scan)
-    plan = make_plan(checkpoint, recipe, ask, scan, request.importance)
+    plan = make_plan(checkpoint, recipe, ask, scan, request.importance, request.merging)
     require_loadable(plan)
     if calibrating is None:
         yield source, ModelPlan.of(plan), output
@@ -251,6 +254,11 @@ def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
 
 def _refuse_data(request: Request) -> None:
     """Raise UsageError if an option was given that does not go with a pipeline."""
+    if request.adapters:
+        raise UsageError(
+            "--adapter is for a checkpoint of one model, and this is a pipeline: give the directory "
+            "of one component, or merge it with load_lora_weights and fuse_lora of diffusers"
+        )
     data = {"--importance": request.importance_file, "--calibration": request.calibrating}
     for option, given in data.items():
         if given is not None:
