@@ -11,9 +11,17 @@
 
 namespace {
 
-constexpr int kPanel = 16;       // columns that are added together
-constexpr int kPanelRows = 4;    // rows that share a load of the right matrix
-typedef float Panel __attribute__((vector_size(4 * kPanel)));
+constexpr int kPanel = 16;     // columns that are added together
+constexpr int kPanelRows = 4;  // rows that share a load of the right matrix
+#if defined(NF4_VECTORS_AVX512)
+constexpr int kLane = 16;  // floats in a register
+#elif defined(NF4_VECTORS_AVX2)
+constexpr int kLane = 8;
+#else
+constexpr int kLane = 4;
+#endif
+constexpr int kLanes = kPanel / kLane;
+typedef float Lane __attribute__((vector_size(4 * kLane)));
 
 // Add scale * (left . panel) to columns [skip, stop) of kRows rows.  An element's products are added
 // from the first rank to the last, each rounded to float32.
@@ -23,17 +31,22 @@ typedef float Panel __attribute__((vector_size(4 * kPanel)));
 template <int kRows>
 NF4_FN void add_panel(float* values, int64_t columns, int skip, int stop, const float* left,
                       int64_t rank, const float* panel, float scale) {
-  Panel sums[kRows];
-  for (int row = 0; row < kRows; row++) sums[row] = Panel{} ;
-  for (int64_t k = 0; k < rank; k++) {
-    Panel right;
-    memcpy(&right, panel + k * kPanel, sizeof right);
-    for (int row = 0; row < kRows; row++) sums[row] = sums[row] + right * left[row * rank + k];
-  }
+  Lane sums[kRows][kLanes];
+  for (int row = 0; row < kRows; row++)
+    for (int lane = 0; lane < kLanes; lane++) sums[row][lane] = Lane{};
+  for (int64_t k = 0; k < rank; k++, panel += kPanel)
+    for (int lane = 0; lane < kLanes; lane++) {
+      Lane right;
+      memcpy(&right, panel + lane * kLane, sizeof right);
+      for (int row = 0; row < kRows; row++)
+        sums[row][lane] = sums[row][lane] + right * left[row * rank + k];
+    }
   for (int row = 0; row < kRows; row++) {
     float product[kPanel];
-    const Panel scaled = sums[row] * scale;
-    memcpy(product, &scaled, sizeof product);
+    for (int lane = 0; lane < kLanes; lane++) {
+      const Lane scaled = sums[row][lane] * scale;
+      memcpy(product + lane * kLane, &scaled, sizeof scaled);
+    }
     float* out = values + row * columns;
     if (skip == 0 && stop == kPanel)
       for (int j = 0; j < kPanel; j++) out[j] += product[j];
