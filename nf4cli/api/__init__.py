@@ -112,8 +112,8 @@ def quantize(
     workers: int | None = None, memory: int | None = None, ray: str | None = None,
     disk: int | None = None, push_to: str | None = None, public: bool = False,
     replace_card: bool = False, fsync: bool = True, resume: bool = False,
-    listener: Listener = NOBODY, adapters: Sequence[Place] = (),
-    adapter_scales: Sequence[float] = (),
+    listener: Listener = NOBODY,
+    adapters: Sequence[Place] = (), adapter_scales: Sequence[float] = (),
 ) -> Quantized:  # fmt: skip
     """Convert a full-precision checkpoint or pipeline to bitsandbytes 4-bit, streaming.
 
@@ -143,10 +143,8 @@ def quantize(
         public: make a new repository public.
         replace_card: replace the repository's README.md.
         fsync: wait until every file is on the disk.
-        resume: continue a run that was stopped.
-        listener: told of stages, progress and notes.
-        adapters: PEFT LoRAs that are merged first, in order: directories, or names on the Hub.
-        adapter_scales: factor of each adapter, or one for all; () for 1.
+        resume: continue a run that was stopped; listener: told of stages, progress and notes.
+        adapters: PEFT LoRAs to merge first, in order; adapter_scales: one factor for all, or each.
 
     Raises:
         UsageError, InputError, MachineError: the source cannot be converted.
@@ -155,15 +153,13 @@ def quantize(
     from .quantizing import prepared
 
     request = Request(
-        source=Path(source), output=_path(output),
+        source=Path(source), output=_path(output), copy=tuple(copy),
         config=_recipe(config, importance, calibration), shard_size=max_shard_size,
-        copy=tuple(copy),
         importance_file=_path(importance), calibrating=calibration, exact=exact,
-        trust_remote_code=trust_remote_code, digest=digest,
-        machine=Machine(engine, device, workers, memory, listener, ray), disk=disk,
-        push_to=push_to, public=public, replace_card=replace_card, fsync=fsync, resume=resume,
-        listener=listener, adapters=tuple(Path(adapter) for adapter in adapters),
-        adapter_scales=tuple(adapter_scales),
+        trust_remote_code=trust_remote_code, digest=digest, disk=disk, push_to=push_to,
+        machine=Machine(engine, device, workers, memory, listener, ray), public=public,
+        replace_card=replace_card, fsync=fsync, resume=resume, listener=listener,
+        adapters=tuple(map(Path, adapters)), adapter_scales=tuple(adapter_scales),
     )  # fmt: skip
     with prepared(request) as job:
         return job.run()

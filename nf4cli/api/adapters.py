@@ -123,9 +123,9 @@ def as_merged(
         if adapter.record.identity != record.identity:
             differs = "weights" if adapter.record.weights != record.weights else "config"
             raise UsageError(
-                f"{adapter.name} is not the adapter that was merged ({record.repo or record.name}): "
-                f"the SHA-256 of its {differs} is {getattr(adapter.record, differs)}, the manifest "
-                f"has {getattr(record, differs)}"
+                f"{adapter.name} is not the adapter that was merged "
+                f"({record.repo or record.name}): the SHA-256 of its {differs} is "
+                f"{getattr(adapter.record, differs)}, the manifest has {getattr(record, differs)}"
             )
     return tuple(
         replace(adapter, record=record) for adapter, record in zip(found, recorded, strict=True)

@@ -256,8 +256,8 @@ def _refuse_data(request: Request) -> None:
     """Raise UsageError if an option was given that does not go with a pipeline."""
     if request.adapters:
         raise UsageError(
-            "--adapter is for a checkpoint of one model, and this is a pipeline: give the directory "
-            "of one component, or merge it with load_lora_weights and fuse_lora of diffusers"
+            "--adapter is for a checkpoint of one model, and this is a pipeline: give the "
+            "directory of one component, or merge it with diffusers' fuse_lora"
         )
     data = {"--importance": request.importance_file, "--calibration": request.calibrating}
     for option, given in data.items():

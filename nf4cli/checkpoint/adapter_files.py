@@ -29,7 +29,7 @@ _OTHER_ARITHMETIC = (
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "alora_invocation_tokens",
     "layer_replication", "trainable_token_indices", "target_parameters", "monteclora_config",
 )  # fmt: skip
-"""Fields of adapter_config.json that change what an adapter adds, in ways that nf4 does not have."""
+"""Fields of adapter_config.json that change what an adapter adds, in ways nf4 does not have."""
 _PATTERN_IS_SLOW = re.compile(r"\)[*+{?]|[*+}][*+{]")
 _MOST_IN_PATTERN = 4  # quantifiers: each one more is a loop over the name
 
@@ -120,7 +120,7 @@ def read_adapter(
                 f"{', '.join(_FLOATS)}: save the adapter in one of these"
             )
     record = AdapterRecord(
-        root.name if not repo else repo, digest_file(config_path, DIGEST),
+        repo or root.name, digest_file(config_path, DIGEST),
         digest_file(weights_path, DIGEST), scale, repo, commit,
     )  # fmt: skip
     return Adapter(root, name, config, shard, record)
@@ -187,6 +187,6 @@ def _require_pattern(pattern: str, field: str, path: Path) -> None:
         raise InputError(f"{path}: {field} has {pattern[:80]!r}, no pattern: {error}") from error
     if len(re.findall(r"[*+{]", pattern)) > _MOST_IN_PATTERN or _PATTERN_IS_SLOW.search(pattern):
         raise InputError(
-            f"{path}: {field} has the pattern {pattern[:80]!r}, which could take for ever to match: "
-            f"write it without repeated groups, and with at most {_MOST_IN_PATTERN} of * and +"
+            f"{path}: {field} has the pattern {pattern[:80]!r}, which could take for ever to "
+            f"match: write it without repeated groups, and at most {_MOST_IN_PATTERN} of * and +"
         )

@@ -38,7 +38,7 @@ from ..planning.make_plan import index_of, source_file
 from ..planning.merging import merged
 from ..planning.model_config import set_dtype
 from ..planning.model_plan import ModelPlan
-from ..planning.notes import adapter_notes
+from ..planning.notes import merging_notes
 from ..planning.options import check_shard_size
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
@@ -275,20 +275,19 @@ def _plan(
         for weight in weights.values():
             packed.require_standard_table(weight)
     plans = _tensor_plans(checkpoint, weights, dtype)
-    if merging:
-        tied = ties.absent_tied(
-            checkpoint.config, None, [t.name for t in plans], names_of(checkpoint.config)
-        )
-        plans = merged(plans, merging, selection.Context.of(checkpoint).model_types, tied)
+    names = names_of(checkpoint.config)
+    tied = ties.absent_tied(checkpoint.config, None, [t.name for t in plans], names)
+    plans = merged(plans, merging, selection.Context.of(checkpoint).model_types, tied)
     tensors, layouts = _lay_out(plans, checkpoint.stem, max_shard_size)
     left = ("quantization_config", WEIGHTS_KEY)
     config = {k: v for k, v in checkpoint.config.items() if k not in left}
     if config and dtype != "auto":
         set_dtype(config, dtype)
-    return Plan(
+    plan = Plan(
         checkpoint, QuantConfig(dtype=dtype, max_shard_size=max_shard_size), tensors, layouts,
-        index_of(layouts), config, tuple(adapter_notes(checkpoint, merging, tensors)),
+        index_of(layouts), config, (),
     )  # fmt: skip
+    return replace(plan, notes=tuple(merging_notes(plan, merging)))
 
 
 @dataclass(frozen=True, slots=True)

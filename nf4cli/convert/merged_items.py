@@ -15,7 +15,7 @@ from ..checkpoint.types import Placed, Shard
 from ..engines.protocol import Engine
 from ..errors import InputError
 from ..format.dtypes import ITEMSIZE
-from ..planning.merging import Delta, Matrix
+from ..planning.deltas import Delta, Matrix
 from ..planning.plan import TensorPlan
 
 if TYPE_CHECKING:

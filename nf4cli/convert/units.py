@@ -231,7 +231,7 @@ def with_own_progress(unit: Unit, tools: Tools) -> Tools:
 
 def source_files(units: Iterable[Unit]) -> dict[Path, int]:
     """Return the size in bytes of every file that some units read."""
-    files = {}
+    files: dict[Path, int] = {}
     for unit in units:
         files |= {shard.path: shard.size for shard in unit.plan.checkpoint.shards}
         for tensor in unit.plan.tensors:

@@ -284,7 +284,13 @@ class Worker:
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
         try:
             sums = self._engine.quantize(
-                data, quantized_dtype(plan), state.blocksize, state.quant_type, packed, absmax, codes
+                data,
+                quantized_dtype(plan),
+                state.blocksize,
+                state.quant_type,
+                packed,
+                absmax,
+                codes,
             )
         except NonFiniteError as error:
             if codes is not None:
@@ -405,9 +411,11 @@ class Worker:
             # Decoding begins at a block's first element.
             first = plan.packed_start + row * columns
             skip = first % weight.state.blocksize
-            return packed.decode(weight, first - skip, skip + columns, "F32").view(np.float32)[
-                skip:
-            ].copy()
+            return (
+                packed.decode(weight, first - skip, skip + columns, "F32")
+                .view(np.float32)[skip:]
+                .copy()
+            )
 
         values = packed.decode(weight, start, item.count, "F32").view(np.float32)
         self._merger.merge(plan, item.start, values, read_row)

@@ -111,8 +111,8 @@ class QuantConfig:
         """Return the options as the manifest records them.
 
         The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method`,
-        `importance`, `requantize`, `expert_layout`, `shard_cuts` and `adapters` are left out where they are as
-        in versions without these options, so that manifests stay equal to theirs.
+        `importance`, `requantize`, `expert_layout`, `shard_cuts` and `adapters` are left out where
+        they are as in versions without these options, so that manifests stay equal to theirs.
         """
         merged = [adapter.as_dict() for adapter in self.adapters]
         fields = {**asdict(self), "keep": sorted(self.keep), "adapters": merged}

@@ -17,7 +17,11 @@ def options_of(config: QuantConfig) -> Iterable[str]:
     for field in fields(QuantConfig):
         value, default = getattr(config, field.name), getattr(defaults, field.name)
         if value == default or field.name in (
-            "keep", "expert_layout", "shard_cuts", "adapters", *_CHOICE
+            "keep",
+            "expert_layout",
+            "shard_cuts",
+            "adapters",
+            *_CHOICE,
         ):
             continue
         if field.name == "double_quant":

@@ -28,7 +28,7 @@ from . import adapters, encodings, kept_with, model_config, selection, tensor_na
 from .answer import Answer
 from .families import consult, names_of
 from .merging import merged
-from .notes import adapter_notes, importance_notes, notes_of
+from .notes import importance_notes, merging_notes, notes_of
 from .options import check_options
 from .plan import Plan, TensorPlan
 from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
@@ -78,16 +78,14 @@ def make_plan(
     found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
     content = contents(checkpoint, found, model_dtype)
-    model = content.as_checkpoint(checkpoint)
-    tensor_names.check_layers(model)
+    tensor_names.check_layers(model := content.as_checkpoint(checkpoint))
     model_config.check_headers(model)
     answer = oracle(model)
     stacks, layout = frozenset[str](), ""
     if config.target == "unsloth" and config.expert_layout:
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
-    config = replace(config, adapters=tuple(adapter.record for adapter in merging))
-    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
+    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout, merging)
     if config.shard_cuts == "auto":
         config = replace(config, shard_cuts="source" if len(checkpoint.shards) > 1 else "")
     names = names_of(checkpoint.config, answer)
@@ -106,11 +104,10 @@ def make_plan(
             for source in (w, *w.parts)
         }
         tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in written.weights]
-        if merging:
-            tensors = merged(tensors, merging, selection.Context.of(checkpoint).model_types, tied)
+        tensors = merged(tensors, merging, selection.Context.of(checkpoint).model_types, tied)
         plan = _plan(checkpoint, config, tensors, written.left, skip, importance)
-        notes = (*plan.notes, *adapter_notes(checkpoint, merging, plan.tensors))
-        return replace(plan, notes=(*notes, *ties.random_head_note(checkpoint.config, tied)))
+        more = *ties.random_head_note(checkpoint.config, tied), *merging_notes(plan, merging)
+        return replace(plan, notes=(*plan.notes, *more))
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -123,6 +120,7 @@ def _resolved(
     answer: Answer | None,
     importance: ImportanceFile | None,
     layout: str,
+    merging: Sequence[Adapter],
 ) -> QuantConfig:
     """Return the recipe with every "auto" resolved.
 
@@ -137,6 +135,7 @@ def _resolved(
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
         expert_layout=layout,
+        adapters=tuple(adapter.record for adapter in merging),
     )
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.types import Placed
 from ..errors import InputError, UsageError
 from ..format.dtypes import FLOAT64, TORCH_NAME
 from . import selection
-
-if TYPE_CHECKING:
-    from .plan import TensorPlan
+from .deltas import Delta, Matrix
+from .plan import TensorPlan
 
 _PREFIX = "base_model.model."
 _OF_LORA = re.compile(
@@ -28,61 +26,6 @@ _OF_LORA = re.compile(
 )
 _WHOLE = re.compile(r"\.modules_to_save\.\w+\.|\.base_layer\.|\._orig_mod\.")
 """What PEFT and torch put into the name of a tensor that an adapter has whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A matrix that an adapter stores.
-
-    Attributes:
-        placed: the tensor and its file.
-        turned: whether its transpose is meant.
-    """
-
-    placed: Placed
-    turned: bool = False
-
-    @property
-    def turn(self) -> Matrix:
-        """The transpose."""
-        return replace(self, turned=not self.turned)
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one adapter does to one weight.
-
-    With `right`: weight + scale * (left @ right), for DoRA each row then scaled to its magnitude.
-    Without: weight + scale * left; or, with `replaces`, left instead of the weight.
-
-    Attributes:
-        adapter: its name, for messages.
-        left: [rows, rank]; without `right`, of the weight's own shape.
-        right: [rank, columns].
-        scale: of the product.
-        magnitude: of each row, for DoRA.
-        replaces: whether the weight's own values do not count.
-    """
-
-    adapter: str
-    left: Matrix
-    right: Matrix | None = None
-    scale: float = 1.0
-    magnitude: Placed | None = None
-    replaces: bool = False
-
-    @property
-    def turn(self) -> Delta:
-        """The same for the transpose of the weight."""
-        if self.right is None:
-            return replace(self, left=self.left.turn)
-        return replace(self, left=self.right.turn, right=self.left.turn)
-
-    @property
-    def files(self) -> tuple[Placed, ...]:
-        """The tensors that it is made of."""
-        matrices = (self.left, self.right) if self.right else (self.left,)
-        return (*(m.placed for m in matrices), *((self.magnitude,) if self.magnitude else ()))
 
 
 @dataclass(slots=True)
@@ -220,8 +163,8 @@ def _deltas(
         _require_shape(adapter, name, placed, placed[1].shape, plans[name].weight.shape)
         if adapter.record.scale != 1:
             raise UsageError(
-                f"--adapter-scale {adapter.record.scale} does not go with {adapter.name}, which has "
-                f"{placed[1].name} whole (modules_to_save, or a bias): a whole tensor has no scale"
+                f"--adapter-scale {adapter.record.scale} does not go with {adapter.name}, which "
+                f"has {placed[1].name} whole (modules_to_save, a bias): a whole tensor has no scale"
             )
         deltas.append((name, Delta(adapter.name, Matrix(placed), replaces=True)))
     if found.parts:
@@ -351,8 +294,8 @@ def _with(plan: TensorPlan, delta: Delta) -> TensorPlan:
         delta = delta.turn
     if delta.replaces and plan.deltas:
         raise InputError(
-            f"{plan.deltas[-1].adapter} and {delta.adapter} both change {plan.name}, and the second "
-            "one has it whole, which undoes the first: leave one of them out"
+            f"{plan.deltas[-1].adapter} and {delta.adapter} both change {plan.name}, and the "
+            "second one has it whole, which undoes the first: leave one of them out"
         )
     action = "cast" if plan.action == "copy" else plan.action
     return replace(plan, deltas=(*plan.deltas, delta), action=action)

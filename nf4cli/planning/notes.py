@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, TORCH_NAME
 from . import kept_with, model_config, selection, vllm_rules
-from .plan import TensorPlan, is_renamed
+from .plan import Plan, TensorPlan, is_renamed
 from .quantizers import leftover_note
 from .tensor_names import prefix_note
 
@@ -34,11 +34,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def adapter_notes(
-    checkpoint: Checkpoint, adapters: Iterable[Adapter], tensors: Iterable[TensorPlan]
-) -> list[str]:
+def merging_notes(plan: Plan, merging: Iterable[Adapter]) -> list[str]:
     """Return notes of the adapters that are merged: how many weights, and which base they name."""
-    every, notes = list(adapters), []
+    every, notes, checkpoint = list(merging), [], plan.checkpoint
     for adapter in every:
         base = adapter.config.get("base_model_name_or_path")
         revision = adapter.config.get("revision")
@@ -53,7 +51,7 @@ def adapter_notes(
             given = f"commit {origin.commit}" if origin else "a base without a commit"
             notes.append(f"{adapter.name} names revision {revision!r} of its base; this is {given}")
     if every:
-        count = sum(bool(t.deltas) for t in tensors)
+        count = sum(bool(t.deltas) for t in plan.tensors)
         called = ", then ".join(adapter.name for adapter in every)
         notes.append(f"{count:,} weights are merged in float32 with {called}")
     return notes

@@ -17,12 +17,12 @@ from ..checkpoint.types import Checkpoint, Region, View, Weight
 from ..checkpoint.writer import ShardLayout
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, TORCH_NAME
+from .deltas import Delta
 from .weights import ROUTER
 
 if TYPE_CHECKING:
     from ..checkpoint.given_codes import CodeSource
     from ..engines.protocol import F32
-    from .merging import Delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,10 +76,9 @@ def verify_sample(
     if not size > 0 or (isinstance(size, float) and size > 1):  # `not >` refuses NaN as well
         raise UsageError("--sample must be more than nothing and at most 100%")
     report = Report()
-    checkpoint = open_or_report(path, report)
+    checkpoint, tools = open_or_report(path, report), Tools(engine, resources, progress)
     if checkpoint is None:
         return report
-    tools = Tools(engine, resources, progress)
     with ShardReaders(checkpoint.shards) as readers:
         weights = check_structure(checkpoint, readers, report)
         check_config(checkpoint, weights, report)
@@ -100,10 +99,8 @@ def verify_sample(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     else:
-        proof = Proof(
-            checkpoint, weights, manifest, source, tools, report, merging=tuple(merging)
-        )
-        _check_source(proof, names)
+        made = Proof(checkpoint, weights, manifest, source, tools, report, None, tuple(merging))
+        _check_source(made, names)
     report.unchecked.append(
         f"{1 - report.sample.share:.1%} of the bytes, and the digests of whole files: this was a "
         "sample; without --sample all are checked"

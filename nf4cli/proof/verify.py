@@ -55,8 +55,7 @@ def verify(
         InputError: `path` or `source` is not a checkpoint at all.
         UsageError: a cluster cannot prove it.
     """
-    report = Report()
-    checkpoint = open_or_report(path, report)
+    checkpoint = open_or_report(path, report := Report())
     if checkpoint is None:
         return report
     with ShardReaders(checkpoint.shards) as readers:
@@ -87,9 +86,8 @@ def verify(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     if source is not None:
-        tools = Tools(engine, resources, progress)
-        proof = Proof(checkpoint, weights, manifest, source, tools, report, cluster, tuple(merging))
-        check_source(proof)
+        tools, who = Tools(engine, resources, progress), (cluster, tuple(merging))
+        check_source(Proof(checkpoint, weights, manifest, source, tools, report, *who))
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 

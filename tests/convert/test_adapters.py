@@ -179,6 +179,31 @@ def test_bytes_do_not_depend_on_the_machine(base, plain, work, scale):
         assert same_files(work / "one", work / name)
 
 
+def test_a_row_of_a_dora_may_lie_in_two_chunks(work):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 328, "intermediate_size": 520, "num_hidden_layers": 1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | sizes)).to(
+        torch.bfloat16
+    ).save_pretrained(work / "base")
+    options = {"use_dora": True, "target_modules": ["down_proj", "q_proj", "up_proj"]}
+    first = adapter_of(work / "base", work / "first", r=3, **options)
+    second = adapter_of(work / "base", work / "second", 9, r=2, **options)
+    for name, *more in (("large",), ("small", "--memory", "76MB", "--workers", 1)):
+        nf4_ok("quantize", work / "base", work / name, "--adapter", first, "--adapter", second,
+               *more)  # fmt: skip
+    assert same_files(work / "large", work / "small")
+    merged = merged_by_peft(work / "base", work / "merged", first, second)
+    nf4_ok("quantize", merged, work / "theirs", "--dtype", "bfloat16")
+    theirs = read_all(work / "theirs")
+    for name, tensor in read_all(work / "small").items():
+        if name.endswith("_proj.weight"):
+            assert (tensor != theirs[name]).float().mean() < 2e-3, name
+    nf4_ok("dequantize", work / "small", work / "a", "--adapter", first)
+    nf4_ok("dequantize", work / "small", work / "b", "--adapter", first, "--memory", "76MB",
+           "--workers", 1)  # fmt: skip
+    assert same_files(work / "a", work / "b")
+
+
 @pytest.mark.parametrize("shape", [(9, 70, 5, 0), (9, 64, 16, 13), (1, 33, 3, 5), (40, 16, 64, 3)])
 def test_engines_add_a_product_in_the_same_order(all_engines, shape):
     rows, columns, rank, first = shape
@@ -187,9 +212,9 @@ def test_engines_add_a_product_in_the_same_order(all_engines, shape):
     right = random.standard_normal((rank, columns), np.float32)
     values = random.standard_normal(rows * columns - first, np.float32)
     expected = values.copy()
+    total = np.zeros((rows, columns), np.float32)
     for k in range(rank):
-        product = left[:, k : k + 1] * right[k]
-        total = product if k == 0 else total + product
+        total += left[:, k : k + 1] * right[k]
     expected += np.float32(0.3) * total.reshape(-1)[first:]
     for engine in all_engines.values():
         out = values.copy()
@@ -337,7 +362,7 @@ def test_bad_files_are_refused(base, plain, work):
     empty = work / "empty"
     empty.mkdir()
     for adapter, message in (
-        (pickled, "save_pretrained"), (cut, "cut/adapter_model"), (linked, "link to a file outside"),
+        (pickled, "save_pretrained"), (cut, "cut/adapter_model"), (linked, "a file outside"),
         (empty, "no adapter_config.json"), (work / "nowhere", "no directory"),
     ):  # fmt: skip
         assert message in error_of("quantize", base, work / "out", "--adapter", adapter)
@@ -373,11 +398,11 @@ def test_another_base_is_a_note(base, plain, work):
 
 
 def test_a_run_is_resumed_with_the_same_adapter_only(base, plain, quantized, work):
-    from nf4cli.convert.resume import header
-    from nf4cli.planning.make_plan import make_plan
     from nf4cli.checkpoint.adapter_files import read_adapter
     from nf4cli.checkpoint.discovery import open_checkpoint
+    from nf4cli.convert.resume import header
     from nf4cli.format.config import QuantConfig
+    from nf4cli.planning.make_plan import make_plan
 
     def told(*adapters: Path) -> Any:
         merging = [read_adapter(adapter, adapter.name) for adapter in adapters]
