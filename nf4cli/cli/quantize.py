@@ -239,7 +239,7 @@ def quantize(
             metavar="DIR",
             show_default=False,
             help="PEFT LoRA to merge first; repeatable",
-            rich_help_panel=panels.ADAPTERS,
+            rich_help_panel=panels.MERGING,
         ),
     ] = None,
     adapter_scale: Annotated[
@@ -249,7 +249,7 @@ def quantize(
             metavar="X",
             show_default=False,
             help="Factor of the adapter (default 1)",
-            rich_help_panel=panels.ADAPTERS,
+            rich_help_panel=panels.MERGING,
         ),
     ] = None,
     push_to: Annotated[

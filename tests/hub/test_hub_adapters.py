@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import time
 
 import pytest
-import torch
 from helpers import same_files
 from hub_server import Fault
 from hub_server.fixtures import SHARDS
-from safetensors.torch import save_file
-
-from nf4cli.checkpoint.discovery import open_checkpoint
+from tiny_adapters import write_adapter
 
 MANIFEST = "nf4_manifest.json"
-
-
-def write_adapter(model: Path, place: Path, seed: int = 0) -> Path:
-    """Write a LoRA of every second matrix of a model's layers."""
-    random = torch.Generator().manual_seed(seed)
-    tensors = {}
-    shapes = {n: t.shape for n, (_, t) in open_checkpoint(model).tensors.items()}
-    names = [n for n, shape in shapes.items() if len(shape) == 2 and ".layers." in n]
-    for name in names[::2]:
-        rows, columns = shapes[name]
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = torch.randn(4, columns, generator=random)
-        tensors[f"{module}.lora_B.weight"] = 0.01 * torch.randn(rows, 4, generator=random)
-    place.mkdir()
-    save_file(tensors, place / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    (place / "adapter_config.json").write_text(json.dumps(config))
-    return place
 
 
 @pytest.fixture
@@ -79,14 +58,18 @@ def test_a_pickled_adapter_of_a_hub_is_refused(nf4_hub, hub, adapter, model):
 def test_a_run_that_was_stopped_wants_the_same_adapter(nf4_hub, hub, adapter, model, tmp_path):
     nf4_hub.ok("quantize", model, "whole", "--max-shard-size", "1MB", "--adapter", adapter)
     other = write_adapter(model, tmp_path / "other", 5)
-    hub.faults.add(Fault(r"GET /files/.*safetensors", after=SHARDS + 6, stall=60, times=100))
+    hub.faults.add(Fault(r"GET /files/.*safetensors", after=SHARDS + 12, stall=60, times=100))
     options = ("quantize", "org/model", "out", "--max-shard-size", "1MB")
     process = nf4_hub.start(*options, "--adapter", adapter)
     nf4_hub.wait_for_fault(process)
+    journal = nf4_hub.work / ".out.partial" / "journal"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # weights are finished
+        assert process.poll() is None
+        time.sleep(0.01)
     process.kill()
     process.wait()
     hub.faults.clear()
-    nf4_hub.fails(2, *options, "--resume", "--adapter", other, says=("adapter",))
+    nf4_hub.fails(2, *options, "--resume", "--adapter", other, says=("recipe.adapters was",))
     nf4_hub.ok(*options, "--resume", "--adapter", adapter)
     whole, out = nf4_hub.work / "whole", nf4_hub.work / "out"
     assert same_files(whole, out, but=(MANIFEST, "README.md"))
