@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-from tiny_adapters import write_adapter
     LLAMA,
     MACHINE,
     USAGE,
@@ -27,6 +26,7 @@ from tiny_adapters import write_adapter
     same_files,
     write_checkpoint_dir,
 )
+from tiny_adapters import write_adapter
 
 from nf4cli.cluster import ray_node, ray_tasks
 from nf4cli.cluster.ray_connection import connected
