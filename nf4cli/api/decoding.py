@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.adapter_files import largest_matrix
 from ..convert.dequantize import Summary, plan_decoding, write_decoded
 from ..convert.listener import Stage
 from . import sources
@@ -60,7 +61,7 @@ def decode(
     model = plan_decoding(place, engine, dtype, max_shard_size, merging)
     for note in model.notes:
         machine.listener.note(note)
-    limits = machine.resources(model.tensors)
+    limits = machine.resources(model.tensors, merged=largest_matrix(merging))
     stage = Stage(
         "dequantizing", sum(plan.work_bytes for plan in model.parts.values()),
         f"{sources.shown(source, place)} -> {output}", place=output,

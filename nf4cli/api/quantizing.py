@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ..checkpoint.adapter_files import largest_matrix
 from ..checkpoint.discovery import name_of_directory, with_copies
 from ..convert.listener import Stage
 from ..convert.output_place import check_output, require_place
@@ -178,7 +179,9 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     with sources.found(request.source, keep, request.listener, continued, asked) as source:
         started = time.monotonic()
         with _planned(request, source, only_plan) as (whole, model, output):
-            limits = request.machine.resources(model.tensors, unit_of(request.recipe))
+            limits = request.machine.resources(
+                model.tensors, unit_of(request.recipe), largest_matrix(request.merging)
+            )
             transport = request.transport(whole)
             need = transport.disk_needed(model, limits.workers) if transport else None
             if only_plan and not model.is_pipeline:

@@ -163,8 +163,9 @@ def _look(
             f"--sample looks at one checkpoint and {path} is a pipeline: give a component's "
             "directory, like its transformer or unet"
         )
-    engine = machine.engine
-    limits = machine.resources(_weights(path, source) if machine.memory else 0)
+    engine, merging = machine.engine, () if pipeline else _merging(asked, path)
+    weights = _weights(path, source) if machine.memory else 0
+    limits = machine.resources(weights, merged=_largest(merging))
     places = [place for place in (path, source) if place]
     total = sum(file.stat().st_size for place in places for file in part_shards(place))
     stage = Stage("verifying", total, against, crowd=machine.crowd)
@@ -175,7 +176,6 @@ def _look(
             seed = asked.seed
             if seed is None:
                 seed = random.SystemRandom().randrange(10**6)
-            merging = _merging(asked, path)
             return verify_sample(
                 path, source, asked.sample, seed, engine, limits, progress, merging
             ), {}
@@ -190,9 +190,15 @@ def _look(
 
         report = verify_checkpoint(
             path, source, engine, limits, progress, cluster=machine.cluster,
-            merging=_merging(asked, path),
+            merging=merging,
         )  # fmt: skip
         return report, {}
+
+
+def _largest(merging: tuple[Adapter, ...]) -> int:
+    from ..checkpoint.adapter_files import largest_matrix
+
+    return largest_matrix(merging)
 
 
 def _merging(asked: Check, path: Path) -> tuple[Adapter, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,20 @@ class Adapter:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return self.config.get(default, otherwise)
+
+
+def largest_matrix(adapters: Iterable[Adapter]) -> int:
+    """Return the bytes in float32 of the largest matrix of adapters that is held whole: those with
+    a weight's columns."""
+    return max(
+        (
+            4 * tensor.numel
+            for adapter in adapters
+            for tensor in adapter.shard.tensors
+            if ".lora_A" in tensor.name or ".lora_embedding_B" in tensor.name
+        ),
+        default=0,
+    )
 
 
 def read_adapter(

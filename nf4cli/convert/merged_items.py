@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..format.dtypes import ITEMSIZE
 from ..planning.deltas import Delta, Matrix
 from ..planning.plan import TensorPlan
+from ..planning.resources import HELD_MATRICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from ..engines.protocol import F32, U8
 
     ReadRow = Callable[[int], F32]
-
-_HELD = 8  # right matrices that stay in memory: one for each thread's weight, and the next
 
 
 def changed_adapter(path: Path) -> str:
@@ -70,7 +69,7 @@ class AdapterFiles:
             values = np.ascontiguousarray(values.T)
         with self._lock:
             self._held[key] = values
-            if len(self._held) > _HELD:
+            if len(self._held) > HELD_MATRICES:
                 self._held.popitem(last=False)
         return values
 
