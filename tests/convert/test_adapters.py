@@ -188,7 +188,7 @@ def test_a_row_of_a_dora_may_lie_in_two_chunks(work):
     options = {"use_dora": True, "target_modules": ["down_proj", "q_proj", "up_proj"]}
     first = adapter_of(work / "base", work / "first", r=3, **options)
     second = adapter_of(work / "base", work / "second", 9, r=2, **options)
-    for name, *more in (("large",), ("small", "--memory", "76MB", "--workers", 1)):
+    for name, *more in (("large",), ("small", "--memory", "81MB", "--workers", 1)):
         nf4_ok("quantize", work / "base", work / name, "--adapter", first, "--adapter", second,
                *more)  # fmt: skip
     assert same_files(work / "large", work / "small")
@@ -199,7 +199,7 @@ def test_a_row_of_a_dora_may_lie_in_two_chunks(work):
         if name.endswith("_proj.weight"):
             assert (tensor != theirs[name]).float().mean() < 2e-3, name
     nf4_ok("dequantize", work / "small", work / "a", "--adapter", first)
-    nf4_ok("dequantize", work / "small", work / "b", "--adapter", first, "--memory", "76MB",
+    nf4_ok("dequantize", work / "small", work / "b", "--adapter", first, "--memory", "81MB",
            "--workers", 1)  # fmt: skip
     assert same_files(work / "a", work / "b")
 
