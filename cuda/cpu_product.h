@@ -23,8 +23,8 @@ constexpr int kLane = 4;
 constexpr int kLanes = kPanel / kLane;
 typedef float Lane __attribute__((vector_size(4 * kLane)));
 
-// Add scale * (left . panel) to columns [skip, stop) of kRows rows.  An element's products are added
-// from the first rank to the last, each rounded to float32.
+// Add scale * (left . panel) to columns [skip, stop) of kRows rows.  An element's products are
+// added from the first rank to the last, each rounded to float32.
 //   values  column 0 of the panel in the first row; rows lie `columns` apart
 //   left    kRows x rank
 //   panel   rank x kPanel
