@@ -40,7 +40,7 @@ blocksize = 32
 double_quant = true
 modules = ["layers.0.mlp.experts", "q_proj"]
 [[format]]
-blocksize = 128
+blocksize = 64
 double_quant = false
 modules = ["layers.1.mlp.experts", "k_proj"]
 """
