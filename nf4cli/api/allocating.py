@@ -183,7 +183,7 @@ def allocated(asked: Budget) -> Allocated:
             raise UsageError(
                 f"{source.name} is a pipeline: make a recipe of one component's directory"
             )
-        return _Choosing(asked, source).result()
+        return Choosing(asked, source).result()
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,15 @@ class _Unit:
         return sum(tensor.numel for tensor in self.tensors)
 
 
-class _Choosing:
-    """The choice for one model."""
+class Choosing:
+    """The choice for one model, which is measured once for all budgets.
+
+    Attributes:
+        asked: may be replaced by another budget of the same model, between results.
+    """
 
     def __init__(self, asked: Budget, source: Source) -> None:
-        self._asked = asked
+        self.asked = asked
         self._source = source
         self._checkpoint = with_copies(source.open(), ())
         self._plan = self._plan_of(asked.config)
@@ -210,7 +214,7 @@ class _Choosing:
         self._never_kept: set[str] = set()
 
     def _plan_of(self, config: QuantConfig) -> Plan:
-        asked = self._asked
+        asked = self.asked
 
         def oracle(model):  # type: ignore[no-untyped-def]
             return consult(model, asked.exact, asked.trust_remote_code)
@@ -229,7 +233,7 @@ class _Choosing:
             if path in done:
                 continue
             together = [path]
-            if self._asked.config.target == "vllm":
+            if self.asked.config.target == "vllm":
                 together = sorted({path, *vllm_rules.partners(path, by_module)})
             done.update(together)
             tensors = tuple(t for each in together for t in by_module[each])
@@ -241,7 +245,7 @@ class _Choosing:
     def _choices(self, unit: _Unit) -> list[tuple[int, bool] | None]:
         """Return the formats that a unit may have; None is 16 bits."""
         experts = any(vllm_rules.is_expert(tensor) for tensor in unit.tensors)
-        keeps = not (self._asked.config.target == "vllm" and experts)
+        keeps = not (self.asked.config.target == "vllm" and experts)
         keeps = keeps and self._never_kept.isdisjoint(unit.paths)
         whole = [
             packing for packing in PACKINGS
@@ -267,7 +271,7 @@ class _Choosing:
     @cached_property
     def _errors(self) -> Mapping[tuple[int, bool], Mapping[str, WeightError]]:
         """The error of each weight in each format."""
-        machine, plan = self._asked.machine, self._plan
+        machine, plan = self.asked.machine, self._plan
         total = measured_bytes(plan, PACKINGS)
         resources = machine.resources(
             len(plan.tensors), max(unit_of(replace(plan.config, blocksize=b)) for b, _ in PACKINGS)
@@ -282,7 +286,7 @@ class _Choosing:
     @cached_property
     def _measured(self) -> tuple[Sensitivity, Checked] | None:
         """What a text says of each weight, None without one."""
-        calibrating = self._asked.calibrating
+        calibrating = self.asked.calibrating
         if calibrating is None:
             return None
         from ..quality.calibration.text import torch_device
@@ -290,7 +294,7 @@ class _Choosing:
         from ..quality.evaluation.decoded import decoded
         from ..quality.sensitivity import measure, steps
 
-        machine, path = self._asked.machine, self._source.path
+        machine, path = self.asked.machine, self._source.path
         tokens, _ = calibrating.windows(path)
         names = [t.name for unit in self._units for t in unit.tensors]
         nbytes = self._plan.source_bytes
@@ -308,7 +312,7 @@ class _Choosing:
 
     def _rounding(self) -> Rounding:
         """Return what rounds a matrix as the reference format does."""
-        engine, quant_type = self._asked.machine.engine, self._asked.config.quant_type
+        engine, quant_type = self.asked.machine.engine, self.asked.config.quant_type
         blocksize = REFERENCE[0]
 
         def rounding(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -358,7 +362,7 @@ class _Choosing:
         """Return the choice, after checking that the output which it makes keeps the budget."""
         bounded = {"bits": self._within_bits, "max_size": self._within_size}
         choose: Callable[[], tuple[Recipe, Plan, list[Module], Allocation]] = next(
-            (f for name, f in bounded.items() if getattr(self._asked, name) is not None),
+            (f for name, f in bounded.items() if getattr(self.asked, name) is not None),
             self._within_kl,
         )
         recipe, plan, modules, allocation = choose()
@@ -373,13 +377,13 @@ class _Choosing:
         )  # fmt: skip
 
     def _within_bits(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        bits = self._asked.bits
+        bits = self.asked.bits
         assert bits is not None
         self._require(int(bits * self._elements / 8), f"--bits {bits:g}")
         return self._spend(int(bits * self._elements / 8))
 
     def _within_size(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        size = self._asked.max_size
+        size = self.asked.max_size
         assert size is not None
         now = {id(unit): self._nbytes(unit, self._current()) for unit in self._units}
         others = self._plan.shard_bytes - sum(now.values())
@@ -393,7 +397,7 @@ class _Choosing:
         raise AssertionError(f"no budget near {size:,} bytes was kept")
 
     def _current(self) -> tuple[int, bool]:
-        config = self._asked.config
+        config = self.asked.config
         return config.blocksize, config.double_quant
 
     def _require(self, budget: int, option: str, others: int = 0) -> None:
@@ -418,7 +422,7 @@ class _Choosing:
 
     def _within_kl(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
         """Return the smallest choice whose expected loss is at most the bound."""
-        most = self._asked.max_kl
+        most = self.asked.max_kl
         assert most is not None
         sizes = [
             [self._nbytes(unit, packing) for packing in self._choices(unit)] for unit in self._units
@@ -474,7 +478,7 @@ class _Choosing:
         )
 
     def _config(self, recipe: Recipe) -> QuantConfig:
-        return with_recipe(self._asked.config, recipe)
+        return with_recipe(self.asked.config, recipe)
 
     def _best_uniform(self, nbytes: int) -> tuple[int, bool] | None:
         """Return the one format for all that loses least within as many bytes; None for none."""
