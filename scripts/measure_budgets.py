@@ -10,7 +10,6 @@ divergence of each on the two built-in texts with intervals of 95%.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -84,4 +83,4 @@ def measure(done: Allocated, bits: float, model: Path, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..planning.model_plan import ModelPlan
     from ..proof.attest import Attestation
     from ..quality.calibration.run import Calibrating
+    from .allocating import Allocated
     from .decoding import Dequantized
     from .diffing import Compared
     from .evaluating import Evaluated
@@ -39,15 +40,16 @@ if TYPE_CHECKING:
     from .verifying import Verified
 
 __all__ = [
-    "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize",
-    "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push", "quantize", "verify",
+    "Allocated", "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "allocate",
+    "attest", "dequantize", "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push",
+    "quantize", "verify",
 ]  # fmt: skip
 
 Place = str | Path
 
 _RESULTS = {
-    "Compared": "diffing", "Dequantized": "decoding", "Inspected": "inspecting",
-    "Quantized": "quantizing", "Verified": "verifying",
+    "Allocated": "allocating", "Compared": "diffing", "Dequantized": "decoding",
+    "Inspected": "inspecting", "Quantized": "quantizing", "Verified": "verifying",
 }  # fmt: skip
 """The modules of results' classes."""
 
@@ -101,6 +103,39 @@ def plan(
     )
     with prepared(request, only_plan=True) as job:
         return job.model
+
+
+def allocate(
+    source: Place, *, bits: float | None = None, max_size: int | None = None,
+    max_kl: float | None = None, config: QuantConfig | None = None,
+    calibration: Calibrating | None = None, exact: bool = False, trust_remote_code: bool = False,
+    engine: str = "auto", device: str | None = None, workers: int | None = None,
+    memory: int | None = None, listener: Listener = NOBODY,
+) -> Allocated:  # fmt: skip
+    """Choose each module's format within one budget; `quantize` takes the result's `config`.
+
+    Args:
+        source: as in `quantize`.
+        bits: most bits of a weight in the linear layers, with their scales.
+        max_size: most bytes of all output shards.
+        max_kl: most KL divergence a token, as estimated on the calibration text.
+        config: the recipe for everything but formats.
+        calibration: text to measure modules with; None to go by the error of their weights.
+        exact, trust_remote_code, engine, device, workers, memory: as in `quantize`.
+        listener: told of stages, progress and notes.
+
+    Raises:
+        UsageError: there is not one budget, or it is below what is possible.
+        InputError, MachineError: the model cannot be converted, or measured.
+    """
+    from .allocating import Budget, allocated
+
+    return allocated(
+        Budget(
+            Path(source), bits, max_size, max_kl, config or QuantConfig(), calibration, exact,
+            trust_remote_code, Machine(engine, device, workers, memory, listener),
+        )
+    )  # fmt: skip
 
 
 def quantize(

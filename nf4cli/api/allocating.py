@@ -51,7 +51,12 @@ REFERENCE = (64, True)
 LENGTH = 256
 """Default: tokens of a window. Shorter windows are more samples of the same text."""
 _TRIES = 50
-_SURE = 1.96  # standard errors of a 95% interval
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042, 1.96,
+)  # fmt: skip
+"""Standard errors of a 95% interval of a mean, by degrees of freedom from 1; the last for more."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,11 @@ class Allocated:
     saved: tuple[float, float] | None
     check: Checked | None
     method: str
+
+    @property
+    def config(self) -> QuantConfig:
+        """The recipe as `nf4cli.quantize` takes it."""
+        return self.plan.config
 
     @property
     def text(self) -> str:
@@ -471,6 +481,11 @@ class Choosing:
 
     def _recipe(self, modules: Sequence[Module]) -> Recipe:
         packings = {path: m.packing for m in modules if m.packing for path in m.paths}
+        if not packings:
+            raise UsageError(
+                "the budget is enough for all modules in 16 bits: no recipe is needed. A smaller "
+                "one makes some of them 4-bit"
+            )
         (blocksize, nested), formats = formats_like(packings)
         keep = tuple(sorted(path for m in modules if m.packing is None for path in m.paths))
         return Recipe(
@@ -513,6 +528,9 @@ class Choosing:
                 saved += samples * (first - second)
         by_window = saved.mean(0)
         count = by_window.size
-        error = _SURE * float(by_window.std(ddof=1)) / count**0.5 if count > 1 else float("inf")
+        if count < 2:
+            return -float("inf"), 1.0
+        sure = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
+        error = sure * float(by_window.std(ddof=1)) / count**0.5
         whole = float(before.mean()) or 1.0
         return (float(saved.mean()) - error) / whole, (float(saved.mean()) + error) / whole

@@ -44,7 +44,7 @@ def quantize(
             "--recipe",
             metavar="FILE",
             show_default=False,
-            help="Each module's format, by nf4 plan",
+            help="Formats chosen by nf4 plan",
             rich_help_panel=panels.FORMAT,
         ),
     ] = None,

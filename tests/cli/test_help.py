@@ -18,6 +18,7 @@ PANELS = {  # in the order in which they are shown
     "eval": ["Arguments", "Options", "Running", "Cache", "Limits (exit code 1)", "Output"],
     "dequantize": ["Arguments", "Options", "Output", "Running"],
     "inspect": ["Arguments", "Options"],
+    "plan": ["Arguments", "Options", "Measuring", "What stays in float", "Running", "Output"],
     "attest": ["Arguments", "Options"],
     "push": ["Arguments", "Options"],
 }  # fmt: skip

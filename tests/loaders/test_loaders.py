@@ -283,7 +283,3 @@ def test_modules_of_several_formats_load_and_decode(tmp_path):
     ordinary = auto.from_pretrained(tmp_path / "back")
     difference = (output_of(loaded) - output_of(ordinary)).norm() / output_of(ordinary).norm()
     assert difference < 0.02
-    loaded.save_pretrained(tmp_path / "saved")  # transformers writes the same states again
-    saved, ours = read_all(tmp_path / "saved"), read_all(tmp_path / "out")
-    assert saved.keys() == ours.keys()
-    assert all(torch.equal(saved[key], ours[key]) for key in ours if "quant_state" not in key)
