@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,11 @@ from .options import (  # fmt: skip
     VerboseOption,
     WorkersOption,
 )
+
+if TYPE_CHECKING:
+    from ..api.quantizing import Job
+    from .html_file import HtmlFile
+    from .show.listener import TerminalListener
 
 
 def quantize(
@@ -341,8 +346,8 @@ def quantize(
     from ..api.request import Request
     from ..format.config import QuantConfig
     from .html_file import HtmlFile
-    from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
-    from .show.outcome import conclude, page_of, show_plan, tell_plan
+    from .show.listener import TerminalListener  # --help shows neither run nor result
+    from .show.outcome import show_plan
 
     _refuse_together({"--quiet": quiet, "--verbose": verbose})
     _refuse_together({"--plan": plan, "--html": html is not None})
@@ -391,14 +396,28 @@ def quantize(
     with HtmlFile(html, source, output) as file, prepared(request, only_plan=plan) as job:
         if plan:
             show_plan(job, json)
-            return
-        if verbose:
-            tell_plan(job)
-        done = job.run()
-        file.write(lambda: page_of(job, done))
-        if verbose:
-            tell_times(job.seconds, done.seconds)
-        conclude(job, done, listener, disk, json, quiet)
+        else:
+            _run(job, file, listener, disk, json)
+
+
+def _run(
+    job: Job, file: HtmlFile, listener: TerminalListener, disk: str | None, json: bool
+) -> None:
+    """Convert, and show what was done.
+
+    Args:
+        disk: value of --disk as the user wrote it.
+    """
+    from .show.listener import tell_times
+    from .show.outcome import conclude, page_of, tell_plan
+
+    if listener.verbose:
+        tell_plan(job)
+    done = job.run()
+    file.write(lambda: page_of(job, done))
+    if listener.verbose:
+        tell_times(job.seconds, done.seconds)
+    conclude(job, done, listener, disk, json, listener.quiet)
 
 
 def _refuse_together(given: dict[str, bool]) -> None:

@@ -33,7 +33,7 @@ from .notes import importance_notes, merging_notes, notes_of
 from .options import check_options
 from .plan import Plan, TensorPlan
 from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
-from .weights import contents
+from .weights import Contents, contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
 """Given a source as the model holds it, returns what transformers says of it, or None where the
@@ -93,8 +93,6 @@ def make_plan(
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
 
-    recipe_of = formats_of(config)
-
     def decide(nonfinite: Collection[str]) -> Plan:
         choices = selection.select(model, config.keep, config.target, answer, nonfinite, stacks)
         skip = kept_with.skip_modules(choices, names, config.target, tied)
@@ -106,10 +104,7 @@ def make_plan(
             for w in content.weights
             for source in (w, *w.parts)
         }
-        tensors = [
-            _plan_weight(w, choices[w.name], recipe_of(selection.module_path(w.name)), model_dtype)
-            for w in written.weights
-        ]
+        tensors = _plan_weights(written, choices, config, model_dtype)
         tensors = merged(tensors, merging, selection.Context.of(checkpoint).model_types, tied)
         plan = _plan(checkpoint, config, tensors, written.left, skip, importance)
         more = *ties.random_head_note(checkpoint.config, tied), *merging_notes(plan, merging)
@@ -215,6 +210,17 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
             f"{len(packed) - 1} more), though config.json does not say so: undo them first with "
             "nf4 dequantize"
         )
+
+
+def _plan_weights(
+    content: Contents, choices: Mapping[str, selection.Choice], config: QuantConfig, dtype: str
+) -> list[TensorPlan]:
+    """Return the plan of every weight, each packed one in its module's format."""
+    recipe_of = formats_of(config)
+    return [
+        _plan_weight(w, choices[w.name], recipe_of(selection.module_path(w.name)), dtype)
+        for w in content.weights
+    ]
 
 
 def _plan_weight(

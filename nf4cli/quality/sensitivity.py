@@ -165,9 +165,37 @@ def _sample(
     torch, _ = libraries()
     model.requires_grad_(False)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    slopes: dict[str, list[float]] = {name: [] for name in modules}
+    length = tokens.shape[1]
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    batch = max(1, _MOST_LOGITS // (tokens.shape[1] * vocabulary))
+    batch = max(1, _MOST_LOGITS // (length * vocabulary))
+    samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in modules}
+    with _watched(model, modules, rounding) as slopes:
+        for start in range(0, len(tokens), batch):
+            windows = tokens[start : start + batch]
+            ids = torch.from_numpy(windows).to(model.device)
+            log_probabilities = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            progress("forward", len(windows))
+            probabilities = log_probabilities.detach().flatten(0, 1).exp().cpu()
+            for draw in range(DRAWS):
+                drawn = torch.multinomial(probabilities, 1, generator=generator)
+                drawn = drawn.view(*windows.shape, 1).to(log_probabilities.device)
+                log_probabilities.gather(2, drawn).sum().backward(retain_graph=draw + 1 < DRAWS)
+                progress("backward", 2 * len(windows))
+            for name, values in slopes.items():
+                samples[name].append(np.square(values) / (2 * length))
+                values.clear()
+    return Sensitivity({name: np.concatenate(each, axis=1) for name, each in samples.items()})
+
+
+@contextmanager
+def _watched(
+    model: Any, modules: Mapping[str, Any], rounding: Rounding
+) -> Iterator[dict[str, list[list[float]]]]:
+    """Yield, by weight, what each backward pass appends: each window's derivative along the error.
+
+    The embeddings' output begins the graph, since no weight asks for a gradient.
+    """
+    slopes: dict[str, list[list[float]]] = {name: [] for name in modules}
 
     def watch(name: str) -> Any:
         def forward(module: Any, args: Any, output: Any) -> None:
@@ -176,7 +204,7 @@ def _sample(
 
             def backward(gradient: Any) -> None:
                 products = (gradient.float() * moved).flatten(1).sum(1)
-                slopes[name] += products.tolist()
+                slopes[name].append(products.tolist())
 
             output.register_hook(backward)
 
@@ -189,35 +217,10 @@ def _sample(
         )
     )
     try:
-        for start in range(0, len(tokens), batch):
-            windows = tokens[start : start + batch]
-            ids = torch.from_numpy(windows).to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-            log_probabilities = logits.log_softmax(-1)
-            progress("forward", len(windows))
-            probabilities = log_probabilities.detach().flatten(0, 1).exp().cpu()
-            for draw in range(DRAWS):
-                drawn = torch.multinomial(probabilities, 1, generator=generator)
-                drawn = drawn.view(*windows.shape, 1).to(logits.device)
-                log_probabilities.gather(2, drawn).sum().backward(retain_graph=draw + 1 < DRAWS)
-                progress("backward", 2 * len(windows))
+        yield slopes
     finally:
         for handle in handles:
             handle.remove()
-    length = tokens.shape[1]
-    # A batch gives all of its windows for a draw, then all for the next.
-    starts = range(0, len(tokens), batch)
-    order = np.concatenate(
-        [np.tile(np.arange(s, min(s + batch, len(tokens))), DRAWS) for s in starts]
-    )
-    return Sensitivity(
-        {
-            name: (np.square(values) / (2 * length))[np.argsort(order, kind="stable")]
-            .reshape(-1, DRAWS)
-            .T
-            for name, values in slopes.items()
-        }
-    )
 
 
 def _check(
