@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
 _MOST_CELLS = 3000  # of a heat map, about 300 bytes each
-_MOST_KINDS = 40
+_MOST_KINDS, _MOST_PLACES = 40, 4
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
@@ -36,12 +36,15 @@ class Grid(Generic[Value]):
         layers: a label for each row: a layer, or a range of layers where they are very many.
         kinds: of modules, the columns.
         cells: (row, column) -> the values of all weights of these layers and this kind.
+        hidden: weights in layers that no cell of a page shows; of the last grid, those of further
+            places as well.
     """
 
     place: str
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
     cells: Mapping[tuple[int, int], list[Value]]
+    hidden: int = 0
 
 
 def grids(values: Mapping[str, Value]) -> list[Grid[Value]]:
@@ -55,8 +58,13 @@ def grids(values: Mapping[str, Value]) -> list[Grid[Value]]:
         place, layer, kind = split_name(name)
         if layer is not None:
             places.setdefault(place, []).append((layer, kind, value))
-    order = sorted(places.items(), key=lambda item: -len(item[1]))[:4]
-    return [_grid(place, found, _MOST_CELLS // len(order)) for place, found in order]
+    order = sorted(places.items(), key=lambda item: -len(item[1]))
+    shown, others = order[:_MOST_PLACES], order[_MOST_PLACES:]
+    made = [_grid(place, found, _MOST_CELLS // len(shown)) for place, found in shown]
+    if others:
+        further = sum(len(found) for _, found in others)
+        made[-1] = replace(made[-1], hidden=made[-1].hidden + further)
+    return made
 
 
 def _grid(place: str, found: list[tuple[int, str, Value]], most: int) -> Grid[Value]:
@@ -74,7 +82,15 @@ def _grid(place: str, found: list[tuple[int, str, Value]], most: int) -> Grid[Va
         if kind in column_of:
             cells.setdefault((row_of[layer], column_of[kind]), []).append(value)
     labels = tuple(str(r[0]) if r[0] == r[-1] else f"{r[0]}-{r[-1]}" for r in rows)
-    return Grid(place, labels, kinds, cells)
+    hidden = len(found) - sum(map(len, cells.values()))
+    return Grid(place, labels, kinds, cells, hidden)
+
+
+def with_hidden(caption: str, grid: Grid[Value]) -> str:
+    """Return a caption that says what a grid leaves out."""
+    if not grid.hidden:
+        return caption
+    return f"{caption} {grid.hidden:,} weights of less common kinds are not shown."
 
 
 def _by_layer(item: tuple[int, str, object]) -> int:

@@ -11,7 +11,7 @@ from ..output.weight_figures import OUTLIER
 from ..units import format_size
 from .charts import bars, format_map, heat_map, intervals
 from .html import Html, element, page, section, table
-from .layers import by_kind, grids
+from .layers import by_kind, grids, with_hidden
 
 if TYPE_CHECKING:
     from ..api.diffing import Compared
@@ -80,7 +80,7 @@ def _errors(errors: Mapping[str, TensorError], of: str) -> Iterator[Html]:
         "Relative RMSE against the source in percent; the mean where a cell has several weights."
     )
     maps = [
-        heat_map(f"Error by layer, {grid.place}", caption, grid, _percent, "%")
+        heat_map(f"Error by layer, {grid.place}", with_hidden(caption, grid), grid, _percent, "%")
         for grid in grids({name: error.rel_rmse for name, error in errors.items()})
     ]
     worst = sorted(errors.items(), key=lambda item: -item[1].rel_rmse)[:_WORST]
@@ -97,7 +97,10 @@ def _allocation(stored: Mapping[str, tuple[str, str]], of: str) -> Iterator[Html
     """Yield a section with a map of how each weight is stored: (short, words) by name."""
     matrices = {n: words for n, words in stored.items() if n.endswith(".weight")} or dict(stored)
     caption = "How each weight is stored: blocksize, n for nested scales, or a dtype."
-    maps = [format_map(f"Format by layer, {g.place}", caption, g) for g in grids(matrices)]
+    maps = [
+        format_map(f"Format by layer, {g.place}", with_hidden(caption, g), g)
+        for g in grids(matrices)
+    ]
     if maps:
         yield section(f"Allocation{of}", *maps)
 
@@ -167,7 +170,13 @@ def _outliers(figures: WeightFigures, of: str) -> Iterator[Html]:
     )
     shares = {n: w.outliers / w.blocks for n, w in packed.items()}
     maps = [
-        heat_map(f"Outlier blocks by layer, {grid.place}", caption, grid, _percent, "%")
+        heat_map(
+            f"Outlier blocks by layer, {grid.place}",
+            with_hidden(caption, grid),
+            grid,
+            _percent,
+            "%",
+        )
         for grid in grids(shares)
     ]
     ratio = {n: w.largest / w.median if w.median else 0.0 for n, w in packed.items()}
@@ -197,7 +206,7 @@ def of_diff(done: Compared) -> bytes:
         known = {t.name: t.rel_rmse for t in part.tensors if t.rel_rmse is not None}
         caption = "Root of (sum of squared differences / sum of A's squares), in percent."
         maps = [
-            heat_map(f"Difference by layer, {g.place}", caption, g, _percent, "%")
+            heat_map(f"Difference by layer, {g.place}", with_hidden(caption, g), g, _percent, "%")
             for g in grids(known)
         ]
         if maps:

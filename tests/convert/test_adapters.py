@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import nf4, nf4_ok, read_all, same_files
+from float8_models import CASES, float8_model
+from helpers import LLAMA as HELPERS_LLAMA
+from helpers import nf4, nf4_ok, read_all, same_files, write_checkpoint_dir
 from safetensors.torch import load_file, save_file
 
 import nf4cli
@@ -413,3 +415,35 @@ def test_a_run_is_resumed_with_the_same_adapter_only(base, plain, quantized, wor
     assert told(plain) == told(plain)
     assert told(plain) != told(other)
     assert told(plain) != told()
+
+
+@pytest.mark.parametrize("form", ["deepseek", "per channel", "per tensor"])
+def test_the_base_may_be_stored_in_float8(work, form):
+    """The merge is that into the weights which the float8 ones decode to."""
+    decoded = float8_model(work / "float8", *CASES[form])
+    write_checkpoint_dir(work / "decoded", decoded, HELPERS_LLAMA)
+    adapter = adapter_of(work / "decoded", work / "adapter")
+    for name in ("float8", "decoded"):
+        nf4_ok("quantize", work / name, work / f"{name}-nf4", "--adapter", adapter, "-q")
+    ours, expected = read_all(work / "float8-nf4"), read_all(work / "decoded-nf4")
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+    nf4_ok("verify", work / "float8-nf4", "--source", work / "float8", "--adapter", adapter)
+
+
+def test_a_weight_with_a_nan_is_kept_with_the_adapter_merged(base, work):
+    broken = shutil.copytree(base, work / "broken")
+    (file,) = broken.glob("*.safetensors")
+    tensors = read_all(broken)
+    name = next(n for n in tensors if n.endswith("layers.0.self_attn.q_proj.weight"))
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    adapter = adapter_of(base, work / "adapter")
+    options = ("--on-nonfinite", "keep", "--adapter", adapter)
+    nf4_ok("quantize", broken, work / "out", *options, "-q")
+    kept = read_all(work / "out")[name].float()
+    assert kept.shape == tensors[name].shape
+    assert torch.isnan(kept[3, 5])
+    changed = kept[0] != tensors[name][0].to(kept.dtype)
+    assert changed.any(), "the adapter is not in the kept weight"
+    nf4_ok("verify", work / "out", "--source", broken, "--adapter", adapter)
