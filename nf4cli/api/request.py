@@ -15,10 +15,12 @@ from ..convert.listener import NOBODY, Listener, Stage
 from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..planning.options import check_options
+from .adapters import check_scales, read_adapters
 from .machine import Machine
 from .sources import Source, named, require_repository, require_there
 
 if TYPE_CHECKING:
+    from ..checkpoint.adapter_files import Adapter
     from ..checkpoint.importance_file import ImportanceFile
     from ..checkpoint.types import Checkpoint
     from ..convert.transfers import Transfers
@@ -54,6 +56,8 @@ class Request:
         public, replace_card: see `Publication`.
         fsync, resume: see `Execution`.
         listener: told of stages, progress and notes.
+        adapters: merged first, in order: directories, or names on the Hub.
+        adapter_scales: one for all adapters, or one for each; () for 1.
 
     Raises:
         UsageError: options that do not go together.
@@ -77,6 +81,8 @@ class Request:
     fsync: bool = True
     resume: bool = False
     listener: Listener = NOBODY
+    adapters: tuple[Path, ...] = ()
+    adapter_scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.digest not in ("auto", *ALGORITHMS):
@@ -86,6 +92,12 @@ class Request:
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
+        check_scales(self.adapters, self.adapter_scales)
+        if self.adapters and self.calibrating is not None:
+            raise UsageError(
+                "--calibration measures the base without its adapter: leave --adapter out, or "
+                "merge it with PEFT's merge_and_unload and calibrate the result"
+            )
         if self.machine.ray is not None:
             self._require_for_ray()
 
@@ -153,6 +165,15 @@ class Request:
         from ..checkpoint.importance_file import load
 
         return None if self.importance_file is None else load(self.importance_file)
+
+    @cached_property
+    def merging(self) -> tuple[Adapter, ...]:
+        """The adapters that are merged, read at their first use.
+
+        Raises:
+            UsageError, InputError, MachineError: see `read_adapters`.
+        """
+        return read_adapters(self.adapters, self.adapter_scales, self.machine)
 
     def oracle(self, model: Checkpoint) -> Answer | None:
         """Return what transformers says of a model; None where it need not be asked.

@@ -11,6 +11,7 @@ from . import quick_typer
 FORMAT = "Format"
 KEPT = "What stays in float"
 SCALES = "Choosing scales"
+MERGING = "Merging"
 HUB = "Hub"
 LIMITS = "Limits (exit code 1)"
 CACHE = "Cache"

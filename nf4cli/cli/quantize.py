@@ -232,6 +232,26 @@ def quantize(
             "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
         ),
     ] = DAMPING,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            show_default=False,
+            help="PEFT LoRA to merge first; repeatable",
+            rich_help_panel=panels.MERGING,
+        ),
+    ] = None,
+    adapter_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--adapter-scale",
+            metavar="X",
+            show_default=False,
+            help="Factor of the adapter (default 1)",
+            rich_help_panel=panels.MERGING,
+        ),
+    ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -349,6 +369,8 @@ def quantize(
         fsync=fsync,
         resume=resume,
         listener=listener,
+        adapters=tuple(adapter or ()),
+        adapter_scales=tuple(adapter_scale or ()),
     )
     request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without

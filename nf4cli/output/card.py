@@ -28,7 +28,7 @@ from .auto_class import auto_class, class_name, needs_remote_code
 from .front_matter import Metadata, format_metadata, read_metadata
 from .manifest import Manifest, TensorError, TensorRecord
 from .markdown import ACTIONS, escape, table
-from .recipe_words import how_chosen, options_of, why_not_by_digests
+from .recipe_words import adapter_options, how_chosen, options_of, why_not_by_digests
 
 VLLM_PLUGIN = "vllm-bnb-plugin"
 """Package that loads bitsandbytes checkpoints in vLLM 0.28 and newer."""
@@ -393,7 +393,9 @@ def _checking(subject: Subject) -> list[str]:
     origin = subject.base or "DIRECTORY"
     what = "" if subject.base else f", a directory with {escape(subject.name)}"
     lines += [f"And that those are the bytes which the source gives{what}, by converting it again:"]
-    lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}")]
+    words = adapter_options(subject.first.config)
+    merged = "".join(f" {shlex.quote(printable(word))}" for word in words)
+    lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}{merged}")]
     unbounded = why_not_by_digests(subject.first.config, subject.first.digest, True)
     if subject.base and not subject.is_pipeline and not unbounded:
         lines += [_BOUNDED, ""]

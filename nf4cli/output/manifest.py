@@ -21,7 +21,7 @@ from ..checkpoint.digest import ALGORITHMS, TENSOR_ALGORITHM
 from ..checkpoint.types import FileDigests
 from ..checkpoint.untrusted import RECORD, read_json
 from ..errors import InputError
-from ..format.config import QuantConfig
+from ..format.config import AdapterRecord, QuantConfig
 from ..planning.plan import Plan, TensorPlan
 from ..version import __version__
 
@@ -321,7 +321,7 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
     if document["digests"]["files"] not in ALGORITHMS:
         raise ValueError(f"digest algorithm {document['digests']['files']!r}")
     for name, value in document["recipe"].items():
-        expected = list if name == "keep" else type(getattr(QuantConfig(), name))
+        expected = list if name in ("keep", "adapters") else type(getattr(QuantConfig(), name))
         if type(value) is not expected:
             raise TypeError(f"recipe.{name} is {value!r}")
     if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
@@ -347,7 +347,15 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
 def _recipe(fields: Mapping[str, Any]) -> QuantConfig:
     """Return the recipe; what a manifest does not name is as in the versions before it."""
     before = {"expert_layout": "", "shard_cuts": ""}
-    return QuantConfig(**{**before, **fields, "keep": tuple(fields["keep"])})
+    adapters = tuple(_adapter(entry) for entry in fields.get("adapters", ()))
+    lists = {"keep": tuple(fields["keep"]), "adapters": adapters}
+    return QuantConfig(**{**before, **fields, **lists})
+
+
+def _adapter(fields: Mapping[str, Any]) -> AdapterRecord:
+    """Return what a manifest says of an adapter."""
+    texts = {name: _string(value) for name, value in fields.items() if name != "scale"}
+    return AdapterRecord(**texts, scale=_number(fields["scale"]))
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:

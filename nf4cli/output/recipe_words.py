@@ -16,7 +16,13 @@ def options_of(config: QuantConfig) -> Iterable[str]:
     defaults = QuantConfig()
     for field in fields(QuantConfig):
         value, default = getattr(config, field.name), getattr(defaults, field.name)
-        if value == default or field.name in ("keep", "expert_layout", "shard_cuts", *_CHOICE):
+        if value == default or field.name in (
+            "keep",
+            "expert_layout",
+            "shard_cuts",
+            "adapters",
+            *_CHOICE,
+        ):
             continue
         if field.name == "double_quant":
             yield "--no-double-quant"
@@ -24,7 +30,18 @@ def options_of(config: QuantConfig) -> Iterable[str]:
             yield "--exact"
         else:
             yield from (f"--{field.name.replace('_', '-')}", str(value))
+    yield from adapter_options(config)
+    for adapter in config.adapters:
+        if any(other.scale != 1 for other in config.adapters):
+            yield from ("--adapter-scale", str(adapter.scale))
     yield from _chosen(config)
+
+
+def adapter_options(config: QuantConfig) -> Iterable[str]:
+    """Yield the options that name the adapters of a recipe: repository and commit, or directory."""
+    for adapter in config.adapters:
+        place = f"{adapter.repo}@{adapter.commit}" if adapter.repo else adapter.name
+        yield from ("--adapter", place)
 
 
 def _chosen(config: QuantConfig) -> Iterable[str]:

@@ -7,13 +7,14 @@ are read only by a `Scan`, for --on-nonfinite keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import bnb_format
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.discovery import WEIGHTS_KEY, shard_count, shard_name
 from ..checkpoint.importance_file import ImportanceFile
@@ -26,11 +27,12 @@ from ..format.dtypes import FLOAT64, ITEMSIZE, STORAGE_NAME, TORCH_NAME
 from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
-from .notes import importance_notes, notes_of
+from .merging import merged
+from .notes import importance_notes, merging_notes, notes_of
 from .options import check_options
 from .plan import Plan, TensorPlan
 from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
-from .weights import Contents, contents
+from .weights import contents
 
 Oracle = Callable[[Checkpoint], Answer | None]
 """Given a source as the model holds it, returns what transformers says of it, or None where the
@@ -56,6 +58,7 @@ def make_plan(
     oracle: Oracle = consult,
     scan: Scan = no_scan,
     importance: ImportanceFile | None = None,
+    merging: Sequence[Adapter] = (),
 ) -> Plan:
     """Decide the whole conversion of a checkpoint.
 
@@ -63,6 +66,7 @@ def make_plan(
         oracle: asked about the source, see `families.consult`.
         scan: called where config.on_nonfinite is "keep"; reads all that would be quantized.
         importance: of the input columns, by which `--scale search` weights the loss.
+        merging: adapters that are merged first, in order.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
@@ -74,15 +78,14 @@ def make_plan(
     found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
     content = contents(checkpoint, found, model_dtype)
-    model = content.as_checkpoint(checkpoint)
-    tensor_names.check_layers(model)
+    tensor_names.check_layers(model := content.as_checkpoint(checkpoint))
     model_config.check_headers(model)
     answer = oracle(model)
     stacks, layout = frozenset[str](), ""
     if config.target == "unsloth" and config.expert_layout:
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
-    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
+    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout, merging)
     if config.shard_cuts == "auto":
         config = replace(config, shard_cuts="source" if len(checkpoint.shards) > 1 else "")
     names = names_of(checkpoint.config, answer)
@@ -100,8 +103,11 @@ def make_plan(
             for w in content.weights
             for source in (w, *w.parts)
         }
-        plan = _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
-        return replace(plan, notes=(*plan.notes, *ties.random_head_note(checkpoint.config, tied)))
+        tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in written.weights]
+        tensors = merged(tensors, merging, selection.Context.of(checkpoint).model_types, tied)
+        plan = _plan(checkpoint, config, tensors, written.left, skip, importance)
+        more = *ties.random_head_note(checkpoint.config, tied), *merging_notes(plan, merging)
+        return replace(plan, notes=(*plan.notes, *more))
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -114,6 +120,7 @@ def _resolved(
     answer: Answer | None,
     importance: ImportanceFile | None,
     layout: str,
+    merging: Sequence[Adapter],
 ) -> QuantConfig:
     """Return the recipe with every "auto" resolved.
 
@@ -128,26 +135,26 @@ def _resolved(
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
         expert_layout=layout,
+        adapters=tuple(adapter.record for adapter in merging),
     )
 
 
 def _plan(
     checkpoint: Checkpoint,
     config: QuantConfig,
-    model_dtype: str,
-    content: Contents,
-    choices: dict[str, selection.Choice],
+    tensors: list[TensorPlan],
+    left: Mapping[str, str],
     skip: list[str],
     importance: ImportanceFile | None,
 ) -> Plan:
     """Return the plan that carries out a selection.
 
     Args:
-        choices: by weight name.
+        tensors: of the weights.
+        left: see `Contents`.
         skip: llm_int8_skip_modules of the output.
     """
-    tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
-    tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
+    tensors = tensors + [_drop(*checkpoint.tensors[name], why) for name, why in left.items()]
     require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config)

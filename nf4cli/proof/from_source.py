@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import bnb_format
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import MANIFEST, open_checkpoint
 from ..checkpoint.given_codes import written
 from ..checkpoint.packed import PackedWeight, has_chosen_scales
@@ -54,6 +55,7 @@ class Proof:
         tools: the engine that quantizes again, its threads and buffers, and who is told of it.
         report: takes the findings.
         cluster: quantizes again; None to do it here.
+        merging: adapters that are merged into the source, in order.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +65,7 @@ class Proof:
     tools: Tools
     report: Report
     cluster: Cluster | None = None
+    merging: tuple[Adapter, ...] = ()
 
 
 def check_source(proof: Proof) -> None:
@@ -132,7 +135,10 @@ def plan_of(proof: Proof) -> Plan | None:
         return None
     scan = scanner(proof.tools.engine, proof.tools.resources)
     try:
-        plan = make_plan(original, config, lambda _: recorded_answer(manifest), scan, importance)
+        plan = make_plan(
+            original, config, lambda _: recorded_answer(manifest), scan, importance,
+            proof.merging,
+        )  # fmt: skip
         # GPTQ's codes follow from the calibration text, which is not here: they are taken from the
         # output, and have to lose what the manifest says.
         return replace(plan, codes=written(fed_back(weights, manifest))) if manifest else plan
