@@ -25,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import peft
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 
 from nf4cli.quality.evaluation import statistics
 from nf4cli.quality.evaluation.statistics import Figure, blocks_of, figures
@@ -122,11 +124,23 @@ def train(base: Path, adapter: Path, windows: torch.Tensor, seed: int, steps: in
     model.save_pretrained(adapter)
 
 
-def merge_in_four_bits(base: Path, adapter: Path, output: Path) -> None:
-    """Merge as PEFT does it in a model with bitsandbytes' 4-bit layers, which it rounds again."""
+def merge_in_four_bits(base: Path, adapter: Path, decoded: Path, output: Path) -> None:
+    """Merge as PEFT does it in bitsandbytes' 4-bit layers, which it rounds again.
+
+    transformers 5.23 cannot save such a model (NotImplementedError), so each layer is decoded.
+
+    Args:
+        decoded: the 4-bit model's weights as an ordinary model.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model.save_pretrained(output)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)
+    layers = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            layers[name].weight.data.copy_(weight)
+    plain.save_pretrained(output)
 
 
 def merge(base: Path, adapter: Path, output: Path) -> None:
@@ -190,27 +204,35 @@ def columns_of(
 def rows_of(source: Path, base: Path, adapter: Path, text: Path, work: Path) -> list[Row]:
     """Make every model that an adapter leads to, where it is not there yet.
 
+    nf4 merges, but for the merge into the base that stays in bf16: there PEFT does.
+
     Args:
         text: to calibrate on.
     """
     place = work / adapter.name
     decoded = made(work / "base-decoded", lambda out: nf4("dequantize", base, out))
     rows = [Row("the base, not trained", source), Row("the 4-bit base, not trained", base)]
-    direct = made(place / "peft-4bit", lambda out: merge_in_four_bits(base, adapter, out))
+    direct = made(place / "peft-4bit", lambda out: merge_in_four_bits(base, adapter, decoded, out))
     rows.append(Row("PEFT's merge inside the 4-bit layers", direct))
-    for title, name, into in (
-        ("the base", "into-base", source),
-        ("the decoded 4-bit base", "into-decoded", decoded),
-    ):
-        merged = made(place / name, lambda out, into=into: merge(into, adapter, out))
-        rows.append(Row(f"merged into {title}, bf16", merged))
+    merges = {
+        "the base": made(place / "into-base", lambda out: merge(source, adapter, out)),
+        "the decoded 4-bit base": made(
+            place / "into-decoded", lambda out: nf4("dequantize", base, out, "--adapter", adapter)
+        ),
+    }
+    for into, merged in merges.items():
+        rows.append(Row(f"merged into {into}, bf16", merged))
         for again, options in AGAIN.items():
             words = [option.format(text=text) for option in options]
+            one_pass = into == "the base" and again != "gptq"
+            start = (source, "--adapter", adapter) if one_pass else (merged,)
             out = made(
-                place / f"{name}-{again}",
-                lambda out, words=words, merged=merged: nf4("quantize", merged, out, *words),
+                place / f"{merged.name}-{again}",
+                lambda out, words=words, start=start: nf4(
+                    "quantize", start[0], out, *start[1:], *words
+                ),
             )
-            rows.append(Row(f"merged into {title}, quantized again: {again}", out))
+            rows.append(Row(f"merged into {into}, quantized again: {again}", out))
     return rows
 
 
@@ -224,7 +246,8 @@ def measure(args: argparse.Namespace, tokenizer: Any) -> list[list[tuple[str, di
         other.stem: windows_of(read_documents([other]), tokenizer)[:: args.stride],
     }
     base = made(
-        work / "base-nf4", lambda out: nf4("quantize", args.model, out, "--compute-dtype", "float32")
+        work / "base-nf4",
+        lambda out: nf4("quantize", args.model, out, "--compute-dtype", "float32"),
     )
     windows = windows_of(read_documents([trained_on]), tokenizer)
     results = []
