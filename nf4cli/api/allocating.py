@@ -257,11 +257,16 @@ class Choosing:
         experts = any(vllm_rules.is_expert(tensor) for tensor in unit.tensors)
         keeps = not (self.asked.config.target == "vllm" and experts)
         keeps = keeps and self._never_kept.isdisjoint(unit.paths)
+        together = 256 if self.asked.config.scale == "search" else 1  # see stacks.py
         whole = [
-            packing for packing in PACKINGS
-            if not any(part.numel % (packing[0] * (256 if packing[1] else 1))
-                       for tensor in unit.tensors for part in tensor.weight.parts)
-        ]  # fmt: skip
+            (blocksize, nested)
+            for blocksize, nested in PACKINGS
+            if not any(
+                part.numel % (blocksize * (together if nested else 1))
+                for tensor in unit.tensors
+                for part in tensor.weight.parts
+            )
+        ]
         return [*whole, *([None] if keeps else [])]
 
     def _nbytes(self, unit: _Unit, packing: tuple[int, bool] | None) -> int:
