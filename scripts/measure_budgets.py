@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nf4cli
-from nf4cli.api.allocating import Allocated, Budget, Choosing
+from nf4cli.api.allocating import Allocated, Budget, choosing
 from nf4cli.api.evaluating import Evaluation, compare
+from nf4cli.api.machine import Machine
 from nf4cli.api.sources import Source
 from nf4cli.format.config import QuantConfig
 from nf4cli.planning.recipe_file import with_recipe
@@ -46,13 +46,11 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[4.5, 5.0])
     asked = parser.parse_args()
     calibrating = Calibrating((asked.calibration,), asked.tokens, asked.length)
-    for with_text in (True, False):
-        first = Budget(asked.model, asked.bits[0], calibrating=calibrating if with_text else None)
-        choosing = Choosing(first, Source(asked.model))
+    for text in (calibrating, None):
+        chosen = choosing(Source(asked.model), QuantConfig(), text, Machine())
         started = time.monotonic()
         for bits in asked.bits:
-            choosing.asked = replace(first, bits=bits)
-            measure(choosing.result(), bits, asked.model, asked.eval_tokens)
+            measure(chosen.within(Budget(bits)), bits, asked.model, asked.eval_tokens)
         print(f"{time.monotonic() - started:.0f} s with evaluations", flush=True)
 
 

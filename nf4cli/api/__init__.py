@@ -130,11 +130,10 @@ def allocate(
     """
     from .allocating import Budget, allocated
 
+    machine = Machine(engine, device, workers, memory, listener)
     return allocated(
-        Budget(
-            Path(source), bits, max_size, max_kl, config or QuantConfig(), calibration, exact,
-            trust_remote_code, Machine(engine, device, workers, memory, listener),
-        )
+        Path(source), Budget(bits, max_size, max_kl), config or QuantConfig(), calibration,
+        machine, exact, trust_remote_code,
     )  # fmt: skip
 
 

@@ -1,541 +1,76 @@
-"""Spend a budget of bits on the modules that need them: the work of `nf4cli.allocate`."""
+"""Choose a format for each module within a budget: the work of `nf4cli.allocate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..checkpoint import bnb_format
-from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.discovery import with_copies
-from ..convert.listener import Stage
-from ..convert.measure_errors import WeightError, measured_bytes, weight_errors
 from ..errors import UsageError
 from ..format.config import QuantConfig
-from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME
-from ..planning import skip_list, vllm_rules
-from ..planning.allocation import Allocation, Option, allocate
-from ..planning.families import consult, names_of
-from ..planning.formats import formats_like
+from ..planning.families import consult
 from ..planning.make_plan import make_plan
 from ..planning.options import check_options
 from ..planning.pipeline_plan import is_pipeline
-from ..planning.plan import Plan, TensorPlan
-from ..planning.recipe_file import Recipe, bits_of, layout_of, text_of, with_recipe
-from ..planning.resources import unit_of
-from ..planning.selection import module_path
-from ..planning.vllm_rules import require_loadable
-from ..units import format_size
+from ..quality.recipes import Allocated, Budget, Choosing, Subject
 from . import sources
 from .machine import Machine
-from .sources import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
+    from ..checkpoint.types import Checkpoint
+    from ..planning.answer import Answer
+    from ..planning.plan import Plan
     from ..quality.calibration.run import Calibrating
-    from ..quality.sensitivity import Checked, Rounding, Sensitivity
 
-PACKINGS = tuple((blocksize, nested) for blocksize in (32, 64, 128) for nested in (True, False))
-"""The 4-bit formats to choose from, (blocksize, double_quant)."""
-REFERENCE = (64, True)
-"""The format whose rounding error a text measures; that of the others is in proportion."""
-LENGTH = 256
-"""Default: tokens of a window. Shorter windows are more samples of the same text."""
-_TRIES = 50
-_STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042, 1.96,
-)  # fmt: skip
-"""Standard errors of a 95% interval of a mean, by degrees of freedom from 1; the last for more."""
+__all__ = ["Allocated", "Budget", "allocated", "choosing"]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What to spend, and on which model.
+def allocated(
+    source: Path, budget: Budget, config: QuantConfig, calibrating: Calibrating | None,
+    machine: Machine, exact: bool = False, trust_remote_code: bool = False,
+) -> Allocated:  # fmt: skip
+    """Choose a format for each module within a budget.
 
-    Attributes:
+    Args:
         source: a path, or a model on the Hub.
-        bits: most bits of a weight in the linear layers, with their scales.
-        max_size: most bytes of all output shards.
-        max_kl: most KL divergence a token, as estimated on `calibrating`'s text.
         config: the recipe to go by for everything but formats.
         calibrating: text to measure modules with; None to go by the error of the weights.
-        exact, trust_remote_code: see `Request`.
         machine: measures.
-
-    Raises:
-        UsageError: not exactly one of the three bounds is given, or it is no positive number.
-    """
-
-    source: Path
-    bits: float | None = None
-    max_size: int | None = None
-    max_kl: float | None = None
-    config: QuantConfig = field(default_factory=QuantConfig)
-    calibrating: Calibrating | None = None
-    exact: bool = False
-    trust_remote_code: bool = False
-    machine: Machine = field(default_factory=Machine)
-
-    def __post_init__(self) -> None:
-        bounds = {"--bits": self.bits, "--max-size": self.max_size, "--max-kl": self.max_kl}
-        given = {option: value for option, value in bounds.items() if value is not None}
-        if len(given) != 1:
-            raise UsageError(
-                f"say one budget, --bits, --max-size or --max-kl: {len(given)} are given"
-            )
-        ((option, value),) = given.items()
-        if not 0 < value < float("inf"):
-            raise UsageError(f"{option} {value} is no positive number")
-        if self.max_kl is not None and self.calibrating is None:
-            raise UsageError("--max-kl needs --calibration, the text to measure with")
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module, or several that a loader wants alike, in the chosen format.
-
-    Attributes:
-        paths: of its modules.
-        elements: of its weights.
-        packing: (blocksize, double_quant), None for 16 bits.
-        nbytes: in the output.
-        loss: that is expected of it.
-    """
-
-    paths: tuple[str, ...]
-    elements: int
-    packing: tuple[int, bool] | None
-    nbytes: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Allocated:
-    """A recipe and what it is expected to give.
-
-    Attributes:
-        recipe: what `nf4 quantize --recipe` runs.
-        plan: of the output that it makes.
-        modules: in the order of the model.
-        bits: bits of a weight in the linear layers.
-        loss: expected: KL divergence a token with a text, else the sum of relative squared errors
-            times sizes, a share of all weights.
-        bound: no choice within the budget is expected to lose less.
-        uniform: the best choice of one format for all modules within the budget; None for none.
-        uniform_loss: that is expected of it.
-        saved: interval of 95% of the loss saved against it, as a share; None without a text.
-        check: of the estimate; None without a text.
-        method: "text" or "weights".
-    """
-
-    recipe: Recipe
-    plan: Plan
-    modules: Sequence[Module]
-    bits: float
-    loss: float
-    bound: float
-    uniform: tuple[int, bool] | None
-    uniform_loss: float | None
-    saved: tuple[float, float] | None
-    check: Checked | None
-    method: str
-
-    @property
-    def config(self) -> QuantConfig:
-        """The recipe as `nf4cli.quantize` takes it."""
-        return self.plan.config
-
-    @property
-    def text(self) -> str:
-        """The recipe's file."""
-        words = {
-            "text": "KL divergence a token on the calibration text, to second order",
-            "weights": "squared error of weights in units of their squares",
-        }
-        estimate: list[tuple[str, str | float | int]] = [
-            ("bits", float(f"{self.bits:.6g}")),
-            ("shard_bytes", self.plan.shard_bytes),
-            ("loss", float(f"{self.loss:.6g}")),
-            ("loss_is", words[self.method]),
-        ]
-        if self.uniform is not None and self.uniform_loss is not None:
-            estimate += [
-                ("uniform_bits", bits_of(*self.uniform)),
-                ("uniform_loss", float(f"{self.uniform_loss:.6g}")),
-            ]
-        return text_of(self.recipe, estimate)
-
-
-def allocated(asked: Budget) -> Allocated:
-    """Choose a format for each module within a budget.
+        exact, trust_remote_code: see `Request`.
 
     Raises:
         UsageError: the budget is below what is possible, or options do not go together.
         InputError, MachineError: the model cannot be converted, or measured.
     """
-    check_options(asked.config)
-    sources.require_there(asked.source)
-    listener = asked.machine.listener
-    with sources.found(asked.source, True, listener, None, sources.Files((), False)) as found:
-        source = sources.whole(found, "nf4 plan", False, listener)
-        if is_pipeline(source.path):
+    check_options(config)
+    sources.require_there(source)
+    listener = machine.listener
+    with sources.found(source, True, listener, None, sources.Files((), False)) as outline:
+        found = sources.whole(outline, "nf4 plan", False, listener)
+        if is_pipeline(found.path):
             raise UsageError(
-                f"{source.name} is a pipeline: make a recipe of one component's directory"
+                f"{found.name} is a pipeline: make a recipe of one component's directory"
             )
-        return Choosing(asked, source).result()
+        chosen = choosing(found, config, calibrating, machine, exact, trust_remote_code)
+        return chosen.within(budget)
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """Modules that have to be alike, and what is known of them."""
+def choosing(
+    source: sources.Source, config: QuantConfig, calibrating: Calibrating | None,
+    machine: Machine, exact: bool = False, trust_remote_code: bool = False,
+) -> Choosing:  # fmt: skip
+    """Return what measures a model once, and chooses within any budget.  See `allocated`."""
+    checkpoint = with_copies(source.open(), ())
 
-    paths: tuple[str, ...]
-    tensors: tuple[TensorPlan, ...]
+    def oracle(model: Checkpoint) -> Answer | None:
+        return consult(model, exact, trust_remote_code)
 
-    @property
-    def elements(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors)
+    def plan_of(recipe: QuantConfig) -> Plan:
+        return make_plan(checkpoint, recipe, oracle)
 
-
-class Choosing:
-    """The choice for one model, which is measured once for all budgets.
-
-    Attributes:
-        asked: may be replaced by another budget of the same model, between results.
-    """
-
-    def __init__(self, asked: Budget, source: Source) -> None:
-        self.asked = asked
-        self._source = source
-        self._checkpoint = with_copies(source.open(), ())
-        self._plan = self._plan_of(asked.config)
-        require_loadable(self._plan)
-        self._never_kept: set[str] = set()
-
-    def _plan_of(self, config: QuantConfig) -> Plan:
-        asked = self.asked
-
-        def oracle(model):  # type: ignore[no-untyped-def]
-            return consult(model, asked.exact, asked.trust_remote_code)
-
-        return make_plan(self._checkpoint, config, oracle)
-
-    @cached_property
-    def _units(self) -> list[_Unit]:
-        """What has a format of its own."""
-        by_module: dict[str, list[TensorPlan]] = {}
-        for tensor in self._plan.tensors:
-            if tensor.state is not None:
-                by_module.setdefault(module_path(tensor.name), []).append(tensor)
-        units, done = [], set[str]()
-        for path in by_module:
-            if path in done:
-                continue
-            together = [path]
-            if self.asked.config.target == "vllm":
-                together = sorted({path, *vllm_rules.partners(path, by_module)})
-            done.update(together)
-            tensors = tuple(t for each in together for t in by_module[each])
-            units.append(_Unit(tuple(together), tensors))
-        return units
-
-    # -- what each choice costs ---------------------------------------------------------------
-
-    def _choices(self, unit: _Unit) -> list[tuple[int, bool] | None]:
-        """Return the formats that a unit may have; None is 16 bits."""
-        experts = any(vllm_rules.is_expert(tensor) for tensor in unit.tensors)
-        keeps = not (self.asked.config.target == "vllm" and experts)
-        keeps = keeps and self._never_kept.isdisjoint(unit.paths)
-        together = 256 if self.asked.config.scale == "search" else 1  # see stacks.py
-        whole = [
-            (blocksize, nested)
-            for blocksize, nested in PACKINGS
-            if not any(
-                part.numel % (blocksize * (together if nested else 1))
-                for tensor in unit.tensors
-                for part in tensor.weight.parts
-            )
-        ]
-        return [*whole, *([None] if keeps else [])]
-
-    def _nbytes(self, unit: _Unit, packing: tuple[int, bool] | None) -> int:
-        """Return the bytes of a unit's weights in a format, exactly."""
-        if packing is None:
-            return unit.elements * ITEMSIZE[SAFETENSORS_NAME[self._plan.config.dtype]]
-        total = 0
-        for tensor in unit.tensors:
-            assert tensor.state is not None
-            state: QuantState = replace(tensor.state, blocksize=packing[0], nested=packing[1])
-            outputs = bnb_format.expected_tensors(
-                tensor.name, state, self._plan.config.quant_storage
-            )
-            total += sum(ITEMSIZE[dtype] * prod(shape) for dtype, shape in outputs.values())
-        return total
-
-    @cached_property
-    def _errors(self) -> Mapping[tuple[int, bool], Mapping[str, WeightError]]:
-        """The error of each weight in each format."""
-        machine, plan = self.asked.machine, self._plan
-        total = measured_bytes(plan, PACKINGS)
-        resources = machine.resources(
-            len(plan.tensors), max(unit_of(replace(plan.config, blocksize=b)) for b, _ in PACKINGS)
+    return Choosing(
+        Subject(
+            source.path, checkpoint, config, plan_of, calibrating, machine.engine,
+            machine.resources, machine.device, machine.listener,
         )
-        stage = Stage("measuring", total, f"the rounding errors of {self._source.name}")
-        with machine.listener.stage(stage) as progress:
-            return {
-                packing: weight_errors(plan, packing, machine.engine, resources, progress)
-                for packing in PACKINGS
-            }
-
-    @cached_property
-    def _measured(self) -> tuple[Sensitivity, Checked] | None:
-        """What a text says of each weight, None without one."""
-        calibrating = self.asked.calibrating
-        if calibrating is None:
-            return None
-        from ..quality.calibration.text import torch_device
-        from ..quality.evaluation.cache import default_directory
-        from ..quality.evaluation.decoded import decoded
-        from ..quality.sensitivity import measure, steps
-
-        machine, path = self.asked.machine, self._source.path
-        tokens, _ = calibrating.windows(path)
-        names = [t.name for unit in self._units for t in unit.tensors]
-        nbytes = self._plan.source_bytes
-        stage = Stage("measuring", nbytes * steps(len(tokens)), f"{self._source.name} with a text")
-        place = default_directory()
-        place.mkdir(parents=True, exist_ok=True)
-        with (
-            decoded(path, place, machine.engine, machine.resources()) as ordinary,
-            machine.listener.stage(stage) as progress,
-        ):
-            return measure(
-                ordinary, names, tokens, self._rounding(), "auto", torch_device(machine.device),
-                lambda name, count: progress(name, nbytes * count),
-            )  # fmt: skip
-
-    def _rounding(self) -> Rounding:
-        """Return what rounds a matrix as the reference format does."""
-        engine, quant_type = self.asked.machine.engine, self.asked.config.quant_type
-        blocksize = REFERENCE[0]
-
-        def rounding(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-            n = weight.size
-            packed = np.empty((n + 1) // 2, np.uint8)
-            absmax = np.empty(-(-n // blocksize), np.float32)
-            out = np.empty(weight.shape, np.float32)
-            raw = weight.reshape(-1).view(np.uint8)
-            engine.quantize(raw, "F32", blocksize, quant_type, packed, absmax)
-            engine.dequantize(
-                packed, n, blocksize, quant_type, absmax, "F32", out.reshape(-1).view(np.uint8)
-            )
-            return out
-
-        return rounding
-
-    def _loss(self, unit: _Unit, packing: tuple[int, bool] | None) -> float:
-        """Return the loss that is expected of a unit in a format."""
-        return 0.0 if packing is None else sum(self._losses(unit, packing))
-
-    def _losses(self, unit: _Unit, packing: tuple[int, bool]) -> Iterator[float]:
-        """Yield the loss that is expected of each weight of a unit in a format."""
-        for tensor in unit.tensors:
-            error = self._errors[packing][tensor.name]
-            if self._measured is None:
-                yield error.relative * tensor.numel / self._elements
-            else:
-                yield self._measured[0].kl(tensor.name) * self._share(tensor.name, packing)
-
-    def _share(self, name: str, packing: tuple[int, bool] | None) -> float:
-        """Return a weight's squared error in a format, in units of that of the reference, times
-        what the estimate of the whole model was wrong by."""
-        assert self._measured is not None
-        if packing is None:
-            return 0.0
-        reference = self._errors[(REFERENCE[0], False)][name].squares
-        share = self._errors[packing][name].squares / reference if reference else 0.0
-        return share * self._measured[1].factor
-
-    @property
-    def _elements(self) -> int:
-        return sum(unit.elements for unit in self._units)
-
-    # -- the choice ---------------------------------------------------------------------------
-
-    def result(self) -> Allocated:
-        """Return the choice, after checking that the output which it makes keeps the budget."""
-        bounded = {"bits": self._within_bits, "max_size": self._within_size}
-        choose: Callable[[], tuple[Recipe, Plan, list[Module], Allocation]] = next(
-            (f for name, f in bounded.items() if getattr(self.asked, name) is not None),
-            self._within_kl,
-        )
-        recipe, plan, modules, allocation = choose()
-        nbytes = sum(module.nbytes for module in modules)
-        uniform = self._best_uniform(nbytes)
-        loss = sum(module.loss for module in modules)
-        return Allocated(
-            recipe, plan, modules, 8 * nbytes / self._elements, loss, min(loss, allocation.bound),
-            uniform, None if uniform is None else self._uniform_loss(uniform),
-            self._saved(modules, uniform), self._measured[1] if self._measured else None,
-            "text" if self._measured else "weights",
-        )  # fmt: skip
-
-    def _within_bits(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        bits = self.asked.bits
-        assert bits is not None
-        self._require(int(bits * self._elements / 8), f"--bits {bits:g}")
-        return self._spend(int(bits * self._elements / 8))
-
-    def _within_size(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        size = self.asked.max_size
-        assert size is not None
-        now = {id(unit): self._nbytes(unit, self._current()) for unit in self._units}
-        others = self._plan.shard_bytes - sum(now.values())
-        self._require(size - others, f"--max-size {size:,} bytes", others)
-        budget = size - others
-        for _ in range(_TRIES):
-            done = self._spend(budget)
-            if (above := done[1].shard_bytes - size) <= 0:
-                return done
-            budget -= above  # headers that name more tensors
-        raise AssertionError(f"no budget near {size:,} bytes was kept")
-
-    def _current(self) -> tuple[int, bool]:
-        config = self.asked.config
-        return config.blocksize, config.double_quant
-
-    def _require(self, budget: int, option: str, others: int = 0) -> None:
-        """Raise UsageError if the smallest formats are above a budget.
-
-        Args:
-            others: bytes of what is no 4-bit weight, where the budget is the whole output's.
-        """
-        least = sum(
-            min(self._nbytes(unit, packing) for packing in self._choices(unit))
-            for unit in self._units
-        )
-        if budget >= least:
-            return
-        bits = np.ceil(8 * least / self._elements * 1000) / 1000
-        raise UsageError(
-            f"{option} is below what is possible: the least is --bits {bits:g}, or --max-size "
-            f"{format_size(least + others)} ({least + others:,} bytes)"
-            if others
-            else f"{option} is below what is possible: the least is --bits {bits:g}"
-        )
-
-    def _within_kl(self) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        """Return the smallest choice whose expected loss is at most the bound."""
-        most = self.asked.max_kl
-        assert most is not None
-        sizes = [
-            [self._nbytes(unit, packing) for packing in self._choices(unit)] for unit in self._units
-        ]
-        low, high = sum(map(min, sizes)), sum(map(max, sizes))
-        if self._allocate(high).loss > most:
-            raise UsageError(f"--max-kl {most:g} is below what is possible")
-        while high - low > max(1, low // 10_000):
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._allocate(middle).loss <= most else (middle, high)
-        return self._spend(high)
-
-    def _allocate(self, budget: int) -> Allocation:
-        return allocate(
-            [
-                [
-                    Option(self._nbytes(unit, packing), self._loss(unit, packing))
-                    for packing in self._choices(unit)
-                ]
-                for unit in self._units
-            ],
-            budget,
-        )
-
-    def _spend(self, budget: int) -> tuple[Recipe, Plan, list[Module], Allocation]:
-        """Return the best choice whose skip list leaves the other modules packed."""
-        names = names_of(self._checkpoint.config)
-        while True:
-            allocation = self._allocate(budget)
-            modules = []
-            for unit, number in zip(self._units, allocation.chosen, strict=True):
-                packing = self._choices(unit)[number]
-                modules.append(
-                    Module(
-                        unit.paths, unit.elements, packing, self._nbytes(unit, packing),
-                        self._loss(unit, packing),
-                    )
-                )  # fmt: skip
-            kept = {path for m in modules if m.packing is None for path in m.paths}
-            packed = [path for m in modules if m.packing is not None for path in m.paths]
-            tangled = {p for p in kept if any(skip_list.entangled(p, packed, names))}
-            if not tangled:
-                recipe = self._recipe(modules)
-                return recipe, self._plan_of(self._config(recipe)), modules, allocation
-            self._never_kept |= tangled
-
-    def _recipe(self, modules: Sequence[Module]) -> Recipe:
-        packings = {path: m.packing for m in modules if m.packing for path in m.paths}
-        if not packings:
-            raise UsageError(
-                "the budget is enough for all modules in 16 bits: no recipe is needed. A smaller "
-                "one makes some of them 4-bit"
-            )
-        (blocksize, nested), formats = formats_like(packings)
-        keep = tuple(sorted(path for m in modules if m.packing is None for path in m.paths))
-        return Recipe(
-            blocksize, nested, formats, keep, layout_of(self._checkpoint), self._checkpoint.name
-        )
-
-    def _config(self, recipe: Recipe) -> QuantConfig:
-        return with_recipe(self.asked.config, recipe)
-
-    def _best_uniform(self, nbytes: int) -> tuple[int, bool] | None:
-        """Return the one format for all that loses least within as many bytes; None for none."""
-        fitting = [
-            packing
-            for packing in PACKINGS
-            if all(packing in self._choices(unit) for unit in self._units)
-            and sum(self._nbytes(unit, packing) for unit in self._units) <= nbytes
-        ]
-        return min(fitting, key=self._uniform_loss, default=None)
-
-    def _uniform_loss(self, packing: tuple[int, bool]) -> float:
-        return sum(self._loss(unit, packing) for unit in self._units)
-
-    def _saved(
-        self, modules: Sequence[Module], uniform: tuple[int, bool] | None
-    ) -> tuple[float, float] | None:
-        """Return the interval of the share of loss saved against a uniform choice.
-
-        The same windows measure all modules, so it is the interval of the windows' differences.
-        """
-        if self._measured is None or uniform is None:
-            return None
-        sensitivity = self._measured[0]
-        shape = next(iter(sensitivity.samples.values())).shape
-        saved, before = np.zeros(shape), np.zeros(shape)
-        for unit, module in zip(self._units, modules, strict=True):
-            for tensor in unit.tensors:
-                samples = sensitivity.samples[tensor.name]
-                first, second = (self._share(tensor.name, p) for p in (uniform, module.packing))
-                before += samples * first
-                saved += samples * (first - second)
-        by_window = saved.mean(0)
-        count = by_window.size
-        if count < 2:
-            return -float("inf"), 1.0
-        sure = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
-        error = sure * float(by_window.std(ddof=1)) / count**0.5
-        whole = float(before.mean()) or 1.0
-        return (float(saved.mean()) - error) / whole, (float(saved.mean()) + error) / whole
+    )  # fmt: skip

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..api.allocating import Allocated
 
 _SHOWN = 12
-_LENGTH = 256  # of api.allocating, which imports numpy
-_TOKENS = 32_768
+_TOKENS, _LENGTH = 32_768, 256
+"""Defaults: tokens to run, and of a window. Shorter windows are more samples of the same text."""
 
 
 def plan(
@@ -149,7 +149,8 @@ def plan(
     with AtomicFile(place, "RECIPE", replace=False) as file:
         from ..api.allocating import Budget, allocated
 
-        done = allocated(Budget(source, bits, size, max_kl, config, calibrating, machine=machine))
+        budget = Budget(bits, size, max_kl)
+        done = allocated(source, budget, config, calibrating, machine)
         file.write(done.text.encode())
     for sentence in _doubts(done):
         listener.note(sentence)
