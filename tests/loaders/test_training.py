@@ -1,4 +1,4 @@
-"""QLoRA on our outputs as docs/qlora.md shows it: trained with PEFT, merged by nf4, loaded again."""
+"""QLoRA on outputs as docs/qlora.md shows it: trained with PEFT, merged by nf4, loaded again."""
 
 from __future__ import annotations
 
