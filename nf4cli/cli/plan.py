@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..quality.calibration.gptq import DAMPING
+from ..quality.calibration.run import TOKENS, Calibrating
 from ..units import format_size, plural
 from . import completion, engine_choice, panels
 from .options import (
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from ..api.allocating import Allocated
 
 _SHOWN = 12
-_TOKENS, _LENGTH = 32_768, 256
-"""Defaults: tokens to run, and of a window. Shorter windows are more samples of the same text."""
+_LENGTH = 256
+"""Default: tokens of a window. Shorter ones than those of quantize are more samples of a text."""
 
 
 def plan(
@@ -85,7 +87,7 @@ def plan(
             help="Tokens to run",
             rich_help_panel=panels.MEASURING,
         ),
-    ] = _TOKENS,
+    ] = TOKENS,
     calibration_length: Annotated[
         int,
         typer.Option(
@@ -138,12 +140,11 @@ def plan(
     from ..checkpoint.atomic_file import AtomicFile
     from ..checkpoint.discovery import name_of_directory
     from ..format.config import QuantConfig
-    from ..quality.calibration.run import Calibrating
 
     listener = TerminalListener(quiet)
     place = recipe or Path(f"{name_of_directory(source)}.recipe.toml")
     size = None if max_size is None else parse_size(max_size, "--max-size")
-    calibrating = Calibrating.of(calibration, calibration_tokens, calibration_length, 0.05, None)
+    calibrating = Calibrating.of(calibration, calibration_tokens, calibration_length, DAMPING, None)
     config = QuantConfig(scale=scale, target=target, keep=tuple(keep or ()))
     machine = engine_choice.machine(engine, device, workers, memory, listener)
     with AtomicFile(place, "RECIPE", replace=False) as file:
@@ -162,13 +163,16 @@ def plan(
 
 def _doubts(done: Allocated) -> list[str]:
     """Return what a user should know before trusting the recipe."""
-    if done.saved is not None and done.saved[0] <= 0:
+    if done.method != "text" or done.uniform is None or (done.saved and done.saved[0] > 0):
+        return []
+    why = "there is one window of it"
+    if done.saved is not None:
         low, high = done.saved
-        return [
-            "the text is too short to tell this choice from the uniform one: it saves "
-            f"{low:.0%} to {high:.0%} of the loss (95%). Give more --calibration-tokens"
-        ]
-    return []
+        why = f"it saves {low:.0%} to {high:.0%} of the loss (95%)"
+    return [
+        f"the text is too short to tell this choice from the uniform one: {why}. Give more "
+        "--calibration-tokens"
+    ]
 
 
 def _document(done: Allocated, place: Path) -> dict[str, Any]:
@@ -237,10 +241,11 @@ def _print_losses(console: Console, done: Allocated) -> None:
             line += f" ({done.saved[0]:.0%} to {done.saved[1]:.0%}, 95%)"
     console.print(line, soft_wrap=True)
     if done.check is not None:
+        alone = f"checked on {plural(len(done.check.measured), 'module')} rounded alone"
+        if done.check.correlation is not None:
+            alone += f": correlation {done.check.correlation:.2f} of the logarithms"
         console.print(
-            f"checked on {plural(len(done.check.measured), 'module')} rounded alone: correlation "
-            f"{done.check.correlation:.2f} of the logarithms; of all together, measured over "
-            f"estimated {done.check.factor:.2f}",
+            f"{alone}; of all together, measured over estimated {done.check.factor:.2f}",
             soft_wrap=True,
         )
 

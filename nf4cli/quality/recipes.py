@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -16,6 +16,7 @@ from ..checkpoint.bnb_format import QuantState
 from ..convert.listener import Stage
 from ..convert.measure_errors import WeightError, measured_bytes, weight_errors
 from ..errors import UsageError
+from ..format.codebook import NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME
 from ..planning import skip_list, vllm_rules
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     from .calibration.run import Calibrating
     from .sensitivity import Checked, Rounding, Sensitivity
 
+Packing = tuple[int, bool]
+"""A 4-bit format: (blocksize, double_quant)."""
 PACKINGS = tuple((blocksize, nested) for blocksize in (32, 64, 128) for nested in (True, False))
-"""The 4-bit formats to choose from, (blocksize, double_quant)."""
-REFERENCE = (64, True)
+"""The 4-bit formats to choose from."""
+REFERENCE = (64, False)
 """The format whose rounding error a text measures; that of the others is in proportion."""
 _TRIES = 50
 _STUDENT = (
@@ -122,7 +125,7 @@ class Module:
 
     paths: tuple[str, ...]
     elements: int
-    packing: tuple[int, bool] | None
+    packing: Packing | None
     nbytes: int
     loss: float
 
@@ -141,7 +144,8 @@ class Allocated:
         bound: no choice within the budget is expected to lose less.
         uniform: the best choice of one format for all modules within the budget; None for none.
         uniform_loss: that is expected of it.
-        saved: interval of 95% of the loss saved against it, as a share; None without a text.
+        saved: interval of 95% of the loss saved against it, as a share; None without a text, or
+            with a single window of it.
         check: of the estimate; None without a text.
         method: "text" or "weights".
     """
@@ -152,7 +156,7 @@ class Allocated:
     bits: float
     loss: float
     bound: float
-    uniform: tuple[int, bool] | None
+    uniform: Packing | None
     uniform_loss: float | None
     saved: tuple[float, float] | None
     check: Checked | None
@@ -210,7 +214,7 @@ class Choosing:
 
     @cached_property
     def _units(self) -> list[_Unit]:
-        """What has a format of its own."""
+        """Return what has a format of its own, in the order of the model."""
         by_module: dict[str, list[TensorPlan]] = {}
         for tensor in self._plan.tensors:
             if tensor.state is not None:
@@ -229,12 +233,29 @@ class Choosing:
 
     # -- what each choice costs ---------------------------------------------------------------
 
-    def _choices(self, unit: _Unit) -> list[tuple[int, bool] | None]:
-        """Return the formats that a unit may have; None is 16 bits."""
+    @cached_property
+    def _sizes(self) -> list[dict[Packing | None, int]]:
+        """Return the bytes of each unit in every format that it may have; None is 16 bits."""
+        return [
+            {packing: self._nbytes(unit, packing) for packing in self._formats_of(unit)}
+            for unit in self._units
+        ]
+
+    @cached_property
+    def _losses(self) -> list[dict[Packing | None, float]]:
+        """Return the loss that is expected of each unit in every format that it may have."""
+        return [
+            {packing: self._loss(unit, packing) for packing in sizes}
+            for unit, sizes in zip(self._units, self._sizes, strict=True)
+        ]
+
+    def _formats_of(self, unit: _Unit) -> list[Packing | None]:
+        """Return the formats that a unit may have."""
         experts = any(vllm_rules.is_expert(tensor) for tensor in unit.tensors)
         keeps = not (self._subject.config.target == "vllm" and experts)
-        keeps = keeps and self._never_kept.isdisjoint(unit.paths)
-        together = 256 if self._subject.config.scale == "search" else 1  # see stacks.py
+        together = (
+            NESTED_BLOCKSIZE if self._subject.config.scale == "search" else 1
+        )  # see stacks.py
         whole = [
             (blocksize, nested)
             for blocksize, nested in PACKINGS
@@ -246,7 +267,7 @@ class Choosing:
         ]
         return [*whole, *([None] if keeps else [])]
 
-    def _nbytes(self, unit: _Unit, packing: tuple[int, bool] | None) -> int:
+    def _nbytes(self, unit: _Unit, packing: Packing | None) -> int:
         """Return the bytes of a unit's weights in a format, exactly."""
         if packing is None:
             return unit.elements * ITEMSIZE[SAFETENSORS_NAME[self._plan.config.dtype]]
@@ -261,7 +282,7 @@ class Choosing:
         return total
 
     @cached_property
-    def _errors(self) -> Mapping[tuple[int, bool], Mapping[str, WeightError]]:
+    def _errors(self) -> Mapping[Packing, Mapping[str, WeightError]]:
         """The error of each weight in each format."""
         subject, plan = self._subject, self._plan
         total = measured_bytes(plan, PACKINGS)
@@ -323,30 +344,28 @@ class Choosing:
 
         return rounding
 
-    def _loss(self, unit: _Unit, packing: tuple[int, bool] | None) -> float:
+    def _loss(self, unit: _Unit, packing: Packing | None) -> float:
         """Return the loss that is expected of a unit in a format."""
-        return 0.0 if packing is None else sum(self._losses(unit, packing))
+        if packing is None:
+            return 0.0
+        if self._measured is None:
+            errors = self._errors[packing]
+            shares = (errors[t.name].relative * t.numel / self._elements for t in unit.tensors)
+            return sum(shares)
+        sensitivity, _ = self._measured
+        return sum(sensitivity.kl(t.name) * self._share(t.name, packing) for t in unit.tensors)
 
-    def _losses(self, unit: _Unit, packing: tuple[int, bool]) -> Iterator[float]:
-        """Yield the loss that is expected of each weight of a unit in a format."""
-        for tensor in unit.tensors:
-            error = self._errors[packing][tensor.name]
-            if self._measured is None:
-                yield error.relative * tensor.numel / self._elements
-            else:
-                yield self._measured[0].kl(tensor.name) * self._share(tensor.name, packing)
-
-    def _share(self, name: str, packing: tuple[int, bool] | None) -> float:
+    def _share(self, name: str, packing: Packing | None) -> float:
         """Return a weight's squared error in a format, in units of that of the reference, times
         what the estimate of the whole model was wrong by."""
         assert self._measured is not None
         if packing is None:
             return 0.0
-        reference = self._errors[(REFERENCE[0], False)][name].squares
+        reference = self._errors[REFERENCE][name].squares
         share = self._errors[packing][name].squares / reference if reference else 0.0
         return share * self._measured[1].factor
 
-    @property
+    @cached_property
     def _elements(self) -> int:
         return sum(unit.elements for unit in self._units)
 
@@ -377,12 +396,14 @@ class Choosing:
         )  # fmt: skip
 
     def _within_bits(self, bits: float) -> _Found:
-        self._require(int(bits * self._elements / 8), f"--bits {bits:g}")
-        return self._spend(int(bits * self._elements / 8))
+        budget = int(bits * self._elements / 8)
+        self._require(budget, f"--bits {bits:g}")
+        return self._spend(budget)
 
     def _within_size(self, size: int) -> _Found:
-        now = {id(unit): self._nbytes(unit, self._current()) for unit in self._units}
-        others = self._plan.shard_bytes - sum(now.values())
+        others = self._plan.shard_bytes - sum(
+            tensor.nbytes_out for unit in self._units for tensor in unit.tensors
+        )
         self._require(size - others, f"--max-size {size:,} bytes", others)
         budget = size - others
         for _ in range(_TRIES):
@@ -392,38 +413,28 @@ class Choosing:
             budget -= above  # headers that name more tensors
         raise AssertionError(f"no budget near {size:,} bytes was kept")
 
-    def _current(self) -> tuple[int, bool]:
-        config = self._subject.config
-        return config.blocksize, config.double_quant
-
     def _require(self, budget: int, option: str, others: int = 0) -> None:
         """Raise UsageError if the smallest formats are above a budget.
 
         Args:
             others: bytes of what is no 4-bit weight, where the budget is the whole output's.
         """
-        least = sum(
-            min(self._nbytes(unit, packing) for packing in self._choices(unit))
-            for unit in self._units
-        )
+        least = sum(min(sizes.values()) for sizes in self._sizes)
         if budget >= least:
             return
         bits = np.ceil(8 * least / self._elements * 1000) / 1000
-        raise UsageError(
-            f"{option} is below what is possible: the least is --bits {bits:g}, or --max-size "
-            f"{format_size(least + others)} ({least + others:,} bytes)"
-            if others
-            else f"{option} is below what is possible: the least is --bits {bits:g}"
-        )
+        message = f"{option} is below what is possible: the least is --bits {bits:g}"
+        if others:
+            whole = least + others
+            message += f", or --max-size {format_size(whole)} ({whole:,} bytes)"
+        raise UsageError(message)
 
     def _within_kl(self, most: float) -> _Found:
         """Return the smallest choice whose expected loss is at most the bound."""
         if self._subject.calibrating is None:
             raise UsageError("--max-kl needs --calibration, the text to measure with")
-        sizes = [
-            [self._nbytes(unit, packing) for packing in self._choices(unit)] for unit in self._units
-        ]
-        low, high = sum(map(min, sizes)), sum(map(max, sizes))
+        low = sum(min(sizes.values()) for sizes in self._sizes)
+        high = sum(max(sizes.values()) for sizes in self._sizes)
         if self._allocate(high).loss > most:
             raise UsageError(f"--max-kl {most:g} is below what is possible")
         while high - low > max(1, low // 10_000):
@@ -431,14 +442,19 @@ class Choosing:
             low, high = (low, middle) if self._allocate(middle).loss <= most else (middle, high)
         return self._spend(high)
 
+    def _open(self, number: int) -> list[Packing | None]:
+        """Return the formats that a unit may still have: not 16 bits, where a skip list could not
+        leave it alone."""
+        tangled = not self._never_kept.isdisjoint(self._units[number].paths)
+        return [p for p in self._sizes[number] if p is not None or not tangled]
+
     def _allocate(self, budget: int) -> Allocation:
         return allocate(
             [
-                [
-                    Option(self._nbytes(unit, packing), self._loss(unit, packing))
-                    for packing in self._choices(unit)
-                ]
-                for unit in self._units
+                [Option(sizes[p], losses[p]) for p in self._open(number)]
+                for number, (sizes, losses) in enumerate(
+                    zip(self._sizes, self._losses, strict=True)
+                )
             ],
             budget,
         )
@@ -449,20 +465,17 @@ class Choosing:
         while True:
             allocation = self._allocate(budget)
             modules = []
-            for unit, number in zip(self._units, allocation.chosen, strict=True):
-                packing = self._choices(unit)[number]
-                modules.append(
-                    Module(
-                        unit.paths, unit.elements, packing, self._nbytes(unit, packing),
-                        self._loss(unit, packing),
-                    )
-                )  # fmt: skip
+            for number, unit in enumerate(self._units):
+                packing = self._open(number)[allocation.chosen[number]]
+                nbytes, loss = self._sizes[number][packing], self._losses[number][packing]
+                modules.append(Module(unit.paths, unit.elements, packing, nbytes, loss))
             kept = {path for m in modules if m.packing is None for path in m.paths}
             packed = [path for m in modules if m.packing is not None for path in m.paths]
             tangled = {p for p in kept if any(skip_list.entangled(p, packed, names))}
             if not tangled:
                 recipe = self._recipe(modules)
-                return recipe, self._subject.plan_of(self._config(recipe)), modules, allocation
+                plan = self._subject.plan_of(with_recipe(self._subject.config, recipe))
+                return recipe, plan, modules, allocation
             self._never_kept |= tangled
 
     def _recipe(self, modules: Sequence[Module]) -> Recipe:
@@ -478,24 +491,21 @@ class Choosing:
             blocksize, nested, formats, keep, layout_of(self._checkpoint), self._checkpoint.name
         )
 
-    def _config(self, recipe: Recipe) -> QuantConfig:
-        return with_recipe(self._subject.config, recipe)
-
-    def _best_uniform(self, nbytes: int) -> tuple[int, bool] | None:
+    def _best_uniform(self, nbytes: int) -> Packing | None:
         """Return the one format for all that loses least within as many bytes; None for none."""
         fitting = [
             packing
             for packing in PACKINGS
-            if all(packing in self._choices(unit) for unit in self._units)
-            and sum(self._nbytes(unit, packing) for unit in self._units) <= nbytes
+            if all(packing in sizes for sizes in self._sizes)
+            and sum(sizes[packing] for sizes in self._sizes) <= nbytes
         ]
         return min(fitting, key=self._uniform_loss, default=None)
 
-    def _uniform_loss(self, packing: tuple[int, bool]) -> float:
-        return sum(self._loss(unit, packing) for unit in self._units)
+    def _uniform_loss(self, packing: Packing) -> float:
+        return sum(losses[packing] for losses in self._losses)
 
     def _saved(
-        self, modules: Sequence[Module], uniform: tuple[int, bool] | None
+        self, modules: Sequence[Module], uniform: Packing | None
     ) -> tuple[float, float] | None:
         """Return the interval of the share of loss saved against a uniform choice.
 
@@ -515,7 +525,7 @@ class Choosing:
         by_window = saved.mean(0)
         count = by_window.size
         if count < 2:
-            return -float("inf"), 1.0
+            return None
         sure = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
         error = sure * float(by_window.std(ddof=1)) / count**0.5
         whole = float(before.mean()) or 1.0

@@ -67,16 +67,19 @@ class Checked:
     whole_measured: float
 
     @property
-    def correlation(self) -> float:
-        """Correlation of the logarithms of the modules' estimates and measurements."""
+    def correlation(self) -> float | None:
+        """Correlation of the logarithms of the modules' estimates and measurements; None where
+        they are too few, or all alike."""
         pairs = [(self.estimated[n], self.measured[n]) for n in self.measured]
         logs = np.log(np.maximum(np.array(pairs), 1e-12))
+        if len(logs) < 3 or not logs.std(0).all():
+            return None
         return float(np.corrcoef(logs.T)[0, 1])
 
     @property
     def factor(self) -> float:
         """Measured over estimated, of the whole model."""
-        return self.whole_measured / self.whole_estimated
+        return self.whole_measured / self.whole_estimated if self.whole_estimated else 1.0
 
 
 def measure(

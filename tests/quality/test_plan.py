@@ -153,6 +153,22 @@ def test_a_text_that_is_too_short_is_said_so(place, tmp_path):
     assert "too short to tell" in " ".join(done.stderr.split())
 
 
+def test_a_single_window_has_no_interval(place, tmp_path):
+    text = ("--calibration", "text.txt", "--calibration-tokens", "64", "--calibration-length", "64")
+    done = nf4("plan", "model", tmp_path / "r.toml", "--bits", "5", *text, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert document(done.stdout, "recipe")["saved"] is None
+    assert "one window" in " ".join(done.stderr.split())
+
+
+def test_a_check_of_too_few_modules_has_no_correlation():
+    figures = {"a": 0.1, "b": 0.2}
+    assert sensitivity.Checked(figures, figures, 0.3, 0.3).correlation is None
+    alike = dict.fromkeys("abcd", 0.1)
+    assert sensitivity.Checked(alike, alike, 0.0, 0.0).correlation is None
+    assert sensitivity.Checked(alike, alike, 0.0, 0.0).factor == 1.0
+
+
 def test_a_recipe_is_never_overwritten(place, tmp_path):
     (tmp_path / "r.toml").write_text("mine")
     done = nf4("plan", "model", tmp_path / "r.toml", "--bits", "5", cwd=place)
