@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,10 +73,16 @@ def nf4(*words: str | Path) -> None:
 
 
 def made(path: Path, make: Callable[[Path], object]) -> Path:
-    """Return a directory or file that `make` writes where it is not there yet."""
+    """Return a directory that `make` writes where it is not there yet, under another name first.
+
+    So what a stopped run left half written is not taken for finished.
+    """
     if not path.exists():
+        part = path.with_name(f"{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        make(path)
+        make(part)
+        part.rename(path)
     return path
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..callbacks import Progress
 from ..checkpoint.discovery import open_checkpoint
@@ -188,7 +188,8 @@ class _Run:
         """Return the figures of two language models; run the source over all texts first."""
         asked = self.asked
         cache = Cache(asked.cache_place, asked.cache_size)
-        windows = self._windows(source.path, cache)
+        tokenizer = open_tokenizer(source.path)
+        windows = self._windows(source.path, tokenizer, cache)
         steps = 2 * sum(map(len, windows.values()))
         with self._stage(steps, source, output) as progress:
             references = {
@@ -199,19 +200,18 @@ class _Run:
             }
             return {
                 name: _measured(
-                    reference.tokens, *reference.compare(output.ordinary, progress), source.path
+                    reference.tokens, *reference.compare(output.ordinary, progress), tokenizer
                 )
                 for name, reference in references.items()
             }
 
-    def _windows(self, source: Path, cache: Cache) -> dict[str, NDArray[np.int64]]:
+    def _windows(self, source: Path, tokenizer: Any, cache: Cache) -> dict[str, NDArray[np.int64]]:
         """Return int64 [windows, context] of each text, as many as the cache has room for.
 
         Raises:
             UsageError: the cache has no room for one window of each text.
         """
         asked, texts = self.asked, self.asked.named_texts
-        tokenizer = open_tokenizer(source)
         room = cache.windows(asked.context, causal.vocabulary_of(source)) // len(texts)
         count = asked.tokens // asked.context
         if room < 1:
@@ -265,16 +265,18 @@ class _Run:
 
 
 def _measured(
-    tokens: NDArray[np.int64], figures: Mapping[str, Figure], kl: NDArray[np.float64], source: Path
+    tokens: NDArray[np.int64],
+    figures: Mapping[str, Figure],
+    kl: NDArray[np.float64],
+    tokenizer: Any,
 ) -> Measured:
     """Return the figures of a text, with the words at the largest divergences.
 
     Args:
         tokens: int64 [windows, context].
         kl: float64 [windows, context - 1].
-        source: the model whose tokenizer decodes.
+        tokenizer: of transformers.
     """
-    tokenizer = open_tokenizer(source)
     named = tuple(
         replace(
             w,

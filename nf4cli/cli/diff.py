@@ -105,7 +105,7 @@ def _print_part(console: Console, found: Difference) -> None:
     sizes = f"{format_size(found.bytes_a)} and {format_size(found.bytes_b)}"
     differ = plural(len(found.tensors), "weight")
     console.print(f"{sizes}; {plural(found.same, 'weight')} alike, {differ} not", soft_wrap=True)
-    order = sorted(found.tensors, key=lambda d: (d.rel_rmse is not None, -(d.rel_rmse or 0)))
+    order = found.largest_first
     if order:
         headings = ("what", "weight", "changed", "codes", "rel. RMSE", "largest")
         print_rows(console, [headings, *map(_row, order[:_SHOWN])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -55,7 +54,6 @@ class _Measuring(Conversion):
         super().__init__(plan, tools, Nowhere())
         self.errors: dict[str, WeightError] = {}
         self._shares: dict[str, tuple[float, int]] = {}
-        self._lock_of_errors = threading.Lock()
 
     def finish_state(self, job: Job) -> None:
         name, share = job.plan.name, 0.0
@@ -67,8 +65,7 @@ class _Measuring(Conversion):
             share = total / blocks
         sums = np.concatenate([job.stats[start] for start in sorted(job.stats)])
         squares, weight_squares = float(sums[:, 0].sum()), float(sums[:, 1].sum())
-        with self._lock_of_errors:
-            self.errors[name] = WeightError(squares + share * weight_squares, weight_squares)
+        self.errors[name] = WeightError(squares + share * weight_squares, weight_squares)
 
     def write_nested(
         self, name: str, start: int, values: F32, offset: float, codes: U8, nested: F32

@@ -143,11 +143,17 @@ class Merger:
             read_row: returns a whole row of the weight without adapters, float32 [columns]; DoRA
                 needs the length of the rows that lie in `values` only in part.
         """
-        for number, delta in enumerate(plan.deltas):
+        self._merge(plan, plan.deltas, start, values, read_row)
+
+    def _merge(
+        self, plan: TensorPlan, deltas: tuple[Delta, ...], start: int, values: F32,
+        read_row: ReadRow,
+    ) -> None:  # fmt: skip
+        """Merge the first of a weight's changes."""
+        for number, delta in enumerate(deltas):
             self._apply(delta, start, values, plan)
             if delta.magnitude is not None:
-                earlier = plan.deltas[: number + 1]
-                self._scale_rows(plan, earlier, start, values, read_row)
+                self._scale_rows(plan, deltas[: number + 1], start, values, read_row)
 
     def _apply(self, delta: Delta, start: int, values: F32, plan: TensorPlan) -> None:
         """Add an adapter's product, or put its own values in place."""
@@ -190,7 +196,8 @@ class Merger:
             if whole[0] <= row < whole[1]:
                 continue
             one = read_row(row)
-            self.merge_until(plan, deltas, row * columns, one, read_row)
+            self._merge(plan, deltas[:-1], row * columns, one, read_row)
+            self._apply(deltas[-1], row * columns, one, plan)
             squares[row - first] = self._engine.square_sums(one.reshape(1, columns))[0]
         lengths = np.sqrt(squares).astype(np.float32)
         wanted = self._files.elements(magnitude, first, last - first)
@@ -205,16 +212,6 @@ class Merger:
         counts[-1] -= last * columns - stop
         counts[0] -= start - first * columns
         values *= np.repeat(wanted / lengths, counts)
-
-    def merge_until(
-        self, plan: TensorPlan, deltas: tuple[Delta, ...], start: int, values: F32,
-        read_row: ReadRow,
-    ) -> None:  # fmt: skip
-        """Merge all but the last step of the last of `deltas` into whole rows."""
-        for number, delta in enumerate(deltas):
-            self._apply(delta, start, values, plan)
-            if delta.magnitude is not None and number < len(deltas) - 1:
-                self._scale_rows(plan, deltas[: number + 1], start, values, read_row)
 
 
 def columns_of(plan: TensorPlan) -> int:

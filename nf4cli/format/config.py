@@ -67,7 +67,7 @@ class AdapterRecord:
 
     @property
     def identity(self) -> tuple[str, str, float]:
-        """What the bytes of an output depend on."""
+        """Return what the bytes of an output depend on."""
         return self.config, self.weights, self.scale
 
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 from ..checkpoint.discovery import IMPORTANCE
 from ..format.config import QuantConfig
 
-_CHOICE = ("scale", "method", "importance")
+_NO_OPTIONS = ("keep", "expert_layout", "shard_cuts", "adapters", "scale", "method", "importance")
+"""Fields that options are not made of one by one."""
 
 
 def options_of(config: QuantConfig) -> Iterable[str]:
@@ -16,13 +17,7 @@ def options_of(config: QuantConfig) -> Iterable[str]:
     defaults = QuantConfig()
     for field in fields(QuantConfig):
         value, default = getattr(config, field.name), getattr(defaults, field.name)
-        if value == default or field.name in (
-            "keep",
-            "expert_layout",
-            "shard_cuts",
-            "adapters",
-            *_CHOICE,
-        ):
+        if value == default or field.name in _NO_OPTIONS:
             continue
         if field.name == "formats":
             yield from ("--recipe", "RECIPE.toml")
@@ -33,8 +28,8 @@ def options_of(config: QuantConfig) -> Iterable[str]:
         else:
             yield from (f"--{field.name.replace('_', '-')}", str(value))
     yield from adapter_options(config)
-    for adapter in config.adapters:
-        if any(other.scale != 1 for other in config.adapters):
+    if any(adapter.scale != 1 for adapter in config.adapters):
+        for adapter in config.adapters:
             yield from ("--adapter-scale", str(adapter.scale))
     yield from _chosen(config)
 
@@ -65,7 +60,7 @@ def how_chosen(config: QuantConfig) -> str:
 
 
 def packing_words(config: QuantConfig) -> str:
-    """Return how weights are packed: "blocksize 64, nested; 32 for 12 modules by a recipe"."""
+    """Return how weights are packed: "blocksize 64, nested", and what a recipe sets apart."""
 
     def words(blocksize: int, nested: bool) -> str:
         return f"blocksize {blocksize}, {'nested' if nested else 'float32'}"

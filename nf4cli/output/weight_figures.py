@@ -135,10 +135,7 @@ def _scales(reader: PackedReader, weight: PackedWeight) -> tuple[Stored, NDArray
         middle = int(np.searchsorted(np.cumsum(bins), bins.sum() / 2))
         median = 2.0 ** ((middle + 0.5) / _PER_OCTAVE + _LOWEST)
         outliers = int(bins[middle + _FAR + 1 :].sum())
-    state = weight.state
-    nested = "n" if state.nested else ""
-    words = f"{state.quant_type}, blocksize {state.blocksize}{', nested' if state.nested else ''}"
     return Stored(
-        f"{state.blocksize}{nested}", words, weight.nbytes, weight.numel, weight.blocks, outliers,
-        median, largest, block, broken,
+        weight.state.short, weight.state.words, weight.nbytes, weight.numel, weight.blocks,
+        outliers, median, largest, block, broken,
     ), bins  # fmt: skip

@@ -63,12 +63,7 @@ def _planned(tensor: TensorPlan) -> tuple[str, str]:
     if tensor.state is None:
         dtype = next(iter(tensor.outputs.values()))[0]
         return dtype[:5], dtype
-    state = tensor.state
-    nested = ("n", ", nested") if state.nested else ("", "")
-    return (
-        f"{state.blocksize}{nested[0]}",
-        f"{state.quant_type}, blocksize {state.blocksize}{nested[1]}",
-    )
+    return tensor.state.short, tensor.state.words
 
 
 def _errors(errors: Mapping[str, TensorError], of: str) -> Iterator[Html]:
@@ -214,7 +209,7 @@ def of_diff(done: Compared) -> bytes:
         sizes: list[tuple[str, Sequence[float]]] = [("A", (part.bytes_a,)), ("B", (part.bytes_b,))]
         chart = bars("Bytes", "Of all weight files.", sizes, ("bytes",), format_size)
         sections.append(section(f"Bytes{of}", chart))
-        order = sorted(part.tensors, key=lambda t: (t.rel_rmse is not None, -(t.rel_rmse or 0)))
+        order = part.largest_first
         rows = [
             (t.name, t.kind, t.a or "nothing", t.b or "nothing",
              "-" if t.changed is None else f"{t.changed / max(1, t.elements):.2%}",

@@ -79,16 +79,15 @@ def make_plan(
     found = encodings.find(checkpoint, config.requantize)
     model_dtype = model_config.dtype_of(checkpoint, config.dtype, found.left)
     content = contents(checkpoint, found, model_dtype)
-    tensor_names.check_layers(model := content.as_checkpoint(checkpoint))
+    model = content.as_checkpoint(checkpoint)
+    tensor_names.check_layers(model)
     model_config.check_headers(model)
     answer = oracle(model)
     stacks, layout = frozenset[str](), ""
     if config.target == "unsloth" and config.expert_layout:
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
-    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout, merging)
-    if config.shard_cuts == "auto":
-        config = replace(config, shard_cuts="source" if len(checkpoint.shards) > 1 else "")
+    config = _resolved(config, checkpoint, model_dtype, answer, importance, layout, merging)
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
@@ -117,7 +116,8 @@ def make_plan(
 
 def _resolved(
     config: QuantConfig,
-    dtype: str,
+    checkpoint: Checkpoint,
+    model_dtype: str,
     answer: Answer | None,
     importance: ImportanceFile | None,
     layout: str,
@@ -126,9 +126,11 @@ def _resolved(
     """Return the recipe with every "auto" resolved.
 
     Args:
-        dtype: of the model, as torch spells it.
+        model_dtype: safetensors dtype of the model ("BF16").
         layout: of experts, see `QuantConfig.expert_layout`.
     """
+    dtype = TORCH_NAME[model_dtype]
+    cuts = "source" if len(checkpoint.shards) > 1 else ""
     return replace(
         config,
         dtype=dtype,
@@ -137,6 +139,7 @@ def _resolved(
         importance=importance.digest if importance else "",
         expert_layout=layout,
         adapters=tuple(adapter.record for adapter in merging),
+        shard_cuts=cuts if config.shard_cuts == "auto" else config.shard_cuts,
     )
 
 

@@ -55,7 +55,8 @@ def verify(
         InputError: `path` or `source` is not a checkpoint at all.
         UsageError: a cluster cannot prove it.
     """
-    checkpoint = open_or_report(path, report := Report())
+    report = Report()
+    checkpoint = open_or_report(path, report)
     if checkpoint is None:
         return report
     with ShardReaders(checkpoint.shards) as readers:
@@ -81,13 +82,13 @@ def verify(
         check_manifest(checkpoint, weights, manifest, resources, report, progress)
     if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
-    if source is None and not elsewhere:
+    if source is not None:
+        tools, merged = Tools(engine, resources, progress), tuple(merging)
+        check_source(Proof(checkpoint, weights, manifest, source, tools, report, cluster, merged))
+    elif not elsewhere:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
-    if source is not None:
-        tools, who = Tools(engine, resources, progress), (cluster, tuple(merging))
-        check_source(Proof(checkpoint, weights, manifest, source, tools, report, *who))
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 
