@@ -74,7 +74,7 @@ def sanitizers(part: Part) -> None:
                 "emulator.exercise", "gpu", "--quick", *parts, seconds=60,
             )  # fmt: skip
             lines = done.out.strip().splitlines()
-            summary = next((x for x in reversed(lines) if "ERROR SUMMARY" in x), "no summary")
+            summary = next((x for x in reversed(lines) if "SUMMARY:" in x), "no summary")
             checks = next((x for x in lines if x.endswith(" checks")), "")
             found = summary.rpartition("=========")[2].strip()
             part.report.row(f"compute-sanitizer {tool}", f"{found}; {checks}")
