@@ -353,9 +353,10 @@ class Choosing:
             shares = (errors[t.name].relative * t.numel / self._elements for t in unit.tensors)
             return sum(shares)
         sensitivity, _ = self._measured
-        return sum(sensitivity.kl(t.name) * self._share(t.name, packing) for t in unit.tensors)
+        each = ((max(0.0, sensitivity.share(t.name)), t.name) for t in unit.tensors)
+        return sum(share * self._scale(name, packing) for share, name in each)
 
-    def _share(self, name: str, packing: Packing | None) -> float:
+    def _scale(self, name: str, packing: Packing | None) -> float:
         """Return a weight's squared error in a format, in units of that of the reference, times
         what the estimate of the whole model was wrong by."""
         assert self._measured is not None
@@ -514,19 +515,17 @@ class Choosing:
         if self._measured is None or uniform is None:
             return None
         sensitivity = self._measured[0]
-        shape = next(iter(sensitivity.samples.values())).shape
-        saved, before = np.zeros(shape), np.zeros(shape)
+        count = sensitivity.whole.size
+        saved, before = np.zeros(count), np.zeros(count)
         for unit, module in zip(self._units, modules, strict=True):
             for tensor in unit.tensors:
-                samples = sensitivity.samples[tensor.name]
-                first, second = (self._share(tensor.name, p) for p in (uniform, module.packing))
+                samples = sensitivity.shares[tensor.name]
+                first, second = (self._scale(tensor.name, p) for p in (uniform, module.packing))
                 before += samples * first
                 saved += samples * (first - second)
-        by_window = saved.mean(0)
-        count = by_window.size
         if count < 2:
             return None
         sure = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
-        error = sure * float(by_window.std(ddof=1)) / count**0.5
+        error = sure * float(saved.std(ddof=1)) / count**0.5
         whole = float(before.mean()) or 1.0
         return (float(saved.mean()) - error) / whole, (float(saved.mean()) + error) / whole

@@ -1,11 +1,20 @@
-"""Estimate what rounding each module alone costs a language model, in KL divergence to itself.
+"""Estimate what rounding each module costs a language model, in KL divergence to itself.
 
-To second order, the KL divergence that a change of the weights causes is half of its square in the
-metric of the Fisher information. One backward pass gives an unbiased sample of that: draw the next
-token of every position from the model's own prediction, and take the derivative of the drawn
-tokens' log-likelihood along the change. Its mean is zero, and its mean square is twice the sum of
-the positions' KL divergences (Amari, 1998; as used for weights by Singh and Alistarh, WoodFisher,
-2020). So no second derivative is computed, and a module costs one product with its rounding error.
+Two figures for each module:
+
+- Its share of what rounding all of them costs: the derivative of the KL divergence along the
+  module's rounding error, taken in the rounded model and halved. The divergence is nearly a
+  quadratic form of the errors, so the shares add up to it. (It is the attribution of Aumann and
+  Shapley, which "integrated gradients" compute, Sundararajan and others, 2017; the derivative grows
+  in proportion along the way, so one point of it is enough.) What errors of several modules do to
+  each other is in it, half with each. Recipes are chosen by it.
+- What rounding it alone costs. To second order that is half of the error's square in the metric of
+  the Fisher information. Draw the next token of every position from the model's own prediction, and
+  take the derivative of the drawn tokens' log-likelihood along the error. Its mean is zero, and its
+  mean square is twice the sum of the positions' KL divergences (Amari, 1998; as used for weights by
+  Singh and Alistarh, WoodFisher, 2020). This is checked by rounding some modules alone.
+
+No second derivative is computed, and a module costs one product with its rounding error.
 """
 
 from __future__ import annotations
@@ -30,26 +39,37 @@ if TYPE_CHECKING:
 Rounding = Callable[[str, "F32"], "F32"]
 """Rounds a weight as a conversion would: (name, float32 [rows, columns]) -> the decoded matrix."""
 
-_MOST_LOGITS = 1 << 26  # float32 elements of a batch's logits, 268 MB; the pass holds four of them
-
-DRAWS = 2
-"""Draws of the next tokens for each window. The backward passes of one window share a forward."""
+_MOST_LOGITS = 1 << 26  # float32 elements of a batch's logits, 268 MB; the pass holds five of them
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding each module alone is estimated to cost.
+    """What rounding each module is estimated to cost, in KL divergence a token.
 
     Attributes:
-        samples: float64 [draws, windows] by weight: samples of the KL divergence a token, each as
-            good as the square of one normal variable.
+        alone: float64 [windows] by weight: of rounding it alone, each as good as the square of one
+            normal variable.
+        shares: float64 [windows] by weight: its share of `whole`.
+        whole: float64 [windows]: measured, of rounding all of them.
     """
 
-    samples: Mapping[str, NDArray[np.float64]]
+    alone: Mapping[str, NDArray[np.float64]]
+    shares: Mapping[str, NDArray[np.float64]]
+    whole: NDArray[np.float64]
 
-    def kl(self, name: str) -> float:
-        """Return the estimated mean KL divergence a token of rounding one weight."""
-        return float(self.samples[name].mean())
+    def kl_alone(self, name: str) -> float:
+        """Return the estimated mean of rounding one weight alone."""
+        return float(self.alone[name].mean())
+
+    def share(self, name: str) -> float:
+        """Return the mean share of one weight: below zero where its error undoes others'."""
+        return float(self.shares[name].mean())
+
+    @property
+    def factor(self) -> float:
+        """Measured over the sum of the shares, of the whole model."""
+        estimated = sum(map(self.share, self.shares))
+        return float(self.whole.mean()) / estimated if estimated > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +78,12 @@ class Checked:
 
     Attributes:
         estimated, measured: KL divergence a token by weight, each rounded alone.
-        whole_estimated, whole_measured: of rounding them all.
+        factor: of rounding them all: measured over estimated.
     """
 
     estimated: Mapping[str, float]
     measured: Mapping[str, float]
-    whole_estimated: float
-    whole_measured: float
+    factor: float
 
     @property
     def correlation(self) -> float | None:
@@ -75,11 +94,6 @@ class Checked:
         if len(logs) < 3 or not logs.std(0).all():
             return None
         return float(np.corrcoef(logs.T)[0, 1])
-
-    @property
-    def factor(self) -> float:
-        """Measured over estimated, of the whole model."""
-        return self.whole_measured / self.whole_estimated if self.whole_estimated else 1.0
 
 
 def measure(
@@ -113,7 +127,7 @@ _CHECKED, _CHECK_SHARE = 12, 4
 def steps(windows: int) -> int:
     """Return the windows that `measure` runs, backward passes counted as two."""
     few = max(1, windows // _CHECK_SHARE)
-    return windows * (1 + 2 * DRAWS) + few * (_CHECKED + 2)
+    return windows * 6 + few * (_CHECKED + 1)
 
 
 def _modules(model: Any, names: Collection[str]) -> dict[str, Any]:
@@ -164,52 +178,80 @@ def _sample(
     model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
     progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """Draw the samples of all modules."""
+    """Take the derivatives along all modules' errors, in the model and in the rounded one."""
     torch, _ = libraries()
     model.requires_grad_(False)
     generator = torch.Generator(device="cpu").manual_seed(0)
     length = tokens.shape[1]
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     batch = max(1, _MOST_LOGITS // (length * vocabulary))
-    samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in modules}
-    with _watched(model, modules, rounding) as slopes:
-        for start in range(0, len(tokens), batch):
-            windows = tokens[start : start + batch]
-            ids = torch.from_numpy(windows).to(model.device)
-            log_probabilities = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    alone: dict[str, list[float]] = {name: [] for name in modules}
+    shares: dict[str, list[float]] = {name: [] for name in modules}
+    whole: list[float] = []
+    for start in range(0, len(tokens), batch):
+        windows = tokens[start : start + batch]
+        ids = torch.from_numpy(windows).to(model.device)
+        with _watched(model, modules, rounding, at=0) as slopes:
+            own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             progress("forward", len(windows))
-            probabilities = log_probabilities.detach().flatten(0, 1).exp().cpu()
-            for draw in range(DRAWS):
-                drawn = torch.multinomial(probabilities, 1, generator=generator)
-                drawn = drawn.view(*windows.shape, 1).to(log_probabilities.device)
-                log_probabilities.gather(2, drawn).sum().backward(retain_graph=draw + 1 < DRAWS)
-                progress("backward", 2 * len(windows))
-            for name, values in slopes.items():
-                samples[name].append(np.square(values) / (2 * length))
-                values.clear()
-    return Sensitivity({name: np.concatenate(each, axis=1) for name, each in samples.items()})
+            probabilities = own.detach().flatten(0, 1).exp().cpu()
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            own.gather(2, drawn.view(*windows.shape, 1).to(own.device)).sum().backward()
+            progress("backward", 2 * len(windows))
+        for name, values in slopes.items():
+            alone[name] += [value * value / (2 * length) for value in values]
+        with _watched(model, modules, rounding, at=1) as slopes:
+            rounded = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            progress("forward", len(windows))
+            divergence = torch.nn.functional.kl_div(
+                rounded, own.detach(), reduction="none", log_target=True
+            ).sum((1, 2))
+            divergence.sum().backward()
+            progress("backward", 2 * len(windows))
+        for name, values in slopes.items():
+            shares[name] += [value / (2 * length) for value in values]
+        whole += (divergence.detach() / length).tolist()
+    return Sensitivity(
+        {name: np.array(values) for name, values in alone.items()},
+        {name: np.array(values) for name, values in shares.items()},
+        np.array(whole),
+    )
 
 
 @contextmanager
 def _watched(
-    model: Any, modules: Mapping[str, Any], rounding: Rounding
-) -> Iterator[dict[str, list[list[float]]]]:
-    """Yield, by weight, what each backward pass appends: each window's derivative along the error.
+    model: Any, modules: Mapping[str, Any], rounding: Rounding, at: int
+) -> Iterator[dict[str, list[float]]]:
+    """Yield, by weight, what a backward pass appends: each window's derivative along the error.
 
     The embeddings' output begins the graph, since no weight asks for a gradient.
+
+    Args:
+        at: 0 to leave the model as it is, 1 to add its error to each weight: what a layer gives
+            is then moved by the error's product. The backward pass makes the error again, so
+            that no second model is held.
     """
-    slopes: dict[str, list[list[float]]] = {name: [] for name in modules}
+    from torch.utils.checkpoint import checkpoint
+
+    slopes: dict[str, list[float]] = {name: [] for name in modules}
 
     def watch(name: str) -> Any:
-        def forward(module: Any, args: Any, output: Any) -> None:
-            error = _rounded(name, module, rounding) - _matrix(module).float()
-            moved = args[0].detach().float() @ error.T
+        def forward(module: Any, args: Any, output: Any) -> Any:
+            def product(inputs: Any) -> Any:
+                error = _rounded(name, module, rounding) - _matrix(module).float()
+                return inputs.float() @ error.T
 
             def backward(gradient: Any) -> None:
-                products = (gradient.float() * moved).flatten(1).sum(1)
-                slopes[name].append(products.tolist())
+                products = (gradient.float() * moved.detach()).flatten(1).sum(1)
+                slopes[name].extend(products.tolist())
 
+            if at:
+                moved = checkpoint(product, args[0], use_reentrant=False)
+                output = output + moved.to(output.dtype)
+            else:
+                moved = product(args[0].detach())
             output.register_hook(backward)
+            return output
 
         return forward
 
@@ -230,21 +272,17 @@ def _check(
     model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
     sensitivity: Sensitivity, progress: Progress,
 ) -> Checked:  # fmt: skip
-    """Round some modules alone, then all, and measure the KL divergence."""
+    """Round some modules alone, and measure the KL divergence."""
     before = [_log_probabilities(model, window, progress) for window in tokens]
-    order = sorted(modules, key=sensitivity.kl)
+    order = sorted(modules, key=sensitivity.kl_alone)
     places = np.unique(np.linspace(0, len(order) - 1, _CHECKED).round().astype(int))
     measured = {}
     for place in places:
         name = order[place]
         with _replaced(name, modules[name], rounding):
             measured[name] = _kl(model, tokens, before, progress)
-    for name, module in modules.items():
-        _matrix(module).copy_(_rounded(name, module, rounding))
-    return Checked(
-        {name: sensitivity.kl(name) for name in measured}, measured,
-        sum(map(sensitivity.kl, modules)), _kl(model, tokens, before, progress),
-    )  # fmt: skip
+    estimated = {name: sensitivity.kl_alone(name) for name in measured}
+    return Checked(estimated, measured, sensitivity.factor)
 
 
 @contextmanager

@@ -105,10 +105,44 @@ def test_the_estimate_is_the_second_order_of_the_divergence(place):
         weight += 1e-3 * torch.from_numpy(fixed["error"])
         after = model(ids).logits.log_softmax(-1)
     exact = float((before.exp() * (before - after)).sum(-1).mean())
-    count = found.samples[name].size
+    count = found.alone[name].size
     # The mean of `count` squares of a normal variable has a relative error of sqrt(2 / count).
-    assert found.kl(name) == pytest.approx(exact, rel=4 * (2 / count) ** 0.5)
+    assert found.kl_alone(name) == pytest.approx(exact, rel=4 * (2 / count) ** 0.5)
     assert checked.measured[name] == pytest.approx(exact, rel=0.5)
+
+
+def test_shares_are_derivatives_in_the_rounded_model_and_add_up(place):
+    """Against automatic differentiation by the weights themselves, which sensitivity avoids."""
+    tokens = sequences([text_models.text(1500)], open_tokenizer(place / "model"), 32, 64)
+    names = [f"model.layers.{n}.{m}_proj.weight" for n in (0, 1) for m in ("mlp.up", "self_attn.v")]
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    weights = {name: model.get_parameter(name) for name in names}
+    generator = torch.Generator().manual_seed(0)
+    errors = {
+        name: 0.03 * weight.std().item() * torch.randn(weight.shape, generator=generator)
+        for name, weight in weights.items()
+    }
+
+    def rounding(name, weight):
+        return weight + errors[name].numpy()
+
+    found, checked = sensitivity.measure(
+        place / "model", names, tokens, rounding, "float32", "cpu", lambda *_: None
+    )
+    ids = torch.from_numpy(tokens)
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        for name, error in errors.items():
+            weights[name] += error
+    after = model(ids).logits.log_softmax(-1)
+    exact = (before.exp() * (before - after)).sum(-1).mean()
+    exact.backward()
+    assert found.whole.mean() == pytest.approx(exact.item(), rel=1e-3)
+    for name, weight in weights.items():
+        half = float((weight.grad * errors[name]).sum()) / 2
+        assert found.share(name) == pytest.approx(half, rel=1e-2)
+    assert sum(map(found.share, names)) == pytest.approx(exact.item(), rel=0.05)
+    assert checked.factor == found.factor == pytest.approx(1, rel=0.05)
 
 
 def test_vllm_gets_units_that_it_loads_as_one(tmp_path):
@@ -146,7 +180,7 @@ def test_what_cannot_be_is_said(place, tmp_path, options, code, says):
 
 def test_a_text_that_is_too_short_is_said_so(place, tmp_path):
     done = nf4(
-        "plan", "model", tmp_path / "r.toml", "--bits", "4.6", "--calibration", "text.txt",
+        "plan", "model", tmp_path / "r.toml", "--bits", "5", "--calibration", "text.txt",
         "--calibration-tokens", "16", "--calibration-length", "8", cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,10 +197,9 @@ def test_a_single_window_has_no_interval(place, tmp_path):
 
 def test_a_check_of_too_few_modules_has_no_correlation():
     figures = {"a": 0.1, "b": 0.2}
-    assert sensitivity.Checked(figures, figures, 0.3, 0.3).correlation is None
+    assert sensitivity.Checked(figures, figures, 1.0).correlation is None
     alike = dict.fromkeys("abcd", 0.1)
-    assert sensitivity.Checked(alike, alike, 0.0, 0.0).correlation is None
-    assert sensitivity.Checked(alike, alike, 0.0, 0.0).factor == 1.0
+    assert sensitivity.Checked(alike, alike, 1.0).correlation is None
 
 
 def test_a_recipe_is_never_overwritten(place, tmp_path):
