@@ -159,17 +159,16 @@ NF4_FN Step best_step(const float (*x)[kHalf], const float (*w)[kHalf], const La
   const int count = ladder.count[half];
   const float least = ladder.low * absmax, most = nf4_most(ladder.high * absmax);
   const int first = nf4_first_step(magnitudes, count, unit, least);
-  int tries = inside ? 1 : 0;
+  int last = first;
 #pragma unroll 1
-  while (inside && first + tries < count && magnitudes[first + tries] * unit <= most) tries++;
-  const int turns = most_of(tries, lanes, board);
+  while (inside && last + 1 < count && magnitudes[last + 1] * unit <= most) last++;
+  const int turns = most_of(inside ? last - first + 1 : 0, lanes, board);
   float smallest = nf4_float_of_bits(kInfinityBits);
   int best = 0;
 #pragma unroll 1
   for (int i = 0; i < turns; i++) {  // a block that has no more candidates tries its last again
-    const int place = i < tries ? first + i : first + tries - 1;
-    const float magnitude = inside ? magnitudes[place] : 1.0f;
-    const float step = half ? -magnitude : magnitude;
+    const int place = first + i < last ? first + i : last;
+    const float step = half ? -magnitudes[place] : magnitudes[place];
     const float inverse = nf4_signed_reciprocal(nf4_scale(step, unit));
     const float sum =
         in_turn(segment_loss<kSteps, kPlain, kCount>(x, w, inverse, half, book), lanes, board);

@@ -344,7 +344,7 @@ class Searched:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class Tables:
     """Addresses of the tables of a search.
 
     Attributes:
@@ -358,12 +358,27 @@ class Table:
     run: int
 
 
+def measure(n: int, dtype: str, blocksize: int, src: int, absmax: int) -> Iterator[Launch]:
+    """Yield the call that finds the largest magnitude of each block of n elements.
+
+    Args:
+        src: address of elements of `dtype`.
+        absmax: address of float32 [ceil(n/blocksize)], written; NaN are passed over.
+    """
+    yield Launch(
+        f"measure_blocks<{DTYPE_CODES[dtype]}, {_cpp(blocksize < SEGMENT)}>",
+        -(-n // (_THREADS * _OWN)),
+        _THREADS,
+        (_u64(src), _i64(n), _log_lanes(blocksize), _u64(absmax)),
+    )
+
+
 def search(
     n: int,
     dtype: str,
     blocksize: int,
     quant_type: str,
-    table: Table,
+    tables: Tables,
     src: int,
     out: Searched,
     weights: Weights | None,
@@ -375,33 +390,25 @@ def search(
         src: address of elements of `dtype`, from the start of a run unless `measured`.
         out: where the results go.
         weights: the importance of columns, None for none.
-        measured: whether `out.unit` holds the units already: of each run, from that of the first
-            block on, which starts a run or whose run holds all n elements.
+        measured: whether `out.unit` holds a unit already, that of the run in which all n elements
+            lie.
     """
-    small, number = blocksize < SEGMENT, DTYPE_CODES[dtype]
-    blocks, grid = -(-n // blocksize), -(-n // (_THREADS * _OWN))
-    lanes = _log_lanes(blocksize)
-    yield Launch(
-        f"measure_blocks<{number}, {_cpp(small)}>",
-        grid,
-        _THREADS,
-        (_u64(src), _i64(n), lanes, _u64(out.absmax)),
-    )
-    if table.run > 1 and not measured:
+    blocks = -(-n // blocksize)
+    yield from measure(n, dtype, blocksize, src, out.absmax)
+    if tables.run > 1 and not measured:
         yield Launch(
             "widest_of_runs",
-            -(-blocks // table.run),
+            -(-blocks // tables.run),
             _WARP,
-            (_u64(out.absmax), _i64(blocks), _i32(table.run), _u64(out.unit)),
+            (_u64(out.absmax), _i64(blocks), _i32(tables.run), _u64(out.unit)),
         )
-    plain = weights is None
-    name = f"{number}, {STEPS[quant_type]}, {_cpp(small)}, {_cpp(plain)}"
+    flags = f"{_cpp(blocksize < SEGMENT)}, {_cpp(weights is None)}"
     yield Launch(
-        f"search_scales<{name}>",
-        grid,
+        f"search_scales<{DTYPE_CODES[dtype]}, {STEPS[quant_type]}, {flags}>",
+        -(-n // (_THREADS * _OWN)),
         _THREADS,
         (
-            _u64(src), _i64(n), lanes, _u64(table.book), _u64(table.ladder),
+            _u64(src), _i64(n), _log_lanes(blocksize), _u64(tables.book), _u64(tables.ladder),
             (weights or Weights()).argument(), _u64(out.absmax), _u64(out.unit),
             _u64(out.packed), _u64(out.index), _u64(out.scale), _u64(out.outlier),
             _u64(out.sums), _u64(out.worst),

@@ -146,12 +146,12 @@ def search(
         at(outlier), at(sums), at(worst), at(stats),
     )  # fmt: skip
     book, ladder = launches.book(quant_type).copy(), launches.ladder(steps).copy()
-    table = launches.Table(at(book), at(ladder), steps.run)
+    tables = launches.Tables(at(book), at(ladder), steps.run)
     weights = None
     if importance is not None:
         count = importance.columns.size
         weights = launches.Weights(at(importance.columns), count, importance.first % count)
-    for launch in launches.search(n, dtype, blocksize, quant_type, table, at(src), out, weights):
+    for launch in launches.search(n, dtype, blocksize, quant_type, tables, at(src), out, weights):
         kernels.run(launch)
     kernels.finish()
     return packed, index, unit, stats
