@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
 //   outlier     out, for each block 1 if it counts as an outlier block, or 0
 // The last block may be a partial one.
 template <int kFrom, int kSteps, bool kSmall, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kPlain && !kSmall ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     search_scales(const void* __restrict__ src, i64 n, int log_lanes,
                   const Book* __restrict__ table, const Ladder* __restrict__ steps,
                   Importance importance, const float* __restrict__ absmax,
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, kPlain && !kSmall ? 3 : 2)
     const i64 block = first_block + b;
     const bool inside = block << log_block < n;
     largest[b] = inside ? absmax[block] : 0.0f;
-    const float widest = inside ? unit[(uint32_t)block / (uint32_t)ladder.run] : 0.0f;
+    const float widest = inside ? unit[block >> ladder.log_run] : 0.0f;
     const Step best =
         best_step<kSteps, kPlain, kCount>(x + b * kCount, kPlain ? w : w + b * kCount, ladder,
                                           largest[b], widest, inside, lanes, half, book, board);

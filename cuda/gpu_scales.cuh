@@ -12,12 +12,12 @@ namespace nf4 {
 //   magnitudes  ascending, of the steps above zero and of those below it
 //   count       of either
 //   zero        the place of the step 0
-//   run         blocks that share a unit
+//   log_run     log2 of the blocks that share a unit
 //   low, high   as in nf4_ladder
 struct Ladder {
   float magnitudes[2][kMaxSteps];
   int32_t count[2];
-  int32_t zero, run;
+  int32_t zero, log_run;
   float low, high;
 };
 

@@ -59,7 +59,7 @@ _LADDER = np.dtype(
         ("magnitudes", np.float32, (2, codebook.MAX_STEPS)),
         ("count", np.int32, 2),
         ("zero", np.int32),
-        ("run", np.int32),
+        ("log_run", np.int32),
         ("low", np.float32),
         ("high", np.float32),
     ]
@@ -194,13 +194,18 @@ def ladder(steps: Ladder) -> U8:
 
     Returns:
         uint8 [bytes of the struct].
+
+    Raises:
+        ValueError: its runs are not of a power of two blocks.
     """
+    if steps.run & (steps.run - 1):
+        raise ValueError(f"a run of {steps.run} blocks")
     table = np.zeros((), _LADDER)
     above, below = steps.steps[steps.zero + 1 :], -steps.steps[: steps.zero][::-1]
     for sign, magnitudes in enumerate((above, below)):
         table["magnitudes"][sign, : magnitudes.size] = magnitudes
         table["count"][sign] = magnitudes.size
-    table["zero"], table["run"] = steps.zero, steps.run
+    table["zero"], table["log_run"] = steps.zero, steps.run.bit_length() - 1
     table["low"], table["high"] = steps.low, steps.high
     return np.frombuffer(table.tobytes(), np.uint8)
 
