@@ -87,6 +87,38 @@ def outliers(dtype: str, n: int, blocksize: int) -> np.ndarray:
     return x.astype({"F32": np.float32, "F16": np.float16}[dtype]).view(np.uint8)
 
 
+def ties(blocksize: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of bf16 elements, their weights): in most blocks two scales lose the same, but for
+    rounding, so that every rounding decides which is taken.
+
+    The weights of a block's second half are changed to where another scale becomes the best one, of
+    the ladder without double quantization.
+    """
+    random, book = np.random.default_rng(blocksize), codebook.codebook("nf4")
+    bits = random.standard_normal((blocks, blocksize), np.float32).view(np.uint32) >> 16
+    x = (bits << 16).view(np.float32).astype(np.float64)
+    steps = codebook.ladder(double_quant=False, importance=True)
+    inside = (np.abs(steps.steps) >= steps.low) & (np.abs(steps.steps) <= steps.high)
+    scale = steps.steps[inside].astype(np.float64)[:, None, None]
+    scale = scale * np.abs(x).max(axis=1)[:, None]
+    nearest = book.values[np.searchsorted(book.midpoints, (x / scale).astype(np.float32))]
+    weights = random.exponential(size=x.shape)
+    losses = (x - nearest * scale) ** 2 * weights
+    first, second = losses[:, :, : blocksize // 2].sum(2), losses[:, :, blocksize // 2 :].sum(2)
+
+    def best(factor: np.ndarray) -> np.ndarray:
+        return (first + factor * second).argmin(axis=0)
+
+    below, above = np.full(blocks, 1e-2), np.full(blocks, 1e2)
+    start = best(below)
+    for _ in range(60):
+        middle = (below + above) / 2
+        same_best = best(middle) == start
+        below, above = np.where(same_best, middle, below), np.where(same_best, above, middle)
+    weights[:, blocksize // 2 :] *= below[:, None]
+    return bits.astype(np.uint16).view(np.uint8).reshape(-1), weights.astype(np.float32).reshape(-1)
+
+
 def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
@@ -218,6 +250,9 @@ def code_cases(dtype: str, number: int) -> Iterator[tuple[str, object]]:
 def search_cases(dtype: str, number: int, quick: bool) -> Iterator[tuple[str, object]]:
     """The same of a search for scales."""
     for quant_type, steps in launches.STEPS.items():
+        for blocksize in (32, 64, 256) if number == 2 and steps == 1 else ():
+            name = f"search_scales<2, 1, {str(blocksize == 32).lower()}, false"
+            yield name, (check_ties, blocksize, 100)
         for blocksize in (32, 64, 128, 4096) if quick else codebook.BLOCKSIZES:
             small = str(blocksize == 32).lower()
             for weighted in (False, True):
@@ -282,6 +317,14 @@ def check_search(kernels, dtype, blocksize, quant_type, weighted, double, n) -> 
     for src in (values(dtype, n, n), outliers(dtype, n, blocksize)):
         arguments = (src, dtype, blocksize, quant_type, steps, importance)
         same(what, search(kernels, *arguments), searched_on_cpu(*arguments))
+
+
+def check_ties(kernels, blocksize, blocks) -> None:
+    src, weights = ties(blocksize, blocks)
+    steps, importance = codebook.ladder(False, True), Importance(weights, 0)
+    arguments = (src, "BF16", blocksize, "nf4", steps, importance)
+    what = f"search among ties, blocksize {blocksize}"
+    same(what, search(kernels, *arguments), searched_on_cpu(*arguments))
 
 
 def check_nested(kernels, n) -> None:

@@ -92,7 +92,9 @@ def test_no_multiplication_is_fused_with_an_addition(arch):
         searches = kernel.startswith("search_scales")
         tail = kernel.endswith("true>") and not searches
         # search_scales: for each turn, the chosen scale and its ratio, of two blocks in a segment
-        divisions = (16 if kernel.startswith("nested") else 32) + 2 if tail else 6 if searches else 2
+        divisions = (
+            (16 if kernel.startswith("nested") else 32) + 2 if tail else 6 if searches else 2
+        )
         cells = 0 if kernel.startswith("nested") else 32
         if searches:  # in a copy for warps that have come apart, too
             cells = sum("15.25" in rest or "2097167.25" in rest for rest in fused)
