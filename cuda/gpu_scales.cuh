@@ -159,9 +159,9 @@ NF4_FN Step best_step(const float (*x)[kHalf], const float (*w)[kHalf], const La
   const int count = ladder.count[half];
   const float least = ladder.low * absmax, most = nf4_most(ladder.high * absmax);
   const int first = nf4_first_step(magnitudes, count, unit, least);
-  int last = first;
+  int last = first;  // of zeros the first candidate is as good as any
 #pragma unroll 1
-  while (inside && last + 1 < count && magnitudes[last + 1] * unit <= most) last++;
+  while (absmax > 0.0f && last + 1 < count && magnitudes[last + 1] * unit <= most) last++;
   const int turns = most_of(inside ? last - first + 1 : 0, lanes, board);
   float smallest = nf4_float_of_bits(kInfinityBits);
   int best = 0;
