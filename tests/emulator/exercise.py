@@ -253,7 +253,7 @@ def search_cases(dtype: str, number: int, quick: bool) -> Iterator[tuple[str, ob
         for blocksize in (32, 64, 256) if number == 2 and steps == 1 else ():
             name = f"search_scales<2, 1, {str(blocksize == 32).lower()}, false"
             yield name, (check_ties, blocksize, 100)
-        for blocksize in (32, 64, 128, 4096) if quick else codebook.BLOCKSIZES:
+        for blocksize in (32, 64, 128, 4096) if quick else (32, 64, 256, 2048, 4096):
             small = str(blocksize == 32).lower()
             for weighted in (False, True):
                 sizes = (1, 65, 2 * blocksize + 37, 8257) if blocksize < 4096 else (65, 8192)
