@@ -117,8 +117,14 @@ static NF4_FN int nf4_log2(uint32_t value) { return 31 - __builtin_clz(value); }
 // Return the bits of |value|: they order like magnitudes, with NaN above kInfinityBits.
 static NF4_FN uint32_t nf4_magnitude(float value) { return nf4_bits_of_float(value) & 0x7fffffffu; }
 
-// Return |value|; -0.0 stays -0.0, which no sum or product here tells from 0.0.
-static NF4_FN float nf4_abs(float value) { return value < 0.0f ? -value : value; }
+// Return |value|; on a CPU -0.0 stays -0.0, which no sum or product here tells from 0.0.
+static NF4_FN float nf4_abs(float value) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(value);  // costs no instruction of its own
+#else
+  return value < 0.0f ? -value : value;
+#endif
+}
 
 // -- 16-bit and 8-bit floats, as raw bits --
 
@@ -279,6 +285,20 @@ static NF4_FN float nf4_plain_weight(float scaled) { return nf4_abs(scaled); }
 static NF4_FN float nf4_loss(float sum, float step, bool plain) {
   const float square = sum * (step * step);
   return plain ? square * nf4_abs(step) : square;
+}
+
+// Return the first of n > 0 ascending magnitudes that times unit is not below least; the last if
+// none is.
+static NF4_FN int nf4_first_step(const float* magnitudes, int n, float unit, float least) {
+  int from = 0, to = n - 1;
+  while (from < to) {
+    const int middle = (from + to) / 2;
+    if (magnitudes[middle] * unit < least)
+      from = middle + 1;
+    else
+      to = middle;
+  }
+  return from;
 }
 
 // -- outlier blocks --

@@ -47,20 +47,6 @@ struct Ladder {
   }
 };
 
-// Return the first of n > 0 ascending magnitudes that times unit is not below least; the last if
-// none is.
-inline int first_step(const float* magnitudes, int n, float unit, float least) {
-  int from = 0, to = n - 1;
-  while (from < to) {
-    const int middle = (from + to) / 2;
-    if (magnitudes[middle] * unit < least)
-      from = middle + 1;
-    else
-      to = middle;
-  }
-  return from;
-}
-
 // Return the step of least loss for a block: x[n] under absmax, in a run whose unit is `unit`.
 template <bool kPlain>
 NF4_FN int best_step(const Search& search, const Ladder& ladder, const float* x, const float* w,
@@ -71,7 +57,7 @@ NF4_FN int best_step(const Search& search, const Ladder& ladder, const float* x,
   for (int sign = 0; sign < 2; sign++) {
     const float* magnitudes = sign ? ladder.mirrored : ladder.steps + ladder.zero + 1;
     const int count = sign ? ladder.below : ladder.above;
-    const int first = first_step(magnitudes, count, unit, least);
+    const int first = nf4_first_step(magnitudes, count, unit, least);
     for (int i = first; i < count && (i == first || magnitudes[i] * unit <= most); i++) {
       const float step = sign ? -magnitudes[i] : magnitudes[i];
       const float scale = nf4_scale(step, unit);

@@ -8,6 +8,7 @@
 // All pointers are device memory, those of matrices of bytes aligned to 16; n counts elements.
 // A grid of zero blocks must not be launched.
 #include "gpu_load.cuh"
+#include "gpu_scales.cuh"
 #include "gpu_search.cuh"
 
 // -- 4-bit quantization --
@@ -27,23 +28,6 @@ NF4_FN float widest_of(float value, int lanes, float* warps) {
     for (int i = 0; i < count; i++) value = fmaxf(value, warps[first + i]);
   }
   return value;
-}
-
-// Return the sum of a segment's 16 partial sums, or of a block's of 32 in it, folded in halves
-// (codec.h): the first of the segment's two threads that of the squared errors, the second that of
-// the squared values.
-NF4_FN float fold(const float* error2, const float* value2, int half) {
-  float lanes[kHalf];
-#pragma unroll
-  for (int k = 0; k < kHalf; k++) {
-    const float mine = half ? value2[k] : error2[k], give = half ? error2[k] : value2[k];
-    lanes[k] = mine + __shfl_xor_sync(kAll, give, 1);
-  }
-#pragma unroll
-  for (int step = kHalf / 2; step; step /= 2)
-#pragma unroll
-    for (int k = 0; k < step; k++) lanes[k] = lanes[k] + lanes[k + step];
-  return lanes[0];
 }
 
 // What a thread's codes cost, for each of the blocks that its segment touches: column by column, in
@@ -70,7 +54,8 @@ NF4_FN void measure(const float (*x)[kHalf], int lanes, float* warps, nf4_unit* 
 }
 
 // Write the codes of the elements x that a thread owns, 8 nibbles a row, and what they cost.
-template <int kSteps, bool kTail, int kBlocks>
+// kBounded: in their units they lie in [-1, 1].
+template <int kSteps, bool kTail, bool kBounded, int kBlocks>
 NF4_FN void encode(const float (*x)[kHalf], const nf4_unit* units, const Book& book,
                    uint32_t* words, Squares<kBlocks>& squares) {
 #pragma unroll
@@ -82,7 +67,7 @@ NF4_FN void encode(const float (*x)[kHalf], const nf4_unit* units, const Book& b
 #pragma unroll
     for (int k = 0; k < kHalf; k++) {
       const float y = nf4_scaled<kTail>(x[row][k], units[b]);
-      const Entry entry = search<kSteps>(y, book);
+      const Entry entry = search<kSteps, kBounded>(y, book);
       words[row] |=
           entry.code << (8 * (k / 2) + 4 * (1 - (k & 1)));  // the first in the high nibble
       const float error = y - entry.value;
@@ -97,14 +82,15 @@ NF4_FN void encode(const float (*x)[kHalf], const nf4_unit* units, const Book& b
 
 // Store the codes of a segment, of which a thread has half of each row.  Each thread stores 16
 // bytes: the first of two all of rows 0 and 1, the second of rows 2 and 3.
-template <bool kTail>
-NF4_FN void store_codes(const uint32_t* words, i64 n, i64 segment, int half, uint8_t* packed) {
+//   whole  whether the bytes are all there are of the thread's two rows
+NF4_FN void store_codes(const uint32_t* words, i64 n, i64 segment, int half, bool whole,
+                        uint8_t* packed) {
   const uint32_t first = __shfl_xor_sync(kAll, half ? words[0] : words[2], 1);
   const uint32_t second = __shfl_xor_sync(kAll, half ? words[1] : words[3], 1);
   const uint4 bytes = half ? make_uint4(first, words[2], second, words[3])
                            : make_uint4(words[0], first, words[1], second);
   const i64 place = segment * (kSegment / 2) + half * kRow;  // in bytes
-  if constexpr (kTail) {
+  if (!whole) {
     const uint32_t parts[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int i = 0; i < 16; i++)
@@ -156,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   measure<kTail, kBlocks>(x, lanes, warps, units);
   uint32_t words[kRows];
   Squares<kBlocks> squares;
-  encode<kSteps, kTail, kBlocks>(x, units, book, words, squares);
-  store_codes<kTail>(words, n, segment, half, packed);
+  encode<kSteps, kTail, true, kBlocks>(x, units, book, words, squares);
+  store_codes(words, n, segment, half, !kTail, packed);
 
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
@@ -185,6 +171,11 @@ namespace nf4 {
 constexpr float kLost = 0x1p-36f;
 constexpr int kUnclear = 1 << 16;  // more than a granule has blocks
 
+// Return the elements of a block; left: from its first one on.
+NF4_FN int size_of(i64 left, int log_block) {
+  return left >> log_block ? 1 << log_block : (int)left;
+}
+
 // Return, to the first of the lanes that share a block, what it counts as an outlier block: 0, 1 or
 // kUnclear; 0 to the others.
 //   units, lost  the lane's part of the block's nf4_units, and whether it has elements in between
@@ -196,21 +187,24 @@ NF4_FN int judge(int units, int lost, int lanes, i64 left, int log_block, const 
     lost |= __shfl_xor_sync(kAll, lost, step);
   }
   if (left > 0 && (lane & (lanes - 1)) == 0) {
-    const int size = left >> log_block ? 1 << log_block : (int)left;
-    if (nf4_outlier(units, size, *absmax)) return lost ? 1 : kUnclear;
+    if (nf4_outlier(units, size_of(left, log_block), *absmax)) return lost ? 1 : kUnclear;
   }
   return 0;
 }
 
 }  // namespace nf4
 
-// Write the error sums of n elements, in blocks of 2^log_block, from what `quantize` left of them.
-//   stats  out, [granules][kStats], in the order of additions that codec.h defines
+// Write the error sums of n elements, in blocks of 2^log_block, from what `quantize` or
+// `search_scales` left of them.
+//   scale    the magnitude of each block's scale, which its sums are in units of
+//   outlier  whether each block counts as an outlier block; null where `scale` is the absmax, which
+//            tells
+//   stats    out, [granules][kStats], in the order of additions that codec.h defines
 // A warp takes a granule: its lanes square and scale, two of them add in turn.
 extern "C" __global__ void __launch_bounds__(kWarp)
     fold_errors(const float* __restrict__ sums, const float* __restrict__ worst,
-                const float* __restrict__ absmax, i64 n, int log_block,
-                double* __restrict__ stats) {
+                const float* __restrict__ scale, const uint8_t* __restrict__ outlier, i64 n,
+                int log_block, double* __restrict__ stats) {
   __shared__ double terms[kWarp][2];
   const int lane = threadIdx.x;
   const int log_entry = log_block < kLogSegment ? log_block : kLogSegment;
@@ -227,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(kWarp)
     const i64 entry = first + base + lane, block = entry >> shift;
     terms[lane][0] = terms[lane][1] = 0.0;
     if (entry < entries) {
-      const double unit = absmax[block];
+      const double unit = scale[block];
       const double square = unit * unit;
       const float error2 = sums[2 * entry], value2 = sums[2 * entry + 1];
       terms[lane][0] = square * error2;
@@ -235,14 +229,16 @@ extern "C" __global__ void __launch_bounds__(kWarp)
       largest = fmaxf(largest, worst[entry]);
       units += nf4_units(value2);
       lost |= error2 > kLost ? 1 : 0;
+      if (outlier && block << shift == entry) outliers += outlier[block];
     }
     __syncwarp();
     if (lane < 2)
 #pragma unroll
       for (int i = 0; i < kWarp; i++) total = total + terms[i][lane];
     __syncwarp();
+    if (outlier) continue;
     if (shift > 5 && (base & kWarp) == 0) continue;  // half of a block: the next turn has the rest
-    outliers += judge(units, lost, lanes, n - (block << log_block), log_block, absmax + block);
+    outliers += judge(units, lost, lanes, n - (block << log_block), log_block, scale + block);
     units = lost = 0;
   }
   for (int step = 1; step < kWarp; step *= 2)
@@ -253,6 +249,143 @@ extern "C" __global__ void __launch_bounds__(kWarp)
   if (lane < 2) row[lane] = total;
   if (lane == 2) row[kLargestError] = (double)largest;
   if (lane == 3) row[kOutliers] = outliers < kUnclear ? (double)outliers : -1.0;
+}
+
+// -- 4-bit quantization under chosen scales --
+
+namespace nf4 {
+
+// Write the elements that a thread owns, zeros behind the end.
+template <int kFrom>
+NF4_FN void load_any(const void* src, i64 n, i64 segment, int half, float (*x)[kHalf]) {
+  if ((segment + 1) * kSegment <= n)
+    load<kFrom, kFrom, false>(src, n, segment, half, Codes{}, x);
+  else
+    load_tail<kFrom>(src, n, segment, half, x);
+}
+
+}  // namespace nf4
+
+// Write the largest magnitude of each block of n elements; those of a thread's block are shared by
+// 2^log_lanes threads, see `quantize`.  A NaN has none, which the error sums tell.
+template <int kFrom, bool kSmall>
+__global__ void __launch_bounds__(kThreads)
+    measure_blocks(const void* __restrict__ src, i64 n, int log_lanes,
+                   float* __restrict__ absmax) {
+  constexpr int kBlocks = kSmall ? 2 : 1;
+  __shared__ float warps[kThreads / kWarp];
+  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
+  const i64 segment = thread >> 1;
+  const int half = (int)(thread & 1), lanes = 1 << log_lanes;
+  float x[kRows][kHalf];
+  load_any<kFrom>(src, n, segment, half, x);
+  nf4_unit units[kBlocks];
+  measure<false, kBlocks>(x, lanes, warps, units);
+  if ((thread & (lanes - 1)) != 0) return;
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    const i64 first = segment * kSegment + b * (kSegment / kBlocks);
+    if (first < n) absmax[(thread >> log_lanes) * kBlocks + b] = units[b].absmax;
+  }
+}
+
+// Write the largest absmax of each run of `run` blocks, a warp a run.
+extern "C" __global__ void __launch_bounds__(kWarp)
+    widest_of_runs(const float* __restrict__ absmax, i64 blocks, int run,
+                   float* __restrict__ unit) {
+  const i64 first = (i64)blockIdx.x * run;
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < run; i += kWarp)
+    if (first + i < blocks) largest = fmaxf(largest, absmax[first + i]);
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, step));
+  if (threadIdx.x == 0) unit[blockIdx.x] = largest;
+}
+
+// Quantize n elements under chosen scales.
+//   log_lanes, table, packed, sums, worst  as for `quantize`; units are the chosen scales
+//   steps       the ladder
+//   importance  the weights of columns; not read if kPlain
+//   absmax      of each block
+//   unit        of each run of blocks
+//   index       out, the step of each block
+//   scale       out, the magnitude of the scale of each block
+//   outlier     out, for each block 1 if it counts as an outlier block, or 0
+// The last block may be a partial one.
+template <int kFrom, int kSteps, bool kSmall, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 2)
+    search_scales(const void* __restrict__ src, i64 n, int log_lanes,
+                  const Book* __restrict__ table, const Ladder* __restrict__ steps,
+                  Importance importance, const float* __restrict__ absmax,
+                  const float* __restrict__ unit, uint8_t* __restrict__ packed,
+                  uint8_t* __restrict__ index, float* __restrict__ scale,
+                  uint8_t* __restrict__ outlier, float* __restrict__ sums,
+                  float* __restrict__ worst) {
+  constexpr int kBlocks = kSmall ? 2 : 1;  // blocks that a segment touches
+  constexpr int kCount = kRows / kBlocks;  // rows of each
+  __shared__ Book book;
+  __shared__ Ladder ladder;
+  __shared__ Board board;
+  const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;
+  const i64 segment = thread >> 1;
+  const int half = (int)(thread & 1), lanes = 1 << log_lanes;
+
+  float x[kRows][kHalf], w[kPlain ? 1 : kRows][kHalf];
+  load_any<kFrom>(src, n, segment, half, x);
+  if constexpr (!kPlain) load_weights(importance, n, segment, half, w);
+  load_ladder(ladder, steps);
+  load_book(book, table);
+
+  const i64 first_block = (thread >> log_lanes) * kBlocks;
+  const int log_block = kSmall ? kLogSegment - 1 : log_lanes + kLogSegment - 1;
+  nf4_unit chosen[kBlocks];
+  float largest[kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    const i64 block = first_block + b;
+    const bool inside = block << log_block < n;
+    largest[b] = inside ? absmax[block] : 0.0f;
+    const float widest = inside ? unit[block >> ladder.log_run] : 0.0f;
+    const Step best =
+        best_step<kSteps, kPlain, kCount>(x + b * kCount, kPlain ? w : w + b * kCount, ladder,
+                                          largest[b], widest, inside, lanes, half, book, board);
+    const float signed_scale = nf4_scale(best.value, widest);
+    chosen[b] = {nf4_abs(signed_scale), nf4_signed_reciprocal(signed_scale)};
+    if (inside && (thread & (lanes - 1)) == 0) {
+      index[block] = (uint8_t)best.place;
+      scale[block] = chosen[b].absmax;
+    }
+  }
+
+  uint32_t words[kRows];
+  Squares<kBlocks> squares;
+  encode<kSteps, false, false, kBlocks>(x, chosen, book, words, squares);
+  store_codes(words, n, segment, half, (segment + 1) * kSegment <= n, packed);
+#pragma unroll
+  for (int b = 0; b < kBlocks; b++) {
+    const i64 entry = segment * kBlocks + b, block = first_block + b;
+    const float sum = fold(squares.error2[b], squares.value2[b], half);
+    const float mine = squares.error_max[b];
+    const float error = fmaxf(mine, __shfl_xor_sync(kAll, mine, 1));
+    int between = 0;
+#pragma unroll
+    for (int row = b * kCount; row < (b + 1) * kCount; row++)
+#pragma unroll
+      for (int k = 0; k < kHalf; k++)
+        between |= x[row][k] != 0.0f && fabsf(x[row][k]) != largest[b] ? 1 : 0;
+    const float ratio = chosen[b].absmax * nf4_reciprocal(largest[b]);
+    const int units = total_of(half ? nf4_units(sum * (ratio * ratio)) : 0, lanes, board);
+    between = total_of(between, lanes, board);
+    if (entry * (kSegment / kBlocks) >= n) continue;
+    sums[2 * entry + half] = sum;
+    if (half == 0) worst[entry] = error * chosen[b].absmax;
+    if ((thread & (lanes - 1)) == 0) {
+      const int size = size_of(n - (block << log_block), log_block);
+      outlier[block] = between && nf4_outlier(units, size, largest[b]) ? 1 : 0;
+    }
+  }
 }
 
 // -- double quantization of the absmax vector --

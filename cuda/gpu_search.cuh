@@ -1,4 +1,5 @@
-// How the GPU kernels find a value's code: a 4-bit table in shared memory, and the search in it.
+// How the GPU kernels find a value's code: a 4-bit table in shared memory, and the search in it; and
+// how they add up what codes cost.
 #ifndef NF4_GPU_SEARCH_CUH
 #define NF4_GPU_SEARCH_CUH
 
@@ -49,16 +50,34 @@ NF4_FN const T& at_byte(const T* array, uint32_t offset) {
   return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(array) + offset);
 }
 
-// Return the entry whose value is nearest to a scaled value.
-template <int kSteps>
+// Return the entry whose value is nearest to a scaled value.  kBounded: it lies in [-1, 1].
+template <int kSteps, bool kBounded>
 NF4_FN const Entry& search(float scaled, const Book& book) {
+  const float guessed = kBounded ? scaled : fminf(fmaxf(scaled, -1.0f), 1.0f);
   // kGrid * (scaled + 1) in quarters, as the last bits of a float near 2^21; a NaN finds some cell.
-  const uint32_t quarters = nf4_bits_of_float(__fmaf_rn(scaled, kGrid, 0x1p21f + kGrid));
+  const uint32_t quarters = nf4_bits_of_float(__fmaf_rn(guessed, kGrid, 0x1p21f + kGrid));
   const uint32_t cell = quarters & 4 * (kCells - 1);  // in bytes
   uint32_t rank = at_byte(book.start, cell);          // in bytes
   if (kSteps == 2 && scaled > at_byte(book.midpoints + 1, rank).value) rank += 16;
   if (scaled > at_byte(book.midpoints, rank).value) rank += 8;
   return at_byte(book.entries, rank);
+}
+
+// Return the sum of a segment's 16 partial sums, or of a block's of 32 in it, folded in halves
+// (codec.h): the first of the segment's two threads that of the squared errors, the second that of
+// the squared values.
+NF4_FN float fold(const float* error2, const float* value2, int half) {
+  float lanes[kHalf];
+#pragma unroll
+  for (int k = 0; k < kHalf; k++) {
+    const float mine = half ? value2[k] : error2[k], give = half ? error2[k] : value2[k];
+    lanes[k] = mine + __shfl_xor_sync(kAll, give, 1);
+  }
+#pragma unroll
+  for (int step = kHalf / 2; step; step /= 2)
+#pragma unroll
+    for (int k = 0; k < step; k++) lanes[k] = lanes[k] + lanes[k + step];
+  return lanes[0];
 }
 
 }  // namespace nf4

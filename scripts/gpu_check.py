@@ -15,6 +15,7 @@ a table for docs/measurements.md; exits with 1 when bytes differ.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -34,7 +35,14 @@ from nf4cli.convert.write_model import Execution, write_model
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
 from nf4cli.engines.cuda import CudaEngine
-from nf4cli.engines.protocol import GRANULE, STATS, Codes, NestedAbsmax
+from nf4cli.engines.protocol import (
+    GRANULE,
+    STATS,
+    ChosenScales,
+    Codes,
+    Importance,
+    NestedAbsmax,
+)
 from nf4cli.errors import Nf4Error
 from nf4cli.format import codebook
 from nf4cli.format.config import QuantConfig
@@ -44,6 +52,7 @@ from nf4cli.planning.model_plan import ModelPlan
 from nf4cli.planning.resources import make_resources
 
 CPU = CpuEngine()
+_COLUMNS = 4096  # of the matrix that a weighted search is timed on
 
 
 # -- correctness ----------------------------------------------------------------------------------
@@ -81,6 +90,13 @@ def works(largest: int) -> Iterator[tuple[str, Work]]:
                 for blocksize, quant_type in ((64, "nf4"), (32, "fp4"), (4096, "nf4")):
                     name = f"dequantize {quant_type} to {dtype}, blocksize {blocksize}, n {n}"
                     yield name, dequantizing(dtype, n, blocksize, quant_type, nested)
+        for blocksize, quant_type in ((64, "nf4"), (32, "fp4"), (4096, "nf4")):
+            for double, weighted in itertools.product((True, False), repeat=2):
+                name = (
+                    f"search {dtype} to {quant_type}, blocksize {blocksize}, n {n}, "
+                    f"nested {double}, importance {weighted}"
+                )
+                yield name, searching(src, dtype, blocksize, quant_type, double, weighted)
     for n in (1, 256, 5000):
         yield f"double quantization of {n}", nesting(n)
     rows, columns = 256, 512
@@ -102,6 +118,27 @@ def quantizing(
         source[:] = src
         stats = engine.quantize(source, dtype, blocksize, quant_type, packed, absmax, float8)
         return packed, absmax, stats
+
+    return work
+
+
+def searching(
+    src: np.ndarray, dtype: str, blocksize: int, quant_type: str, double: bool, weighted: bool
+) -> Work:
+    steps = codebook.ladder(double, weighted)
+    columns = np.random.default_rng(0).exponential(size=1000).astype(np.float32)
+    importance = Importance(columns, 999) if weighted else None
+    n = src.nbytes // ITEMSIZE[dtype]
+
+    def work(engine: Any, new: Buffer) -> tuple[np.ndarray, ...]:
+        packed, index = new((n + 1) // 2), np.empty(-(-n // blocksize), np.uint8)
+        scales = ChosenScales(index, np.empty(-(-index.size // steps.run), np.float32))
+        source = new(src.nbytes)
+        source[:] = src
+        stats = engine.search(
+            source, dtype, blocksize, quant_type, steps, importance, packed, scales
+        )
+        return packed, index, scales.unit, stats
 
     return work
 
@@ -200,76 +237,131 @@ class Measured:
     n: int
 
 
-def kernels(device: Any, n: int, repeats: int) -> tuple[float, list[Measured]]:
-    """(bytes/s of a copy within device memory, read and written counted, the kernels)."""
-    stream = device.stream()
-    sizes = {
-        "src": 4 * n, "packed": n // 2, "absmax": n // 16, "sums": n // 8, "worst": n // 16,
-        "stats": 8 * STATS * -(-n // GRANULE), "codes": n // 64, "nested": n // 4096 + 256,
-    }  # fmt: skip
-    memory = {name: device.allocate(size) for name, size in sizes.items()}
-    at = {name: block.address for name, block in memory.items()}
-    book = np.frombuffer(launches.book("nf4").tobytes(), np.uint8)
-    tables = device.host_buffer(4096)
-    tables[: book.size] = book
-    tables[1024:2044] = codebook.nested_midpoints().view(np.uint8)
-    tables[2048:3072] = codebook.nested_map().view(np.uint8)
-    place = device.allocate(4096)
-    stream.upload(place.address, tables)
-    table, midpoints, nested_map = (place.address + offset for offset in (0, 1024, 2048))
-    fill = device.host_buffer(min(4 * n, 1 << 24))
-    fill[:] = hard_values("BF16", fill.size // 2)
-    for start in range(0, 4 * n, fill.size):
-        stream.upload(at["src"] + start, fill[: min(fill.size, 4 * n - start)])
-    stream.synchronize()
+class Bench:
+    """Device memory for n weights, a stream, and what times kernels on it.
 
-    half = 2 * n
+    Attributes:
+        at: array -> its device address.
+        tables: name -> the device address of a table.
+    """
 
-    def copying() -> None:
-        stream.copy(at["src"], at["src"] + half, half)
+    def __init__(self, device: Any, n: int, repeats: int) -> None:
+        self.n, self._repeats = n, repeats
+        self._stream = device.stream()
+        sizes = {
+            "src": 4 * n, "packed": n // 2, "absmax": n // 16, "sums": n // 8, "worst": n // 16,
+            "stats": 8 * STATS * -(-n // GRANULE), "codes": n // 64, "nested": n // 4096 + 256,
+            "index": n // 64, "scale": n // 16, "outlier": n // 64,
+        }  # fmt: skip
+        tables = {
+            "book": launches.book("nf4"),
+            "midpoints": codebook.nested_midpoints(),
+            "map": codebook.nested_map(),
+            "ladder": launches.ladder(codebook.ladder(True, False)),
+            "weighted ladder": launches.ladder(codebook.ladder(True, True)),
+            "importance": np.random.default_rng(1).exponential(size=_COLUMNS).astype(np.float32),
+        }
+        sizes |= {name: table.nbytes for name, table in tables.items()}
+        self._memory = {name: device.allocate(size) for name, size in sizes.items()}
+        self.at = {name: block.address for name, block in self._memory.items()}
+        for name, table in tables.items():
+            staged = device.host_buffer(table.nbytes)
+            staged[:] = np.frombuffer(table.tobytes(), np.uint8)
+            self._stream.upload(self.at[name], staged)
+            self._stream.synchronize()
+        self._fill = device.host_buffer(min(4 * n, 1 << 24))
 
-    def time_of(work: Callable[[], None]) -> float:
+    def fill(self, values: Callable[[int], np.ndarray]) -> None:
+        """Put bf16 into the source again and again; values: makes the bytes of so many of them."""
+        size = self._fill.size
+        self._fill[:] = values(size // 2)
+        for start in range(0, 4 * self.n, size):
+            part = self._fill[: min(size, 4 * self.n - start)]
+            self._stream.upload(self.at["src"] + start, part)
+        self._stream.synchronize()
+
+    def copying(self) -> None:
+        half = 2 * self.n
+        self._stream.copy(self.at["src"], self.at["src"] + half, half)
+
+    def seconds(self, work: Callable[[], None]) -> float:
         """Of one `work`; the GPU has a copy to do while the host asks for several."""
 
         def several() -> None:
-            for _ in range(repeats):
+            for _ in range(self._repeats):
                 work()
 
-        stream.seconds(several, copying)  # compiles, and wakes the GPU
-        times = [stream.seconds(several, copying) for _ in range(repeats)]
-        return statistics.median(times) / repeats
+        self._stream.seconds(several, self.copying)  # compiles, and wakes the GPU
+        times = [self._stream.seconds(several, self.copying) for _ in range(self._repeats)]
+        return statistics.median(times) / self._repeats
 
-    def run(calls: Iterator[launches.Launch]) -> Callable[[], None]:
+    def measure(self, what: str, calls: Iterator[launches.Launch], nbytes: int) -> Measured:
+        """Time launches; nbytes: that they read and write."""
         listed = list(calls)
 
         def work() -> None:
             for call in listed:
-                stream.launch(call.kernel, call.blocks, call.threads, call.arguments)
+                self._stream.launch(call.kernel, call.blocks, call.threads, call.arguments)
 
-        return work
+        return Measured(what, self.seconds(work), nbytes, self.n)
 
-    copy = half * 2 / time_of(copying)
+
+def kernels(device: Any, n: int, repeats: int) -> tuple[float, list[Measured]]:
+    """(bytes/s of a copy within device memory, read and written counted, the kernels)."""
+    bench = Bench(device, n, repeats)
+    bench.fill(lambda count: hard_values("BF16", count))
+    at, sums = bench.at, 2 * (n // 8 + n // 16)
+    copy = 2 * 2 * n / bench.seconds(bench.copying)
     scales = launches.Scales(
-        codes=at["codes"], nested_map=nested_map, nested_absmax=at["nested"], offset=0.5,
+        codes=at["codes"], nested_map=at["map"], nested_absmax=at["nested"], offset=0.5,
         nested_blocksize=256,
     )  # fmt: skip
     results = launches.Quantized(at["packed"], at["absmax"], at["sums"], at["worst"], at["stats"])
     measured = []
     for dtype, size in (("BF16", 2), ("F32", 4)):
-        work = run(launches.quantize(n, dtype, 64, "nf4", table, at["src"], results))
-        nbytes = n * size + n // 2 + n // 16 + 2 * (n // 8 + n // 16)
-        measured.append(Measured(f"quantize {dtype}, error sums", time_of(work), nbytes, n))
-        work = run(launches.dequantize(n, dtype, 64, table, at["packed"], scales, at["src"]))
+        work = launches.quantize(n, dtype, 64, "nf4", at["book"], at["src"], results)
+        nbytes = n * size + n // 2 + n // 16 + sums
+        measured.append(bench.measure(f"quantize {dtype}, error sums", work, nbytes))
+        work = launches.dequantize(n, dtype, 64, at["book"], at["packed"], scales, at["src"])
         nbytes = n * size + n // 2 + n // 64
-        measured.append(Measured(f"dequantize {dtype}, nested", time_of(work), nbytes, n))
-    work = run(
-        launches.nested_quantize(n // 64, 0.5, midpoints, at["absmax"], at["codes"], at["nested"])
+        measured.append(bench.measure(f"dequantize {dtype}, nested", work, nbytes))
+    work = launches.nested_quantize(
+        n // 64, 0.5, at["midpoints"], at["absmax"], at["codes"], at["nested"]
     )
-    measured.append(Measured("double quantization (fits a cache)", time_of(work), n // 64 * 5, n))
-    return copy, measured
+    measured.append(bench.measure("double quantization (fits a cache)", work, n // 64 * 5))
+    return copy, measured + searches(bench)
 
 
-def conversions(engine: CudaEngine, megabytes: int, repeats: int) -> tuple[str, bool]:
+def ordinary_values(n: int) -> np.ndarray:
+    """Bytes of n bf16 elements, normally distributed."""
+    values = np.random.default_rng(2).standard_normal(n, np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def searches(bench: Bench) -> list[Measured]:
+    """The search for scales, on ordinary values: how many are tried depends on them."""
+    bench.fill(ordinary_values)
+    at, n = bench.at, bench.n
+    chosen = launches.Searched(
+        at["packed"], at["index"], at["nested"], at["absmax"], at["scale"], at["outlier"],
+        at["sums"], at["worst"], at["stats"],
+    )  # fmt: skip
+    importance = launches.Weights(at["importance"], _COLUMNS)
+    nbytes = 2 * 2 * n + n // 2 + 2 * (n // 16 + n // 64) + 2 * (n // 8 + n // 16)
+    measured = []
+    for what, ladder, weights in (
+        ("scales chosen, nested", "ladder", None),
+        ("the same with importance", "weighted ladder", importance),
+    ):
+        tables = launches.Tables(at["book"], at[ladder], codebook.NESTED_BLOCKSIZE)
+        work = launches.search(n, "BF16", 64, "nf4", tables, at["src"], chosen, weights)
+        measured.append(bench.measure(f"{what}, BF16, error sums", work, nbytes))
+    return measured
+
+
+def conversions(
+    engine: CudaEngine, megabytes: int, repeats: int, config: QuantConfig
+) -> tuple[str, bool]:
     """(whole conversions in a sentence, whether both engines wrote the same files)."""
     with tempfile.TemporaryDirectory() as work:
         root = Path(work) / "model"
@@ -281,7 +373,7 @@ def conversions(engine: CudaEngine, megabytes: int, repeats: int) -> tuple[str, 
         files: dict[str, dict[str, bytes]] = {}
         for turn in range(repeats):
             for name, chosen in (("cuda", engine), ("cpu", CPU)):
-                plan = make_plan(checkpoint, QuantConfig())
+                plan = make_plan(checkpoint, config)
                 output = Path(work) / f"{name}{turn}"
                 start = time.perf_counter()
                 limits = make_resources(chosen, None, None, processors())
@@ -341,7 +433,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"WRONG  {line}")
     differing = against_bitsandbytes(options.check_elements)
     copy, measured = kernels(device, options.elements, options.repeats)
-    whole, same = conversions(engine, options.megabytes, min(3, options.repeats))
+    turns = min(3, options.repeats)
+    whole, same = conversions(engine, options.megabytes, turns, QuantConfig())
+    searched, same_search = conversions(
+        engine, options.megabytes // 4, turns, QuantConfig(scale="search")
+    )
+    same = same and same_search
     rows = [("engine", engine.name)]
     rows += [(f"byte-equal with {n}", f"{c - len([w for w in wrong if n in w]):,} of {c:,} checks")
              for n, c in done.items()]  # fmt: skip
@@ -355,7 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for m in measured
     ]
-    rows += [("nf4 quantize, digests on", whole),
+    rows += [("nf4 quantize, digests on", whole), ("the same, --scale search", searched),
              ("files of both engines", "equal" if same else "DIFFERENT")]  # fmt: skip
     print("| what | measured |\n|---|---|")
     for what, figure in rows:
@@ -363,7 +460,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         document = {
             "engine": engine.name, "checks": done, "wrong": wrong, "bitsandbytes": differing,
-            "copy_bytes_per_second": copy, "conversion": whole, "files_equal": same,
+            "copy_bytes_per_second": copy, "conversion": whole, "search": searched,
+            "files_equal": same,
             "kernels": [{"what": m.what, "seconds": m.seconds, "bytes": m.nbytes, "weights": m.n}
                         for m in measured],
         }  # fmt: skip

@@ -66,12 +66,27 @@ class Kind:
 
 
 _SUMS, _ABSMAX = 12 / 64, 4 / 64
+_CHOSEN = (4 + 4 + 1 + 1) / 64  # absmax, scale, index, outlier
+_TURNS, _WEIGHTED_TURNS = 7, 54
+"""Turns of the loop over two candidates, on average over warps, as counted on normally distributed
+weights under the ladders with double quantization."""
 KINDS = (
     Kind("quantize bf16 to NF4", "quantize<2, 2, 1, false, false>", 32, 2.5 + _ABSMAX + _SUMS),
     Kind("quantize f16 to NF4", "quantize<1, 1, 1, false, false>", 32, 2.5 + _ABSMAX + _SUMS),
     Kind("quantize f32 to NF4", "quantize<0, 0, 1, false, false>", 32, 4.5 + _ABSMAX + _SUMS),
     Kind("quantize float8 to NF4", "quantize<3, 2, 1, false, false>", 32, 1.5 + _ABSMAX + _SUMS),
     Kind("quantize bf16 to FP4", "quantize<2, 2, 2, false, false>", 32, 2.5 + _ABSMAX + _SUMS),
+    Kind("largest magnitudes, bf16", "measure_blocks<2, false>", 32, 2 + _ABSMAX),
+    Kind(
+        "search bf16 to NF4", "search_scales<2, 1, false, true>", 32, 2.5 + _CHOSEN + _SUMS, _TURNS
+    ),
+    Kind(
+        "the same with importance",
+        "search_scales<2, 1, false, false>",
+        32,
+        2.5 + _CHOSEN + _SUMS,
+        _WEIGHTED_TURNS,
+    ),
     Kind("fold error sums", "fold_errors", GRANULE / 32, _SUMS + _ABSMAX, GRANULE // 64 // 32),
     Kind("double quantization", "nested_quantize<false>", 16 * 64, (5 + 4 / 256) / 64),
     Kind("dequantize to bf16, nested", "dequantize<2, true>", 32, 2.5 + 1 / 64),
@@ -113,33 +128,56 @@ class Code:
     def longest_path(self, trips: int = 1) -> int:
         """Instructions on the longest way from the first to an EXIT, loops run `trips` times.
 
-        Ways that exclude each other (a whole tile or the last one) are not added up; the slow path
-        of divisions, a function that is called for subnormals only, does not count.
+        Ways that exclude each other (a whole tile or the last one) are not added up.  What serves
+        exceptions does not count: the slow path of divisions, a function that is called for
+        subnormals only, and the copies of code for warps whose threads have come apart (BRA.DIV).
         """
-        index = {address: i for i, (address, _, _) in enumerate(self.instructions)}
-        weight = [1] * len(index)
-        jumps: dict[int, int] = {}
-        for i, (_, op, operands) in enumerate(self.instructions):
-            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-            if op.split(".")[0] != "BRA" or target is None:
-                continue
-            to = index.get(int(target[1], 16))
-            if to is None or to == i:  # padding behind the end
-                continue
-            if to > i:
-                jumps[i] = to
-            else:
+        jumps = self._jumps()
+        reached = self._reached(jumps)
+        weight = [1] * len(self.instructions)
+        for i, to in jumps.items():
+            if to < i and i in reached:
                 weight[to : i + 1] = [trips] * (i + 1 - to)
-        best = [0] * (len(index) + 1)
-        for i in range(len(index) - 1, -1, -1):
-            _, op, operands = self.instructions[i]
-            always = not operands.startswith("@")
-            onward = [] if always and op.split(".")[0] in ("EXIT", "RET") else [best[i + 1]]
-            if i in jumps:
-                plain = op == "BRA" and always and re.fullmatch(r"0x[0-9a-f]+\s*", operands)
-                onward = [best[jumps[i]]] if plain else [best[i + 1], best[jumps[i]]]
+        best = [0] * (len(weight) + 1)
+        for i in range(len(weight) - 1, -1, -1):
+            onward = [best[k] for k in self._onward(i, jumps) if k > i]
             best[i] = weight[i] + max(onward, default=0)
         return best[0]
+
+    def _jumps(self) -> dict[int, int]:
+        """Return where branches lead: index of an instruction -> index of its target."""
+        index = {address: i for i, (address, _, _) in enumerate(self.instructions)}
+        jumps = {}
+        for i, (_, op, operands) in enumerate(self.instructions):
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+            if op.split(".")[0] != "BRA" or op.startswith("BRA.DIV") or target is None:
+                continue
+            to = index.get(int(target[1], 16))
+            if to is not None and to != i:  # otherwise padding behind the end
+                jumps[i] = to
+        return jumps
+
+    def _onward(self, i: int, jumps: dict[int, int]) -> list[int]:
+        """Return the instructions that may come after one."""
+        _, op, operands = self.instructions[i]
+        always = not operands.startswith("@")
+        if always and op.split(".")[0] in ("EXIT", "RET"):
+            return []
+        if i not in jumps:
+            return [i + 1]
+        plain = op == "BRA" and always and re.fullmatch(r"0x[0-9a-f]+\s*", operands)
+        return [jumps[i]] if plain else [i + 1, jumps[i]]
+
+    def _reached(self, jumps: dict[int, int]) -> set[int]:
+        """Return the instructions that there is a way to."""
+        reached: set[int] = set()
+        ahead = [0]
+        while ahead:
+            i = ahead.pop()
+            if i not in reached and i < len(self.instructions):
+                reached.add(i)
+                ahead += self._onward(i, jumps)
+        return reached
 
 
 def tool(name: str) -> str:

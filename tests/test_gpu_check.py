@@ -33,7 +33,8 @@ def test_it_runs_and_finds_nothing_wrong(gpu_check, new_device, monkeypatch, tmp
     assert gpu_check.main([*SMALL, "--json", str(tmp_path / "out.json")]) == 0
     table = capsys.readouterr().out
     for words in ("GPU", "torch (cpu)", "copy within device memory", "quantize BF16",
-                  "dequantize F32, nested", "double quantization",
+                  "dequantize F32, nested", "double quantization", "scales chosen, nested",
+                  "the same with importance", "| the same, --scale search |",
                   "| files of both engines | equal |"):  # fmt: skip
         assert words in table
     document = json.loads((tmp_path / "out.json").read_text())

@@ -6,7 +6,7 @@ several GPUs, each in turn lends a lane.  Buffers from `buffer` are pinned, and 
 between the GPU and their place in host memory.
 
 The class extends the CPU engine, which keeps the work that a GPU would do more slowly: sums with a
-fixed order, casts, decoding of stored codes, and the search for scales.
+fixed order, casts, and decoding of stored codes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,20 @@ from ..process_memory import resident_bytes
 from . import launches
 from .cpu import CpuEngine
 from .device import DeviceMemoryError
-from .protocol import GRANULE, OUTLIERS, STATS, Codes, NestedAbsmax
+from .protocol import (
+    GRANULE,
+    OUTLIERS,
+    STATS,
+    ChosenScales,
+    Codes,
+    Importance,
+    NestedAbsmax,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ..format.codebook import Ladder
     from .device import Device, Memory
     from .launches import Launch
     from .protocol import F32, F64, U8
@@ -48,6 +57,7 @@ _COMPILER_MEMORY = 110_000_000  # bytes: NVRTC at its peak, as measured
 _ALIGN = 256  # bytes: arrays in device memory start at multiples of it
 _ARRAYS = 16  # more arrays than any piece of work has
 _WIDEST = 1 << 16  # columns of a matrix of codes whose scales fit beside a granule
+_WIDEST_WEIGHTED = 1 << 17  # columns whose importance fits beside a granule
 
 
 def open_devices(indices: tuple[int, ...] | None) -> Sequence[Device]:
@@ -124,7 +134,7 @@ class CudaEngine(CpuEngine):
             return super().quantize(src, dtype, blocksize, quant_type, packed, absmax, codes)
         stats = np.empty((-(-n // GRANULE), STATS), np.float64)
         with self._lane() as lane:
-            for start, count in lane.pieces(n, _quantize_need(bits, blocksize, codes)):
+            for start, count in lane.pieces(n, lane.step(_quantize_need(bits, blocksize, codes))):
                 blocks = slice(start // blocksize, -(-(start + count) // blocksize))
                 granules = slice(start // GRANULE, -(-(start + count) // GRANULE))
                 rows = launches.entries(count, blocksize)
@@ -167,6 +177,76 @@ class CudaEngine(CpuEngine):
             stats[row, OUTLIERS] = again[OUTLIERS]
         return stats
 
+    def search(
+        self,
+        src: U8,
+        dtype: str,
+        blocksize: int,
+        quant_type: str,
+        ladder: Ladder,
+        importance: Importance | None,
+        packed: U8,
+        scales: ChosenScales,
+    ) -> F64:
+        n, run = src.nbytes // ITEMSIZE[dtype], blocksize * ladder.run
+        if blocksize not in codebook.BLOCKSIZES:
+            raise ValueError(f"blocksize {blocksize}")
+        columns = 0 if importance is None else importance.columns.size
+        if columns > _WIDEST_WEIGHTED:
+            return super().search(
+                src, dtype, blocksize, quant_type, ladder, importance, packed, scales
+            )
+        stats = np.empty((-(-n // GRANULE), STATS), np.float64)
+        work = _Search(dtype, blocksize, quant_type, ladder, importance)
+        with self._lane() as lane:
+            step = lane.step(work.need())
+            measured = step < min(n, run)  # the arena holds no run: its unit comes first
+            if measured:
+                work.measure(lane, src, scales.unit)
+                step = GRANULE
+            elif step > run:
+                step -= step % run
+            for start, count in lane.pieces(n, step):
+                last = start + count
+                work.run(
+                    lane,
+                    src[start * ITEMSIZE[dtype] : last * ITEMSIZE[dtype]],
+                    start,
+                    packed[start // 2 : (last + 1) // 2],
+                    ChosenScales(
+                        scales.index[start // blocksize : -(-last // blocksize)],
+                        scales.unit[start // run : -(-last // run)],
+                    ),
+                    stats[start // GRANULE : -(-last // GRANULE)],
+                    measured,
+                )
+        bad = np.flatnonzero(~np.isfinite(stats[:, 0]))
+        if bad.size:  # the CPU engine looks for the element, in the granule and what shares a unit
+            first = int(bad[0]) * GRANULE // run * run
+            last = min(n, max(first + run, int(bad[0]) * GRANULE + GRANULE))
+            self._refuse(src[first * ITEMSIZE[dtype] : last * ITEMSIZE[dtype]], first, work)
+        return stats
+
+    def _refuse(self, src: U8, first: int, work: _Search) -> None:
+        """Raise NonFiniteError for elements that the GPU found one in that is not finite.
+
+        Args:
+            src: elements, from the start of a run on.
+            first: place of the first one.
+            work: the search.
+        """
+        n = src.nbytes // ITEMSIZE[work.dtype]
+        index = np.empty(-(-n // work.blocksize), np.uint8)
+        unit = np.empty(-(-index.size // work.ladder.run), np.float32)
+        try:
+            super().search(
+                src, work.dtype, work.blocksize, work.quant_type, work.ladder, None,
+                np.empty((n + 1) // 2, np.uint8), ChosenScales(index, unit),
+            )  # fmt: skip
+        except NonFiniteError as error:
+            raise NonFiniteError(first + error.index) from None
+        raise AssertionError("the GPU found a value that is not finite where there is none")
+
     def dequantize(
         self,
         packed: U8,
@@ -181,7 +261,9 @@ class CudaEngine(CpuEngine):
             raise ValueError(f"blocksize {blocksize}")
         itemsize = ITEMSIZE[dtype]
         with self._lane() as lane:
-            for start, count in lane.pieces(n, _dequantize_need(itemsize, blocksize, absmax)):
+            for start, count in lane.pieces(
+                n, lane.step(_dequantize_need(itemsize, blocksize, absmax))
+            ):
                 first, last = start // blocksize, -(-(start + count) // blocksize)
                 scales = lane.scales(absmax, first, last)
                 codes = lane.upload(packed[start // 2 : (start + count + 1) // 2])
@@ -193,7 +275,7 @@ class CudaEngine(CpuEngine):
     def nested_quantize(self, absmax: F32, offset: float, codes: U8, nested_absmax: F32) -> None:
         run = codebook.NESTED_BLOCKSIZE
         with self._lane() as lane:
-            for start, count in lane.pieces(absmax.size, _Need(6 * GRANULE)):
+            for start, count in lane.pieces(absmax.size, lane.step(_Need(6 * GRANULE))):
                 runs = nested_absmax[start // run : -(-(start + count) // run)]
                 source = lane.upload(absmax[start : start + count].view(np.uint8))
                 to_codes, to_nested = lane.room(count), lane.room(runs.nbytes)
@@ -330,6 +412,86 @@ def _dequantize_need(itemsize: int, blocksize: int, absmax: F32 | NestedAbsmax) 
     return _Need(arrays + 4 * (GRANULE // blocksize))
 
 
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A search for scales, as `Engine.search` is asked for it, by the pieces of a lane."""
+
+    dtype: str
+    blocksize: int
+    quant_type: str
+    ladder: Ladder
+    importance: Importance | None
+
+    def need(self) -> _Need:
+        """Return the device memory of a piece."""
+        a_block = 4 + 4 + 4 + 1 + 1  # absmax, unit, scale, index, outlier
+        arrays = GRANULE // 2 + a_block * (GRANULE // self.blocksize) + 8 * STATS
+        arrays += 12 * launches.entries(GRANULE, self.blocksize)
+        columns = 0 if self.importance is None else self.importance.columns.nbytes
+        table = launches.ladder(self.ladder).nbytes
+        return _Need(GRANULE * ITEMSIZE[self.dtype] + arrays, columns + table)
+
+    def measure(self, lane: _Lane, src: U8, unit: F32) -> None:
+        """Write the unit of each run; a run is larger than a piece, and a multiple of a granule."""
+        itemsize = ITEMSIZE[self.dtype]
+        n = src.nbytes // itemsize
+        absmax = np.empty(-(-n // self.blocksize), np.float32)
+        for start, count in lane.pieces(n, lane.step(self.need())):
+            last = start + count
+            source = lane.upload(src[start * itemsize : last * itemsize])
+            out = absmax[start // self.blocksize : -(-last // self.blocksize)].view(np.uint8)
+            largest = lane.room(out.nbytes)
+            lane.run(launches.measure(count, self.dtype, self.blocksize, source, largest))
+            lane.download(out, largest)
+        unit[:] = np.maximum.reduceat(absmax, np.arange(0, absmax.size, self.ladder.run))
+
+    def run(
+        self, lane: _Lane, src: U8, first: int, packed: U8, scales: ChosenScales, stats: F64,
+        measured: bool,
+    ) -> None:  # fmt: skip
+        """Search the scales of a piece.
+
+        Args:
+            src: its elements.
+            first: place of the first of them.
+            packed, scales, stats: output; if `measured`, `scales.unit` is input.
+        """
+        n, blocks = src.nbytes // ITEMSIZE[self.dtype], scales.index.size
+        rows = launches.entries(n, self.blocksize)
+        weights = None
+        if self.importance is not None:
+            columns = self.importance.columns
+            weights = launches.Weights(
+                lane.upload(columns.view(np.uint8)),
+                columns.size,
+                (self.importance.first + first) % columns.size,
+            )
+        unit, absmax = scales.unit.view(np.uint8), lane.room(4 * blocks)
+        if self.ladder.run == 1:
+            at_unit = absmax
+        else:
+            at_unit = lane.upload(unit) if measured else lane.room(unit.nbytes)
+        results = launches.Searched(
+            lane.room(packed.nbytes), lane.room(blocks), at_unit, absmax, lane.room(4 * blocks),
+            lane.room(blocks), lane.room(8 * rows), lane.room(4 * rows), lane.room(stats.nbytes),
+        )  # fmt: skip
+        tables = launches.Tables(
+            lane.books[self.quant_type], lane.upload(launches.ladder(self.ladder)), self.ladder.run
+        )
+        source = lane.upload(src)
+        lane.run(
+            launches.search(
+                n, self.dtype, self.blocksize, self.quant_type, tables, source, results, weights,
+                measured,
+            )
+        )  # fmt: skip
+        lane.download(packed, results.packed)
+        lane.download(scales.index, results.index)
+        lane.download(stats.reshape(-1).view(np.uint8), results.stats)
+        if not measured:
+            lane.download(unit, results.unit)
+
+
 class _Lane:
     """A stream of one GPU with memory of its own, used by one thread at a time.
 
@@ -360,8 +522,13 @@ class _Lane:
         self.finish()
         self._base = self._next
 
-    def pieces(self, n: int, need: _Need) -> Iterator[tuple[int, int]]:
-        """Cut n elements into pieces of whole granules, as large as the arena allows.
+    def step(self, need: _Need) -> int:
+        """Return the elements of the largest piece that the arena allows: whole granules."""
+        slack = _ARRAYS * _ALIGN  # what aligning the arrays may cost
+        return GRANULE * max(1, (self._end - self._base - need.fixed - slack) // need.granule)
+
+    def pieces(self, n: int, step: int) -> Iterator[tuple[int, int]]:
+        """Cut n elements into pieces of `step` elements and a last one with the rest.
 
         The arena is free again at the start of each piece; its results are in place when the next
         piece starts.
@@ -369,8 +536,6 @@ class _Lane:
         Yields:
             (index of the piece's first element, elements in it).
         """
-        slack = _ARRAYS * _ALIGN  # what aligning the arrays may cost
-        step = GRANULE * max(1, (self._end - self._base - need.fixed - slack) // need.granule)
         for start in range(0, n, step):
             self._next = self._base
             yield start, min(step, n - start)

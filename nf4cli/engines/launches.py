@@ -19,11 +19,12 @@ from .protocol import DTYPE_CODES, GRANULE, SEGMENT
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ..format.codebook import Ladder
     from .protocol import U8
 
 # Constants of the kernels; tests/engines/test_native_constants.py has a compiler compare them.
-_THREADS, _WARP = 256, 32  # threads of a CUDA block; fold_errors has one warp
-_OWN = 32  # quantize: elements of a thread
+_THREADS, _WARP = 256, 32  # threads of a CUDA block; fold_errors, widest_of_runs have one warp
+_OWN = 32  # quantize, search_scales: elements of a thread
 _RUN_LANES = 16  # nested_quantize: threads of a run
 _TILE = 1024  # dequantize: elements of a warp
 _CELLS, _GRID = 32, 15.25  # search for a code: cells of its table, cells per unit of the value
@@ -52,6 +53,20 @@ _SCALES = np.dtype(
     + [("offset", np.float32), ("nested_blocksize", np.int32), ("first", np.int32)],
     align=True,
 )  # fmt: skip
+
+_LADDER = np.dtype(
+    [
+        ("magnitudes", np.float32, (2, codebook.MAX_STEPS)),
+        ("count", np.int32, 2),
+        ("zero", np.int32),
+        ("log_run", np.int32),
+        ("low", np.float32),
+        ("high", np.float32),
+    ]
+)
+_IMPORTANCE = np.dtype(
+    [("of_column", np.uint64), ("columns", np.uint32), ("first", np.uint32)], align=True
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +189,29 @@ def book(quant_type: str) -> U8:
     return np.frombuffer(table.tobytes(), np.uint8)
 
 
+def ladder(steps: Ladder) -> U8:
+    """Return the bytes of `struct Ladder`: the steps of a ladder as the kernels read them.
+
+    Returns:
+        uint8 [bytes of the struct].
+
+    Raises:
+        ValueError: its runs are not of a power of two blocks.
+    """
+    if steps.run & (steps.run - 1):
+        raise ValueError(f"a run of {steps.run} blocks")
+    table = np.zeros((), _LADDER)
+    above, below = steps.steps[steps.zero + 1 :], -steps.steps[: steps.zero][::-1]
+    for sign, magnitudes in enumerate((above, below)):
+        table["magnitudes"][sign, : magnitudes.size] = magnitudes
+        table["count"][sign] = magnitudes.size
+    table["zero"], table["log_run"] = steps.zero, steps.run.bit_length() - 1
+    table["low"], table["high"] = steps.low, steps.high
+    return np.frombuffer(table.tobytes(), np.uint8)
+
+
 def entries(n: int, blocksize: int) -> int:
-    """Return the number of segments of n elements, for each of which `quantize` writes sums."""
+    """Return the number of segments of n elements, for each of which kernels write error sums."""
     return -(-n // min(blocksize, SEGMENT))
 
 
@@ -218,7 +254,6 @@ def quantize(
         codes: what decodes codes.
     """
     small = blocksize < SEGMENT
-    lanes = 2 if small else blocksize // _OWN
     source = DTYPE_CODES[dtype] if codes is None else CODE_SOURCES[codes.kind]
     itemsize = 4 if dtype == "F32" else 2
     full = n // blocksize * blocksize
@@ -235,7 +270,7 @@ def quantize(
             _THREADS,
             (
                 _u64(src + first * itemsize), _i64(count),
-                _i32(lanes.bit_length() - 1), _u64(table), place, _u64(out.packed + first // 2),
+                _log_lanes(blocksize), _u64(table), place, _u64(out.packed + first // 2),
                 _u64(out.absmax + 4 * (first // blocksize)), _u64(out.sums + 8 * entry),
                 _u64(out.worst + 4 * entry),
             ),
@@ -245,15 +280,146 @@ def quantize(
         yield call(0, full, False)
     if full < n:
         yield call(full, n - full, True)
-    yield Launch(
+    yield _fold_errors(n, blocksize, out.sums, out.worst, out.absmax, 0, out.stats)
+
+
+def _log_lanes(blocksize: int) -> NDArray[Any]:
+    """Return log2 of the threads that share a block, or the two blocks of a segment."""
+    return _i32(max(2, blocksize // _OWN).bit_length() - 1)
+
+
+def _fold_errors(
+    n: int, blocksize: int, sums: int, worst: int, scale: int, outlier: int, stats: int
+) -> Launch:
+    """Return the call that folds what each segment's errors are into rows of STATS."""
+    return Launch(
         "fold_errors",
         -(-n // GRANULE),
         _WARP,
         (
-            _u64(out.sums), _u64(out.worst), _u64(out.absmax), _i64(n),
-            _i32(blocksize.bit_length() - 1), _u64(out.stats),
+            _u64(sums), _u64(worst), _u64(scale), _u64(outlier), _i64(n),
+            _i32(blocksize.bit_length() - 1), _u64(stats),
         ),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The importance of the columns of a matrix, and where a piece of it starts.
+
+    Attributes:
+        columns: address of a float32 for each column.
+        count: columns.
+        first: column of the piece's first element; `first` and the elements of the piece are
+            together below 2**32.
+    """
+
+    columns: int = 0
+    count: int = 1
+    first: int = 0
+
+    def argument(self) -> NDArray[Any]:
+        """Return the struct that the kernels take."""
+        return np.array((self.columns, self.count, self.first), _IMPORTANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """Addresses of the arrays that `search` writes.
+
+    Attributes:
+        packed: bytes of two codes.
+        index: a byte for each block: the step of its scale.
+        unit: a float32 for each run of blocks, or, in runs of one block, the same as `absmax`.
+        absmax: a float32 for each block: its largest magnitude.
+        scale: a float32 for each block: the magnitude of its scale.
+        outlier: a byte for each block: whether it is an outlier block.
+        sums, worst, stats: see `Quantized`.
+    """
+
+    packed: int
+    index: int
+    unit: int
+    absmax: int
+    scale: int
+    outlier: int
+    sums: int
+    worst: int
+    stats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Addresses of the tables of a search.
+
+    Attributes:
+        book: `book(quant_type)`.
+        ladder: `ladder(steps)`.
+        run: blocks that share a unit.
+    """
+
+    book: int
+    ladder: int
+    run: int
+
+
+def measure(n: int, dtype: str, blocksize: int, src: int, absmax: int) -> Iterator[Launch]:
+    """Yield the call that finds the largest magnitude of each block of n elements.
+
+    Args:
+        src: address of elements of `dtype`.
+        absmax: address of float32 [ceil(n/blocksize)], written; NaN are passed over.
+    """
+    yield Launch(
+        f"measure_blocks<{DTYPE_CODES[dtype]}, {_cpp(blocksize < SEGMENT)}>",
+        -(-n // (_THREADS * _OWN)),
+        _THREADS,
+        (_u64(src), _i64(n), _log_lanes(blocksize), _u64(absmax)),
+    )
+
+
+def search(
+    n: int,
+    dtype: str,
+    blocksize: int,
+    quant_type: str,
+    tables: Tables,
+    src: int,
+    out: Searched,
+    weights: Weights | None,
+    measured: bool = False,
+) -> Iterator[Launch]:
+    """Yield the calls that do the work of `Engine.search` for n elements.
+
+    Args:
+        src: address of elements of `dtype`, from the start of a run unless `measured`.
+        out: where the results go.
+        weights: the importance of columns, None for none.
+        measured: whether `out.unit` holds a unit already, that of the run in which all n elements
+            lie.
+    """
+    blocks = -(-n // blocksize)
+    yield from measure(n, dtype, blocksize, src, out.absmax)
+    if tables.run > 1 and not measured:
+        yield Launch(
+            "widest_of_runs",
+            -(-blocks // tables.run),
+            _WARP,
+            (_u64(out.absmax), _i64(blocks), _i32(tables.run), _u64(out.unit)),
+        )
+    flags = f"{_cpp(blocksize < SEGMENT)}, {_cpp(weights is None)}"
+    yield Launch(
+        f"search_scales<{DTYPE_CODES[dtype]}, {STEPS[quant_type]}, {flags}>",
+        -(-n // (_THREADS * _OWN)),
+        _THREADS,
+        (
+            _u64(src), _i64(n), _log_lanes(blocksize), _u64(tables.book), _u64(tables.ladder),
+            (weights or Weights()).argument(), _u64(out.absmax), _u64(out.unit),
+            _u64(out.packed), _u64(out.index), _u64(out.scale), _u64(out.outlier),
+            _u64(out.sums), _u64(out.worst),
+        ),
+    )  # fmt: skip
+    yield _fold_errors(n, blocksize, out.sums, out.worst, out.scale, out.outlier, out.stats)
 
 
 def nested_quantize(

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import MachineError
 
-SOURCES = ("gpu_kernels.cu", "gpu_search.cuh", "gpu_load.cuh", "codec.h")
+SOURCES = ("gpu_kernels.cu", "gpu_scales.cuh", "gpu_search.cuh", "gpu_load.cuh", "codec.h")
 OPTIONS = (
     "-std=c++17",
     "-fmad=false", "-ftz=false", "-prec-div=true",  # each float operation is rounded by itself

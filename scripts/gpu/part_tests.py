@@ -19,7 +19,9 @@ FILES = (
 )  # fmt: skip
 """Of tests/, where the command runs."""
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZED = ("quantize<2, 2, 1", "quantize<3, 2, 1", "dequantize<2", "nested_quantize")
+SANITIZED = (
+    "quantize<2, 2, 1", "quantize<3, 2, 1", "dequantize<2", "nested_quantize", "search_scales<2, 1",
+)  # fmt: skip
 """A kernel of every shape, as test_cuda_kernels.py has them."""
 
 

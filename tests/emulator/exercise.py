@@ -17,7 +17,14 @@ import numpy as np
 
 from nf4cli.engines import launches
 from nf4cli.engines.cpu import CpuEngine
-from nf4cli.engines.protocol import GRANULE, STATS, Codes, NestedAbsmax
+from nf4cli.engines.protocol import (
+    GRANULE,
+    STATS,
+    ChosenScales,
+    Codes,
+    Importance,
+    NestedAbsmax,
+)
 from nf4cli.format import codebook
 from nf4cli.format.dtypes import ITEMSIZE
 
@@ -80,6 +87,38 @@ def outliers(dtype: str, n: int, blocksize: int) -> np.ndarray:
     return x.astype({"F32": np.float32, "F16": np.float16}[dtype]).view(np.uint8)
 
 
+def ties(blocksize: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of bf16 elements, their weights): in most blocks two scales lose the same, but for
+    rounding, so that every rounding decides which is taken.
+
+    The weights of a block's second half are changed to where another scale becomes the best one, of
+    the ladder without double quantization.
+    """
+    random, book = np.random.default_rng(blocksize), codebook.codebook("nf4")
+    bits = random.standard_normal((blocks, blocksize), np.float32).view(np.uint32) >> 16
+    x = (bits << 16).view(np.float32).astype(np.float64)
+    steps = codebook.ladder(double_quant=False, importance=True)
+    inside = (np.abs(steps.steps) >= steps.low) & (np.abs(steps.steps) <= steps.high)
+    scale = steps.steps[inside].astype(np.float64)[:, None, None]
+    scale = scale * np.abs(x).max(axis=1)[:, None]
+    nearest = book.values[np.searchsorted(book.midpoints, (x / scale).astype(np.float32))]
+    weights = random.exponential(size=x.shape)
+    losses = (x - nearest * scale) ** 2 * weights
+    first, second = losses[:, :, : blocksize // 2].sum(2), losses[:, :, blocksize // 2 :].sum(2)
+
+    def best(factor: np.ndarray) -> np.ndarray:
+        return (first + factor * second).argmin(axis=0)
+
+    below, above = np.full(blocks, 1e-2), np.full(blocks, 1e2)
+    start = best(below)
+    for _ in range(60):
+        middle = (below + above) / 2
+        same_best = best(middle) == start
+        below, above = np.where(same_best, middle, below), np.where(same_best, above, middle)
+    weights[:, blocksize // 2 :] *= below[:, None]
+    return bits.astype(np.uint16).view(np.uint8).reshape(-1), weights.astype(np.float32).reshape(-1)
+
+
 def address(array: np.ndarray) -> int:
     return array.ctypes.data
 
@@ -121,6 +160,45 @@ def on_cpu(src, dtype, blocksize, quant_type, float8=None) -> tuple[np.ndarray, 
     return packed, absmax, stats
 
 
+def search(
+    kernels: Kernels | real.DeviceKernels, src: np.ndarray, dtype: str, blocksize: int,
+    quant_type: str, steps: codebook.Ladder, importance: Importance | None,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """(packed, index, unit, stats) by the kernels."""
+    n, at = src.nbytes // ITEMSIZE[dtype], kernels.address
+    blocks, rows = -(-n // blocksize), launches.entries(n, blocksize)
+    packed, index = np.empty((n + 1) // 2, np.uint8), np.empty(blocks, np.uint8)
+    absmax, scale = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
+    unit = absmax if steps.run == 1 else np.empty(-(-blocks // steps.run), np.float32)
+    outlier, sums = np.empty(blocks, np.uint8), np.empty(2 * rows, np.float32)
+    worst, stats = np.empty(rows, np.float32), np.empty((-(-n // GRANULE), STATS))
+    widest = at(absmax)
+    out = launches.Searched(
+        at(packed), at(index), widest if unit is absmax else at(unit), widest, at(scale),
+        at(outlier), at(sums), at(worst), at(stats),
+    )  # fmt: skip
+    book, ladder = launches.book(quant_type).copy(), launches.ladder(steps).copy()
+    tables = launches.Tables(at(book), at(ladder), steps.run)
+    weights = None
+    if importance is not None:
+        count = importance.columns.size
+        weights = launches.Weights(at(importance.columns), count, importance.first % count)
+    for launch in launches.search(n, dtype, blocksize, quant_type, tables, at(src), out, weights):
+        kernels.run(launch)
+    kernels.finish()
+    return packed, index, unit, stats
+
+
+def searched_on_cpu(src, dtype, blocksize, quant_type, steps, importance) -> tuple[np.ndarray, ...]:
+    """The same by the CPU engine."""
+    n = src.nbytes // ITEMSIZE[dtype]
+    packed, index = np.empty((n + 1) // 2, np.uint8), np.empty(-(-n // blocksize), np.uint8)
+    unit = np.empty(-(-index.size // steps.run), np.float32)
+    scales = ChosenScales(index, unit)
+    stats = CPU.search(src, dtype, blocksize, quant_type, steps, importance, packed, scales)
+    return packed, index, unit, stats
+
+
 def same(what: str, found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
     for part, (a, b) in enumerate(zip(found, expected, strict=True)):
         x, y = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
@@ -154,6 +232,7 @@ def cases(quick: bool) -> Iterator[tuple[str, object]]:
                     name = f"dequantize<{number}, {str(nested).lower()}"
                     yield name, (check_dequantize, dtype, blocksize, nested, n)
         yield from code_cases(dtype, number)
+        yield from search_cases(dtype, number, quick)
     for n in (1, 255, 256, 257, 4096, 5000):
         yield "nested_quantize", (check_nested, n)
 
@@ -166,6 +245,26 @@ def code_cases(dtype: str, number: int) -> Iterator[tuple[str, object]]:
                 name = f"quantize<{source}, {number}, {steps}, {str(blocksize == 32).lower()}"
                 for layout in _LAYOUTS:
                     yield name, (check_codes, dtype, blocksize, quant_type, kind, *layout)
+
+
+def search_cases(dtype: str, number: int, quick: bool) -> Iterator[tuple[str, object]]:
+    """The same of a search for scales."""
+    for quant_type, steps in launches.STEPS.items():
+        for blocksize in (32, 64, 256) if number == 2 and steps == 1 else ():
+            name = f"search_scales<2, 1, {str(blocksize == 32).lower()}, false"
+            yield name, (check_ties, blocksize, 100)
+        for blocksize in (32, 64, 128, 4096) if quick else (32, 64, 256, 2048, 4096):
+            small = str(blocksize == 32).lower()
+            for weighted in (False, True):
+                sizes = (1, 65, 2 * blocksize + 37, 8257) if blocksize < 4096 else (65, 8192)
+                if not quick and blocksize in (32, 64):
+                    sizes = (*sizes, BEYOND)
+                for n in sizes:
+                    plain = str(not weighted).lower()
+                    name = f"search_scales<{number}, {steps}, {small}, {plain}"
+                    for double in (True, False) if n < BEYOND else (True,):
+                        asked = (check_search, dtype, blocksize, quant_type, weighted, double, n)
+                        yield name, asked
 
 
 def check_quantize(kernels, dtype, blocksize, quant_type, src) -> None:
@@ -205,6 +304,27 @@ def check_codes(kernels, dtype, blocksize, quant_type, kind, shape, block, first
             src[(src & 0x7C) == 0x7C] = 1
         what = f"quantize {kind} {shape} by {block} to {dtype}"
         same_quantized(what, kernels, (src, dtype, blocksize, quant_type, codes))
+
+
+def check_search(kernels, dtype, blocksize, quant_type, weighted, double, n) -> None:
+    random = np.random.default_rng(n)
+    steps, importance = codebook.ladder(double, weighted), None
+    if weighted:  # a column without any input among them
+        columns = random.exponential(size=77).astype(np.float32) ** 4
+        columns[:5] = 0
+        importance = Importance(columns, 13)
+    what = f"search {n} of {dtype}, {quant_type}, blocksize {blocksize}, weighted {weighted}"
+    for src in (values(dtype, n, n), outliers(dtype, n, blocksize)):
+        arguments = (src, dtype, blocksize, quant_type, steps, importance)
+        same(what, search(kernels, *arguments), searched_on_cpu(*arguments))
+
+
+def check_ties(kernels, blocksize, blocks) -> None:
+    src, weights = ties(blocksize, blocks)
+    steps, importance = codebook.ladder(False, True), Importance(weights, 0)
+    arguments = (src, "BF16", blocksize, "nf4", steps, importance)
+    what = f"search among ties, blocksize {blocksize}"
+    same(what, search(kernels, *arguments), searched_on_cpu(*arguments))
 
 
 def check_nested(kernels, n) -> None:

@@ -63,6 +63,11 @@ raw<T> div(u64 a, u64 b) {
     if (!as<T>(b)) return (raw<T>)~0ull;
   return bits<T>((T)(as<T>(a) / as<T>(b)));
 }
+template <class T>
+raw<T> rem(u64 a, u64 b) {
+  if (!as<T>(b)) emu::trap("remainder of a division by zero", a);
+  return (raw<T>)(as<T>(a) % as<T>(b));
+}
 inline u32 fused(u64 a, u64 b, u64 c) {
   return bits<f32>(std::fmaf(as<f32>(a), as<f32>(b), as<f32>(c)));
 }
@@ -70,6 +75,7 @@ inline u32 rcp(u64 a) { return bits<f32>(1.0f / as<f32>(a)); }
 inline u32 magnitude(u64 a) { return (u32)a & 0x7fffffffu; }
 template <class T>
 raw<T> neg(u64 a) {
+  if constexpr (std::is_floating_point_v<T>) return bits<T>(-as<T>(a));
   return (raw<T>)(0 - (raw<T>)a);
 }
 inline u32 max(u64 a, u64 b) {  // of floats: a NaN loses, -0 < +0
@@ -77,6 +83,13 @@ inline u32 max(u64 a, u64 b) {  // of floats: a NaN loses, -0 < +0
   if (x != x) return bits<f32>(y);
   if (y != y || x > y) return (u32)a;
   if (x == y) return std::signbit(x) ? (u32)b : (u32)a;
+  return (u32)b;
+}
+inline u32 least(u64 a, u64 b) {  // of floats, in the same way
+  const f32 x = as<f32>(a), y = as<f32>(b);
+  if (x != x) return bits<f32>(y);
+  if (y != y || x < y) return (u32)a;
+  if (x == y) return std::signbit(x) ? (u32)a : (u32)b;
   return (u32)b;
 }
 template <class T>
@@ -100,8 +113,7 @@ raw<T> bfi(u64 a, u64 b, u64 position, u64 length) {
 }
 inline u32 clz(u64 a) { return (u32)std::countl_zero((u32)a); }
 
-// Comparisons of floats are false with a NaN, but for `ne` no other: the unordered ones are
-// refused.
+// Comparisons of floats are false with a NaN; the unordered ones, which end in u, are true.
 template <class T>
 bool eq(u64 a, u64 b) {
   return as<T>(a) == as<T>(b);
@@ -137,6 +149,18 @@ template <class T>
 bool leu(u64 a, u64 b) {
   return !gt<T>(a, b);
 }
+template <class T>
+bool neu(u64 a, u64 b) {
+  return !eq<T>(a, b);
+}
+template <class T>
+bool gtu(u64 a, u64 b) {
+  return !le<T>(a, b);
+}
+template <class T>
+bool ltu(u64 a, u64 b) {
+  return !ge<T>(a, b);
+}
 
 // -- conversions --
 
@@ -152,6 +176,7 @@ inline u32 f32_of_f16(u64 raw16) {
 }
 inline u64 f64_of_s32(u64 a) { return std::bit_cast<u64>((double)as<s32>(a)); }
 inline u32 min(u64 a, u64 b) { return as<s32>(a) < as<s32>(b) ? (u32)a : (u32)b; }
+inline u32 max_s32(u64 a, u64 b) { return as<s32>(a) > as<s32>(b) ? (u32)a : (u32)b; }
 inline u32 s32_of_f32(u64 a) {  // towards zero; what does not fit takes the nearest, a NaN 0
   const f32 value = as<f32>(a);
   if (!(value >= -2147483648.0f)) return value < 0 ? 0x80000000u : 0u;

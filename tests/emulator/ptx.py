@@ -12,6 +12,7 @@ from collections.abc import Mapping
 _COMPARISONS = {
     "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
     "lo": "lt", "ls": "le", "hi": "gt", "hs": "ge", "geu": "geu", "leu": "leu",
+    "gtu": "gtu", "ltu": "ltu", "neu": "neu",
 }  # fmt: skip
 _SPECIAL = {
     "%tid.x": "emu::current->thread", "%ctaid.x": "emu::current->block",
@@ -199,8 +200,8 @@ class _Kernel:
         if head in ("and", "or", "xor", "not", "mov", "selp"):
             return f"{out} = {self._logic(head, type_, values)};"
         modifiers = parts[1:-1]
-        rounding = ["rn"] if type_ in ("f32", "f64") else []
-        if modifiers != rounding or head not in ("add", "sub", "mul", "div", "shl", "shr",
+        rounding = ["rn"] if type_ in ("f32", "f64") and head != "neg" else []
+        if modifiers != rounding or head not in ("add", "sub", "mul", "div", "rem", "shl", "shr",
                                                  "neg", "bfi"):  # fmt: skip
             raise UnsupportedError(op)
         return f"{out} = ptx::{head}<{_ctype(type_)}>({', '.join(values)});"
@@ -209,9 +210,11 @@ class _Kernel:
         """What has a form of its own, None for the rest."""
         op, joined = ".".join(parts), ", ".join(values)
         exact = {
-            "max.f32": "max", "abs.f32": "magnitude", "fma.rn.f32": "fused", "rcp.rn.f32": "rcp",
+            "max.f32": "max", "min.f32": "least", "abs.f32": "magnitude", "fma.rn.f32": "fused",
+            "rcp.rn.f32": "rcp",
             "cvt.f32.f16": "f32_of_f16", "cvt.f64.f32": "f64_of_f32", "clz.b32": "clz",
             "cvt.rn.f64.s32": "f64_of_s32", "cvt.rzi.s32.f32": "s32_of_f32", "min.s32": "min",
+            "max.s32": "max_s32",
         }  # fmt: skip
         if op in exact:
             return f"ptx::{exact[op]}({joined})"

@@ -11,7 +11,7 @@ from emulator.device import WatchedStream
 
 from nf4cli.engines import cuda, launches
 from nf4cli.engines.cuda import ARENA, CudaEngine
-from nf4cli.engines.protocol import GRANULE, Codes, NestedAbsmax
+from nf4cli.engines.protocol import GRANULE, ChosenScales, Codes, Importance, NestedAbsmax
 from nf4cli.errors import MachineError, NonFiniteError
 from nf4cli.format import codebook
 
@@ -31,6 +31,16 @@ def by(engine, src, dtype="BF16", blocksize=64, float8=None, buffer=None):
     return packed, absmax, stats
 
 
+def searched(engine, src, dtype, blocksize, steps, importance=None, buffer=None):
+    n = src.nbytes // (4 if dtype == "F32" else 2)
+    new = buffer or (lambda count: np.empty(count, np.uint8))
+    packed, index = new((n + 1) // 2), np.empty(-(-n // blocksize), np.uint8)
+    unit = np.empty(-(-index.size // steps.run), np.float32)
+    scales = ChosenScales(index, unit)
+    stats = engine.search(src, dtype, blocksize, "nf4", steps, importance, packed, scales)
+    return packed, index, unit, stats
+
+
 def test_pieces_give_the_bytes_of_the_whole(device):
     """An arena that holds a few granules at a time, and buffers that are pinned or not."""
     engine = CudaEngine(devices=[device])
@@ -44,6 +54,57 @@ def test_pieces_give_the_bytes_of_the_whole(device):
         pinned[:] = src
         exercise.same("pinned", by(engine, pinned, dtype, buffer=engine.buffer), expected)
     assert sum(launch.kernel == "fold_errors" for launch in device.launched) > 8
+
+
+@pytest.mark.parametrize("blocksize", [64, 512, 2048])
+def test_a_search_in_pieces_gives_the_bytes_of_the_whole(device, blocksize):
+    """Runs that lie within a granule, that the arena holds, and that are larger than the arena."""
+    engine = CudaEngine(devices=[device])
+    engine._rooms[id(device)] = 1 << 20
+    columns = np.random.default_rng(1).exponential(size=1000).astype(np.float32)
+    for dtype, double, weighted in (
+        ("BF16", True, False),
+        ("F32", True, True),
+        ("F16", False, True),
+    ):
+        n = (9 if blocksize == 2048 and double and not weighted else 3) * GRANULE + 777
+        src, steps = exercise.values(dtype, n, 4), codebook.ladder(double, weighted)
+        importance = Importance(columns, 999) if weighted else None
+        asked = (dtype, blocksize, steps, importance)
+        expected = searched(exercise.CPU, src, *asked)
+        exercise.same("pageable", searched(engine, src, *asked), expected)
+        pinned = engine.buffer(src.nbytes)
+        pinned[:] = src
+        exercise.same("pinned", searched(engine, pinned, *asked, engine.buffer), expected)
+    measured = sum(launch.kernel.startswith("measure") for launch in device.launched)
+    chosen = sum(launch.kernel.startswith("search") for launch in device.launched)
+    assert chosen > 6  # pieces of six searches
+    assert (measured > chosen) == (blocksize == 2048)
+
+
+@pytest.mark.parametrize("first", ["nan", "inf"])
+@pytest.mark.parametrize("place", [0, GRANULE - 1, GRANULE, 2 * GRANULE + 5])
+def test_the_first_value_that_is_not_finite_is_named_by_a_search(device, place, first):
+    """An infinity makes the unit infinite of all that shares it, in granules before it as well."""
+    engine = CudaEngine(devices=[device])
+    for blocksize, room in ((64, cuda.ARENA), (512, cuda.ARENA), (2048, 1 << 20)):
+        engine._rooms[id(device)] = room
+        engine._lanes.clear()
+        src = exercise.values("F32", 2 * GRANULE + 6, 1)
+        src.view(np.float32)[[place, -1]] = float(first), float("inf")
+        with pytest.raises(NonFiniteError) as caught:
+            searched(engine, src, "F32", blocksize, codebook.ladder(True, False))
+        assert caught.value.index == place
+
+
+def test_weights_of_more_columns_than_fit_beside_a_granule_stay_with_the_cpu(device):
+    engine = CudaEngine(devices=[device])
+    src, steps = exercise.values("BF16", 6400, 1), codebook.ladder(True, True)
+    for columns in (cuda._WIDEST_WEIGHTED, cuda._WIDEST_WEIGHTED + 1):
+        importance = Importance(np.linspace(0, 9, columns, dtype=np.float32), columns - 100)
+        found = searched(engine, src, "BF16", 64, steps, importance)
+        exercise.same("wide", found, searched(exercise.CPU, src, "BF16", 64, steps, importance))
+    assert sum(launch.kernel.startswith("search") for launch in device.launched) == 1
 
 
 def test_float8_in_pieces_takes_the_right_factors(device):
@@ -249,6 +310,10 @@ def test_the_smallest_arena_holds_every_kind_of_piece(device):
         src = exercise.values("F32", n, 1)
         expected = exercise.on_cpu(src, "F32", blocksize, "nf4")
         exercise.same("F32", by(engine, src, "F32", blocksize), expected)
+    importance = Importance(np.ones(cuda._WIDEST_WEIGHTED, np.float32), 0)
+    for blocksize in (32, 4096):
+        asked = (src, "F32", blocksize, codebook.ladder(True, True), importance)
+        exercise.same("search", searched(engine, *asked), searched(exercise.CPU, *asked))
     columns = cuda._WIDEST
     scale = np.ones(n // 8, np.float32)
     float8 = Codes(columns // 2, columns, scale, (1, 8))

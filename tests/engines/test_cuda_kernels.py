@@ -100,7 +100,11 @@ def test_every_operation_rounds_on_its_own(text_of, arch):
     for kernel in text.split(".entry")[1:]:
         moved = dict(re.findall(r"mov\.[bf]32\s+(%\w+), 0f([0-9A-F]{8});", kernel))
         fused = [arguments for op, arguments in ptx.instructions(kernel) if op.startswith("fma")]
-        assert len(fused) == (32 if "8quantizeI" in kernel.split("(")[0] else 0)
+        name = kernel.split("(")[0]
+        # search_scales: for each of two candidates, and for the code
+        assert len(fused) == (
+            32 if "8quantizeI" in name else 3 * 32 if "search_scalesI" in name else 0
+        )
         for arguments in fused:
             factors = {moved.get(a, a.removeprefix("0f")) for a in arguments[2:]}
             assert factors == {"41740000", "4A00003D"}, arguments
@@ -151,6 +155,36 @@ def test_indices_are_64_bits_wide(emulated_ptx, emulated_shim):
         kernels.run(launch, first=block)
         exercise.CPU.dequantize(packed, n, 64, "nf4", absmax, "BF16", expected)
         exercise.same("dequantize", (out,), (expected,))
+
+
+def test_indices_of_a_search_are_64_bits_wide(emulated_ptx, emulated_shim):
+    """As above; a run is one block, so that `unit` is `absmax`."""
+    block, n = (1 << 27) + 1, 8192
+    first = block * n
+    steps = codebook.ladder(False, False)
+    for kernels in (emulated_ptx, emulated_shim):
+        src = exercise.values("BF16", n, 5)
+        expected = exercise.searched_on_cpu(src, "BF16", 64, "nf4", steps, None)
+        packed, index, absmax = (np.empty_like(array) for array in expected[:3])
+        scale, outlier = np.empty_like(absmax), np.empty_like(index)
+        sums, worst = np.empty(2 * n // 64, np.float32), np.empty(n // 64, np.float32)
+
+        def far(array: np.ndarray, bytes_an_element: float) -> int:
+            return (exercise.address(array) - int(first * bytes_an_element)) % 2**64
+
+        largest = far(absmax, 4 / 64)
+        results = launches.Searched(
+            far(packed, 0.5), far(index, 1 / 64), largest, largest, far(scale, 4 / 64),
+            far(outlier, 1 / 64), far(sums, 8 / 64), far(worst, 4 / 64), 0,
+        )  # fmt: skip
+        book, ladder = launches.book("nf4").copy(), launches.ladder(steps).copy()
+        tables = launches.Tables(exercise.address(book), exercise.address(ladder), 1)
+        measure, choose, _ = launches.search(
+            first + n, "BF16", 64, "nf4", tables, far(src, 2), results, None
+        )
+        kernels.run(measure, first=block)
+        kernels.run(choose, first=block)
+        exercise.same("search", (packed, index, absmax), expected[:3])
 
 
 def test_a_real_gpu_counts_to_more_than_32_bits(real_gpu):

@@ -37,6 +37,9 @@ BUDGET = {
     "dequantize<2, true>": 18,
     "dequantize<1, true>": 25,
     "dequantize<0, true>": 14,
+    "measure_blocks<2, false>": 12,
+    "search_scales<2, 1, false, true>": 290,
+    "search_scales<2, 1, false, false>": 1950,
     "fold_errors": 3,
     "nested_quantize<false>": 1,
 }
@@ -62,7 +65,8 @@ def test_nothing_is_spilled(arch):
     for kernel, code in codes(arch).items():
         assert (code.stack, code.local) == (0, 0), kernel
         assert code.count("LDL") == code.count("STL") == 0, kernel
-        assert code.registers <= 80, kernel  # three CTAs of 256 threads on 65,536 registers
+        # three CTAs of 256 threads on 65,536 registers; two where all is done in registers
+        assert code.registers <= (128 if kernel.startswith("search") else 80), kernel
         assert code.shared <= 8192, kernel
 
 
@@ -70,9 +74,9 @@ def test_nothing_is_spilled(arch):
 def test_memory_is_accessed_16_bytes_at_a_time(arch):
     for kernel, code in codes(arch).items():
         tail = kernel.startswith(("quantize", "nested")) and kernel.endswith("true>")
-        if not tail and kernel != "fold_errors":
+        if not tail and kernel not in ("fold_errors", "widest_of_runs"):
             assert code.widest("LDG") == 16, kernel
-            assert code.widest("STG") == 16, kernel
+            assert code.widest("STG") == (4 if kernel.startswith("measure") else 16), kernel
 
 
 @architectures
@@ -82,12 +86,19 @@ def test_no_multiplication_is_fused_with_an_addition(arch):
         # ("DFMA.FTZ" does not exist; FFMA.FTZ and .RM, .RP are parts of divisions)
         assert code.count("DFMA") == 0, kernel
         fused = [rest for _, op, rest in code.instructions if op == "FFMA"]
-        if kernel.startswith("dequantize") or kernel == "fold_errors":
+        if kernel.startswith(("dequantize", "fold", "measure", "widest")):
             assert not fused, kernel
             continue
-        tail = kernel.endswith("true>")
-        divisions = (16 if kernel.startswith("nested") else 32) + 2 if tail else 2
+        searches = kernel.startswith("search_scales")
+        tail = kernel.endswith("true>") and not searches
+        # search_scales: for each turn, the chosen scale and its ratio, of two blocks in a segment
+        divisions = (
+            (16 if kernel.startswith("nested") else 32) + 2 if tail else 6 if searches else 2
+        )
         cells = 0 if kernel.startswith("nested") else 32
+        if searches:  # in a copy for warps that have come apart, too
+            cells = sum("15.25" in rest or "2097167.25" in rest for rest in fused)
+            assert cells >= 3 * 32, kernel
         assert len(fused) <= cells + 7 * divisions, kernel
         assert code.count("MUFU.RCP") <= 3 * divisions + 12, kernel
 

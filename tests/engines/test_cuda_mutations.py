@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 from emulator import build
-from emulator.kernels import every_kernel
+from emulator.kernels import kernels_of
 from emulator.sanitize import exercise_apart
 from helpers import nightly_but
 
@@ -20,7 +20,13 @@ NESTED = ("nested_quantize",)
 DEQUANTIZE = ("dequantize<2",)
 FLOAT8 = ("quantize<3, 2, 1",)
 INTEGERS = ("quantize<6, 2, 1",)  # of 4 bits, with zero points
-EVERY = (*LARGE, *SMALL, "quantize<2, 2, 2", *NESTED, *DEQUANTIZE, *FLOAT8, *INTEGERS)
+SEARCH = ("search_scales<2, 1, false, true",)  # without importance
+WEIGHTED = ("search_scales<2, 1, false, false",)  # with it
+SMALL_SEARCH = ("search_scales<2, 1, true, true",)
+EVERY = (
+    *LARGE, *SMALL, "quantize<2, 2, 2", *NESTED, *DEQUANTIZE, *FLOAT8, *INTEGERS, *SEARCH,
+    *WEIGHTED, *SMALL_SEARCH,
+)  # fmt: skip
 CHECKS = {
     "values": ("", None),
     "values in reversed order": ("", "reversed"),
@@ -185,13 +191,108 @@ MUTATIONS = {
         NESTED, "values",
         "level < kNestedBits; level++", "level < kNestedBits - 1; level++",
     ),
+    # -- the search for scales
+    "the losses of segments are read before they are written": Mutation(
+        SEARCH, "values",
+        "board.sums[thread] = sum;\n  wait_for(lanes);", "board.sums[thread] = sum;",
+    ),
+    "the losses of segments are overwritten while they are read": Mutation(
+        SEARCH, "tsan",
+        "total = total + board.sums[first + i];\n  wait_for(lanes);",
+        "total = total + board.sums[first + i];",
+    ),
+    "the ladder is copied behind the barrier": Mutation(
+        SEARCH, "tsan",
+        "  load_ladder(ladder, steps);\n  load_book(book, table);",
+        "  load_book(book, table);\n  load_ladder(ladder, steps);",
+    ),
+    "a barrier is missing before a warp's number is written again": Mutation(
+        SEARCH, "tsan",
+        "value += board.counts[first + i];\n    __syncthreads();",
+        "value += board.counts[first + i];",
+    ),
+    "a thread turns as often as its own block needs": Mutation(
+        SEARCH, "values",
+        "most_of(inside ? last - first + 1 : 0, lanes, board)", "inside ? last - first + 1 : 0",
+    ),
+    "a warp turns as often as its own blocks need": Mutation(
+        SEARCH, "values",
+        "for (int i = 0; i < kThreads / kWarp; i++)", "for (int i = 0; i < 0; i++)",
+    ),
+    "a partial segment is loaded whole": Mutation(
+        SEARCH, "asan",
+        "if ((segment + 1) * kSegment <= n)", "if (segment * kSegment < n)",
+    ),
+    "the codes of a partial segment are stored whole": Mutation(
+        SEARCH, "asan",
+        "half, (segment + 1) * kSegment <= n, packed)", "half, true, packed)",
+    ),
+    "an index of a block that is not there": Mutation(
+        SMALL_SEARCH, "asan",
+        "if (inside && (thread & (lanes - 1)) == 0) {", "if ((thread & (lanes - 1)) == 0) {",
+    ),
+    "a block that is not there is measured": Mutation(
+        SMALL_SEARCH, "asan",
+        "    if (first < n) absmax[", "    absmax[",
+    ),
+    "the weights do not begin anew with a row": Mutation(
+        WEIGHTED, "asan",
+        "column = column + 1 == importance.columns ? 0 : column + 1;", "column = column + 1;",
+    ),
+    "the place in the first row is forgotten": Mutation(
+        WEIGHTED, "values",
+        "importance.first + (uint32_t)first", "(uint32_t)first",
+    ),
+    "negative scales are never taken": Mutation(
+        SEARCH, "values",
+        "const bool negative = half ? smallest < other_loss : other_loss < smallest;",
+        "const bool negative = false;",
+    ),
+    "of equal losses the last counts": Mutation(
+        SEARCH, "values",
+        "if (loss < smallest)", "if (loss <= smallest)",
+    ),
+    "the largest scale is left out": Mutation(
+        SEARCH, "values",
+        "magnitudes[last + 1] * unit <= most", "magnitudes[last + 2] * unit <= most",
+    ),
+    "a scale below the smallest is tried": Mutation(
+        SEARCH, "values",
+        "nf4_first_step(magnitudes, count, unit, least)",
+        "nf4_first_step(magnitudes, count, unit, 0.9f * least)",
+    ),
+    "the unit of another run": Mutation(
+        SMALL_SEARCH, "values",
+        "unit[block >> ladder.log_run]", "unit[block >> (ladder.log_run + 1)]",
+    ),
+    "values beyond one look in a cell of others": Mutation(
+        WEIGHTED, "values",
+        "kBounded ? scaled : fminf(fmaxf(scaled, -1.0f), 1.0f)", "scaled",
+    ),
+    "the losses of segments are added in another order": Mutation(
+        WEIGHTED, "values",
+        "for (int i = thread & 1; i < lanes; i += 2)",
+        "for (int i = lanes - 2 + (thread & 1); i >= 0; i -= 2)",
+    ),
+    "product and error of a candidate fused": Mutation(
+        WEIGHTED, "values",
+        "const float error = y - search<kSteps, false>(y, book).value;",
+        "const float error = __fmaf_rn(x[row][k], inverses[sign], "
+        "-search<kSteps, false>(y, book).value);",
+    ),
+    "zeros beside an outlier count under chosen scales": Mutation(
+        SEARCH, "values",
+        "between && nf4_outlier", "nf4_outlier",
+    ),
+    "squares in units of the scale are taken for those of the absmax": Mutation(
+        SEARCH, "values",
+        "nf4_units(sum * (ratio * ratio))", "nf4_units(sum)",
+    ),
+    "an error sum takes the unit of the run": Mutation(
+        SEARCH, "values",
+        "worst[entry] = error * chosen[b].absmax;", "worst[entry] = error * largest[b];",
+    ),
 }  # fmt: skip
-
-
-def kernels_of(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the kernels of these names, and the one that all of them need."""
-    every = every_kernel()
-    return tuple(k for k in every if k == "fold_errors" or any(part in k for part in parts))
 
 
 def seeded(mutation: Mutation) -> dict[str, str]:

@@ -55,6 +55,8 @@ LAYOUTS = {
     **layout("Book", launches._BOOK),
     **layout("Codes", launches._CODES),
     **layout("Scales", launches._SCALES),
+    **layout("Ladder", launches._LADDER),
+    **layout("Importance", launches._IMPORTANCE),
 }
 
 

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from emulator.exercise import ties
 from helpers import (
     LLAMA,
     UP,
@@ -79,13 +80,30 @@ def test_engines_agree_to_the_bit(engine, block):
                 assert np.isfinite(ours[4]).all()
 
 
-def test_the_first_value_that_is_no_number_is_named(engine):
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+def test_engines_agree_where_two_scales_lose_the_same(engine, blocksize):
+    """Each rounding, and the order of every sum, decides there which is taken."""
+    src, weights = ties(blocksize, 100)
+    x = torch.from_numpy(src).view(torch.bfloat16)
+    asked = (x, "BF16", blocksize, "nf4", False, weights)
+    for a, b in zip(search(engine, *asked), search(CpuEngine("generic"), *asked), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("blocksize", [64, 512])
+def test_the_first_value_that_is_no_number_is_named(engine, blocksize):
+    """With blocks of 512, what comes after it in another granule shares its unit."""
+    n = 20_000 if blocksize == 64 else 2 * GRANULE
     for place in (0, 700, 16_500):
-        x = torch.ones(20_000)
-        x[place], x[19_999] = float("nan"), float("inf")
+        x = torch.ones(n)
+        x[place], x[n - 1] = float("nan"), float("inf")
         with pytest.raises(NonFiniteError) as caught:
-            search(engine, x)
+            search(engine, x, blocksize=blocksize)
         assert caught.value.index == place
+    x[place] = 1
+    with pytest.raises(NonFiniteError) as caught:
+        search(engine, x, blocksize=blocksize)
+    assert caught.value.index == n - 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -196,9 +214,14 @@ def test_the_same_bytes_by_every_way(outputs, llama, importance, options, tmp_pa
 
 
 @pytest.mark.gpu
-def test_the_gpu_too(outputs, llama, gpu_nf4, tmp_path):
-    gpu_nf4("quantize", llama, tmp_path / "out", "--device", "cuda", "--scale", "search")
-    assert same_files(outputs / "search", tmp_path / "out")
+@pytest.mark.parametrize("name", [*OPTIONS, "importance"])
+def test_the_gpu_too(outputs, llama, importance, gpu_nf4, monkeypatch, name, tmp_path):
+    """Its own kernels, and not the CPU engine that it extends."""
+    monkeypatch.delattr(CpuEngine, "search")
+    options = OPTIONS.get(name, ("--importance", importance))
+    done = gpu_nf4("quantize", llama, tmp_path / "out", "--device", "cuda", *options)
+    assert same_files(outputs / name, tmp_path / "out")
+    assert "GPU 0" in done.stderr.splitlines()[-1]
 
 
 def test_the_manifest_records_it(outputs, importance):
