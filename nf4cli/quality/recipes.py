@@ -311,8 +311,11 @@ class Choosing:
         tokens, _ = calibrating.windows(path)
         names = [t.name for unit in self._units for t in unit.tensors]
         nbytes = self._plan.source_bytes
+        others = {b: self._rounding(b) for b, _ in PACKINGS if b != REFERENCE[0]}
         stage = Stage(
-            "measuring", nbytes * steps(len(tokens)), f"{self._checkpoint.name} with a text"
+            "measuring",
+            nbytes * steps(len(tokens), len(others)),
+            f"{self._checkpoint.name} with a text",
         )
         place = default_directory()
         place.mkdir(parents=True, exist_ok=True)
@@ -321,14 +324,13 @@ class Choosing:
             subject.listener.stage(stage) as progress,
         ):
             return measure(
-                ordinary, names, tokens, self._rounding(), "auto", torch_device(subject.device),
-                lambda name, count: progress(name, nbytes * count),
+                ordinary, names, tokens, self._rounding(REFERENCE[0]), others, "auto",
+                torch_device(subject.device), lambda name, count: progress(name, nbytes * count),
             )  # fmt: skip
 
-    def _rounding(self) -> Rounding:
-        """Return what rounds a matrix as the reference format does."""
+    def _rounding(self, blocksize: int) -> Rounding:
+        """Return what rounds a matrix with a blocksize, and scales that are not nested."""
         engine, quant_type = self._subject.engine, self._subject.config.quant_type
-        blocksize = REFERENCE[0]
 
         def rounding(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
             n = weight.size
@@ -357,14 +359,36 @@ class Choosing:
         return sum(share * self._scale(name, packing) for share, name in each)
 
     def _scale(self, name: str, packing: Packing | None) -> float:
-        """Return a weight's squared error in a format, in units of that of the reference, times
-        what the estimate of the whole model was wrong by."""
-        assert self._measured is not None
+        """Return a weight's loss in a format, in units of its share: its squared error in units
+        of that of the reference, times what makes the blocksize's sum the measured one."""
         if packing is None:
             return 0.0
+        return self._squares(name, packing) * self._factors[packing[0]]
+
+    def _squares(self, name: str, packing: Packing) -> float:
+        """Return a weight's squared error in units of that of the reference format."""
         reference = self._errors[REFERENCE][name].squares
-        share = self._errors[packing][name].squares / reference if reference else 0.0
-        return share * self._measured[1].factor
+        return self._errors[packing][name].squares / reference if reference else 0.0
+
+    @cached_property
+    def _factors(self) -> dict[int, float]:
+        """Return, by blocksize, what the model loses with it for all modules, measured, over the
+        sum of the shares in proportion to squared errors.
+
+        Squared errors alone make larger blocks too cheap: from 64 to 128 they grow by 10% in
+        SmolLM2-135M, and the divergence by 20%.
+        """
+        assert self._measured is not None
+        sensitivity, checked = self._measured
+        names = [t.name for unit in self._units for t in unit.tensors]
+        shares = {name: max(0.0, sensitivity.share(name)) for name in names}
+        whole = sum(shares.values())
+        factors = {}
+        for blocksize in {blocksize for blocksize, _ in PACKINGS}:
+            by_squares = sum(s * self._squares(n, (blocksize, False)) for n, s in shares.items())
+            measured = whole * sensitivity.ratios.get(blocksize, 1.0) * checked.factor
+            factors[blocksize] = measured / by_squares if by_squares else 1.0
+        return factors
 
     @cached_property
     def _elements(self) -> int:

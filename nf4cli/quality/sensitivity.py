@@ -20,8 +20,8 @@ No second derivative is computed, and a module costs one product with its roundi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,13 @@ class Sensitivity:
             normal variable.
         shares: float64 [windows] by weight: its share of `whole`.
         whole: float64 [windows]: measured, of rounding all of them.
+        ratios: the same with another rounding over with this one, by the other's name; measured.
     """
 
     alone: Mapping[str, NDArray[np.float64]]
     shares: Mapping[str, NDArray[np.float64]]
     whole: NDArray[np.float64]
+    ratios: Mapping[int, float]
 
     def kl_alone(self, name: str) -> float:
         """Return the estimated mean of rounding one weight alone."""
@@ -98,7 +100,7 @@ class Checked:
 
 def measure(
     directory: Path, names: Collection[str], tokens: NDArray[np.int64], rounding: Rounding,
-    dtype: str, device: str, progress: Progress,
+    others: Mapping[int, Rounding], dtype: str, device: str, progress: Progress,
 ) -> tuple[Sensitivity, Checked]:  # fmt: skip
     """Estimate the cost of rounding each weight, and check some of the estimates.
 
@@ -106,6 +108,8 @@ def measure(
         directory: the model.
         names: of the weights.
         tokens: int64 [windows, length].
+        rounding: what is estimated.
+        others: roundings whose cost for the whole model is measured beside it.
         progress: told the name of the step and the number of windows done, `steps` in all.
 
     Raises:
@@ -115,19 +119,27 @@ def measure(
         modules = _modules(model, names)
         torch, _ = libraries()
         with torch.inference_mode(False), torch.enable_grad():
-            sensitivity = _sample(model, modules, tokens, rounding, progress)
+            sampled = _sample(model, modules, tokens, rounding, progress)
         few = tokens[: max(1, len(tokens) // _CHECK_SHARE)]
-        return sensitivity, _check(model, modules, few, rounding, sensitivity, progress)
+        before = [_log_probabilities(model, window, progress) for window in few]
+        own = float(sampled.whole[: len(few)].mean())
+        ratios = {
+            name: _kl_of_all(model, modules, few, before, other, progress) / own if own else 1.0
+            for name, other in others.items()
+        }
+        sensitivity = replace(sampled, ratios=ratios)
+        checked = _check(model, modules, few, before, rounding, sensitivity, progress)
+        return sensitivity, checked
 
 
 _CHECKED, _CHECK_SHARE = 12, 4
 """Modules that are rounded alone to check the estimate, and the share of the windows for that."""
 
 
-def steps(windows: int) -> int:
+def steps(windows: int, others: int) -> int:
     """Return the windows that `measure` runs, backward passes counted as two."""
     few = max(1, windows // _CHECK_SHARE)
-    return windows * 6 + few * (_CHECKED + 1)
+    return windows * 6 + few * (1 + others + _CHECKED)
 
 
 def _modules(model: Any, names: Collection[str]) -> dict[str, Any]:
@@ -215,6 +227,7 @@ def _sample(
         {name: np.array(values) for name, values in alone.items()},
         {name: np.array(values) for name, values in shares.items()},
         np.array(whole),
+        {},
     )
 
 
@@ -268,33 +281,46 @@ def _watched(
             handle.remove()
 
 
+def _kl_of_all(
+    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], before: Sequence[Any],
+    rounding: Rounding, progress: Progress,
+) -> float:  # fmt: skip
+    """Return the KL divergence a token of rounding all modules; the model stays as it is."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(_moved(name, module, rounding))
+        return _kl(model, tokens, before, progress)
+
+
+@contextmanager
+def _moved(name: str, module: Any, rounding: Rounding) -> Iterator[None]:
+    """Have a layer give for a while what it would with its rounded weight."""
+
+    def forward(module: Any, args: Any, output: Any) -> Any:
+        error = _rounded(name, module, rounding) - _matrix(module).float()
+        return output + (args[0].float() @ error.T).to(output.dtype)
+
+    handle = module.register_forward_hook(forward)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _check(
-    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
-    sensitivity: Sensitivity, progress: Progress,
+    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], before: Sequence[Any],
+    rounding: Rounding, sensitivity: Sensitivity, progress: Progress,
 ) -> Checked:  # fmt: skip
     """Round some modules alone, and measure the KL divergence."""
-    before = [_log_probabilities(model, window, progress) for window in tokens]
     order = sorted(modules, key=sensitivity.kl_alone)
     places = np.unique(np.linspace(0, len(order) - 1, _CHECKED).round().astype(int))
     measured = {}
     for place in places:
         name = order[place]
-        with _replaced(name, modules[name], rounding):
+        with _moved(name, modules[name], rounding):
             measured[name] = _kl(model, tokens, before, progress)
     estimated = {name: sensitivity.kl_alone(name) for name in measured}
     return Checked(estimated, measured, sensitivity.factor)
-
-
-@contextmanager
-def _replaced(name: str, module: Any, rounding: Rounding) -> Iterator[None]:
-    """Give a layer its rounded weight for a while."""
-    weight = _matrix(module)
-    own = weight.clone()
-    weight.copy_(_rounded(name, module, rounding))
-    try:
-        yield
-    finally:
-        weight.copy_(own)
 
 
 def _kl(model: Any, tokens: NDArray[np.int64], before: Sequence[Any], progress: Progress) -> float:

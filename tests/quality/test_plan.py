@@ -96,7 +96,7 @@ def test_the_estimate_is_the_second_order_of_the_divergence(place):
 
     fixed: dict[str, np.ndarray] = {}
     found, checked = sensitivity.measure(
-        place / "model", [name], tokens, rounding, "float32", "cpu", lambda *_: None
+        place / "model", [name], tokens, rounding, {}, "float32", "cpu", lambda *_: None
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     weight, ids = model.get_parameter(name), torch.from_numpy(tokens)
@@ -126,8 +126,9 @@ def test_shares_are_derivatives_in_the_rounded_model_and_add_up(place):
     def rounding(name, weight):
         return weight + errors[name].numpy()
 
+    others = {0: lambda name, weight: weight, 2: lambda n, w: w + 2 * errors[n].numpy()}
     found, checked = sensitivity.measure(
-        place / "model", names, tokens, rounding, "float32", "cpu", lambda *_: None
+        place / "model", names, tokens, rounding, others, "float32", "cpu", lambda *_: None
     )
     ids = torch.from_numpy(tokens)
     with torch.no_grad():
@@ -142,6 +143,8 @@ def test_shares_are_derivatives_in_the_rounded_model_and_add_up(place):
         half = float((weight.grad * errors[name]).sum()) / 2
         assert found.share(name) == pytest.approx(half, rel=1e-2)
     assert sum(map(found.share, names)) == pytest.approx(exact.item(), rel=0.05)
+    assert found.ratios[0] == pytest.approx(0, abs=1e-4)
+    assert found.ratios[2] == pytest.approx(4, rel=0.3)
     assert checked.factor == found.factor == pytest.approx(1, rel=0.05)
 
 
