@@ -270,8 +270,7 @@ NF4_FN void load_any(const void* src, i64 n, i64 segment, int half, float (*x)[k
 // 2^log_lanes threads, see `quantize`.  A NaN has none, which the error sums tell.
 template <int kFrom, bool kSmall>
 __global__ void __launch_bounds__(kThreads)
-    measure_blocks(const void* __restrict__ src, i64 n, int log_lanes,
-                   float* __restrict__ absmax) {
+    measure_blocks(const void* __restrict__ src, i64 n, int log_lanes, float* __restrict__ absmax) {
   constexpr int kBlocks = kSmall ? 2 : 1;
   __shared__ float warps[kThreads / kWarp];
   const i64 thread = (i64)blockIdx.x * kThreads + threadIdx.x;

@@ -1,5 +1,5 @@
-// How the GPU kernels find a value's code: a 4-bit table in shared memory, and the search in it; and
-// how they add up what codes cost.
+// How the GPU kernels find a value's code: a 4-bit table in shared memory, and the search in it.
+// How two threads fold the sums of a segment.
 #ifndef NF4_GPU_SEARCH_CUH
 #define NF4_GPU_SEARCH_CUH
 

@@ -111,6 +111,14 @@ raw<T> bfi(u64 a, u64 b, u64 position, u64 length) {
   }
   return out;
 }
+template <class T>
+raw<T> smaller(u64 a, u64 b) {  // of integers
+  return as<T>(a) < as<T>(b) ? (raw<T>)a : (raw<T>)b;
+}
+template <class T>
+raw<T> larger(u64 a, u64 b) {
+  return as<T>(a) > as<T>(b) ? (raw<T>)a : (raw<T>)b;
+}
 inline u32 clz(u64 a) { return (u32)std::countl_zero((u32)a); }
 
 // Comparisons of floats are false with a NaN; the unordered ones, which end in u, are true.
@@ -175,8 +183,6 @@ inline u32 f32_of_f16(u64 raw16) {
   return bits<f32>(raw16 & 0x8000 ? -value : value);
 }
 inline u64 f64_of_s32(u64 a) { return std::bit_cast<u64>((double)as<s32>(a)); }
-inline u32 min(u64 a, u64 b) { return as<s32>(a) < as<s32>(b) ? (u32)a : (u32)b; }
-inline u32 max_s32(u64 a, u64 b) { return as<s32>(a) > as<s32>(b) ? (u32)a : (u32)b; }
 inline u32 s32_of_f32(u64 a) {  // towards zero; what does not fit takes the nearest, a NaN 0
   const f32 value = as<f32>(a);
   if (!(value >= -2147483648.0f)) return value < 0 ? 0x80000000u : 0u;

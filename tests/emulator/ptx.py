@@ -213,13 +213,15 @@ class _Kernel:
             "max.f32": "max", "min.f32": "least", "abs.f32": "magnitude", "fma.rn.f32": "fused",
             "rcp.rn.f32": "rcp",
             "cvt.f32.f16": "f32_of_f16", "cvt.f64.f32": "f64_of_f32", "clz.b32": "clz",
-            "cvt.rn.f64.s32": "f64_of_s32", "cvt.rzi.s32.f32": "s32_of_f32", "min.s32": "min",
-            "max.s32": "max_s32",
+            "cvt.rn.f64.s32": "f64_of_s32", "cvt.rzi.s32.f32": "s32_of_f32",
         }  # fmt: skip
         if op in exact:
             return f"ptx::{exact[op]}({joined})"
         if op == "cvta.to.global.u64":
             return values[0]
+        if match := re.fullmatch(r"(min|max)\.([us]\d+)", op):
+            which = "smaller" if match[1] == "min" else "larger"
+            return f"ptx::{which}<{match[2]}>({joined})"
         if match := re.fullmatch(r"mul\.lo\.([us]\d+)", op):
             return f"ptx::mul<{match[1]}>({joined})"
         if match := re.fullmatch(r"mad\.lo\.([us]\d+)", op):

@@ -241,6 +241,12 @@ def test_the_search_finds_every_rank(quant_type):
     assert np.array_equal(rank, np.searchsorted(points, around, side="left"))
 
 
+def test_a_ladder_whose_runs_a_shift_does_not_find_is_refused():
+    steps = codebook.ladder(True, False)
+    with pytest.raises(ValueError, match="a run of 3 blocks"):
+        launches.ladder(codebook.Ladder(steps.steps, 3, steps.low, steps.high))
+
+
 def test_float8_bytes_decode_as_the_table_has_them(kernels):
     """Each of the 254 finite values, alone in its block of zeros."""
     for dtype in ("F32", "BF16"):
