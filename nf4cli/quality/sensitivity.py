@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 Rounding = Callable[[str, "F32"], "F32"]
 """Rounds a weight as a conversion would: (name, float32 [rows, columns]) -> the decoded matrix."""
 
-_MOST_LOGITS = 1 << 26  # float32 elements of a batch's logits, 268 MB; the pass holds five of them
+_MOST_LOGITS = 1 << 24
+"""Float32 elements of a batch's logits, 67 MB; the pass holds five of them, and the activations of
+the batch: with 1 << 26, SmolLM2-135M took 8 GB."""
 
 
 @dataclass(frozen=True)
