@@ -12,6 +12,7 @@
 
 #include "cpu_elements.h"
 #include "cpu_nested.h"
+#include "cpu_product.h"
 #include "cpu_scales.h"
 
 #define NF4_JOIN2(a, b) a##_##b
@@ -497,4 +498,34 @@ NF4_EXPORT(int64_t nf4_decode_codes)
     return zero ? decode_codes<kTo, 8, true>(src, first, n, table, factors, dst)
                 : decode_codes<kTo, 8, false>(src, first, n, table, factors, dst);
   });
+}
+
+// Add scale * (left . right) to n elements of a row-major matrix of `columns` columns.
+//   values  elements [first, first + n) of the rows that `left` has
+//   left    rank floats for each of these rows
+//   panels  the right matrix in panels of 16 columns, each rank x 16, the last one padded
+NF4_EXPORT(void nf4_add_product)
+(float* values, i64 first, i64 n, i64 columns, const float* left, i64 rank, const float* panels,
+ float scale) {
+  const DefaultFloatEnvironment environment;
+  const i64 last = first + n;
+  float* origin = values - first;
+  for (i64 row = 0; row * columns < last;) {
+    const i64 start = row * columns, from = first > start ? first - start : 0;
+    float* at = origin + start;
+    if (from == 0 && start + kPanelRows * columns <= last) {
+      add_rows<kPanelRows>(at, columns, 0, columns, left + row * rank, rank, panels, scale);
+      row += kPanelRows;
+      continue;
+    }
+    const i64 to = last - start < columns ? last - start : columns;
+    add_rows<1>(at, columns, from, to, left + row * rank, rank, panels, scale);
+    row++;
+  }
+}
+
+// Write the sum of the squares of each row.
+NF4_EXPORT(void nf4_square_sums)(const float* values, i64 rows, i64 columns, double* sums) {
+  const DefaultFloatEnvironment environment;
+  for (i64 row = 0; row < rows; row++) sums[row] = square_sum(values + row * columns, columns);
 }

@@ -129,6 +129,15 @@ pathlib.Path(sysconfig.get_path("purelib"), "beside.pth").write_text(there + "\n
 END
 }
 
+# A browser for the pages of --html: tests/pictures skip where there is none, and say so.
+bootstrap_browser() {
+  ! command -v chromium >/dev/null && [ -z "${NF4_CHROMIUM:-}" ] || return 0
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  printf 'installing chromium ...\n' >&2
+  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+    printf 'chromium could not be installed: the tests of pages are skipped\n' >&2
+}
+
 # All that the tests need, at the same time: most of it is downloading and unpacking.
 # What nf4 writes must load in transformers 4 too, which cannot be installed beside 5. The mirror of
 # the Hub, which others wrote, is a server for nf4 to speak to and a client of the tests' own.
@@ -136,6 +145,8 @@ END
 bootstrap_tests() {
   local quick=${1:-} jobs=() job failed=0
   bootstrap test &
+  jobs+=($!)
+  bootstrap_browser &
   jobs+=($!)
   if [ -z "${NF4_TRANSFORMERS4_PYTHON:-}" ]; then
     bootstrap_apart "$second" "transformers 4" torch==2.13.0 transformers==4.57.6 \

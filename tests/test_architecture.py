@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 WINGS = (
     ("__main__",),
     ("cli",),
+    ("pictures",),
     ("__init__",),  # offers what api has, loaded when it is asked for
     ("api",),
     ("quality", "hub", "proof", "loading", "cluster"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 WINGS = (
-    "cli api quality hub proof loading convert output planning checkpoint engines format"
+    "cli pictures api quality hub proof loading convert output planning checkpoint engines format"
 ).split()
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..planning.model_plan import ModelPlan
     from ..proof.attest import Attestation
     from ..quality.calibration.run import Calibrating
+    from .allocating import Allocated
     from .decoding import Dequantized
     from .diffing import Compared
     from .evaluating import Evaluated
@@ -39,15 +40,16 @@ if TYPE_CHECKING:
     from .verifying import Verified
 
 __all__ = [
-    "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "attest", "dequantize",
-    "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push", "quantize", "verify",
+    "Allocated", "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "allocate",
+    "attest", "dequantize", "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push",
+    "quantize", "verify",
 ]  # fmt: skip
 
 Place = str | Path
 
 _RESULTS = {
-    "Compared": "diffing", "Dequantized": "decoding", "Inspected": "inspecting",
-    "Quantized": "quantizing", "Verified": "verifying",
+    "Allocated": "allocating", "Compared": "diffing", "Dequantized": "decoding",
+    "Inspected": "inspecting", "Quantized": "quantizing", "Verified": "verifying",
 }  # fmt: skip
 """The modules of results' classes."""
 
@@ -103,6 +105,38 @@ def plan(
         return job.model
 
 
+def allocate(
+    source: Place, *, bits: float | None = None, max_size: int | None = None,
+    max_kl: float | None = None, config: QuantConfig | None = None,
+    calibration: Calibrating | None = None, exact: bool = False, trust_remote_code: bool = False,
+    engine: str = "auto", device: str | None = None, workers: int | None = None,
+    memory: int | None = None, listener: Listener = NOBODY,
+) -> Allocated:  # fmt: skip
+    """Choose each module's format within one budget; `quantize` takes the result's `config`.
+
+    Args:
+        source: as in `quantize`.
+        bits: most bits of a weight in the linear layers, with their scales.
+        max_size: most bytes of all output shards.
+        max_kl: most KL divergence a token, as estimated on the calibration text.
+        config: the recipe for everything but formats.
+        calibration: text to measure modules with; None to go by the error of their weights.
+        exact, trust_remote_code, engine, device, workers, memory: as in `quantize`.
+        listener: told of stages, progress and notes.
+
+    Raises:
+        UsageError: there is not one budget, or it is below what is possible.
+        InputError, MachineError: the model cannot be converted, or measured.
+    """
+    from .allocating import Budget, allocated
+
+    machine = Machine(engine, device, workers, memory, listener)
+    return allocated(
+        Path(source), Budget(bits, max_size, max_kl), config or QuantConfig(), calibration,
+        machine, exact, trust_remote_code,
+    )  # fmt: skip
+
+
 def quantize(
     source: Place, output: Place | None = None, config: QuantConfig | None = None, *,
     copy: Sequence[str] = (), importance: Place | None = None,
@@ -113,6 +147,7 @@ def quantize(
     disk: int | None = None, push_to: str | None = None, public: bool = False,
     replace_card: bool = False, fsync: bool = True, resume: bool = False,
     listener: Listener = NOBODY,
+    adapters: Sequence[Place] = (), adapter_scales: Sequence[float] = (),
 ) -> Quantized:  # fmt: skip
     """Convert a full-precision checkpoint or pipeline to bitsandbytes 4-bit, streaming.
 
@@ -142,8 +177,8 @@ def quantize(
         public: make a new repository public.
         replace_card: replace the repository's README.md.
         fsync: wait until every file is on the disk.
-        resume: continue a run that was stopped.
-        listener: told of stages, progress and notes.
+        resume: continue a run that was stopped; listener: told of stages, progress and notes.
+        adapters: PEFT LoRAs to merge first, in order; adapter_scales: one factor for all, or each.
 
     Raises:
         UsageError, InputError, MachineError: the source cannot be converted.
@@ -152,14 +187,13 @@ def quantize(
     from .quantizing import prepared
 
     request = Request(
-        source=Path(source), output=_path(output),
+        source=Path(source), output=_path(output), copy=tuple(copy),
         config=_recipe(config, importance, calibration), shard_size=max_shard_size,
-        copy=tuple(copy),
         importance_file=_path(importance), calibrating=calibration, exact=exact,
-        trust_remote_code=trust_remote_code, digest=digest,
-        machine=Machine(engine, device, workers, memory, listener, ray), disk=disk,
-        push_to=push_to, public=public, replace_card=replace_card, fsync=fsync, resume=resume,
-        listener=listener,
+        trust_remote_code=trust_remote_code, digest=digest, disk=disk, push_to=push_to,
+        machine=Machine(engine, device, workers, memory, listener, ray), public=public,
+        replace_card=replace_card, fsync=fsync, resume=resume, listener=listener,
+        adapters=tuple(map(Path, adapters)), adapter_scales=tuple(adapter_scales),
     )  # fmt: skip
     with prepared(request) as job:
         return job.run()
@@ -179,6 +213,7 @@ def verify(
     memory: int | None = None,
     ray: str | None = None,
     listener: Listener = NOBODY,
+    adapters: Sequence[Place] = (),
 ) -> Verified:
     """Check a 4-bit checkpoint or pipeline, written by nf4 or not.
 
@@ -190,6 +225,7 @@ def verify(
         seed: chooses the sample; None for another one every time.
         disk: most bytes that may lie on the disk at once, with `source`.
         engine, device, workers, memory, ray, listener: as in `quantize`.
+        adapters: with `source`, those that were merged into it, in order.
 
     Raises:
         UsageError, InputError, MachineError: it cannot be verified at all. Anything wrong with the
@@ -199,7 +235,8 @@ def verify(
 
     machine = Machine(engine, device, workers, memory, listener, ray)
     texts = tuple(Path(text) for text in calibration)
-    return check(Check(Path(path), _path(source), texts, sample, seed, disk, machine))
+    merged = tuple(Path(adapter) for adapter in adapters)
+    return check(Check(Path(path), _path(source), texts, sample, seed, disk, machine, merged))
 
 
 def load(
@@ -240,6 +277,8 @@ def dequantize(
     ray: str | None = None,
     fsync: bool = True,
     listener: Listener = NOBODY,
+    adapters: Sequence[Place] = (),
+    adapter_scales: Sequence[float] = (),
 ) -> Dequantized:
     """Decode any bitsandbytes 4-bit checkpoint or pipeline into a new directory.
 
@@ -249,6 +288,7 @@ def dequantize(
         dtype: of all floats: "float32", "float16", "bfloat16"; "auto" for the original ones.
         max_shard_size: bytes of the largest output file.
         engine, device, workers, memory, ray, fsync, listener: as in `quantize`.
+        adapters, adapter_scales: as in `quantize`; merged into the decoded weights.
 
     Raises:
         UsageError, InputError, MachineError: the checkpoint cannot be decoded.
@@ -256,7 +296,10 @@ def dequantize(
     from .decoding import decode
 
     machine = Machine(engine, device, workers, memory, listener, ray)
-    return decode(Path(source), Path(output), dtype, max_shard_size, fsync, machine)
+    return decode(
+        Path(source), Path(output), dtype, max_shard_size, fsync, machine,
+        [Path(adapter) for adapter in adapters], adapter_scales,
+    )  # fmt: skip
 
 
 def inspect(path: Place, *, listener: Listener = NOBODY) -> Inspected:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..callbacks import Progress
 from ..checkpoint.discovery import open_checkpoint
@@ -18,6 +18,7 @@ from ..quality.evaluation import causal, embeddings
 from ..quality.evaluation.cache import Cache, default_directory
 from ..quality.evaluation.decoded import decoded
 from ..quality.evaluation.models import kind_of, libraries, require_device
+from ..quality.evaluation.positions import Range, WorstToken, by_position, worst
 from ..quality.evaluation.statistics import Figure
 from ..quality.texts import read_documents, sequences
 from . import sources
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TOKENS, CONTEXT, CACHE_BYTES = 8192, 512, 4_000_000_000
 """Defaults: most tokens of each text, tokens of a window, bytes of the source's results."""
 _SHORTEST = 8  # tokens of a window
+_BEFORE = 8  # tokens shown before one
 _TOKENS_PER_PIECE = 64  # of a text for an encoder
 
 
@@ -100,10 +102,14 @@ class Measured:
     Attributes:
         positions: that were compared; of an encoder, pieces of text.
         figures: by name, such as kl_mean.
+        ranges: the KL divergence by position in a window; () for an encoder.
+        worst: the positions with the largest one; () for an encoder.
     """
 
     positions: int
     figures: Mapping[str, Figure]
+    ranges: tuple[Range, ...] = ()
+    worst: tuple[WorstToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ class _Run:
         """Return the figures of two language models; run the source over all texts first."""
         asked = self.asked
         cache = Cache(asked.cache_place, asked.cache_size)
-        windows = self._windows(source.path, cache)
+        tokenizer = open_tokenizer(source.path)
+        windows = self._windows(source.path, tokenizer, cache)
         steps = 2 * sum(map(len, windows.values()))
         with self._stage(steps, source, output) as progress:
             references = {
@@ -192,21 +199,19 @@ class _Run:
                 for name, tokens in windows.items()
             }
             return {
-                name: Measured(
-                    reference.tokens.size - len(reference.tokens),
-                    reference.compare(output.ordinary, progress),
+                name: _measured(
+                    reference.tokens, *reference.compare(output.ordinary, progress), tokenizer
                 )
                 for name, reference in references.items()
             }
 
-    def _windows(self, source: Path, cache: Cache) -> dict[str, NDArray[np.int64]]:
+    def _windows(self, source: Path, tokenizer: Any, cache: Cache) -> dict[str, NDArray[np.int64]]:
         """Return int64 [windows, context] of each text, as many as the cache has room for.
 
         Raises:
             UsageError: the cache has no room for one window of each text.
         """
         asked, texts = self.asked, self.asked.named_texts
-        tokenizer = open_tokenizer(source)
         room = cache.windows(asked.context, causal.vocabulary_of(source)) // len(texts)
         count = asked.tokens // asked.context
         if room < 1:
@@ -257,6 +262,30 @@ class _Run:
         stage = Stage("evaluating", nbytes * steps, f"{output.path} against {source.path}")
         with self.asked.machine.listener.stage(stage) as progress:
             yield lambda name, count: progress(name, nbytes * count)
+
+
+def _measured(
+    tokens: NDArray[np.int64],
+    figures: Mapping[str, Figure],
+    kl: NDArray[np.float64],
+    tokenizer: Any,
+) -> Measured:
+    """Return the figures of a text, with the words at the largest divergences.
+
+    Args:
+        tokens: int64 [windows, context].
+        kl: float64 [windows, context - 1].
+        tokenizer: of transformers.
+    """
+    named = tuple(
+        replace(
+            w,
+            before=tokenizer.decode(tokens[w.window, max(0, w.position - _BEFORE) : w.position]),
+            token=tokenizer.decode(tokens[w.window, w.position : w.position + 1]),
+        )
+        for w in worst(kl)
+    )
+    return Measured(tokens.size - len(tokens), figures, by_position(kl), named)
 
 
 def _failures(

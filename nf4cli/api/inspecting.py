@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from .. import engines
 from ..checkpoint.discovery import open_checkpoint
-from ..convert.listener import NOBODY, Listener
+from ..convert.listener import NOBODY, Listener, Stage
 from ..errors import InputError, UsageError
 from . import sources
+from .machine import processors
 
 if TYPE_CHECKING:
     from ..output.inspection import Overview, TensorView
+    from ..output.weight_figures import WeightFigures
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,27 @@ def look(path: Path, listener: Listener = NOBODY) -> Inspected:
             if component.converts:
                 raise
     return Inspected(called, place.resolve().name, parts)
+
+
+def figures_of(
+    path: Path, seen: Inspected, listener: Listener = NOBODY
+) -> dict[str, WeightFigures]:
+    """Return codes and scales of all weights by component, having read every packed byte.
+
+    Args:
+        seen: what `look` found at the path.
+    """
+    from ..output.weight_figures import weight_figures
+
+    place = sources.local(path, listener)
+    engine, workers = engines.load("cpu"), processors()
+    found = {}
+    for name, part in seen.parts.items():
+        nbytes = sum(group.nbytes for group in part.groups if group.packed)
+        with listener.stage(Stage("reading", nbytes, seen.called)) as progress:
+            checkpoint = open_checkpoint(place / name)
+            found[name] = weight_figures(checkpoint, engine, workers, progress)
+    return found
 
 
 def look_at_tensor(path: Path, tensor: str, listener: Listener = NOBODY) -> TensorView:

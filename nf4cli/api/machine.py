@@ -94,12 +94,13 @@ class Machine:
                 return engines.load("cpu")
         return engine
 
-    def resources(self, tensors: int = 0, unit: int = GRANULE) -> Resources:
+    def resources(self, tensors: int = 0, unit: int = GRANULE, merged: int = 0) -> Resources:
         """Return the number of threads and the sizes of their buffers for a run.
 
         Args:
             tensors: number of tensors whose plan is held in memory.
             unit: elements that are encoded together.
+            merged: bytes of the largest matrix of an adapter, see `make_resources`.
 
         Raises:
             UsageError: the memory does not suffice, or `workers` is below 1.
@@ -109,5 +110,5 @@ class Machine:
         # With a cluster the threads and the memory are those of a task, not of this process.
         workers, memory = (self.workers, self.memory) if self.ray is None else (None, None)
         return make_resources(
-            self.engine, workers, memory, processors(), tensors, max(unit, GRANULE)
+            self.engine, workers, memory, processors(), tensors, max(unit, GRANULE), merged
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ..checkpoint.adapter_files import largest_matrix
 from ..checkpoint.discovery import name_of_directory, with_copies
 from ..convert.listener import Stage
 from ..convert.output_place import check_output, require_place
@@ -121,8 +122,11 @@ class Job:
             )
         (plan,) = self.model.parts.values()
         return ModelPlan.of(
-            make_plan(plan.checkpoint, recipe, request.oracle, importance=request.importance)
-        )
+            make_plan(
+                plan.checkpoint, recipe, request.oracle, importance=request.importance,
+                merging=request.merging,
+            )
+        )  # fmt: skip
 
     def run(self) -> Quantized:
         """Convert the model, write the output and publish it.
@@ -175,7 +179,9 @@ def prepared(request: Request, only_plan: bool = False) -> Iterator[Job]:
     with sources.found(request.source, keep, request.listener, continued, asked) as source:
         started = time.monotonic()
         with _planned(request, source, only_plan) as (whole, model, output):
-            limits = request.machine.resources(model.tensors, unit_of(request.recipe))
+            limits = request.machine.resources(
+                model.tensors, unit_of(request.recipe), largest_matrix(request.merging)
+            )
             transport = request.transport(whole)
             need = transport.disk_needed(model, limits.workers) if transport else None
             if only_plan and not model.is_pipeline:
@@ -217,12 +223,13 @@ def _planned(
     if calibrating:
         source = sources.whole(source, "--calibration", bounded, request.listener)
     checkpoint = with_copies(source.open(), request.copy)
+    request.require_recipe_of(checkpoint)
     output = request.place(checkpoint.name)
     if scans or calibrating:
         require_place(checkpoint.root, output, checkpoint.is_file, request.resume)
     # A calibrated model is planned twice; transformers is asked and NaN are looked for once.
     recipe, ask, scan = request.recipe, _once(request.oracle), _once(request.scan)
-    plan = make_plan(checkpoint, recipe, ask, scan, request.importance)
+    plan = make_plan(checkpoint, recipe, ask, scan, request.importance, request.merging)
     require_loadable(plan)
     if calibrating is None:
         yield source, ModelPlan.of(plan), output
@@ -251,6 +258,15 @@ def _once(ask: Callable[[Asked], Answered]) -> Callable[[Asked], Answered]:
 
 def _refuse_data(request: Request) -> None:
     """Raise UsageError if an option was given that does not go with a pipeline."""
+    if request.recipe_file is not None:
+        raise UsageError(
+            "--recipe is for one checkpoint, and this is a pipeline: give a component's directory"
+        )
+    if request.adapters:
+        raise UsageError(
+            "--adapter is for a checkpoint of one model, and this is a pipeline: give the "
+            "directory of one component, or merge it with diffusers' fuse_lora"
+        )
     data = {"--importance": request.importance_file, "--calibration": request.calibrating}
     for option, given in data.items():
         if given is not None:

@@ -15,10 +15,12 @@ from ..convert.listener import NOBODY, Listener, Stage
 from ..errors import UsageError
 from ..format.config import QuantConfig
 from ..planning.options import check_options
+from .adapters import check_scales, read_adapters
 from .machine import Machine
 from .sources import Source, named, require_repository, require_there
 
 if TYPE_CHECKING:
+    from ..checkpoint.adapter_files import Adapter
     from ..checkpoint.importance_file import ImportanceFile
     from ..checkpoint.types import Checkpoint
     from ..convert.transfers import Transfers
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..hub.publish import Publication
     from ..planning.answer import Answer
     from ..planning.plan import Plan
+    from ..planning.recipe_file import Recipe
     from ..quality.calibration.run import Calibrating
 
 SHARD_BYTES, LEAVING_SHARD_BYTES = 5_000_000_000, 1_000_000_000
@@ -43,6 +46,7 @@ class Request:
         config: the recipe; `recipe` replaces its `max_shard_size`.
         shard_size: bytes of the largest output file, None for the default.
         copy: patterns of files that are copied beside those that a model is made of.
+        recipe_file: formats of modules, see planning/recipe_file.py; None for one format.
         importance_file: weights errors when scales are searched for, None for no data.
         calibrating: text to run through the model first, None for no calibration.
         exact: ask transformers which modules it holds in 4 bit, whatever the family.
@@ -54,6 +58,8 @@ class Request:
         public, replace_card: see `Publication`.
         fsync, resume: see `Execution`.
         listener: told of stages, progress and notes.
+        adapters: merged first, in order: directories, or names on the Hub.
+        adapter_scales: one for all adapters, or one for each; () for 1.
 
     Raises:
         UsageError: options that do not go together.
@@ -64,6 +70,7 @@ class Request:
     config: QuantConfig = field(default_factory=QuantConfig)
     shard_size: int | None = None
     copy: tuple[str, ...] = ()
+    recipe_file: Path | None = None
     importance_file: Path | None = None
     calibrating: Calibrating | None = None
     exact: bool = False
@@ -77,6 +84,8 @@ class Request:
     fsync: bool = True
     resume: bool = False
     listener: Listener = NOBODY
+    adapters: tuple[Path, ...] = ()
+    adapter_scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.digest not in ("auto", *ALGORITHMS):
@@ -86,6 +95,12 @@ class Request:
         for option, given in (("--public", self.public), ("--replace-card", self.replace_card)):
             if given and self.push_to is None:
                 raise UsageError(f"{option} needs --push-to")
+        check_scales(self.adapters, self.adapter_scales)
+        if self.adapters and self.calibrating is not None:
+            raise UsageError(
+                "--calibration measures the base without its adapter: leave --adapter out, or "
+                "merge it with PEFT's merge_and_unload and calibrate the result"
+            )
         if self.machine.ray is not None:
             self._require_for_ray()
 
@@ -112,6 +127,22 @@ class Request:
         require_there(self.source)
         check_options(self.recipe)
 
+    @cached_property
+    def module_recipe(self) -> Recipe | None:
+        """The recipe file, read at its first use; None where none was asked for.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from ..planning.recipe_file import load_recipe
+
+        return None if self.recipe_file is None else load_recipe(self.recipe_file)
+
+    def require_recipe_of(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError if the recipe file was made for another model."""
+        if self.module_recipe is not None and self.recipe_file is not None:
+            self.module_recipe.require_model(checkpoint, self.recipe_file)
+
     @property
     def leaving(self) -> bool:
         """Return whether the output goes to the Hub alone."""
@@ -119,10 +150,15 @@ class Request:
 
     @cached_property
     def recipe(self) -> QuantConfig:
-        """The recipe, with the largest output file decided."""
+        """The recipe, with the formats of its file, and the largest output file decided."""
+        from ..planning.recipe_file import with_recipe
+
+        config = self.config
+        if self.module_recipe is not None:
+            config = with_recipe(config, self.module_recipe)
         leaves = self.disk is not None and self.leaving
         default = LEAVING_SHARD_BYTES if leaves else SHARD_BYTES
-        return replace(self.config, max_shard_size=self.shard_size or default)
+        return replace(config, max_shard_size=self.shard_size or default)
 
     def place(self, name: str) -> Path:
         """Return the output's directory; the run works beside it.
@@ -153,6 +189,15 @@ class Request:
         from ..checkpoint.importance_file import load
 
         return None if self.importance_file is None else load(self.importance_file)
+
+    @cached_property
+    def merging(self) -> tuple[Adapter, ...]:
+        """The adapters that are merged, read at their first use.
+
+        Raises:
+            UsageError, InputError, MachineError: see `read_adapters`.
+        """
+        return read_adapters(self.adapters, self.adapter_scales, self.machine)
 
     def oracle(self, model: Checkpoint) -> Answer | None:
         """Return what transformers says of a model; None where it need not be asked.

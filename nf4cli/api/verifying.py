@@ -15,11 +15,13 @@ from ..checkpoint.reader import count_tensors
 from ..convert.listener import Stage
 from ..errors import InputError, UsageError
 from . import sources
+from .adapters import as_merged
 from .machine import Machine
 from .verifying_bounded import Bounded
 
 # What reads and checks is imported where it is used: it needs numpy, a refusal does not.
 if TYPE_CHECKING:
+    from ..checkpoint.adapter_files import Adapter
     from ..output.manifest import Manifest
     from ..output.report import Report
 
@@ -36,6 +38,7 @@ class Check:
         seed: chooses the sample, None for another one every time.
         disk: most bytes that may lie on the disk at once, None for no limit.
         machine: quantizes again.
+        adapters: those that were merged before the weights were quantized, in order.
 
     Raises:
         UsageError: options that do not go together.
@@ -48,6 +51,7 @@ class Check:
     seed: int | None = None
     disk: int | None = None
     machine: Machine = field(default_factory=Machine)
+    adapters: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         if self.seed is not None and self.sample is None:
@@ -60,6 +64,8 @@ class Check:
             raise UsageError(
                 "--disk needs --source, and goes with neither --calibration nor --sample"
             )
+        if self.adapters and self.source is None:
+            raise UsageError("--adapter needs --source, the base that it was merged into")
         if self.machine.ray is not None:
             for option, given in (
                 ("--calibration", self.calibration or None), ("--sample", self.sample),
@@ -110,7 +116,7 @@ def check(asked: Check) -> Verified:
     """
     machine, path, source = asked.machine, asked.path, asked.source
     if asked.disk is not None and source is not None:
-        own, called = Bounded(asked.disk, machine).prove(path, source)
+        own, called = Bounded(asked.disk, machine, asked.adapters).prove(path, source)
         return Verified(path, source, called, called, own, {})
     _require_there(asked)
     path = sources.shared(asked.path, machine)
@@ -157,8 +163,9 @@ def _look(
             f"--sample looks at one checkpoint and {path} is a pipeline: give a component's "
             "directory, like its transformer or unet"
         )
-    engine = machine.engine
-    limits = machine.resources(_weights(path, source) if machine.memory else 0)
+    engine, merging = machine.engine, () if pipeline else _merging(asked, path)
+    weights = _weights(path, source) if machine.memory else 0
+    limits = machine.resources(weights, merged=_largest(merging))
     places = [place for place in (path, source) if place]
     total = sum(file.stat().st_size for place in places for file in part_shards(place))
     stage = Stage("verifying", total, against, crowd=machine.crowd)
@@ -169,16 +176,40 @@ def _look(
             seed = asked.seed
             if seed is None:
                 seed = random.SystemRandom().randrange(10**6)
-            return verify_sample(path, source, asked.sample, seed, engine, limits, progress), {}
+            return verify_sample(
+                path, source, asked.sample, seed, engine, limits, progress, merging
+            ), {}
         if pipeline:
+            if asked.adapters:
+                raise UsageError(f"{path} is a pipeline, which no adapter is merged into")
             from ..proof.pipelines import verify_pipeline
 
             proof = verify_pipeline(path, source, engine, limits, progress, machine.cluster)
             return proof.own, proof.parts
         from ..proof.verify import verify as verify_checkpoint
 
-        report = verify_checkpoint(path, source, engine, limits, progress, cluster=machine.cluster)
+        report = verify_checkpoint(
+            path, source, engine, limits, progress, cluster=machine.cluster,
+            merging=merging,
+        )  # fmt: skip
         return report, {}
+
+
+def _largest(merging: tuple[Adapter, ...]) -> int:
+    from ..checkpoint.adapter_files import largest_matrix
+
+    return largest_matrix(merging)
+
+
+def _merging(asked: Check, path: Path) -> tuple[Adapter, ...]:
+    """Return the adapters that the source's weights are merged with before they are compared.
+
+    Raises:
+        UsageError, InputError, MachineError: see `as_merged`.
+    """
+    if asked.source is None:
+        return ()
+    return as_merged(asked.adapters, _manifest_of(path), asked.machine)
 
 
 def _manifest_of(path: Path) -> Manifest | None:

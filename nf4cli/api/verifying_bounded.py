@@ -5,12 +5,14 @@ It is made again piece by piece. Its digests are compared, and nothing of it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..convert.listener import Stage
 from . import sources
+from .adapters import as_merged
 from .machine import Machine
 
 if TYPE_CHECKING:
@@ -32,10 +34,12 @@ class Bounded:
     Attributes:
         limit: most bytes that may lie on the disk at once.
         machine: quantizes again.
+        adapters: those that were merged, in order.
     """
 
     limit: int
     machine: Machine
+    adapters: Sequence[Path] = ()
 
     def prove(self, path: Path, source: Path) -> tuple[Report, str]:
         """Return the report of an output, and what messages call the output.
@@ -82,7 +86,8 @@ class Bounded:
             )
             report.check("structure", "every file opens")
             return report
-        plan = plan_again(checkpoint, manifest, original.open(), report)
+        merging = as_merged(self.adapters, manifest, self.machine)
+        plan = plan_again(checkpoint, manifest, original.open(), report, merging)
         carried = plan and self._carried(plan, original, output.called)
         if output.snapshot is not None:
             stated = {

@@ -69,6 +69,16 @@ class QuantState:
     nested_offset: float = 0.0
     nested_dtype: str = "float32"
 
+    @property
+    def words(self) -> str:
+        """Return how the weight is packed: "nf4, blocksize 64, nested"."""
+        return f"{self.quant_type}, blocksize {self.blocksize}{', nested' if self.nested else ''}"
+
+    @property
+    def short(self) -> str:
+        """Return the same but for the table, in five characters at most: "64n"."""
+        return f"{self.blocksize}{'n' if self.nested else ''}"
+
 
 def encode_state(state: QuantState) -> bytes:
     """Return the JSON of a state as bitsandbytes' pack_dict_to_tensor writes it, but padded.

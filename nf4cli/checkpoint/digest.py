@@ -274,9 +274,12 @@ class OrderedDigest:
         return self._tensors.update(start, data)
 
     def abort(self) -> None:
-        """Release every waiting thread; the digests are then useless."""
-        self._file.abort()
+        """Release every waiting thread; the digests are then useless.
+
+        The tensors' first: where the file's digest lacks bytes, `update` returns `start`.
+        """
         self._tensors.abort()
+        self._file.abort()
 
 
 class ShardHashing:

@@ -16,8 +16,8 @@ from typer.main import get_command
 from .panels import Command
 
 _FUNCTIONS = {
-    "quantize": "quantize", "verify": "verify", "dequantize": "dequantize", "inspect": "inspect",
-    "diff": "diff", "attest": "attest", "push": "push", "eval": "eval_",
+    "quantize": "quantize", "plan": "plan", "verify": "verify", "dequantize": "dequantize",
+    "inspect": "inspect", "diff": "diff", "attest": "attest", "push": "push", "eval": "eval_",
 }  # fmt: skip
 """The function of each command, in the module with the command's name; in the order of --help."""
 

@@ -45,6 +45,24 @@ def dequantize(
             autocompletion=completion.dtypes,
         ),
     ] = "auto",
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            show_default=False,
+            help="PEFT LoRA to merge in; repeatable",
+        ),
+    ] = None,
+    adapter_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--adapter-scale",
+            metavar="X",
+            show_default=False,
+            help="Factor of the adapter (default 1)",
+        ),
+    ] = None,
     max_shard_size: ShardSizeOption = "5GB",
     engine: EngineOption = "auto",
     device: DeviceOption = None,
@@ -63,7 +81,8 @@ def dequantize(
     require_there(source)
     from ..api.decoding import decode  # it imports numpy: after what can be refused without
 
-    done = decode(source, output, dtype, size, fsync, asked)
+    adapters, scales = tuple(adapter or ()), tuple(adapter_scale or ())
+    done = decode(source, output, dtype, size, fsync, asked, adapters, scales)
     if json:
         terminal.print_json("dequantize", _document(done))
     elif not quiet:

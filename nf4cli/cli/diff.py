@@ -12,7 +12,7 @@ import typer
 
 from ..units import format_size, plural
 from . import engine_choice
-from .options import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from .options import EngineOption, HtmlOption, JsonOption, MemoryOption, QuietOption, WorkersOption
 from .show import terminal
 from .show.listener import TerminalListener
 from .show.rows import print_rows
@@ -37,19 +37,29 @@ def diff(
     engine: EngineOption = "auto",
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    html: HtmlOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Say which tensors of two checkpoints differ, and how much; exit code 1 if any does."""
     from ..api.diffing import compare
+    from .html_file import HtmlFile
 
     machine = engine_choice.machine(engine, None, workers, memory, TerminalListener(quiet or json))
-    done = compare(a, b, machine)
+    with HtmlFile(html, a, b) as file:
+        done = compare(a, b, machine)
+        file.write(lambda: _page(done))
     if json:
         terminal.print_json("diff", _document(done))
     elif not quiet:
         _print(terminal.out_console(), done)
     raise typer.Exit(0 if done.equal else 1)
+
+
+def _page(done: Compared) -> bytes:
+    from ..pictures.pages import of_diff
+
+    return of_diff(done)
 
 
 def _document(done: Compared) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def _print_part(console: Console, found: Difference) -> None:
     sizes = f"{format_size(found.bytes_a)} and {format_size(found.bytes_b)}"
     differ = plural(len(found.tensors), "weight")
     console.print(f"{sizes}; {plural(found.same, 'weight')} alike, {differ} not", soft_wrap=True)
-    order = sorted(found.tensors, key=lambda d: (d.rel_rmse is not None, -(d.rel_rmse or 0)))
+    order = found.largest_first
     if order:
         headings = ("what", "weight", "changed", "codes", "rel. RMSE", "largest")
         print_rows(console, [headings, *map(_row, order[:_SHOWN])])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import completion, engine_choice, options, panels
-from .options import EngineOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from .options import EngineOption, HtmlOption, JsonOption, MemoryOption, QuietOption, WorkersOption
 from .show import terminal
 from .show.listener import TerminalListener
 
@@ -103,11 +103,13 @@ def eval_(
     engine: EngineOption = "auto",
     workers: WorkersOption = None,
     memory: MemoryOption = None,
+    html: HtmlOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure perplexity, KL divergence, agreement with the source (extra: eval)."""
     from ..api.evaluating import Evaluation, compare
+    from .html_file import HtmlFile
 
     asked = Evaluation(
         output=output,
@@ -123,12 +125,20 @@ def eval_(
         min_top1=min_top1,
         machine=engine_choice.machine(engine, None, workers, memory, TerminalListener(quiet)),
     )
-    done = compare(asked)
+    with HtmlFile(html, output, source) as file:
+        done = compare(asked)
+        file.write(lambda: _page(done))
     if json:
         terminal.print_json("eval", _document(done, context))
     elif not quiet or done.failures:
         _print(terminal.out_console(), done)
     raise typer.Exit(0 if done.ok else 1)
+
+
+def _page(done: Evaluated) -> bytes:
+    from ..pictures.pages import of_eval
+
+    return of_eval(done, _ROWS[done.kind])
 
 
 def _document(done: Evaluated, context: int) -> dict[str, Any]:

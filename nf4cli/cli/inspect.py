@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError
 from ..units import format_size
-from .options import JsonOption
+from .options import HtmlOption, JsonOption
 from .show import terminal, views
 from .show.listener import TerminalListener
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..api.inspecting import Inspected
     from ..output.inspection import TensorView
 
 
@@ -30,20 +32,26 @@ def inspect(
         str | None,
         typer.Argument(help="Show one tensor: its state and histograms", show_default=False),
     ] = None,
+    html: HtmlOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show what is 4-bit and what is not, sizes, bits a weight, known errors."""
     from ..api.inspecting import look, look_at_tensor
+    from .html_file import HtmlFile
 
     listener = TerminalListener(quiet=json)
     if tensor is not None:
+        if html is not None:
+            raise UsageError("--html is for a whole checkpoint: leave it out, or the tensor")
         view = look_at_tensor(path, tensor, listener)
         if json:
             terminal.print_json("tensor", asdict(view))
         else:
             _print_tensor(terminal.out_console(), view)
         return
-    seen = look(path, listener)
+    with HtmlFile(html, path) as file:
+        seen = look(path, listener)
+        file.write(lambda: _page(path, seen, listener))
     if not json:
         for name, part in seen.parts.items():
             called = f"{seen.called}/{name}" if name else seen.called
@@ -53,6 +61,16 @@ def inspect(
     else:
         components = {name: asdict(part) for name, part in seen.parts.items()}
         terminal.print_json("inspect", {"name": seen.name, "components": components})
+
+
+def _page(path: Path, seen: Inspected, listener: TerminalListener) -> bytes:
+    from ..api.inspecting import figures_of
+    from ..pictures.pages import of_inspect
+
+    figures = figures_of(path, seen, listener)
+    return of_inspect(
+        seen.called, {name: (figures[name], part.errors) for name, part in seen.parts.items()}
+    )
 
 
 def _print_tensor(console: Console, view: TensorView) -> None:

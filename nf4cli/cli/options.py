@@ -73,6 +73,17 @@ JsonOption = Annotated[
     typer.Option("--json", help="Print one JSON document instead", rich_help_panel=panels.OUTPUT),
 ]
 
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        show_default=False,
+        help="Also write a page with charts there",
+        rich_help_panel=panels.OUTPUT,
+    ),
+]
+
 ShardSizeOption = Annotated[
     str,
     typer.Option(

@@ -11,6 +11,8 @@ from . import quick_typer
 FORMAT = "Format"
 KEPT = "What stays in float"
 SCALES = "Choosing scales"
+MEASURING = "Measuring"
+MERGING = "Merging"
 HUB = "Hub"
 LIMITS = "Limits (exit code 1)"
 CACHE = "Cache"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from .options import (  # fmt: skip
     DeviceOption,
     EngineOption,
     FsyncOption,
+    HtmlOption,
     JsonOption,
     MemoryOption,
     QuietOption,
@@ -22,6 +23,11 @@ from .options import (  # fmt: skip
     VerboseOption,
     WorkersOption,
 )
+
+if TYPE_CHECKING:
+    from ..api.quantizing import Job
+    from .html_file import HtmlFile
+    from .show.listener import TerminalListener
 
 
 def quantize(
@@ -37,8 +43,18 @@ def quantize(
         bool,
         typer.Option("--resume", help="Continue a stopped run; start one where there is none"),
     ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            show_default=False,
+            help="Formats chosen by nf4 plan",
+            rich_help_panel=panels.FORMAT,
+        ),
+    ] = None,
     blocksize: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--blocksize",
             metavar="N",
@@ -47,7 +63,7 @@ def quantize(
             rich_help_panel=panels.FORMAT,
             autocompletion=completion.blocksizes,
         ),
-    ] = 64,
+    ] = None,
     quant_type: Annotated[
         str,
         typer.Option(
@@ -59,14 +75,14 @@ def quantize(
         ),
     ] = "nf4",
     double_quant: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--double-quant/--no-double-quant",
             show_default=False,
             help="8-bit scales (default)",
             rich_help_panel=panels.FORMAT,
         ),
-    ] = True,
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
@@ -232,6 +248,26 @@ def quantize(
             "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
         ),
     ] = DAMPING,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            show_default=False,
+            help="PEFT LoRA to merge first; repeatable",
+            rich_help_panel=panels.MERGING,
+        ),
+    ] = None,
+    adapter_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--adapter-scale",
+            metavar="X",
+            show_default=False,
+            help="Factor of the adapter (default 1)",
+            rich_help_panel=panels.MERGING,
+        ),
+    ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -301,27 +337,28 @@ def quantize(
             autocompletion=completion.digests,
         ),
     ] = "auto",
+    html: HtmlOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Convert a full-precision checkpoint to bitsandbytes 4-bit, streaming."""
     from ..api.request import Request
-    from ..errors import UsageError
     from ..format.config import QuantConfig
-    from .show.listener import TerminalListener, tell_times  # --help shows neither run nor result
-    from .show.outcome import conclude, show_plan, tell_plan
+    from .html_file import HtmlFile
+    from .show.listener import TerminalListener  # --help shows neither run nor result
+    from .show.outcome import show_plan
 
-    if quiet and verbose:
-        raise UsageError("--quiet and --verbose do not go together: leave one of them out")
+    _refuse_together({"--quiet": quiet, "--verbose": verbose})
+    _refuse_together({"--plan": plan, "--html": html is not None})
     listener = TerminalListener(quiet, verbose)
     request = Request(
         source=source,
         output=output,
         config=QuantConfig(
             quant_type=quant_type,
-            blocksize=blocksize,
-            double_quant=double_quant,
+            blocksize=64 if blocksize is None else blocksize,
+            double_quant=double_quant is not False,
             quant_storage=quant_storage,
             compute_dtype=compute_dtype,
             dtype=dtype,
@@ -334,6 +371,7 @@ def quantize(
         ),
         shard_size=_size(max_shard_size, "--max-shard-size"),
         copy=tuple(copy or ()),
+        recipe_file=_recipe_file(recipe, blocksize, double_quant),
         importance_file=importance,
         calibrating=Calibrating.of(
             calibration, calibration_tokens, calibration_length, damping, save_importance
@@ -349,24 +387,64 @@ def quantize(
         fsync=fsync,
         resume=resume,
         listener=listener,
+        adapters=tuple(adapter or ()),
+        adapter_scales=tuple(adapter_scale or ()),
     )
     request.refuse_early()
     from ..api.quantizing import prepared  # it imports numpy: after what can be refused without
 
-    with prepared(request, only_plan=plan) as job:
+    with HtmlFile(html, source, output) as file, prepared(request, only_plan=plan) as job:
         if plan:
             show_plan(job, json)
-            return
-        if verbose:
-            tell_plan(job)
-        done = job.run()
-        if verbose:
-            tell_times(job.seconds, done.seconds)
-        conclude(job, done, listener, disk, json, quiet)
+        else:
+            _run(job, file, listener, disk, json)
+
+
+def _run(
+    job: Job, file: HtmlFile, listener: TerminalListener, disk: str | None, json: bool
+) -> None:
+    """Convert, and show what was done.
+
+    Args:
+        disk: value of --disk as the user wrote it.
+    """
+    from .show.listener import tell_times
+    from .show.outcome import conclude, page_of, tell_plan
+
+    if listener.verbose:
+        tell_plan(job)
+    done = job.run()
+    file.write(lambda: page_of(job, done))
+    if listener.verbose:
+        tell_times(job.seconds, done.seconds)
+    conclude(job, done, listener, disk, json, listener.quiet)
+
+
+def _refuse_together(given: dict[str, bool]) -> None:
+    """Raise UsageError if all of these options are given."""
+    from ..errors import UsageError
+
+    if all(given.values()):
+        names = " and ".join(given)
+        raise UsageError(f"{names} do not go together: leave one of them out")
 
 
 def _size(text: str | None, option: str) -> int | None:
     return None if text is None else options.parse_size(text, option)
+
+
+def _recipe_file(recipe: Path | None, blocksize: int | None, nested: bool | None) -> Path | None:
+    """Return --recipe.
+
+    Raises:
+        UsageError: an option is given that the recipe decides.
+    """
+    from ..errors import UsageError
+
+    for option, given in (("--blocksize", blocksize), ("--double-quant", nested)):
+        if recipe is not None and given is not None:
+            raise UsageError(f"{option} is the recipe's to say, in [default]: leave it out")
+    return recipe
 
 
 def _scale(asked: str | None, importance: Path | None, calibration: list[Path] | None) -> str:

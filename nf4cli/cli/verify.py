@@ -44,6 +44,15 @@ def verify(
             help="With --source: measure on this text again",
         ),
     ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            show_default=False,
+            help="With --source: the adapter that was merged",
+        ),
+    ] = None,
     sample: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +103,7 @@ def verify(
         seed,
         None if disk is None else options.parse_size(disk, "--disk"),
         engine_choice.machine(engine, device, workers, memory, TerminalListener(quiet), ray),
+        tuple(adapter or ()),
     )
     with JUnitFile(junit, path, source) as report_file:
         done = check(asked)

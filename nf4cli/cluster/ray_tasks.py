@@ -84,8 +84,9 @@ class RayCluster:
             task_of = ray.remote(max_retries=_RETRIES, **asked.options)(work)
             common = ray.put((settings, check))
 
-            def send(number: int, task: Task) -> Any:
-                return task_of.remote(task, common, run.counter, number)
+            def send(number: int, task: Task, node: str | None) -> Any:
+                chosen = task_of if node is None else task_of.options(**_preferring(node))
+                return chosen.remote(task, common, run.counter, number)
 
             def take_done(task: AnyTask, done: Done) -> None:
                 take(task, done.result)
@@ -183,8 +184,9 @@ class _Run:
         )
 
     def go(
-        self, send: Callable[[int, Task], Any], asked: _Asked, take: Callable[[Any, Done], None]
-    ) -> None:
+        self, send: Callable[[int, Task, str | None], Any], asked: _Asked,
+        take: Callable[[Any, Done], None],
+    ) -> None:  # fmt: skip
         """Have the tasks done.
 
         An error leaves tasks behind; Ray ends them when the run disconnects.  They are not
@@ -192,7 +194,8 @@ class _Run:
         tries of a task the first that is done counts.
 
         Args:
-            send: (number, task) -> Ray's reference to its result.
+            send: (number, task, id of a node to do it or None for any) -> Ray's reference to its
+                result.
             asked: what each task asks for.  Nodes that join later get their share.
             take: gets each task that is done.
 
@@ -207,10 +210,16 @@ class _Run:
             alive = self._nodes.alive()
             self._crowd.nodes = len(alive)
             left = max(1, _AHEAD * sum(map(asked.times_on, alive))) - len({*running.values()})
-            for number in [*islice(queue, max(0, left)), *self._lost({*running.values()})]:
+            able = [node["NodeID"] for node in alive if asked.times_on(node)]
+            begun = [(number, None) for number in islice(queue, max(0, left))]
+            again = [
+                (number, able[number % len(able)] if able else None)
+                for number in self._lost({*running.values()})
+            ]
+            for number, node in [*begun, *again]:
                 self._tries[number] += 1
                 self._sent[number] = time.monotonic()
-                running[send(number, self._tasks[number])] = number
+                running[send(number, self._tasks[number], node)] = number
             if not running:
                 return
             if news is None and self._hears:
@@ -243,7 +252,9 @@ class _Run:
 
         Ray does a task again when the connection to its process ends.  That of a node without
         power, or which stands still, does not end: Ray 2.60 waits for it although it knows that
-        the node is dead.  A task that has not said where it is may have been sent there.
+        the node is dead.  A task that has not said where it is may have been sent there.  It is
+        tried on a node by name: for tasks that are alike Ray has one request for a process, which
+        may lie with the dead node, and the second try would wait for its answer as well.
         """
         dead = self._nodes.dead_for(_GRACE)
         last = max(dead.values(), default=0.0)
@@ -278,6 +289,13 @@ class _Run:
             self._progress(now.name, min(done, max(0, self._tasks[number].nbytes - known.done)))
         self._moved.add_downloaded(downloaded)
         self._moved.add_uploaded(uploaded)
+
+
+def _preferring(node: str) -> dict[str, Any]:
+    """Return the options of a Ray task that has a node do it, another one where that is gone."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
 
 
 def _with_cpus(nodes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ from .items import (
     nonfinite,
     unit_of_packed,
 )
+from .merged_items import AdapterFiles, Merger
 from .resume import Standing
 from .worker import Sink, Worker
 
@@ -143,6 +144,7 @@ class Conversion:
         self._begun: dict[str, Job] = {}
         self._companions: dict[str, tuple[U8 | None, str]] = {}  # of one stored tensor at a time
         self._local = LocalShards()
+        self._adapters = AdapterFiles(self._engine)
         self._source: ShardSource = source or self._local
         self._packed = packed
         self._readers: dict[Path, ByteReader] = {}
@@ -156,7 +158,7 @@ class Conversion:
             InputError: a weight holds NaN or infinity, or a source file changed.
             OSError: a disk is full or fails.
         """
-        with self._local:
+        with self._local, self._adapters:
             try:
                 run(self._items(), self._worker, self._resources.workers, self._abort)
             finally:
@@ -168,7 +170,7 @@ class Conversion:
     def _worker(self) -> Worker:
         return Worker(
             self, self._engine, self._sink, self._readers, self._resources.chunk,
-            unit_of(self.plan.config), self._packed,
+            unit_of(self.plan.config), self._packed, Merger(self._engine, self._adapters),
         )  # fmt: skip
 
     def _count_uses(self) -> Counter[Path]:
@@ -381,7 +383,7 @@ class Conversion:
         Raises:
             InputError: always.  A subclass may go on instead (find_nonfinite.py).
         """
-        dtype = item.source.weight.dtype
+        dtype = "F32" if item.job.plan.deltas else item.source.weight.dtype
         raise InputError(nonfinite(item, error.index, data, dtype)) from error
 
     def item_done(self, item: Item) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import stopping
 from ..callbacks import Progress, no_progress
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import (
     MANIFEST,
     WEIGHTS_KEY,
@@ -31,10 +32,13 @@ from ..output.manifest import Manifest, Result, TensorRecord
 from ..output.pipeline_record import read_record
 from ..output.recorded_choices import copied_names, matrices_of
 from ..output.report import Report
-from ..planning import selection
+from ..planning import selection, ties
+from ..planning.families import names_of
 from ..planning.make_plan import index_of, source_file
+from ..planning.merging import merged
 from ..planning.model_config import set_dtype
 from ..planning.model_plan import ModelPlan
+from ..planning.notes import merging_notes
 from ..planning.options import check_shard_size
 from ..planning.pipeline_plan import components_of, copies_of, is_pipeline, packed_components
 from ..planning.plan import Plan, TensorPlan
@@ -197,7 +201,11 @@ def _decode_on_nodes(
 
 
 def plan_decoding(
-    path: Path, engine: Engine, dtype: str = "auto", max_shard_size: int = 5_000_000_000
+    path: Path,
+    engine: Engine,
+    dtype: str = "auto",
+    max_shard_size: int = 5_000_000_000,
+    merging: Sequence[Adapter] = (),
 ) -> ModelPlan:
     """Decide how every packed weight of a checkpoint or pipeline is decoded.
 
@@ -207,6 +215,7 @@ def plan_decoding(
         dtype: of every floating tensor written; "auto" gives each packed weight the dtype that its
             quantization state names, and leaves kept tensors theirs.
         max_shard_size: bytes of an output file.
+        merging: adapters that are merged into the decoded weights, in order.
 
     Raises:
         UsageError: no such dtype, or `max_shard_size` is out of range.
@@ -217,7 +226,12 @@ def plan_decoding(
     check_shard_size(max_shard_size)
     if not is_pipeline(path):
         checkpoint = _with_recorded(open_checkpoint(path))
-        return ModelPlan.of(_plan(checkpoint, engine, dtype, max_shard_size))
+        return ModelPlan.of(_plan(checkpoint, engine, dtype, max_shard_size, merging))
+    if merging:
+        raise UsageError(
+            f"--adapter is for a checkpoint of one model, and {path} is a pipeline: give the "
+            "directory of one component"
+        )
     components = components_of(path)
     packed = packed_components(path, components)
     if not packed:
@@ -247,24 +261,33 @@ def _with_recorded(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.with_extra({name for name in names & left if not never_kind(name)})
 
 
-def _plan(checkpoint: Checkpoint, engine: Engine, dtype: str, max_shard_size: int) -> Plan:
+def _plan(
+    checkpoint: Checkpoint,
+    engine: Engine,
+    dtype: str,
+    max_shard_size: int,
+    merging: Sequence[Adapter] = (),
+) -> Plan:
     """Return the plan that decodes one checkpoint."""
     with ShardReaders(checkpoint.shards) as readers:
         weights = load_weights(checkpoint, readers)
         packed = PackedReader(readers, engine)
         for weight in weights.values():
             packed.require_standard_table(weight)
-    tensors, layouts = _lay_out(
-        _tensor_plans(checkpoint, weights, dtype), checkpoint.stem, max_shard_size
-    )
+    plans = _tensor_plans(checkpoint, weights, dtype)
+    names = names_of(checkpoint.config)
+    tied = ties.absent_tied(checkpoint.config, None, [t.name for t in plans], names)
+    plans = merged(plans, merging, selection.Context.of(checkpoint).model_types, tied)
+    tensors, layouts = _lay_out(plans, checkpoint.stem, max_shard_size)
     left = ("quantization_config", WEIGHTS_KEY)
     config = {k: v for k, v in checkpoint.config.items() if k not in left}
     if config and dtype != "auto":
         set_dtype(config, dtype)
-    return Plan(
+    plan = Plan(
         checkpoint, QuantConfig(dtype=dtype, max_shard_size=max_shard_size), tensors, layouts,
         index_of(layouts), config, (),
     )  # fmt: skip
+    return replace(plan, notes=tuple(merging_notes(plan, merging)))
 
 
 @dataclass(frozen=True, slots=True)

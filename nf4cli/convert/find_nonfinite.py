@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..engines.protocol import U8
 
 
-class _Nowhere:
+class Nowhere:
     """The sink that drops all bytes."""
 
     def write(self, key: str, offset: int, data: NDArray[np.uint8]) -> None: ...
@@ -47,7 +47,7 @@ class _Scan(Conversion):
     """
 
     def __init__(self, plan: Plan, tools: Tools) -> None:
-        super().__init__(plan, tools, _Nowhere())
+        super().__init__(plan, tools, Nowhere())
         self.nonfinite: set[str] = set()
 
     def not_finite(self, item: Item, error: NonFiniteError, data: U8) -> None:

@@ -18,6 +18,7 @@ from ..checkpoint.encoded import Factors
 from ..checkpoint.file_io import read_at, write_at
 from ..checkpoint.given_codes import CodeSource
 from ..checkpoint.types import Shard, View, Weight
+from ..errors import InputError
 from ..format.codebook import Ladder
 from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import TensorError
@@ -156,6 +157,8 @@ def widest(plan: TensorPlan) -> int:
     """Return the bytes of a worker's buffer that one element takes, at the most."""
     weight = plan.weight
     stored = max(-(-part.bits // 8) for part in weight.sources)
+    if plan.deltas:  # what is read, its values, and those in float32
+        return stored + 2 * ITEMSIZE["F32"]
     if plan.packed is not None:
         return max(stored, ITEMSIZE[plan.outputs[plan.name][0]])
     rearranged = any(is_rearranged(part, part.view) for part in weight.sources)
@@ -219,6 +222,27 @@ def unit_of_packed(plan: TensorPlan) -> int:
     assert plan.packed is not None
     unit = plan.packed.state.blocksize
     return unit if plan.view is None else math.lcm(unit, plan.view.columns)
+
+
+def quantized_dtype(plan: TensorPlan) -> str:
+    """Return the dtype of the values that a weight's codes are chosen for."""
+    return "F32" if plan.deltas else plan.weight.dtype
+
+
+def require_finite(plan: TensorPlan, start: int, values: F32) -> None:
+    """Raise InputError if a merged element is not finite.
+
+    Args:
+        start: index of the first element in the weight, as it is written.
+        values: float32 [n].
+    """
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = start + int(np.flatnonzero(~finite)[0])
+        raise InputError(
+            f"element {index:,} of {plan.name} is not finite once {plan.deltas[-1].adapter} is "
+            "merged: the adapter is of another model, or its scale is too large"
+        )
 
 
 def element(item: Item, index: int) -> tuple[int, ...]:

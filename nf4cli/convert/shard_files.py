@@ -153,12 +153,18 @@ class ShardFiles:
         return digest_tensor(writer.reader(), writer.layout.tensors[key])
 
     def _finish_shard(self, number: int) -> None:
-        """Digest what was not digested on the way, check the header, and hand the file on."""
+        """Digest what was not digested on the way, check the header, and hand the file on.
+
+        Raises:
+            InterruptedRunError: the run was aborted. Bytes may then be missing from the digest, and
+                a file that is handed on is never looked at again.
+        """
         writer, turns = self._writers[number], self._turns.get(number)
         if turns is not None:
             for piece in writer.tail():
                 turns.digest.update(piece)
             digest = turns.digest.hexdigest()
+            self._stop_when_aborted(0)
         else:
             shard = read_shard(writer.path)
             digest, _ = digest_shard(shard, self._algorithm, self._stop_when_aborted)

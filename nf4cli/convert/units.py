@@ -231,7 +231,12 @@ def with_own_progress(unit: Unit, tools: Tools) -> Tools:
 
 def source_files(units: Iterable[Unit]) -> dict[Path, int]:
     """Return the size in bytes of every file that some units read."""
-    return {shard.path: shard.size for unit in units for shard in unit.plan.checkpoint.shards}
+    files: dict[Path, int] = {}
+    for unit in units:
+        files |= {shard.path: shard.size for shard in unit.plan.checkpoint.shards}
+        for tensor in unit.plan.tensors:
+            files |= {s.path: s.size for delta in tensor.deltas for s, _ in delta.files}
+    return files
 
 
 def require_unchanged(shards: Iterable[Shard]) -> None:

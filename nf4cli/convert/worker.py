@@ -12,7 +12,7 @@ from ..checkpoint import bnb_format
 from ..checkpoint.given_codes import errors_of
 from ..checkpoint.packed import PackedReader, PackedWeight
 from ..checkpoint.reader import ByteReader
-from ..checkpoint.types import FileDigests, Shard, View
+from ..checkpoint.types import FileDigests, Shard, View, Weight
 from ..engines.protocol import ChosenScales, Codes, Engine, Importance, NestedAbsmax
 from ..errors import InputError, NonFiniteError
 from ..format.codebook import Ladder
@@ -20,7 +20,8 @@ from ..format.dtypes import FLOAT64, ITEMSIZE
 from ..output.manifest import Result
 from ..planning.plan import TensorPlan
 from .encoded_items import EncodedReader, transposed
-from .items import Item, Reading, columns_buffer, element, is_slab
+from .items import Item, Reading, columns_buffer, element, is_slab, quantized_dtype, require_finite
+from .merged_items import Merger, columns_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,12 +76,14 @@ class Worker:
         chunk: bytes of each of its two buffers.
         unit: elements that are encoded together.
         packed: reads the weights to decode; None where there are none.
+        merger: merges adapters; None where there are none.
     """
 
     def __init__(
         self, run: Run, engine: Engine, sink: Sink, readers: Mapping[Path, ByteReader], chunk: int,
-        unit: int, packed: PackedReader | None = None,
+        unit: int, packed: PackedReader | None = None, merger: Merger | None = None,
     ) -> None:  # fmt: skip
+        self._merger = merger
         self._packed = packed
         self._run, self._engine, self._sink, self._readers = run, engine, sink, readers
         both = engine.buffer(2 * chunk)
@@ -126,7 +129,9 @@ class Worker:
             codes: what decodes `data`; None where it holds values.
         """
         plan = item.job.plan
-        if plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
+        if plan.deltas:
+            data = self._merged(item, data)
+        elif plan.action == "quantize" and plan.weight.stored.dtype == FLOAT64:
             data = self._rounded(item, data)
         if plan.action == "quantize" and item.job.ladder is not None:
             self._search(item, data, item.job.ladder)
@@ -165,7 +170,8 @@ class Worker:
         if item.digest:
             start = item.within * weight.bits // 8
             self._run.digest_source(weight.shard, weight.stored.start + start, data)
-        if item.job.plan.action == "quantize" and item.job.ladder is None:
+        plan = item.job.plan
+        if plan.action == "quantize" and item.job.ladder is None and not plan.deltas:
             return data, codes
         return self._encoded.decoded(item, data, codes), None
 
@@ -186,6 +192,56 @@ class Worker:
         out = rest[:nbytes] if fits else np.empty(nbytes, np.uint8)
         self._round(item, data, FLOAT64, out, dtype)
         return out
+
+    def _merged(self, item: Item, data: U8) -> U8:
+        """Return an item's elements with what adapters do to them, float32.
+
+        Args:
+            data: uint8, as they are stored, or their values where they are stored as codes.
+
+        Returns:
+            uint8 [4 * count].
+
+        Raises:
+            InputError: a finite element is not finite any more.
+        """
+        weight, plan = item.source.weight, item.job.plan
+        values = self._float32(weight, data)
+        finite = np.isfinite(values).all()
+        assert self._merger is not None
+        self._merger.merge(plan, item.start, values, lambda row: self._row(item, row))
+        if finite:
+            require_finite(plan, item.start, values)
+        return values.view(np.uint8)
+
+    def _float32(self, weight: Weight, data: U8) -> F32:
+        """Return elements of a weight as float32: as stored, or as codes decode."""
+        dtype = weight.dtype if weight.encoding else weight.stored.dtype
+        values = np.empty(data.nbytes // ITEMSIZE[dtype], np.float32)
+        self._engine.cast(data, dtype, values.view(np.uint8), "F32")
+        return values
+
+    def _row(self, item: Item, row: int) -> F32:
+        """Return a whole row of an item's weight, as it is quantized or kept, float32."""
+        weight, view = item.source.weight, item.source.view
+        columns = columns_of(item.job.plan)
+        reader = self._readers[weight.shard.path]
+        if weight.encoding is not None:
+            own = EncodedReader(self._engine, self._readers, np.empty(0, np.uint8))
+            part = Item(item.source, row * columns, columns, False)
+            if is_slab(weight, view):
+                return self._float32(weight, own.transposed(part))
+            own = EncodedReader(self._engine, self._readers, np.empty(16 * columns, np.uint8))
+            return self._float32(weight, own.decoded(part, *own.codes(part)))
+        itemsize = ITEMSIZE[weight.stored.dtype]
+        if view is None:
+            raw = np.empty(columns * itemsize, np.uint8)
+            reader.read_into(raw, weight.stored.start + row * columns * itemsize)
+            return self._float32(weight, raw)
+        block = np.empty((1, columns), f"u{itemsize}")
+        start = weight.stored.start + (view.start + row) * itemsize
+        reader.read_columns(block, start, view.stride * itemsize)
+        return self._float32(weight, block.reshape(-1).view(np.uint8))
 
     def _transposed(self, item: Item, view: View) -> Iterator[tuple[Item, U8]]:
         """Read an item's elements of the transpose of a stored matrix.
@@ -222,13 +278,19 @@ class Worker:
             codes: what decodes `data`; None where it holds values.
         """
         plan = item.job.plan
-        weight, state = item.source.weight, plan.state
+        state = plan.state
         assert state is not None
         packed = self._output[: (item.count + 1) // 2]
         absmax = np.empty(-(-item.count // state.blocksize), np.float32)
         try:
             sums = self._engine.quantize(
-                data, weight.dtype, state.blocksize, state.quant_type, packed, absmax, codes
+                data,
+                quantized_dtype(plan),
+                state.blocksize,
+                state.quant_type,
+                packed,
+                absmax,
+                codes,
             )
         except NonFiniteError as error:
             if codes is not None:
@@ -248,7 +310,7 @@ class Worker:
 
         The scales are final at once, as their offset is 0.
         """
-        plan, weight, state = item.job.plan, item.source.weight, item.job.plan.state
+        plan, state = item.job.plan, item.job.plan.state
         assert state is not None
         columns = item.source.importance
         packed = self._output[: (item.count + 1) // 2]
@@ -256,7 +318,7 @@ class Worker:
         unit = np.empty(-(-index.size // ladder.run), np.float32)
         try:
             sums = self._engine.search(
-                data, weight.dtype, state.blocksize, state.quant_type, ladder,
+                data, quantized_dtype(plan), state.blocksize, state.quant_type, ladder,
                 None if columns is None else Importance(columns, item.within % columns.size),
                 packed, ChosenScales(index, unit),
             )  # fmt: skip
@@ -294,8 +356,9 @@ class Worker:
             return
         packed[:] = given
         errors, worst = errors_of(
-            packed, data, plan.weight.dtype, state.blocksize, state.quant_type, scales, self._engine
-        )
+            packed, data, quantized_dtype(plan), state.blocksize, state.quant_type, scales,
+            self._engine,
+        )  # fmt: skip
         sums[:, 0], sums[:, 2] = errors[:, 0], errors[:, 1]
         with job.lock:
             job.worst_block = max(worst, job.worst_block or 0.0)
@@ -309,7 +372,10 @@ class Worker:
         fits = item.count * itemsize <= self._output.nbytes  # a single unit may be larger
         buffers = (self._source, self._output) if fits else ()
         start = plan.packed_start + item.start
-        data = self._packed.decode(weight, start, item.count, dtype, *buffers)
+        if plan.deltas:
+            data = self._unpacked_and_merged(item, weight, start, dtype)
+        else:
+            data = self._packed.decode(weight, start, item.count, dtype, *buffers)
         if plan.view is None:
             self._sink.write(plan.key, item.start * itemsize, data)
             return
@@ -326,10 +392,46 @@ class Worker:
             position = start + column * stride + first
             self._sink.write(plan.key, position * itemsize, raw[column])
 
+    def _unpacked_and_merged(self, item: Item, weight: PackedWeight, start: int, dtype: str) -> U8:
+        """Return the elements of a packed weight with what adapters do to them.
+
+        Args:
+            start: index of the first among the packed elements.
+            dtype: of the result, to which it is rounded once.
+
+        Raises:
+            InputError: one is too large for the dtype.
+        """
+        packed, plan = self._packed, item.job.plan
+        assert packed is not None
+        assert self._merger is not None
+        columns = columns_of(plan)
+
+        def read_row(row: int) -> F32:
+            # Decoding begins at a block's first element.
+            first = plan.packed_start + row * columns
+            skip = first % weight.state.blocksize
+            return (
+                packed.decode(weight, first - skip, skip + columns, "F32")
+                .view(np.float32)[skip:]
+                .copy()
+            )
+
+        values = packed.decode(weight, start, item.count, "F32").view(np.float32)
+        self._merger.merge(plan, item.start, values, read_row)
+        require_finite(plan, item.start, values)
+        if dtype == "F32":
+            return values.view(np.uint8)
+        out = np.empty(item.count * ITEMSIZE[dtype], np.uint8)
+        self._round(item, values.view(np.uint8), "F32", out, dtype)
+        return out
+
     def _keep(self, item: Item, data: U8) -> None:
         """Write an item of a weight that is not quantized, decoded or cast where it has to be."""
         plan = item.job.plan
         dtype = plan.weight.dtype if plan.weight.encoding else plan.weight.stored.dtype
+        if plan.deltas:
+            dtype = "F32"
         if plan.outputs[plan.name][0] != dtype:
             self._cast(item, data, dtype)
         else:

@@ -37,6 +37,7 @@ LIBRARY = Path(__file__).with_name("_nf4.so")
 ISAS = ("avx512", "avx2", "neon", "generic")
 """The instruction sets that the library may hold, fastest first."""
 
+_PANEL = 16  # columns of the right matrix that cuda/cpu_product.h takes together
 _DECODED_GRANULES = 4  # granules of codes that are decoded at a time: 1 MB of float32
 
 
@@ -221,6 +222,10 @@ class CpuEngine:
             "decode_codes", i64, pointer, c_int, i64, i64, i64, pointer, pointer, pointer, i64, i64,
             c_int, pointer,
         )  # fmt: skip
+        self._add_product = function(
+            "add_product", None, pointer, i64, i64, i64, pointer, i64, pointer, f32
+        )
+        self._square_sums = function("square_sums", None, pointer, i64, i64, pointer)
 
     def buffer(self, nbytes: int) -> U8:
         return np.empty(nbytes, np.uint8)
@@ -385,6 +390,24 @@ class CpuEngine:
             raise NonFiniteError(nonfinite)
         if out is not dst:
             self.cast(out, out_dtype, dst, to_dtype)
+
+    def add_product(self, values: F32, first: int, left: F32, right: F32, scale: float) -> None:
+        (rows, rank), (also_rank, columns) = left.shape, right.shape
+        _expect(also_rank, rank, "rows of the right matrix")
+        _expect(-(-(first + values.size) // columns), rows, "rows of the left matrix")
+        wide = np.zeros((rank, -(-columns // _PANEL), _PANEL), np.float32)
+        wide.reshape(rank, -1)[:, :columns] = right
+        panels = np.ascontiguousarray(wide.transpose(1, 0, 2))
+        self._add_product(
+            _address(values), first, values.size, columns, _address(left), rank, _address(panels),
+            scale,
+        )  # fmt: skip
+
+    def square_sums(self, values: F32) -> F64:
+        rows, columns = values.shape
+        sums = np.empty(rows, np.float64)
+        self._square_sums(_address(values), rows, columns, _address(sums))
+        return sums
 
 
 def _expect(size: int, expected: int, what: str) -> None:

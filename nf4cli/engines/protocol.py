@@ -298,3 +298,29 @@ class Engine(Protocol):
             NonFiniteError: a result is NaN or infinite.
         """
         ...
+
+    def add_product(self, values: F32, first: int, left: F32, right: F32, scale: float) -> None:
+        """Add scale * (left @ right) to elements of a row-major matrix, in place.
+
+        Every product and sum is rounded to float32.  The products of an element are added from the
+        first rank to the last, then multiplied by the scale, then added to the element.
+
+        Args:
+            values: float32 [n], the elements from `first` on, counted from the row that `left`
+                begins with.
+            left: float32 [rows, rank], the rows that the elements lie in.
+            right: float32 [rank, columns].
+            scale: a float32 value.
+        """
+        ...
+
+    def square_sums(self, values: F32) -> F64:
+        """Return the sum of the squares of each row, float64 [rows].
+
+        Element i is added to the sum i modulo ROW of its row; then the second half of the sums is
+        added to the first, until one is left.
+
+        Args:
+            values: float32 [rows, columns].
+        """
+        ...

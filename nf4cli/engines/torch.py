@@ -280,6 +280,29 @@ class TorchEngine:
         if len(nonfinite):
             raise NonFiniteError(int(nonfinite[0]))
 
+    def add_product(self, values: F32, first: int, left: F32, right: F32, scale: float) -> None:
+        torch, (rows, rank), columns = self._torch, left.shape, right.shape[1]
+        narrow, wide = self._to(left), self._to(right)
+        product = torch.zeros(rows, columns, dtype=torch.float32, device=self._device)
+        for k in range(rank):
+            product = product + narrow[:, k : k + 1] * wide[k]
+        product = product * torch.tensor(scale, dtype=torch.float32, device=self._device)
+        part = product.reshape(-1)[first : first + values.size]
+        _store(values, self._to(values) + part)
+
+    def square_sums(self, values: F32) -> F64:
+        torch = self._torch
+        x = self._to(values).double()
+        rows = torch.nn.functional.pad(x, (0, -x.shape[1] % ROW)).reshape(x.shape[0], -1, ROW)
+        lanes = torch.zeros_like(rows[:, 0])
+        for i in range(rows.shape[1]):
+            lanes = lanes + rows[:, i] * rows[:, i]
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        sums: F64 = lanes[:, 0].cpu().numpy()
+        return sums
+
     def _decoded(self, src: U8, codes: Codes, dtype: str) -> Any:
         """Return the values of stored codes as a tensor of `dtype`, [codes]."""
         torch, (rows, columns) = self._torch, codes.block

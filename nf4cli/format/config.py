@@ -26,6 +26,52 @@ SHARD_CUTS = ("auto", "", "source")
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleFormat:
+    """How some modules are packed that a recipe sets apart from the others.
+
+    Attributes:
+        blocksize, double_quant: as in `QuantConfig`.
+        modules: patterns of their paths, as `keep` has them.
+    """
+
+    blocksize: int
+    double_quant: bool
+    modules: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the format as the manifest records it, its patterns sorted."""
+        return {**asdict(self), "modules": sorted(self.modules)}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An adapter that is merged before the weights are quantized.
+
+    Attributes:
+        name: of its directory, or its repository.
+        config, weights: SHA-256 of adapter_config.json and of adapter_model.safetensors.
+        scale: factor of what it adds.
+        repo, commit: where on a Hub it comes from, "" for a directory.
+    """
+
+    name: str
+    config: str
+    weights: str
+    scale: float = 1.0
+    repo: str = ""
+    commit: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry of the manifest, without what is empty."""
+        return {name: value for name, value in asdict(self).items() if value != ""}
+
+    @property
+    def identity(self) -> tuple[str, str, float]:
+        """Return what the bytes of an output depend on."""
+        return self.config, self.weights, self.scale
+
+
+@dataclass(frozen=True, slots=True)
 class QuantConfig:
     """The options that decide the bytes of an output.
 
@@ -57,6 +103,8 @@ class QuantConfig:
             does, if the next one's weights do not fit as a whole, so that few shards are made of
             the same source file; "", where it is full, as in nf4 0.2; "auto" for "source" where
             there are several source files.
+        formats: of modules that differ from `blocksize` and `double_quant`; no module is in two.
+        adapters: those that are merged, in order, in float32.
     """
 
     quant_type: str = "nf4"
@@ -76,18 +124,32 @@ class QuantConfig:
     requantize: bool = False
     expert_layout: str = "auto"
     shard_cuts: str = "auto"
+    formats: tuple[ModuleFormat, ...] = ()
+    adapters: tuple[AdapterRecord, ...] = ()
+
+    @property
+    def packings(self) -> frozenset[tuple[int, bool]]:
+        """Every (blocksize, double_quant) that the recipe asks for."""
+        apart = {(each.blocksize, each.double_quant) for each in self.formats}
+        return frozenset({(self.blocksize, self.double_quant), *apart})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as the manifest records them.
 
         The patterns of `keep` are sorted, since their order has no meaning.  `scale`, `method`,
-        `importance`, `requantize`, `expert_layout` and `shard_cuts` are left out where they are as
-        in versions without these options, so that manifests stay equal to theirs.
+        `importance`, `requantize`, `expert_layout`, `shard_cuts`, `formats` and `adapters` are left
+        out where they are as in versions without these options, so that manifests stay equal to
+        theirs.
         """
-        fields = {**asdict(self), "keep": sorted(self.keep)}
+        fields = {
+            **asdict(self),
+            "keep": sorted(self.keep),
+            "formats": [each.as_dict() for each in self.formats],
+            "adapters": [adapter.as_dict() for adapter in self.adapters],
+        }
         before = {
             "scale": "absmax", "method": "rtn", "importance": "", "requantize": False,
-            "expert_layout": "", "shard_cuts": "",
+            "expert_layout": "", "shard_cuts": "", "formats": [], "adapters": [],
         }  # fmt: skip
         for name, value in before.items():
             if fields[name] == value:

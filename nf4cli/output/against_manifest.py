@@ -13,7 +13,9 @@ from ..checkpoint.packed import PackedWeight
 from ..checkpoint.types import Checkpoint, Shard
 from ..checkpoint.untrusted import home_of, is_regular, leads_out
 from ..errors import InputError
+from ..planning.formats import formats_of
 from ..planning.resources import Resources
+from ..planning.selection import module_path
 from .manifest import FileRecord, Manifest
 from .report import Finding, Report
 
@@ -138,9 +140,10 @@ def _check_additions(checkpoint: Checkpoint, manifest: Manifest, report: Report)
 def _check_recipe(weights: Mapping[str, PackedWeight], manifest: Manifest, report: Report) -> None:
     """Report the first weight that is packed otherwise than the manifest's recipe says."""
     recipe = manifest.config
-    recorded = (recipe.quant_type, recipe.blocksize, recipe.double_quant, recipe.quant_storage)
+    recipe_of = formats_of(recipe)
     for weight in weights.values():
-        state = weight.state
+        state, own = weight.state, recipe_of(module_path(weight.name))
+        recorded = (own.quant_type, own.blocksize, own.double_quant, own.quant_storage)
         storage = bnb_format.storage_of(weight.packed[1])
         actual = (state.quant_type, state.blocksize, state.nested, storage)
         if actual != recorded:

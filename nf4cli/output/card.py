@@ -22,13 +22,14 @@ from typing import Any
 from ..checkpoint.digest import digest_file
 from ..checkpoint.discovery import CARD, IMPORTANCE, MANIFEST
 from ..checkpoint.untrusted import printable
+from ..format.config import QuantConfig
 from ..planning.diffusers_rules import converts
-from ..units import in_decimal_unit
+from ..units import in_decimal_unit, plural
 from .auto_class import auto_class, class_name, needs_remote_code
 from .front_matter import Metadata, format_metadata, read_metadata
 from .manifest import Manifest, TensorError, TensorRecord
 from .markdown import ACTIONS, escape, table
-from .recipe_words import how_chosen, options_of, why_not_by_digests
+from .recipe_words import adapter_options, how_chosen, options_of, why_not_by_digests
 
 VLLM_PLUGIN = "vllm-bnb-plugin"
 """Package that loads bitsandbytes checkpoints in vLLM 0.28 and newer."""
@@ -180,12 +181,22 @@ def _introduction(subject: Subject) -> list[str]:
     return [
         f"{source} in bitsandbytes' 4-bit format ({first.config.quant_type.upper()}, blocks of "
         f"{first.config.blocksize}"
-        f"{', scales in 8 bits' if first.config.double_quant else ''}{how_chosen(first.config)}), "
+        f"{', scales in 8 bits' if first.config.double_quant else ''}{how_chosen(first.config)}"
+        f"{_formats(first.config)}), "
         f"converted by nf4 {escape(first.tool_version)}. {what} take {_size(after)}, from "
         f"{_size(before)}: {bits:.2f} bits a weight. {packed / parameters:.1%} of "
         f"{parameters:,} weights are 4-bit; the others are kept as listed below.",
         "",
     ]
+
+
+def _formats(config: QuantConfig) -> str:
+    """Return what a recipe gives modules of its own, "" where all are packed alike."""
+    return "".join(
+        f"; {plural(len(each.modules), 'module')} in blocks of {each.blocksize} with scales in "
+        f"{'8' if each.double_quant else '32'} bits"
+        for each in config.formats
+    )
 
 
 def _weight_bytes(manifest: Manifest) -> int:
@@ -393,7 +404,9 @@ def _checking(subject: Subject) -> list[str]:
     origin = subject.base or "DIRECTORY"
     what = "" if subject.base else f", a directory with {escape(subject.name)}"
     lines += [f"And that those are the bytes which the source gives{what}, by converting it again:"]
-    lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}")]
+    words = adapter_options(subject.first.config)
+    merged = "".join(f" {shlex.quote(printable(word))}" for word in words)
+    lines += ["", *_fenced("sh", f"nf4 verify {HERE} --source {origin}{merged}")]
     unbounded = why_not_by_digests(subject.first.config, subject.first.digest, True)
     if subject.base and not subject.is_pipeline and not unbounded:
         lines += [_BOUNDED, ""]

@@ -260,7 +260,7 @@ def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView
                 owner=bnb_format.companion_owner(name),
             )  # fmt: skip
         reader = PackedReader(readers, engine)
-        codes = _count_codes(reader, weight)
+        codes = count_codes(reader, weight)
         edges, counts = _absmax_histogram(reader, weight)
     return TensorView(
         name=name,
@@ -279,7 +279,7 @@ def tensor_view(checkpoint: Checkpoint, name: str, engine: Engine) -> TensorView
     )
 
 
-def _count_codes(reader: PackedReader, weight: PackedWeight) -> tuple[int, ...]:
+def count_codes(reader: PackedReader, weight: PackedWeight) -> tuple[int, ...]:
     """Return how often each of the 16 codes occurs in a packed weight."""
     pairs = np.zeros(256, np.int64)
     last = 0

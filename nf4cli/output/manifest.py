@@ -21,7 +21,7 @@ from ..checkpoint.digest import ALGORITHMS, TENSOR_ALGORITHM
 from ..checkpoint.types import FileDigests
 from ..checkpoint.untrusted import RECORD, read_json
 from ..errors import InputError
-from ..format.config import QuantConfig
+from ..format.config import BLOCKSIZES, AdapterRecord, ModuleFormat, QuantConfig
 from ..planning.plan import Plan, TensorPlan
 from ..version import __version__
 
@@ -321,7 +321,8 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
     if document["digests"]["files"] not in ALGORITHMS:
         raise ValueError(f"digest algorithm {document['digests']['files']!r}")
     for name, value in document["recipe"].items():
-        expected = list if name == "keep" else type(getattr(QuantConfig(), name))
+        lists = ("keep", "adapters", "formats")
+        expected = list if name in lists else type(getattr(QuantConfig(), name))
         if type(value) is not expected:
             raise TypeError(f"recipe.{name} is {value!r}")
     if not all(isinstance(pattern, str) for pattern in document["recipe"]["keep"]):
@@ -347,7 +348,25 @@ def _manifest_of(document: Mapping[str, Any]) -> Manifest:
 def _recipe(fields: Mapping[str, Any]) -> QuantConfig:
     """Return the recipe; what a manifest does not name is as in the versions before it."""
     before = {"expert_layout": "", "shard_cuts": ""}
-    return QuantConfig(**{**before, **fields, "keep": tuple(fields["keep"])})
+    lists = {
+        "keep": tuple(fields["keep"]),
+        "formats": tuple(map(_module_format, fields.get("formats", ()))),
+        "adapters": tuple(map(_adapter, fields.get("adapters", ()))),
+    }
+    return QuantConfig(**{**before, **fields, **lists})
+
+
+def _module_format(fields: Mapping[str, Any]) -> ModuleFormat:
+    if type(fields["double_quant"]) is not bool or fields["blocksize"] not in BLOCKSIZES:
+        raise TypeError(f"recipe.formats has {fields['blocksize']!r}, {fields['double_quant']!r}")
+    modules = tuple(map(_string, fields["modules"]))
+    return ModuleFormat(fields["blocksize"], fields["double_quant"], modules)
+
+
+def _adapter(fields: Mapping[str, Any]) -> AdapterRecord:
+    """Return what a manifest says of an adapter."""
+    texts = {name: _string(value) for name, value in fields.items() if name != "scale"}
+    return AdapterRecord(**texts, scale=_number(fields["scale"]))
 
 
 def _file_records(files: list[dict[str, Any]]) -> dict[str, FileRecord]:

@@ -8,7 +8,8 @@ from dataclasses import fields
 from ..checkpoint.discovery import IMPORTANCE
 from ..format.config import QuantConfig
 
-_CHOICE = ("scale", "method", "importance")
+_NO_OPTIONS = ("keep", "expert_layout", "shard_cuts", "adapters", "scale", "method", "importance")
+"""Fields that options are not made of one by one."""
 
 
 def options_of(config: QuantConfig) -> Iterable[str]:
@@ -16,15 +17,28 @@ def options_of(config: QuantConfig) -> Iterable[str]:
     defaults = QuantConfig()
     for field in fields(QuantConfig):
         value, default = getattr(config, field.name), getattr(defaults, field.name)
-        if value == default or field.name in ("keep", "expert_layout", "shard_cuts", *_CHOICE):
+        if value == default or field.name in _NO_OPTIONS:
             continue
-        if field.name == "double_quant":
+        if field.name == "formats":
+            yield from ("--recipe", "RECIPE.toml")
+        elif field.name == "double_quant":
             yield "--no-double-quant"
         elif field.name == "asked":
             yield "--exact"
         else:
             yield from (f"--{field.name.replace('_', '-')}", str(value))
+    yield from adapter_options(config)
+    if any(adapter.scale != 1 for adapter in config.adapters):
+        for adapter in config.adapters:
+            yield from ("--adapter-scale", str(adapter.scale))
     yield from _chosen(config)
+
+
+def adapter_options(config: QuantConfig) -> Iterable[str]:
+    """Yield the options that name the adapters of a recipe: repository and commit, or directory."""
+    for adapter in config.adapters:
+        place = f"{adapter.repo}@{adapter.commit}" if adapter.repo else adapter.name
+        yield from ("--adapter", place)
 
 
 def _chosen(config: QuantConfig) -> Iterable[str]:
@@ -43,6 +57,19 @@ def how_chosen(config: QuantConfig) -> str:
     if config.importance:
         return ", scales chosen by the importance of inputs"
     return ", scales chosen by loss" if config.scale == "search" else ""
+
+
+def packing_words(config: QuantConfig) -> str:
+    """Return how weights are packed: "blocksize 64, nested", and what a recipe sets apart."""
+
+    def words(blocksize: int, nested: bool) -> str:
+        return f"blocksize {blocksize}, {'nested' if nested else 'float32'}"
+
+    apart = [
+        f"{words(each.blocksize, each.double_quant)} for {len(each.modules):,} by the recipe"
+        for each in config.formats
+    ]
+    return "; ".join([words(config.blocksize, config.double_quant), *apart])
 
 
 def why_not_by_digests(config: QuantConfig, digest: str, on_a_hub: bool) -> str | None:

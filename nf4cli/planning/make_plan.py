@@ -7,13 +7,14 @@ are read only by a `Scan`, for --on-nonfinite keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import bnb_format
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.bnb_format import QuantState
 from ..checkpoint.discovery import WEIGHTS_KEY, shard_count, shard_name
 from ..checkpoint.importance_file import ImportanceFile
@@ -26,7 +27,9 @@ from ..format.dtypes import FLOAT64, ITEMSIZE, STORAGE_NAME, TORCH_NAME
 from . import adapters, encodings, kept_with, model_config, selection, tensor_names, ties
 from .answer import Answer
 from .families import consult, names_of
-from .notes import importance_notes, notes_of
+from .formats import formats_of, require_formats
+from .merging import merged
+from .notes import importance_notes, merging_notes, notes_of
 from .options import check_options
 from .plan import Plan, TensorPlan
 from .stacks import as_unsloth_holds, reading_order, require_whole_blocks, taken_apart
@@ -56,6 +59,7 @@ def make_plan(
     oracle: Oracle = consult,
     scan: Scan = no_scan,
     importance: ImportanceFile | None = None,
+    merging: Sequence[Adapter] = (),
 ) -> Plan:
     """Decide the whole conversion of a checkpoint.
 
@@ -63,6 +67,7 @@ def make_plan(
         oracle: asked about the source, see `families.consult`.
         scan: called where config.on_nonfinite is "keep"; reads all that would be quantized.
         importance: of the input columns, by which `--scale search` weights the loss.
+        merging: adapters that are merged first, in order.
 
     Raises:
         UsageError: an option has an impossible value, or a pattern matches nothing.
@@ -82,9 +87,7 @@ def make_plan(
     if config.target == "unsloth" and config.expert_layout:
         content, stacks, layout = as_unsloth_holds(content, checkpoint)
         model = content.as_checkpoint(checkpoint)
-    config = _resolved(config, TORCH_NAME[model_dtype], answer, importance, layout)
-    if config.shard_cuts == "auto":
-        config = replace(config, shard_cuts="source" if len(checkpoint.shards) > 1 else "")
+    config = _resolved(config, checkpoint, model_dtype, answer, importance, layout, merging)
     names = names_of(checkpoint.config, answer)
     tied = ties.absent_tied(checkpoint.config, answer, model.tensors, names)
     is_float32 = ties.float32_test(checkpoint.config, answer, model_dtype, names)
@@ -100,8 +103,11 @@ def make_plan(
             for w in content.weights
             for source in (w, *w.parts)
         }
-        plan = _plan(checkpoint, config, model_dtype, written, choices, skip, importance)
-        return replace(plan, notes=(*plan.notes, *ties.random_head_note(checkpoint.config, tied)))
+        tensors = _plan_weights(written, choices, config, model_dtype)
+        tensors = merged(tensors, merging, selection.Context.of(checkpoint).model_types, tied)
+        plan = _plan(checkpoint, config, tensors, written.left, skip, importance)
+        more = *ties.random_head_note(checkpoint.config, tied), *merging_notes(plan, merging)
+        return replace(plan, notes=(*plan.notes, *more))
 
     plan = decide(())
     nonfinite = scan(plan) if config.on_nonfinite == "keep" else ()
@@ -110,17 +116,21 @@ def make_plan(
 
 def _resolved(
     config: QuantConfig,
-    dtype: str,
+    checkpoint: Checkpoint,
+    model_dtype: str,
     answer: Answer | None,
     importance: ImportanceFile | None,
     layout: str,
+    merging: Sequence[Adapter],
 ) -> QuantConfig:
     """Return the recipe with every "auto" resolved.
 
     Args:
-        dtype: of the model, as torch spells it.
+        model_dtype: safetensors dtype of the model ("BF16").
         layout: of experts, see `QuantConfig.expert_layout`.
     """
+    dtype = TORCH_NAME[model_dtype]
+    cuts = "source" if len(checkpoint.shards) > 1 else ""
     return replace(
         config,
         dtype=dtype,
@@ -128,26 +138,28 @@ def _resolved(
         asked=f"transformers {answer.version}" if answer else "",
         importance=importance.digest if importance else "",
         expert_layout=layout,
+        adapters=tuple(adapter.record for adapter in merging),
+        shard_cuts=cuts if config.shard_cuts == "auto" else config.shard_cuts,
     )
 
 
 def _plan(
     checkpoint: Checkpoint,
     config: QuantConfig,
-    model_dtype: str,
-    content: Contents,
-    choices: dict[str, selection.Choice],
+    tensors: list[TensorPlan],
+    left: Mapping[str, str],
     skip: list[str],
     importance: ImportanceFile | None,
 ) -> Plan:
     """Return the plan that carries out a selection.
 
     Args:
-        choices: by weight name.
+        tensors: of the weights.
+        left: see `Contents`.
         skip: llm_int8_skip_modules of the output.
     """
-    tensors = [_plan_weight(w, choices[w.name], config, model_dtype) for w in content.weights]
-    tensors += [_drop(*checkpoint.tensors[name], why) for name, why in content.left.items()]
+    _refuse_unknown_formats(tensors, config)
+    tensors = tensors + [_drop(*checkpoint.tensors[name], why) for name, why in left.items()]
     require_whole_blocks(tensors, config)
     _refuse_key_clashes(tensors)
     tensors, shards = _place(tensors, checkpoint, config)
@@ -159,7 +171,7 @@ def _plan(
         tensors=tuple(tensors),
         shards=tuple(shards),
         index=index,
-        output_config=_output_config(checkpoint, config, skip),
+        output_config=_output_config(checkpoint, config, tensors, skip),
         notes=(
             *notes_of(checkpoint, config, tensors),
             *(importance_notes(importance, tensors) if importance else ()),
@@ -203,6 +215,17 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
         )
 
 
+def _plan_weights(
+    content: Contents, choices: Mapping[str, selection.Choice], config: QuantConfig, dtype: str
+) -> list[TensorPlan]:
+    """Return the plan of every weight, each packed one in its module's format."""
+    recipe_of = formats_of(config)
+    return [
+        _plan_weight(w, choices[w.name], recipe_of(selection.module_path(w.name)), dtype)
+        for w in content.weights
+    ]
+
+
 def _plan_weight(
     weight: Weight, choice: selection.Choice, config: QuantConfig, model_dtype: str
 ) -> TensorPlan:
@@ -239,6 +262,14 @@ def _plan_weight(
     )
     outputs = bnb_format.expected_tensors(weight.name, state, config.quant_storage)
     return TensorPlan(weight, "quantize", rule.name, rule.reason, view, state, outputs)
+
+
+def _refuse_unknown_formats(tensors: Sequence[TensorPlan], config: QuantConfig) -> None:
+    """Raise UsageError if the recipe gives a format to what does not become 4-bit."""
+    if config.formats:
+        paths = {selection.module_path(t.name): t.state is not None for t in tensors if t.outputs}
+        packed = [path for path, is_packed in paths.items() if is_packed]
+        require_formats(config, packed, paths.keys())
 
 
 def _drop(shard: Shard, tensor: TensorInfo, reason: str) -> TensorPlan:
@@ -328,14 +359,22 @@ def index_of(shards: Sequence[ShardLayout]) -> dict[str, Any] | None:
 
 
 def _output_config(
-    checkpoint: Checkpoint, config: QuantConfig, skip: list[str]
+    checkpoint: Checkpoint, config: QuantConfig, tensors: Sequence[TensorPlan], skip: list[str]
 ) -> dict[str, Any] | None:
+    """Return the new config.json, None where the source has none.
+
+    Loaders read each weight's own state; of several formats, config.json tells one.
+    """
     if not checkpoint.config:
         return None
     output = model_config.without_quantization(checkpoint.config)
     output.pop(WEIGHTS_KEY, None)  # the output's files have the names that a loader looks for
     model_config.set_dtype(output, config.dtype)
     output["quantization_config"] = bnb_format.quantization_config(
-        config.quant_type, config.double_quant, config.quant_storage, config.compute_dtype, skip
+        config.quant_type,
+        any(tensor.state.nested for tensor in tensors if tensor.state),
+        config.quant_storage,
+        config.compute_dtype,
+        skip,
     )
     return output

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..checkpoint import model_files
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import (
     REPOSITORYS,
     is_weight_file,
@@ -20,7 +21,7 @@ from ..errors import InputError
 from ..format.config import QuantConfig
 from ..format.dtypes import FLOAT64, TORCH_NAME
 from . import kept_with, model_config, selection, vllm_rules
-from .plan import TensorPlan, is_renamed
+from .plan import Plan, TensorPlan, is_renamed
 from .quantizers import leftover_note
 from .tensor_names import prefix_note
 
@@ -31,6 +32,29 @@ def _some(names: list[str]) -> str:
     """Return the first five names in words, and how many more there are."""
     more = len(names) - 5
     return ", ".join(names[:5]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def merging_notes(plan: Plan, merging: Iterable[Adapter]) -> list[str]:
+    """Return notes of the adapters that are merged: how many weights, and which base they name."""
+    every, notes, checkpoint = list(merging), [], plan.checkpoint
+    for adapter in every:
+        base = adapter.config.get("base_model_name_or_path")
+        revision = adapter.config.get("revision")
+        origin = checkpoint.origin
+        names = {checkpoint.name, str(checkpoint.root), origin.repo if origin else ""}
+        if isinstance(base, str) and base and not {base, base.rpartition("/")[2]} & names:
+            notes.append(
+                f"{adapter.name} names {base!r} as its base, and {checkpoint.name} is given: names "
+                "and shapes fit, but only the weights that it was trained on make it right"
+            )
+        if isinstance(revision, str) and revision and (not origin or origin.commit != revision):
+            given = f"commit {origin.commit}" if origin else "a base without a commit"
+            notes.append(f"{adapter.name} names revision {revision!r} of its base; this is {given}")
+    if every:
+        count = sum(bool(t.deltas) for t in plan.tensors)
+        called = ", then ".join(adapter.name for adapter in every)
+        notes.append(f"{count:,} weights are merged in float32 with {called}")
+    return notes
 
 
 def importance_notes(importance: ImportanceFile, tensors: list[TensorPlan]) -> list[str]:

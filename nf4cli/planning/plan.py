@@ -17,6 +17,7 @@ from ..checkpoint.types import Checkpoint, Region, View, Weight
 from ..checkpoint.writer import ShardLayout
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, TORCH_NAME
+from .deltas import Delta
 from .weights import ROUTER
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class TensorPlan:
         packed_start: for "decode": the first of the packed elements that it is made of.
         region: the part of an output tensor that it is written to, where several weights become one
             tensor (an expert's matrix, decoded); None where it becomes a tensor of its own.
+        deltas: what adapters do to it, in order; it is then float32 until it is written.
     """
 
     weight: Weight
@@ -56,6 +58,7 @@ class TensorPlan:
     packed: PackedWeight | None = None
     region: Region | None = None
     packed_start: int = 0
+    deltas: tuple[Delta, ...] = ()
 
     @property
     def name(self) -> str:

@@ -16,6 +16,9 @@ DEFAULT_CHUNK = 8 << 20
 """Bytes of source that a worker holds at a time where --memory does not ask for less."""
 _BASE_MEMORY = 70_000_000  # bytes: interpreter, NumPy and the libraries, as measured
 _TENSOR_MEMORY = 18_000  # bytes for everything that is known of one tensor, as measured
+HELD_MATRICES = 4
+"""Matrices of adapters that stay in memory: those of the weight at hand, and of the next ones."""
+_MERGED_ITEM = 6_000_000  # bytes of float32 elements of a thread that merges, as measured
 RECORD_BYTES = 300
 """Bytes of nf4_pipeline.json reckoned for each file that it lists."""
 
@@ -56,8 +59,13 @@ def unit_of(config: QuantConfig) -> int:
     At least a granule; under a search of doubly quantized scales, all blocks that share a
     nested_absmax.
     """
-    together = config.scale == "search" and config.double_quant
-    return max(GRANULE, NESTED_BLOCKSIZE * config.blocksize if together else 0)
+    return max(GRANULE, NESTED_BLOCKSIZE * _together(config))
+
+
+def _together(config: QuantConfig) -> int:
+    """Return the largest blocksize whose nested scales are chosen, 0 for none."""
+    nested = [blocksize for blocksize, nested in config.packings if nested]
+    return max(nested, default=0) if config.scale == "search" else 0
 
 
 def require_chunk(config: QuantConfig, resources: Resources) -> None:
@@ -67,7 +75,7 @@ def require_chunk(config: QuantConfig, resources: Resources) -> None:
     if unit > GRANULE and resources.chunk < need:
         raise UsageError(
             f"--memory leaves buffers of {resources.chunk:,} bytes, and --blocksize "
-            f"{config.blocksize} under chosen scales needs {need:,}: give more memory, or leave "
+            f"{_together(config)} under chosen scales needs {need:,}: give more memory, or leave "
             "--memory out"
         )
 
@@ -79,6 +87,7 @@ def make_resources(
     cpus: int,
     tensors: int = 0,
     unit: int = GRANULE,
+    merged: int = 0,
 ) -> Resources:
     """Return the threads and buffer sizes that keep the process below `memory` bytes.
 
@@ -90,6 +99,7 @@ def make_resources(
         cpus: processors that this process may use.
         tensors: how many the source has: what is known of each is held in memory.
         unit: see `unit_of`.
+        merged: bytes of the largest matrix of an adapter that is merged, in float32; 0 for none.
 
     Raises:
         UsageError: not even one worker with the smallest buffers fits, or workers < 1.
@@ -97,19 +107,21 @@ def make_resources(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} is below 1")
     threads = workers or max(1, min(cpus, 16)) + engine.spare_threads
-    base = _BASE_MEMORY + engine.extra_memory + _TENSOR_MEMORY * tensors
+    base = _BASE_MEMORY + engine.extra_memory + _TENSOR_MEMORY * tensors + HELD_MATRICES * merged
+    # A thread has a copy of its matrix in the engine's order, and one of what it was made from.
+    own = engine.worker_memory + (2 * merged + _MERGED_ITEM if merged else 0)
     if memory is None:
         chunk = DEFAULT_CHUNK
     else:
         room = memory - base
         least = 8 * unit  # bytes: one unit of the widest dtype
-        smallest = 2 * least + engine.worker_memory
+        smallest = 2 * least + own
         if room < smallest:
             raise UsageError(
                 f"--memory {memory:,} bytes is too little: the smallest that works is "
                 f"{size_for_option(base + smallest)}{_cheaper_engine(engine)}"
             )
         threads = min(threads, room // smallest)
-        chunk = min(DEFAULT_CHUNK, (room // threads - engine.worker_memory) // 2)
+        chunk = min(DEFAULT_CHUNK, (room // threads - own) // 2)
         chunk -= chunk % least
-    return Resources(threads, chunk, base + threads * (2 * chunk + engine.worker_memory))
+    return Resources(threads, chunk, base + threads * (2 * chunk + own))

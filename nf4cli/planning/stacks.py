@@ -226,8 +226,8 @@ class _Unit:
     words: str
 
 
-def _unit_of(config: QuantConfig, blocksize: int) -> _Unit:
-    if config.scale == "search" and config.double_quant:
+def _unit_of(config: QuantConfig, blocksize: int, nested: bool) -> _Unit:
+    if config.scale == "search" and nested:
         unit = NESTED_BLOCKSIZE * blocksize
         return _Unit(unit, f"{unit:,}, {NESTED_BLOCKSIZE} blocks of {blocksize}, whose scales are")
     return _Unit(blocksize, f"the blocksize {blocksize}, whose scale is")
@@ -238,12 +238,20 @@ def require_whole_blocks(tensors: Collection[TensorPlan], config: QuantConfig) -
 
     Each of these is read and encoded by itself, wherever it lies.
     """
-    sizes = {t.weight.parts[0].numel: t for t in tensors if t.weight.parts and t.state}
-    unit = _unit_of(config, config.blocksize)
-    for size, tensor in sizes.items():
+    sizes = {
+        (t.weight.parts[0].numel, t.state.blocksize, t.state.nested): t
+        for t in tensors
+        if t.weight.parts and t.state
+    }
+    for (size, blocksize, nested), tensor in sizes.items():
+        unit = _unit_of(config, blocksize, nested)
         if size % unit.size == 0:
             continue
-        fitting = [b for b in BLOCKSIZES if not any(s % _unit_of(config, b).size for s in sizes)]
+        fitting = [
+            b
+            for b in BLOCKSIZES
+            if not any(s % _unit_of(config, b, nested).size for s, *_ in sizes)
+        ]
         smaller = [f"--blocksize {' or '.join(map(str, fitting))}"] if fitting else []
         raise UsageError(
             f"{tensor.weight.parts[0].name} has {size:,} weights, no multiple of {unit.words} "

@@ -102,7 +102,8 @@ def require_loadable(plan: Plan) -> None:
             f"{packed[0].name}: vLLM decodes experts as nf4, whatever they are. Leave the option "
             "out, or convert for another loader: --target unsloth"
         )
-    _refuse_partial_blocks(packed, plan.config.blocksize)
+    _refuse_partial_blocks(packed)
+    _refuse_several_formats(packed)
     _refuse_several_dtypes(packed)
 
 
@@ -137,9 +138,12 @@ def _refuse_kept(kept: list[TensorPlan], dtype: str) -> None:
     )
 
 
-def _refuse_partial_blocks(packed: list[TensorPlan], blocksize: int) -> None:
+def _refuse_partial_blocks(packed: list[TensorPlan]) -> None:
     """Raise if a packed expert ends with a block that is not full."""
-    first = next((tensor for tensor in packed if tensor.numel % blocksize), None)
+    states = ((tensor, tensor.state) for tensor in packed if tensor.state)
+    first, blocksize = next(
+        ((t, state.blocksize) for t, state in states if t.numel % state.blocksize), (None, 0)
+    )
     if first is None:
         return
     what = (
@@ -154,6 +158,20 @@ def _refuse_partial_blocks(packed: list[TensorPlan], blocksize: int) -> None:
             "transformers"
         )
     raise UsageError(f"{what}: take --blocksize {' or '.join(str(size) for size in fitting)}")
+
+
+def _refuse_several_formats(packed: list[TensorPlan]) -> None:
+    """Raise UsageError if a recipe gives the packed experts of a layer several formats."""
+    first_of: dict[str, TensorPlan] = {}
+    for tensor in packed:
+        first = first_of.setdefault(tensor.name.partition(".experts.")[0], tensor)
+        own, others = ((t.state.blocksize, t.state.nested) for t in (tensor, first) if t.state)
+        if own != others:
+            raise UsageError(
+                f"--target vllm: the recipe gives {tensor.name} and {first.name} different "
+                "formats, but vLLM loads all experts of a layer as one: give them the same, or "
+                "convert for another loader: --target transformers"
+            )
 
 
 def _refuse_several_dtypes(packed: list[TensorPlan]) -> None:

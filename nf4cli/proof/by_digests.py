@@ -8,10 +8,11 @@ of every weight file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import CARD, MANIFEST
 from ..checkpoint.types import Checkpoint
 from ..convert.write_model import Execution, write_model
@@ -42,9 +43,16 @@ class StatedFile(NamedTuple):
 
 
 def plan_again(
-    output: Checkpoint, manifest: Manifest, original: Checkpoint, report: Report
+    output: Checkpoint,
+    manifest: Manifest,
+    original: Checkpoint,
+    report: Report,
+    merging: Sequence[Adapter] = (),
 ) -> Plan | None:
     """Return the plan that would make `output` from `original`, by the recipe of its manifest.
+
+    Args:
+        merging: adapters that are merged into `original`, in order.
 
     Returns:
         None where there is no such plan; the report then says why.
@@ -58,8 +66,9 @@ def plan_again(
         return None
     try:
         return make_plan(
-            original, manifest.config, lambda _: recorded_answer(manifest), importance=importance
-        )
+            original, manifest.config, lambda _: recorded_answer(manifest), importance=importance,
+            merging=merging,
+        )  # fmt: skip
     except UsageError as error:
         report.add("source", original.name, f"{original.name} does not fit the recipe: {error}")
         return None

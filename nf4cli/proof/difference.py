@@ -84,6 +84,12 @@ class Difference:
         """Return whether nothing differs."""
         return not self.tensors and not self.config
 
+    @property
+    def largest_first(self) -> list[TensorDifference]:
+        """Return the weights that are not alike: those that cannot be compared, then the others by
+        their difference."""
+        return sorted(self.tensors, key=lambda t: (t.rel_rmse is not None, -(t.rel_rmse or 0)))
+
 
 class _Side:
     """A checkpoint and its weights, packed or not.
@@ -113,9 +119,7 @@ class _Side:
         weight = self.packed.get(name)
         if weight is None:
             return self.stored[name][1].dtype
-        state = weight.state
-        nested = ", nested" if state.nested else ""
-        return f"{state.quant_type}, blocksize {state.blocksize}{nested}, {state.dtype}"
+        return f"{weight.state.words}, {weight.state.dtype}"
 
     def pieces(self, placed: Placed) -> Iterator[bytes]:
         """Yield the bytes of a stored tensor."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import bnb_format
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import MANIFEST, open_checkpoint
 from ..checkpoint.given_codes import written
 from ..checkpoint.packed import PackedWeight, has_chosen_scales
@@ -34,6 +35,7 @@ from ..output.recorded_choices import (
 from ..output.report import Report
 from ..planning import selection, skip_list
 from ..planning.families import names_of
+from ..planning.formats import formats_like
 from ..planning.make_plan import make_plan
 from ..planning.plan import Plan
 from ..version import __version__
@@ -54,6 +56,7 @@ class Proof:
         tools: the engine that quantizes again, its threads and buffers, and who is told of it.
         report: takes the findings.
         cluster: quantizes again; None to do it here.
+        merging: adapters that are merged into the source, in order.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +66,7 @@ class Proof:
     tools: Tools
     report: Report
     cluster: Cluster | None = None
+    merging: tuple[Adapter, ...] = ()
 
 
 def check_source(proof: Proof) -> None:
@@ -132,7 +136,10 @@ def plan_of(proof: Proof) -> Plan | None:
         return None
     scan = scanner(proof.tools.engine, proof.tools.resources)
     try:
-        plan = make_plan(original, config, lambda _: recorded_answer(manifest), scan, importance)
+        plan = make_plan(
+            original, config, lambda _: recorded_answer(manifest), scan, importance,
+            proof.merging,
+        )  # fmt: skip
         # GPTQ's codes follow from the calibration text, which is not here: they are taken from the
         # output, and have to lose what the manifest says.
         return replace(plan, codes=written(fed_back(weights, manifest))) if manifest else plan
@@ -255,6 +262,12 @@ def _is_text(path: Path, pieces: Iterable[str]) -> bool:
 def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> QuantConfig:
     """Return the recipe of a checkpoint without manifest, as far as its files show it."""
     weight = next(iter(weights.values()))
+    (blocksize, nested), formats = formats_like(
+        {
+            selection.module_path(name): (each.state.blocksize, each.state.nested)
+            for name, each in weights.items()
+        }
+    )
     kept = next(
         (
             TORCH_NAME[t.dtype]
@@ -280,8 +293,9 @@ def recipe_of(checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Quant
     ]
     return QuantConfig(
         quant_type=weight.state.quant_type,
-        blocksize=weight.state.blocksize,
-        double_quant=weight.state.nested,
+        blocksize=blocksize,
+        double_quant=nested,
+        formats=formats,
         quant_storage=bnb_format.storage_of(weight.packed[1]) or "uint8",
         compute_dtype=(
             compute if isinstance(compute, str) and compute in SAFETENSORS_NAME else "auto"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..callbacks import Progress, no_progress
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.digest import digest_tensor
 from ..checkpoint.packed import PackedReader, PackedWeight, by_shard
 from ..checkpoint.reader import ShardReaders
@@ -54,6 +55,7 @@ def verify_sample(
     engine: Engine,
     resources: Resources,
     progress: Progress = no_progress,
+    merging: Sequence[Adapter] = (),
 ) -> Report:
     """Check a sample of a 4-bit checkpoint; `Report.sample` says how much that was.
 
@@ -65,6 +67,7 @@ def verify_sample(
             At least one tensor is checked.
         seed: of the random choice.
         engine, resources, progress: see `Tools`.
+        merging: adapters that are merged into `source`, in order.
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
@@ -73,10 +76,9 @@ def verify_sample(
     if not size > 0 or (isinstance(size, float) and size > 1):  # `not >` refuses NaN as well
         raise UsageError("--sample must be more than nothing and at most 100%")
     report = Report()
-    checkpoint = open_or_report(path, report)
+    checkpoint, tools = open_or_report(path, report), Tools(engine, resources, progress)
     if checkpoint is None:
         return report
-    tools = Tools(engine, resources, progress)
     with ShardReaders(checkpoint.shards) as readers:
         weights = check_structure(checkpoint, readers, report)
         check_config(checkpoint, weights, report)
@@ -97,7 +99,8 @@ def verify_sample(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
     else:
-        _check_source(Proof(checkpoint, weights, manifest, source, tools, report), names)
+        made = Proof(checkpoint, weights, manifest, source, tools, report, None, tuple(merging))
+        _check_source(made, names)
     report.unchecked.append(
         f"{1 - report.sample.share:.1%} of the bytes, and the digests of whole files: this was a "
         "sample; without --sample all are checked"

@@ -7,10 +7,12 @@ the source: every byte is the one that the source gives (see from_source.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..callbacks import Progress, no_progress
 from ..checkpoint import bnb_format
+from ..checkpoint.adapter_files import Adapter
 from ..checkpoint.discovery import MANIFEST, index_name, open_checkpoint
 from ..checkpoint.packed import PackedReader, PackedWeight, by_shard, find_weights
 from ..checkpoint.reader import ShardReaders
@@ -37,6 +39,7 @@ def verify(
     progress: Progress = no_progress,
     elsewhere: bool = False,
     cluster: Cluster | None = None,
+    merging: Sequence[Adapter] = (),
 ) -> Report:
     """Check a 4-bit checkpoint, written by nf4 or not.
 
@@ -46,6 +49,7 @@ def verify(
         engine, resources, progress: see `Tools`.
         elsewhere: the caller compares the bytes with the source (see by_digests.py).
         cluster: reads and quantizes; None to do it here.
+        merging: adapters that are merged into the source, in order.
 
     Raises:
         InputError: `path` or `source` is not a checkpoint at all.
@@ -78,13 +82,13 @@ def verify(
         check_manifest(checkpoint, weights, manifest, resources, report, progress)
     if manifest is None:
         _say_what_is_kept(checkpoint, weights, report)
-    if source is None and not elsewhere:
+    if source is not None:
+        tools, merged = Tools(engine, resources, progress), tuple(merging)
+        check_source(Proof(checkpoint, weights, manifest, source, tools, report, cluster, merged))
+    elif not elsewhere:
         report.unchecked.append(
             "that the bytes are what the source gives: run again with --source DIRECTORY"
         )
-    if source is not None:
-        tools = Tools(engine, resources, progress)
-        check_source(Proof(checkpoint, weights, manifest, source, tools, report, cluster))
     report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return report
 

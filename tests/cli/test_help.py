@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 from nf4cli.cli import app
 
 PANELS = {  # in the order in which they are shown
-    "quantize": ["Arguments", "Options", "Format", "What stays in float", "Choosing scales", "Hub",
-                 "Running", "Output"],
+    "quantize": ["Arguments", "Options", "Format", "What stays in float", "Choosing scales",
+                 "Merging", "Hub", "Running", "Output"],
     "verify": ["Arguments", "Options", "Running", "Output"],
     "eval": ["Arguments", "Options", "Running", "Cache", "Limits (exit code 1)", "Output"],
     "dequantize": ["Arguments", "Options", "Output", "Running"],
     "inspect": ["Arguments", "Options"],
+    "plan": ["Arguments", "Options", "Measuring", "What stays in float", "Running", "Output"],
     "attest": ["Arguments", "Options"],
     "push": ["Arguments", "Options"],
 }  # fmt: skip

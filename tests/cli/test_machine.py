@@ -78,7 +78,7 @@ def test_the_page_names_every_schema_and_every_schema_is_used():
     names = {path.name for path in SCHEMAS.iterdir()}
     assert names == {f"{kind}.schema.json" for kind in
                      ("plan", "quantize", "verify", "dequantize", "inspect", "tensor", "attest",
-                      "push", "error", "statement", "eval", "diff")}  # fmt: skip
+                      "push", "error", "statement", "eval", "diff", "recipe")}  # fmt: skip
     missing = [name for name in names if f"schemas/{name}" not in PAGE]
     assert not missing
 

@@ -26,6 +26,7 @@ from helpers import (
     same_files,
     write_checkpoint_dir,
 )
+from tiny_adapters import write_adapter
 
 from nf4cli.cluster import ray_node, ray_tasks
 from nf4cli.cluster.ray_connection import connected
@@ -124,6 +125,22 @@ def test_the_way_back_gives_the_bytes_of_one_machine(cluster, expected, tmp_path
     )  # fmt: skip
     assert code == 0, stderr
     assert same_files(tmp_path / "one", tmp_path / "out")
+
+
+def test_an_adapter_is_merged_on_nodes(cluster, source, tmp_path):
+    adapter = write_adapter(source, tmp_path / "lora")
+    nf4_ok("quantize", source, tmp_path / "one", *OPTIONS, "--adapter", adapter)
+    for words in (
+        ("quantize", source, "out", *OPTIONS, "--adapter", "lora"),
+        ("verify", "out", "--source", source, "--adapter", "lora"),
+        ("dequantize", "out", "wide", "--adapter", "lora", "--max-shard-size", "9MB"),
+    ):
+        code, stderr = end(command(*words, "--ray", cluster.address, cwd=tmp_path))
+        assert code == 0, stderr
+    assert same_files(tmp_path / "one", tmp_path / "out")
+    nf4_ok("dequantize", tmp_path / "one", tmp_path / "here", "--adapter", adapter,
+           "--max-shard-size", "9MB")  # fmt: skip
+    assert same_files(tmp_path / "here", tmp_path / "wide")
 
 
 def test_a_proof_finds_what_one_machine_finds(cluster, source, expected, tmp_path):

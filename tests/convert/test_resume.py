@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -28,10 +29,16 @@ from helpers import (
 from stopped_runs import stop
 
 from nf4cli import engines
+from nf4cli.checkpoint.digest import OrderedDigest, ShardDigest
 from nf4cli.checkpoint.discovery import open_checkpoint
 from nf4cli.convert import journal
+from nf4cli.convert.listener import NOBODY
 from nf4cli.convert.output_place import workspace_of
+from nf4cli.convert.resume import Standing
+from nf4cli.convert.shard_files import ShardFiles
+from nf4cli.errors import InterruptedRunError
 from nf4cli.format.config import QuantConfig
+from nf4cli.output.manifest import Result
 from nf4cli.planning.make_plan import make_plan
 from nf4cli.planning.resources import make_resources
 
@@ -312,3 +319,50 @@ def test_a_second_run_is_refused_until_the_first_is_dead(work):
     process.communicate()
     nf4_ok("quantize", "model", "out", "--resume", cwd=work)
     nf4_ok("verify", "out", "--source", "model", cwd=work)
+
+
+class Unused:
+    """A journal that nothing is written to."""
+
+    def weight(self, *_: object) -> None: ...
+
+
+def test_no_file_is_handed_on_once_a_run_is_aborted(tmp_path):
+    """Threads that wait for their turn in a file's digest are released, and its bytes are lost."""
+    write_checkpoint_dir(tmp_path / "model", llama_tensors(), LLAMA)
+    plan = make_plan(open_checkpoint(tmp_path / "model"), QuantConfig())
+    (tmp_path / "files").mkdir()
+    handed_on: list[str] = []
+    files = ShardFiles(
+        plan, tmp_path / "files", "sha256", Unused(), "", Standing(),
+        lambda name, *_: handed_on.append(name), NOBODY,
+    )  # fmt: skip
+    written = [t for t in plan.tensors if t.outputs]
+    layout = plan.shards[0]
+    order = sorted(written, key=lambda t: layout.tensors[t.name].start)
+    for number, tensor in enumerate(order):
+        if number == len(order) - 1:
+            files.abort()
+        for key in tensor.outputs:
+            files.write(key, 0, np.zeros(layout.tensors[key].nbytes, np.uint8))
+        if number < len(order) - 1:
+            files.finish(tensor, Result(None, None, {}))
+    with pytest.raises(InterruptedRunError):
+        files.finish(order[-1], Result(None, None, {}))
+    files.close()
+    assert handed_on == []
+
+
+def test_an_aborted_digest_never_says_that_it_is_at_the_end():
+    """Whatever a thread that was released does next: its file's digest lacks bytes."""
+    seen = []
+    turns = OrderedDigest(ShardDigest([], "sha256"))
+    abort_file = turns._file.abort
+
+    def abort_and_look() -> None:
+        abort_file()
+        seen.append(turns.update(0, b"abc"))
+
+    turns._file.abort = abort_and_look
+    turns.abort()
+    assert seen == [0]

@@ -14,6 +14,9 @@ import pytest
 import torch
 from helpers import nf4_ok, read_all
 
+import nf4cli
+from nf4cli.format.config import ModuleFormat, QuantConfig
+
 pytestmark = pytest.mark.loaders
 
 transformers = pytest.importorskip("transformers", reason="the loader tests need transformers")
@@ -255,3 +258,28 @@ def test_smollm2_equals_the_real_flow_generates_and_trains(smollm, tmp_path):
     assert gradients
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
     assert any(g.abs().max() > 0 for g in gradients)
+
+
+def test_modules_of_several_formats_load_and_decode(tmp_path):
+    model, auto = tiny("llama")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    formats = (
+        ModuleFormat(32, False, ("q_proj", "0.mlp")),
+        ModuleFormat(128, True, ("k_proj", "1.mlp.down_proj")),
+        ModuleFormat(64, False, ("o_proj",)),
+    )
+    config = QuantConfig(formats=formats, keep=("1.self_attn.v_proj",))
+    nf4cli.quantize(tmp_path / "model", tmp_path / "out", config)
+    nf4_ok("dequantize", tmp_path / "out", tmp_path / "back")
+    back = read_all(tmp_path / "back")
+    loaded = load_clean(auto, tmp_path / "out")
+    found = set()
+    for name, module in linears(loaded).items():
+        state = module.weight.quant_state
+        found.add((state.blocksize, state.nested))
+        decoded = bnb.functional.dequantize_4bit(module.weight.data, state)
+        assert torch.equal(decoded, back[f"{name}.weight"]), name
+    assert found == {(32, False), (128, True), (64, False), (64, True)}
+    ordinary = auto.from_pretrained(tmp_path / "back")
+    difference = (output_of(loaded) - output_of(ordinary)).norm() / output_of(ordinary).norm()
+    assert difference < 0.02

@@ -26,10 +26,24 @@ CASES = {
         "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3",
     )},
     "qwen2_moe, plain scales": ("qwen2_moe", "--target", "unsloth", "--no-double-quant"),
+    "qwen3_moe by a recipe": ("qwen3_moe", "--target", "unsloth", "--recipe", "recipe.toml"),
     "qwen3_moe, a layer kept": ("qwen3_moe", "--target", "unsloth", "--keep", "layers.1.mlp"),
 }  # fmt: skip
 
 
+RECIPE = """recipe = 1
+[default]
+blocksize = 64
+double_quant = true
+[[format]]
+blocksize = 32
+double_quant = true
+modules = ["layers.0.mlp.experts", "q_proj"]
+[[format]]
+blocksize = 64
+double_quant = false
+modules = ["layers.1.mlp.experts", "k_proj"]
+"""
 LATER = ("glm4_moe", "mixtral for vLLM", "qwen2_moe for vLLM", "qwen2_moe, plain scales")
 """Cases for scripts/nightly."""
 
@@ -39,6 +53,7 @@ def found(tmp_path_factory, pytestconfig) -> dict[str, dict[str, Any]]:
     if not PYTHON.is_file():
         pytest.skip(f"no environment with unsloth_zoo at {PYTHON}: scripts/test makes one")
     root, jobs = tmp_path_factory.mktemp("unsloth"), {}
+    (root / "recipe.toml").write_text(RECIPE)
     for case, (name, *options) in CASES.items():
         if case in LATER and not pytestconfig.getoption("--long"):
             continue
@@ -46,7 +61,7 @@ def found(tmp_path_factory, pytestconfig) -> dict[str, dict[str, Any]]:
         out.parent.mkdir(exist_ok=True)
         if not source.joinpath("config.json").exists():
             make(name, source, torch.bfloat16)
-        nf4_ok("quantize", source, out, "-q", *options)
+        nf4_ok("quantize", source, out, "-q", *options, cwd=root)
         nf4_ok("dequantize", out, back, "-q")
         jobs[case] = [str(out), str(back)]
     done = subprocess.run(  # in a directory of its own: unsloth writes compiled code into it

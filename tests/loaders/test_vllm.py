@@ -24,7 +24,7 @@ from helpers import nf4_ok, nightly_but, read_all, same_files, write_checkpoint_
 from safetensors.torch import load_file, save_file
 
 import nf4cli
-from nf4cli.format.config import QuantConfig
+from nf4cli.format.config import ModuleFormat, QuantConfig
 
 pytestmark = pytest.mark.loaders
 
@@ -100,6 +100,23 @@ OUTPUTS = {
     "from float32": Output("llama_f32", (*VLLM, "--dtype", "bfloat16", "--no-double-quant")),
     "kept by the user": Output("llama_two_layers", (*VLLM, *QKV)),
     "kept for a NaN": Output("llama_nan", (*VLLM, "--on-nonfinite", "keep")),
+    "by a recipe": Output(
+        "llama_two_layers",
+        QuantConfig(
+            target="vllm",
+            formats=(
+                ModuleFormat(32, True, ("q_proj", "0.mlp.down_proj")),
+                ModuleFormat(128, False, ("k_proj", "1.mlp.gate_proj")),
+            ),
+        ),
+    ),
+    "experts by a recipe": Output(
+        "qwen3_moe",
+        QuantConfig(
+            target="vllm",
+            formats=(ModuleFormat(32, False, ("experts",)),),
+        ),
+    ),
     # What nf4 refuses to write for vLLM, or has a note about.
     "one part kept": Output("llama_two_layers", QKV[:2]),
     "mixture for transformers": Output("qwen3_moe", ()),
@@ -109,10 +126,27 @@ OUTPUTS = {
     "float32": Output("llama_f32", VLLM),
     "stored as bfloat16": Output("qwen3", ("--quant-storage", "bfloat16")),
 }
-LOADED = [*FAMILIES, "llama_f16", "from float32", "float32", "kept by the user", "kept for a NaN"]
+LOADED = [
+    *FAMILIES,
+    "by a recipe",
+    "experts by a recipe",
+    "llama_f16",
+    "from float32",
+    "float32",
+    "kept by the user",
+    "kept for a NaN",
+]
 DENSE = [name for name in FAMILIES if name not in MIXTURES]
 UNDER_FLOAT32 = ("llama", "qwen3_moe")
-EVERY_COMMIT = ("llama", "qwen3_moe", "from float32", "one part kept", "mixture for transformers")
+EVERY_COMMIT = (
+    "llama",
+    "qwen3_moe",
+    "by a recipe",
+    "experts by a recipe",
+    "from float32",
+    "one part kept",
+    "mixture for transformers",
+)
 """Outputs that vLLM loads on every commit, a second or two each; scripts/nightly has the rest."""
 
 

@@ -29,6 +29,7 @@ class TerminalListener(Listener):
         notes: print notes; None to print them unless `quiet`.
 
     Attributes:
+        quiet, verbose: as given.
         nbytes: bytes of the source that this run converted.
         weights: parameters that this run converted.
         earlier: weight tensors that an earlier run had finished.
@@ -37,7 +38,7 @@ class TerminalListener(Listener):
     def __init__(
         self, quiet: bool = False, verbose: bool = False, notes: bool | None = None
     ) -> None:
-        self._shows, self._verbose = not quiet, verbose
+        self.quiet, self.verbose = quiet, verbose
         self._notes = not quiet if notes is None else notes
         self._lock = threading.Lock()
         self._display: ProgressDisplay | None = None
@@ -46,7 +47,7 @@ class TerminalListener(Listener):
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[Progress]:
         with ProgressDisplay(
-            stage.total, stage.label, self._shows, what=stage.what, weights=stage.weights,
+            stage.total, stage.label, not self.quiet, what=stage.what, weights=stage.weights,
             transfers=stage.transfers, place=stage.place, crowd=stage.crowd,
         ) as self._display:  # fmt: skip
             yield self._display
@@ -60,7 +61,7 @@ class TerminalListener(Listener):
             note(sentence)
 
     def detail(self, sentence: str) -> None:
-        if self._verbose:
+        if self.verbose:
             self._tell(plain(sentence))
 
     def resumed(self, part: str, plans: Iterable[TensorPlan]) -> None:
@@ -73,7 +74,7 @@ class TerminalListener(Listener):
         with self._lock:
             self.nbytes += plan.source_bytes
             self.weights += plan.numel
-        if self._verbose:
+        if self.verbose:
             name = f"{part}/{plan.name}" if part else plan.name
             shape = "x".join(map(str, plan.weight.shape)) or "scalar"
             error = f"{result.error.rel_rmse:.4f}" if result.error else "-"
@@ -83,7 +84,7 @@ class TerminalListener(Listener):
             )
 
     def file(self, part: str, name: str, size: int) -> None:
-        if self._verbose:
+        if self.verbose:
             whole = f"{part}/{name}" if part else name
             self._tell(f"file   {plain(whole)}, {format_size(size)}, is complete")
 

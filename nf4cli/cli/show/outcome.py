@@ -50,6 +50,7 @@ class Outcome:
         published: the commit on the Hub, None where nothing was published.
         leaving: the output is on the Hub alone.
         disk: value of --disk for the command that proves the output, None for none.
+        adapters: those that were merged, as the user named them.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Outcome:
     published: Published | None = None
     leaving: bool = False
     disk: str | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def plans(self) -> list[Plan]:
@@ -118,6 +120,14 @@ def show_plan(job: Job, json: bool) -> None:
         show_outlook(outlook)
 
 
+def page_of(job: Job, done: Quantized) -> bytes:
+    """Return the page of --html."""
+    from ...pictures.pages import of_quantize
+
+    parts = {name: (job.model.parts[name], found) for name, found in done.manifests.items()}
+    return of_quantize(job.destination, parts)
+
+
 def conclude(
     job: Job, done: Quantized, listener: TerminalListener, disk: str | None, json: bool, quiet: bool
 ) -> None:
@@ -143,6 +153,7 @@ def conclude(
             parts=parts,
             config={} if model.is_pipeline else model.parts[""].output_config or {},
             notes=tuple(model.notes),
+            adapters=tuple(map(str, job.request.adapters)),
             copied=model.copies.nbytes if model.is_pipeline else None,
             engine=done.engine,
             by=_workers(job),
@@ -187,6 +198,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
             f"pushed  {plain(outcome.published.url)} ({seen}, commit {commit})", soft_wrap=True
         )
     command = f"nf4 verify {_word(outcome.place)} --source {_word(outcome.source)}"
+    for adapter in outcome.adapters:
+        command += f" --adapter {_word(adapter)}"
     if outcome.disk is not None:
         command += f" --disk {_word(outcome.disk)}"
     console.print(f"next    {plain(command)}", soft_wrap=True)

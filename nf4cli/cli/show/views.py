@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...output.recipe_words import packing_words
 from ...units import format_size, plural
 from .rows import Row, print_names, print_rows
 from .terminal import plain
@@ -155,11 +156,10 @@ def _print_pipeline(console: Console, model: ModelPlan, output: str) -> None:
 
 def _print_checkpoint(console: Console, plan: Plan, output: str) -> None:
     config = plan.config
-    absmax = "nested" if config.double_quant else "float32"
     scales = "absmax" if config.scale == "absmax" else "chosen scales"
     console.print(
         f"[bold]{plain(plan.checkpoint.name)}[/] -> [bold]{plain(output)}[/]: "
-        f"{config.quant_type}, blocksize {config.blocksize}, {absmax} {scales}"
+        f"{config.quant_type}, {packing_words(config)} {scales}"
     )
     print_notes(console, plan.notes)
     console.print()

@@ -23,6 +23,8 @@ from ...checkpoint.importance_file import save
 from ...engines.protocol import Engine
 from ...format.codebook import codebook
 from ...format.config import QuantConfig
+from ...planning.formats import formats_of
+from ...planning.selection import module_path
 from .experts import ExpertWatcher
 from .gptq import DAMPING, feed_back, relative_loss
 from .moments import Moments, Watcher
@@ -117,6 +119,7 @@ class Calibration:
     ) -> None:  # fmt: skip
         self._tokens, self._scratch, self._names = tokens, scratch, frozenset(names)
         self._config, self._engine, self._settings = config, engine, settings
+        self._recipe_of = formats_of(config)
         self._about = dict(about)
         self._notify, self._fixed = notify, fixed
         self.progress: Progress = no_progress
@@ -295,7 +298,8 @@ class Calibration:
         values, midpoints = (
             torch.from_numpy(t).to(weight.device) for t in (book.values, book.midpoints)
         )
-        rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, self._config)
+        recipe = self._recipe_of(module_path(name))
+        rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, recipe)
         scale = torch.from_numpy(rounded.scale).to(weight.device)
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method == "gptq":

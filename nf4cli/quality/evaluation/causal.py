@@ -79,11 +79,16 @@ class Source:
             progress("source", len(tokens))
         self.tokens, self.log_probabilities = tokens, cached
 
-    def compare(self, directory: Path, progress: Progress) -> dict[str, Figure]:
+    def compare(
+        self, directory: Path, progress: Progress
+    ) -> tuple[dict[str, Figure], NDArray[np.float64]]:
         """Return the figures of an output, or of any model with the same vocabulary.
 
         Args:
             progress: told the number of windows done.
+
+        Returns:
+            The figures, and the KL divergence of each position, float64 [windows, length - 1].
 
         Raises:
             UsageError: its vocabulary has another size.
@@ -122,7 +127,7 @@ class Source:
                         columns[name][number, rows] = values.cpu().numpy()
                 progress("output", 1)
         arrays = {name: column.reshape(-1) for name, column in columns.items()}
-        return figures(arrays, blocks_of(count, length), _FIGURES)
+        return figures(arrays, blocks_of(count, length), _FIGURES), columns["kl"]
 
 
 def vocabulary_of(directory: Path) -> int:

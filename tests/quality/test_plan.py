@@ -1,0 +1,183 @@
+"""nf4 plan: budgets kept, estimates checked, units that a loader wants alike, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import text_models
+import torch
+import transformers
+from helpers import LLAMA, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from schemas import document
+
+import nf4cli
+from nf4cli.quality import sensitivity
+from nf4cli.quality.calibration.text import open_tokenizer
+from nf4cli.quality.texts import sequences
+
+TEXT = ("--calibration", "text.txt", "--calibration-tokens", "1024", "--calibration-length", "64")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A Llama `model` and a `text.txt`; never changed by a test."""
+    root = tmp_path_factory.mktemp("plan")
+    text_models.make("llama", root / "model", torch.bfloat16)
+    (root / "text.txt").write_text(text_models.text(1500))
+    return root
+
+
+def planned(place, recipe, *options):
+    done = nf4("plan", "model", recipe, *options, "--json", "-q", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return document(done.stdout, "recipe")
+
+
+def made(place, recipe, output):
+    """Convert by a recipe and prove it; return what nf4 inspect says."""
+    nf4_ok("quantize", "model", output, "--recipe", recipe, "-q", cwd=place)
+    nf4_ok("verify", output, "--source", "model", "-q", cwd=place)
+    return json.loads(nf4_ok("inspect", output, "--json", cwd=place))
+
+
+@pytest.mark.parametrize("bits", [4.6, 5.5, 9.0])
+def test_a_budget_of_bits_is_kept_and_used(place, tmp_path, bits):
+    found = planned(place, tmp_path / "r.toml", "--bits", bits)
+    assert found["method"] == "weights"
+    assert found["bound"] <= found["loss"] * (1 + 1e-9)
+    share = sum(m["bits"] * m["elements"] for m in found["modules"])
+    whole = sum(m["elements"] for m in found["modules"])
+    assert found["bits"] == pytest.approx(share / whole)
+    # One module of this tiny model is up to an eighth of it.
+    assert bits - 0.6 < found["bits"] <= bits
+    made(place, tmp_path / "r.toml", tmp_path / "out")
+
+
+def test_a_budget_of_bytes_is_of_the_files(place, tmp_path):
+    whole = nf4cli.plan(place / "model").shard_bytes
+    found = planned(place, tmp_path / "r.toml", "--max-size", f"{whole + 3000}")
+    assert found["shard_bytes"] <= whole + 3000
+    made(place, tmp_path / "r.toml", tmp_path / "out")
+    files = (tmp_path / "out").glob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) == found["shard_bytes"]
+
+
+def test_a_text_finds_what_rounding_costs(place, tmp_path):
+    found = planned(place, tmp_path / "r.toml", "--bits", "5", *TEXT)
+    assert found["method"] == "text"
+    assert found["check"]["correlation"] > 0.8
+    assert 0.4 < found["check"]["factor"] < 2.5
+    low, high = found["saved"]
+    assert low < 1 - found["loss"] / found["uniform"]["loss"] < high
+    again = planned(place, tmp_path / "again.toml", "--bits", "5", *TEXT)
+    assert (tmp_path / "again.toml").read_text() == (tmp_path / "r.toml").read_text()
+    assert again["loss"] == found["loss"]
+
+
+def test_the_smallest_output_of_a_loss(place, tmp_path):
+    loose = planned(place, tmp_path / "loose.toml", "--bits", "4.7", *TEXT)
+    tight = planned(place, tmp_path / "tight.toml", "--max-kl", loose["loss"] / 2, *TEXT)
+    assert tight["loss"] <= loose["loss"] / 2
+    assert tight["bits"] > loose["bits"]
+
+
+def test_the_estimate_is_the_second_order_of_the_divergence(place):
+    """Against a derivative by automatic differentiation of the KL divergence itself."""
+    tokenizer = open_tokenizer(place / "model")
+    tokens = sequences([text_models.text(1500)], tokenizer, 32, 64)
+    name = "model.layers.0.mlp.down_proj.weight"
+    generator = np.random.default_rng(0)
+
+    def rounding(_, weight):
+        error = generator.standard_normal(weight.shape).astype(np.float32)
+        return weight + np.float32(1e-3) * fixed.setdefault("error", error)
+
+    fixed: dict[str, np.ndarray] = {}
+    found, checked = sensitivity.measure(
+        place / "model", [name], tokens, rounding, "float32", "cpu", lambda *_: None
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    weight, ids = model.get_parameter(name), torch.from_numpy(tokens)
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        weight += 1e-3 * torch.from_numpy(fixed["error"])
+        after = model(ids).logits.log_softmax(-1)
+    exact = float((before.exp() * (before - after)).sum(-1).mean())
+    count = found.samples[name].size
+    # The mean of `count` squares of a normal variable has a relative error of sqrt(2 / count).
+    assert found.kl(name) == pytest.approx(exact, rel=4 * (2 / count) ** 0.5)
+    assert checked.measured[name] == pytest.approx(exact, rel=0.5)
+
+
+def test_vllm_gets_units_that_it_loads_as_one(tmp_path):
+    write_checkpoint_dir(tmp_path / "model", llama_tensors(), LLAMA)
+    nf4_ok("plan", "model", "r.toml", "--bits", "6", "--target", "vllm", "-q", cwd=tmp_path)
+    nf4_ok("quantize", "model", "out", "--recipe", "r.toml", "--target", "vllm", cwd=tmp_path)
+    done = nf4("plan", "model", "j.toml", "--bits", "6", "--target", "vllm", "--json", cwd=tmp_path)
+    units = {tuple(m["modules"]) for m in document(done.stdout, "recipe")["modules"]}
+    parts = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "kqv")
+    assert parts in units
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ((), 2, "say one budget"),
+        (("--bits", "5", "--max-size", "1GB"), 2, "2 are given"),
+        (("--bits", "3"), 2, "the least is --bits 4."),
+        (("--bits", "17"), 2, "enough for all modules in 16 bits"),
+        (("--bits", "nan"), 2, "no positive number"),
+        (("--max-size", "1000"), 2, "the least is --bits 4."),
+        (("--max-kl", "0.1"), 2, "needs --calibration"),
+        (("--max-kl", "1e-30", *TEXT), 2, "enough for all modules in 16 bits"),
+        (("--bits", "5", "--scale", "best"), 2, "not one of absmax, search"),
+        (("--bits", "5", "--calibration", "none.txt"), 3, "none.txt"),
+    ],
+)
+def test_what_cannot_be_is_said(place, tmp_path, options, code, says):
+    done = nf4("plan", "model", tmp_path / "r.toml", *options, cwd=place)
+    assert done.returncode == code, done.stderr
+    assert says in " ".join(done.stderr.split())
+    assert not (tmp_path / "r.toml").exists()
+    assert done.returncode == code
+
+
+def test_a_text_that_is_too_short_is_said_so(place, tmp_path):
+    done = nf4(
+        "plan", "model", tmp_path / "r.toml", "--bits", "4.6", "--calibration", "text.txt",
+        "--calibration-tokens", "16", "--calibration-length", "8", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "too short to tell" in " ".join(done.stderr.split())
+
+
+def test_a_single_window_has_no_interval(place, tmp_path):
+    text = ("--calibration", "text.txt", "--calibration-tokens", "64", "--calibration-length", "64")
+    done = nf4("plan", "model", tmp_path / "r.toml", "--bits", "5", *text, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert document(done.stdout, "recipe")["saved"] is None
+    assert "one window" in " ".join(done.stderr.split())
+
+
+def test_a_check_of_too_few_modules_has_no_correlation():
+    figures = {"a": 0.1, "b": 0.2}
+    assert sensitivity.Checked(figures, figures, 0.3, 0.3).correlation is None
+    alike = dict.fromkeys("abcd", 0.1)
+    assert sensitivity.Checked(alike, alike, 0.0, 0.0).correlation is None
+    assert sensitivity.Checked(alike, alike, 0.0, 0.0).factor == 1.0
+
+
+def test_a_recipe_is_never_overwritten(place, tmp_path):
+    (tmp_path / "r.toml").write_text("mine")
+    done = nf4("plan", "model", tmp_path / "r.toml", "--bits", "5", cwd=place)
+    assert done.returncode == 2
+    assert (tmp_path / "r.toml").read_text() == "mine"
+
+
+def test_what_is_printed(place, tmp_path):
+    done = nf4_ok("plan", "model", tmp_path / "r.toml", "--bits", "5", cwd=place)
+    assert "bits a weight of linear layers" in done
+    assert "less than" in done
+    assert "nf4 quantize model" in " ".join(done.split())
