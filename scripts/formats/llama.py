@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Quantizes a model with llama.cpp's own library, and writes what its linear layers decode to.
 
     llama.py MODEL GGUF TOKENS.npy PLACE
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp_py_sync
 import numpy as np
 import torch
-from cffi import FFI
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 from safetensors.torch import load_file
-
-from sources import copy_with, directory_of, linear_name, linear_weights, unpermuted
+from sources import finish, linear_name, linear_weights, unpermuted
+from transformers import AutoModelForCausalLM
 
 Q4_K, Q6_K = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
 FTYPES = {"q4_k_m": "MOSTLY_Q4_K_M", "iq4_nl": "MOSTLY_IQ4_NL"}
@@ -34,8 +34,6 @@ FTYPES = {"q4_k_m": "MOSTLY_Q4_K_M", "iq4_nl": "MOSTLY_IQ4_NL"}
 
 def importance(model: Path, tokens: Any) -> dict[str, np.ndarray]:
     """Return the mean square of each column of the input of each linear layer: float32 [columns]."""
-    from transformers import AutoModelForCausalLM
-
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sums: dict[str, Any] = {}
     for name in linear_weights(model):
@@ -92,14 +90,12 @@ def quantize(source: Path, output: Path, kind: str, columns: dict[str, np.ndarra
     Raises:
         SystemExit: llama.cpp refuses.
     """
-    sys.path.insert(0, str(directory_of("llama_cpp_py_sync").parent))
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi: FFI = get_ffi()
-    library = get_lib()
+    ffi, library = get_ffi(), get_lib()
     library.llama_backend_init()
-    kept = [(ffi.new("char[]", name.encode()), ffi.from_buffer("float[]", value))
-            for name, value in columns.items()]  # fmt: skip
+    kept = [
+        (ffi.new("char[]", name.encode()), ffi.from_buffer("float[]", value))
+        for name, value in columns.items()
+    ]
     entries = ffi.new("struct llama_model_imatrix_data[]", len(kept) + 1)
     for entry, (name, data) in zip(entries, kept, strict=False):
         entry.name, entry.data, entry.size = name, data, len(data)
@@ -110,7 +106,9 @@ def quantize(source: Path, output: Path, kind: str, columns: dict[str, np.ndarra
         raise SystemExit(f"llama.cpp could not quantize {source} to {kind}")
 
 
-def decoded(path: Path, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], int, dict[str, int]]:
+def decoded(
+    path: Path, config: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], int, dict[str, int]]:
     """Decode the linear layers of a GGUF.
 
     Returns:
@@ -121,7 +119,8 @@ def decoded(path: Path, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], 
         name = linear_name(tensor.name)
         if name is not None:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            weights[name] = unpermuted(values, config, tensor.name)
+            values = np.ascontiguousarray(unpermuted(values, config, tensor.name))
+            weights[name] = torch.from_numpy(values)
             stored += 8 * int(tensor.n_bytes)
             kind = tensor.tensor_type.name
             kinds[kind] = kinds.get(kind, 0) + int(tensor.n_elements)
@@ -134,13 +133,13 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def across(weight: np.ndarray, columns: np.ndarray, kind: Any) -> tuple[np.ndarray, int]:
+def across(weight: np.ndarray, columns: np.ndarray, kind: Any) -> tuple[torch.Tensor, int]:
     """Quantize with blocks of 256 that run across rows, with ggml_quantize_chunk.
 
     Returns:
         the decoded float32 [rows, columns], and the bits stored.
     """
-    library = ctypes.CDLL(str(directory_of("llama_cpp_py_sync") / "libggml-base.so.0"))
+    library = ctypes.CDLL(str(Path(llama_cpp_py_sync.__file__).parent / "libggml-base.so.0"))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     rows, length = weight.shape
     together = next(count for count in (1, 2, 4, 8) if count * length % 256 == 0)
@@ -152,28 +151,12 @@ def across(weight: np.ndarray, columns: np.ndarray, kind: Any) -> tuple[np.ndarr
     numbers = [ctypes.c_int64(number) for number in (0, *values.shape)]
     library.ggml_quantize_chunk(int(kind), *pointers[:2], *numbers, pointers[2])
     found = gguf.dequantize(output.reshape(len(values), -1), kind)
-    return found.reshape(rows, length), 8 * output.size
-
-
-def finish(model: Path, output: Path, weights: dict[str, np.ndarray], stored: int, kinds: Any) -> None:
-    """Write decoded weights into a float32 copy of a model, and bits.json."""
-    tensors = {name: value.float() for name, value in load_file(model / "model.safetensors").items()}
-    linear = linear_weights(model)
-    if set(weights) != set(linear):
-        raise SystemExit(f"decoded {len(weights)} of {len(linear)} linear layers")
-    for name, values in weights.items():
-        error = np.square(values - tensors[name].numpy()).mean() / tensors[name].square().mean()
-        if not 0 < error < 0.03:
-            raise SystemExit(f"{name}: the decoded weights are off by {error:.3f} of their energy")
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(values))
-    copy_with(model, output, tensors)
-    count = sum(value.numel() for value in linear.values())
-    (output / "bits.json").write_text(json.dumps({"bits": stored / count, "types": kinds}))
+    return torch.from_numpy(found.reshape(rows, length)), 8 * output.size
 
 
 def main() -> None:
     """Make the three checkpoints."""
-    model, template, tokens, place = map(Path, sys.argv[1:])
+    model, template, tokens, place = map(Path, sys.argv[1:5])
     config = json.loads((model / "config.json").read_text())
     matrix = importance(model, np.load(tokens))
     names = {t.name: linear_name(t.name) for t in gguf.GGUFReader(template).tensors}
@@ -182,16 +165,15 @@ def main() -> None:
     write_gguf(model, template, source)
     for label, kind in FTYPES.items():
         quantize(source, output, kind, columns)
-        finish(model, place / label, *decoded(output, config))
+        weights, stored, kinds = decoded(output, config)
+        finish(model, place / label, weights, stored, types=kinds)
     weights, stored, kinds = {}, 0, {}
     for name, value in linear_weights(model).items():
-        more = name.endswith(("v_proj.weight", "down_proj.weight")) and more_bits(
-            int(name.split(".")[2]), config["num_hidden_layers"]
-        )
-        kind = Q6_K if more else Q4_K
+        layer, more = int(name.split(".")[2]), name.endswith(("v_proj.weight", "down_proj.weight"))
+        kind = Q6_K if more and more_bits(layer, config["num_hidden_layers"]) else Q4_K
         weights[name], size = across(value.float().numpy(), matrix[name], kind)
         stored, kinds[kind.name] = stored + size, kinds.get(kind.name, 0) + value.numel()
-    finish(model, place / "q4_k_m_across", weights, stored, kinds)
+    finish(model, place / "q4_k_m_across", weights, stored, types=kinds)
 
 
 if __name__ == "__main__":
