@@ -3,8 +3,8 @@
     scripts/compare_formats PLACE [--rows NAME...] [--tokens N]
 
 SmolLM2-135M is decoded from a GGUF, taken off its grid (grid.py), and quantized by nf4, llama.cpp,
-GPTQModel and AutoRound.  `nf4 eval` measures each on the two built-in texts.  PLACE keeps the models
-and the figures: what is there already is not made again.  Prints the table of docs/quality.md.
+GPTQModel and AutoRound.  `nf4 eval` measures each on the two built-in texts.  PLACE keeps models
+and figures: what is there already is not made again.  Prints the table of docs/quality.md.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def quantized(*options: str) -> Callable[[Path, Path], object]:
 
     def make(place: Path, output: Path) -> None:
         names = {"TEXT": str(place / "calibration.txt"), "RECIPES": str(place / "recipes")}
-        words = [
-            names.get(word, word.replace("RECIPES", names["RECIPES"])) for word in options
-        ]
+        words = [names.get(word, word.replace("RECIPES", names["RECIPES"])) for word in options]
         nf4("quantize", place / "source", output, *words, "--quiet")
 
     return make
@@ -149,12 +147,12 @@ def bits_of(output: Path, source: Path) -> float:
             for name in names & set(linear):
                 parts = [f"{name}{part}" for part in (".absmax", ".nested_absmax")]
                 raw = [stored.get_slice(part) for part in (name, *parts) if part in names]
-                size += sum(8 * int(np.prod(one.get_shape())) * _BYTES[one.get_dtype()] for one in raw)
+                size += sum(_BITS[one.get_dtype()] * int(np.prod(one.get_shape())) for one in raw)
                 size += 32 * (parts[1] in names)
     return size / sum(value.numel() for value in linear.values())
 
 
-_BYTES = {"U8": 1, "F32": 4, "BF16": 2}
+_BITS = {"U8": 8, "F32": 32, "BF16": 16}
 
 
 def measured(output: Path, place: Path, tokens: int) -> dict[str, Any]:

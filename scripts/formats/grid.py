@@ -1,8 +1,8 @@
 """Noise that takes decoded weights off the grid of the GGUF that they were decoded from.
 
-Weights decoded from Q4_1 lie on a grid of 16 values for each 32 weights, which a format with blocks of
-32 and minima finds again almost exactly.  Noise as wide as one step of the grid takes that advantage
-away: each weight may then lie anywhere that would have been rounded to the value it had.
+Weights decoded from Q4_1 lie on a grid of 16 values for each 32 weights, which a format with blocks
+of 32 and minima finds again almost exactly.  Noise as wide as one step of the grid takes that
+advantage away: each weight may then lie anywhere that would have been rounded to its value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantizes a model with AutoRound or GPTQModel on given tokens, and writes what its weights decode to.
+"""Quantize a model with AutoRound or GPTQModel on given tokens, and write what that decodes to.
 
     learned.py autoround|gptq MODEL TOKENS.npy OUTPUT [--group N] [--iters N] [--batch N]
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from safetensors.torch import load_file
 from sources import finish
 
@@ -25,7 +24,9 @@ def autoround(model: Path, tokens: Any, place: Path, asked: argparse.Namespace) 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    windows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens]
+    windows = [
+        {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens
+    ]
     rounding = AutoRound(
         loaded, AutoTokenizer.from_pretrained(model), scheme="W4A16", group_size=asked.group,
         dataset=windows, nsamples=len(tokens), seqlen=tokens.shape[1], iters=asked.iters,
@@ -62,7 +63,8 @@ def decoded(place: Path) -> tuple[dict[str, torch.Tensor], int]:
         zeros = unpacked(stored[f"{module}.qzeros"], 1) + 1  # [groups, rows]
         scales, group = stored[f"{module}.scales"].float(), stored[f"{module}.g_idx"].long()
         weights[f"{module}.weight"] = ((codes - zeros[group]) * scales[group]).T
-        size += sum(8 * stored[f"{module}.{part}"].nbytes for part in ("qweight", "qzeros", "scales"))
+        parts = (stored[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        size += sum(8 * part.nbytes for part in parts)
     return weights, size
 
 

@@ -1,9 +1,9 @@
-"""Quantizes a model with llama.cpp's own library, and writes what its linear layers decode to.
+"""Quantize a model with llama.cpp's own library, and write what its linear layers decode to.
 
     llama.py MODEL GGUF TOKENS.npy PLACE
 
 The importance matrix is what llama-imatrix makes: the mean square of each column of a layer's input
-over the text, in the full-precision model.  Written to PLACE/NAME, float32 checkpoints for nf4 eval:
+over the text, in the full-precision model.  PLACE/NAME are float32 checkpoints for nf4 eval:
 
 - q4_k_m, iq4_nl: llama_model_quantize with that type and the matrix.  A row whose length is no
   multiple of 256 cannot be stored in Q4_K or Q6_K: llama.cpp takes Q5_0 or Q8_0 for it;
@@ -20,20 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp_py_sync
 import numpy as np
 import torch
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from sources import finish, linear_name, linear_weights, unpermuted
 from transformers import AutoModelForCausalLM
 
 Q4_K, Q6_K = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
+LIBRARIES = Path(sys.prefix) / "llama" / "package" / "bins" / "linux-x64"
+"""Where scripts/compare_formats unpacks llama.cpp."""
 FTYPES = {"q4_k_m": "MOSTLY_Q4_K_M", "iq4_nl": "MOSTLY_IQ4_NL"}
 
 
 def importance(model: Path, tokens: Any) -> dict[str, np.ndarray]:
-    """Return the mean square of each column of the input of each linear layer: float32 [columns]."""
+    """Return the mean square of each column of each linear layer's input: float32 [columns]."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sums: dict[str, Any] = {}
     for name in linear_weights(model):
@@ -56,7 +58,7 @@ def permuted(values: np.ndarray, config: dict[str, Any], tensor: str) -> np.ndar
 
 
 def write_gguf(model: Path, template: Path, path: Path) -> None:
-    """Write a checkpoint as a GGUF in float32, with the fields and other tensors of another GGUF."""
+    """Write a checkpoint as a GGUF in float32, with another GGUF's fields and other tensors."""
     config = json.loads((model / "config.json").read_text())
     tensors = load_file(model / "model.safetensors")
     reader = gguf.GGUFReader(template)
@@ -80,6 +82,30 @@ def write_gguf(model: Path, template: Path, path: Path) -> None:
     writer.close()
 
 
+class Imatrix(ctypes.Structure):
+    """llama_model_imatrix_data: the importance of a tensor's columns."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t),
+    )  # fmt: skip
+
+
+class Parameters(ctypes.Structure):
+    """llama_model_quantize_params."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32), ("ftype", ctypes.c_int32), ("types", ctypes.c_int32 * 2),
+        ("flags", ctypes.c_bool * 6), ("imatrix", ctypes.POINTER(Imatrix)),
+        ("overrides", ctypes.c_void_p * 3), ("max_buf_size", ctypes.c_size_t),
+    )  # fmt: skip
+
+
+def opened(name: str) -> ctypes.CDLL:
+    """Load a library of llama.cpp, and those that it needs from beside it."""
+    (path,) = LIBRARIES.glob(f"{name}.*")
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
 def quantize(source: Path, output: Path, kind: str, columns: dict[str, np.ndarray]) -> None:
     """Run llama_model_quantize with an importance matrix.
 
@@ -90,19 +116,17 @@ def quantize(source: Path, output: Path, kind: str, columns: dict[str, np.ndarra
     Raises:
         SystemExit: llama.cpp refuses.
     """
-    ffi, library = get_ffi(), get_lib()
-    library.llama_backend_init()
-    kept = [
-        (ffi.new("char[]", name.encode()), ffi.from_buffer("float[]", value))
-        for name, value in columns.items()
-    ]
-    entries = ffi.new("struct llama_model_imatrix_data[]", len(kept) + 1)
-    for entry, (name, data) in zip(entries, kept, strict=False):
-        entry.name, entry.data, entry.size = name, data, len(data)
+    opened("libggml").ggml_backend_load_all_from_path(str(LIBRARIES).encode())
+    library = opened("libllama")
+    library.llama_model_quantize_default_params.restype = Parameters
+    entries = (Imatrix * (len(columns) + 1))()  # the last one, empty, ends the list
+    for entry, (name, value) in zip(entries, columns.items(), strict=False):
+        entry.name, entry.data, entry.size = name.encode(), value.ctypes.data, len(value)
     asked = library.llama_model_quantize_default_params()
     asked.nthread, asked.ftype, asked.imatrix = 1, int(gguf.LlamaFileType[kind]), entries
-    pointer = ffi.new("llama_model_quantize_params *", asked)
-    if library.llama_model_quantize(str(source).encode(), str(output).encode(), pointer):
+    if library.llama_model_quantize(
+        str(source).encode(), str(output).encode(), ctypes.byref(asked)
+    ):
         raise SystemExit(f"llama.cpp could not quantize {source} to {kind}")
 
 
@@ -112,7 +136,7 @@ def decoded(
     """Decode the linear layers of a GGUF.
 
     Returns:
-        weight -> float32 [rows, columns] in transformers' order; bits of all; type -> weights in it.
+        weight -> float32 [rows, columns] in transformers' order; bits of all; type -> weights.
     """
     weights, stored, kinds = {}, 0, {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -128,7 +152,7 @@ def decoded(
 
 
 def more_bits(layer: int, layers: int) -> bool:
-    """Say whether Q4_K_M stores attn_v and ffn_down of a layer in Q6_K (llama.cpp's use_more_bits)."""
+    """Say whether Q4_K_M has Q6_K for a layer's attn_v and ffn_down (its use_more_bits)."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
@@ -139,7 +163,7 @@ def across(weight: np.ndarray, columns: np.ndarray, kind: Any) -> tuple[torch.Te
     Returns:
         the decoded float32 [rows, columns], and the bits stored.
     """
-    library = ctypes.CDLL(str(Path(llama_cpp_py_sync.__file__).parent / "libggml-base.so.0"))
+    library = opened("libggml-base")
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     rows, length = weight.shape
     together = next(count for count in (1, 2, 4, 8) if count * length % 256 == 0)
@@ -158,7 +182,10 @@ def main() -> None:
     """Make the three checkpoints."""
     model, template, tokens, place = map(Path, sys.argv[1:5])
     config = json.loads((model / "config.json").read_text())
-    matrix = importance(model, np.load(tokens))
+    kept = place / "importance.safetensors"
+    if not kept.is_file():
+        save_file(importance(model, np.load(tokens)), kept)
+    matrix = load_numpy(kept)
     names = {t.name: linear_name(t.name) for t in gguf.GGUFReader(template).tensors}
     columns = {tensor: matrix[name] for tensor, name in names.items() if name is not None}
     source, output = place / "source.gguf", place / "quantized.gguf"
