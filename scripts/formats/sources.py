@@ -23,8 +23,9 @@ MODULES = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_MOST_ERROR = 0.03
-"""Of squared weights. 4 bits with a scale for each 128 lose about 0.01."""
+_MOST_ERROR = 0.1
+"""Of squared weights. Rounding loses 0.002 to 0.015, feedback of errors up to 0.03; weights that are
+decoded in a wrong order are off by more than 1."""
 
 
 def gguf_path() -> Path:
