@@ -31,10 +31,8 @@ from nf4cli.quality.calibration.run import Calibrating
 
 HERE = Path(__file__).parent
 OTHERS = HERE.parents[1] / ".venv-formats" / "bin" / "python"
-GROUP = 128
-"""Columns that share a scale in GPTQModel's and AutoRound's usual 4 bits."""
-LENGTH = 256
-"""Tokens of a window of nf4 plan, its default."""
+PLANNED, LENGTH = 8192, 256
+"""Tokens that nf4 plan runs, a quarter of its default, and tokens of its windows, its default."""
 _TABLES = 0.03
 """Bits a weight that a budget counts and this table does not: tables and JSON of each layer."""
 
@@ -59,11 +57,10 @@ def nf4(*words: str | Path) -> str:
 
 
 def quantized(*options: str) -> Callable[[Path, Path], object]:
-    """Return what runs nf4 quantize; "TEXT" is the calibration text, "RECIPES" their directory."""
+    """Return what runs nf4 quantize; PLACE in an option is the directory of all."""
 
     def make(place: Path, output: Path) -> None:
-        names = {"TEXT": str(place / "calibration.txt"), "RECIPES": str(place / "recipes")}
-        words = [names.get(word, word.replace("RECIPES", names["RECIPES"])) for word in options]
+        words = (option.replace("PLACE", str(place)) for option in options)
         nf4("quantize", place / "source", output, *words, "--quiet")
 
     return make
@@ -85,28 +82,40 @@ def learned(method: str, *options: str) -> Callable[[Path, Path], object]:
     return make
 
 
-GPTQ = ("--calibration", "TEXT", "--method", "gptq")
+GPTQ = ("--calibration", "PLACE/calibration.txt", "--method", "gptq")
+
+
+def recipe_rows(name: str) -> dict[str, Row]:
+    """Return the rows of nf4 at the bits of a model of llama.cpp."""
+    recipe = ("--recipe", f"PLACE/recipes/{name}.toml")
+    measured_before = ("--importance", "PLACE/models/nf4_calibrated/nf4_importance.dat")
+    return {
+        f"nf4_calibrated_{name}": Row(
+            "nf4, `--recipe`, `--importance`", quantized(*recipe, *measured_before)
+        ),
+        f"nf4_gptq_{name}": Row("nf4, `--recipe`, `--method gptq`", quantized(*recipe, *GPTQ)),
+    }
+
+
+LLAMA = {
+    "iq4_nl": "llama.cpp, IQ4_NL",
+    "q4_k_m_across": "llama.cpp, Q4_K_M as in wider models",
+    "q4_k_m": "llama.cpp, Q4_K_M",
+}
 ROWS = {
     "nf4_absmax": Row("nf4, `--scale absmax`", quantized()),
     "nf4_search": Row("nf4, `--scale search`", quantized("--scale", "search")),
-    "nf4_calibrated": Row("nf4, `--calibration`", quantized("--calibration", "TEXT")),
+    "nf4_calibrated": Row(
+        "nf4, `--calibration`", quantized("--calibration", "PLACE/calibration.txt")
+    ),
     "nf4_gptq": Row("nf4, `--method gptq`", quantized(*GPTQ)),
-    "gptq": Row("GPTQModel, 4 bits, groups of 128", learned("gptq", "--group", "128")),
-    "autoround": Row("AutoRound, W4A16, groups of 128", learned("autoround")),
-    "iq4_nl": Row("llama.cpp, IQ4_NL", llama),
-    "nf4_as_iq4_nl": Row(
-        "nf4, a recipe and `--method gptq`", quantized("--recipe", "RECIPES/iq4_nl.toml", *GPTQ)
-    ),
-    "q4_k_m_across": Row("llama.cpp, Q4_K_M as in wider models", llama),
-    "nf4_as_q4_k_m_across": Row(
-        "nf4, a recipe and `--method gptq`",
-        quantized("--recipe", "RECIPES/q4_k_m_across.toml", *GPTQ),
-    ),
-    "q4_k_m": Row("llama.cpp, Q4_K_M", llama),
-    "nf4_as_q4_k_m": Row(
-        "nf4, a recipe and `--method gptq`", quantized("--recipe", "RECIPES/q4_k_m.toml", *GPTQ)
-    ),
-}  # fmt: skip
+    "gptq": Row("GPTQModel, groups of 128", learned("gptq")),
+    "autoround": Row("AutoRound W4A16, groups of 128", learned("autoround")),
+} | {
+    row: made
+    for name, title in LLAMA.items()
+    for row, made in ({name: Row(title, llama)} | recipe_rows(name)).items()
+}
 
 
 def prepare(place: Path) -> None:
@@ -124,9 +133,9 @@ def write_recipes(place: Path, models: Path) -> None:
     """Write for each model of llama.cpp the recipe of nf4 plan that takes no more bits."""
     recipes = place / "recipes"
     recipes.mkdir(exist_ok=True)
-    text = Calibrating((place / "calibration.txt",), length=LENGTH)
+    text = Calibrating((place / "calibration.txt",), tokens=PLANNED, length=LENGTH)
     chosen = choosing(Source(place / "source"), QuantConfig(), text, Machine())
-    for name in ("iq4_nl", "q4_k_m_across", "q4_k_m"):
+    for name in LLAMA:
         bits = json.loads((models / name / "bits.json").read_text())["bits"]
         done = chosen.within(Budget(bits + _TABLES))
         (recipes / f"{name}.toml").write_text(text_of(done.recipe, [("bits", done.bits)]))
@@ -177,12 +186,12 @@ def main() -> None:
     place = asked.place.resolve()
     place.mkdir(parents=True, exist_ok=True)
     prepare(place)
-    models = place / "models"
+    models, recipes = place / "models", place / "recipes"
     for name in asked.rows:
         output = models / name
         if not output.exists():
             models.mkdir(exist_ok=True)
-            if name.startswith("nf4_as") and not (place / "recipes").exists():
+            if name.endswith(tuple(LLAMA)) and name not in LLAMA and not recipes.exists():
                 write_recipes(place, models)
             ROWS[name].make(place, output)
         texts = measured(output, place, asked.tokens)["texts"]
