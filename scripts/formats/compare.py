@@ -131,13 +131,13 @@ def prepare(place: Path) -> None:
 
 def write_recipes(place: Path, models: Path) -> None:
     """Write for each model of llama.cpp the recipe of nf4 plan that takes no more bits."""
-    recipes = place / "recipes"
-    recipes.mkdir(exist_ok=True)
     text = Calibrating((place / "calibration.txt",), tokens=PLANNED, length=LENGTH)
     chosen = choosing(Source(place / "source"), QuantConfig(), text, Machine())
+    recipes = place / "recipes"
     for name in LLAMA:
         bits = json.loads((models / name / "bits.json").read_text())["bits"]
         done = chosen.within(Budget(bits + _TABLES))
+        recipes.mkdir(exist_ok=True)
         (recipes / f"{name}.toml").write_text(text_of(done.recipe, [("bits", done.bits)]))
 
 
