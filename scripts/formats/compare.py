@@ -33,6 +33,9 @@ HERE = Path(__file__).parent
 OTHERS = HERE.parents[1] / ".venv-formats" / "bin" / "python"
 PLANNED, LENGTH = 8192, 256
 """Tokens that nf4 plan runs, a quarter of its default, and tokens of its windows, its default."""
+ITERATIONS, WINDOWS = 50, 2
+"""AutoRound's rounds of a block and windows in each: a quarter of an hour on two busy
+cores. Its defaults, 200 and 8, take 16 times as much."""
 _TABLES = 0.03
 """Bits a weight that a budget counts and this table does not: tables and JSON of each layer."""
 
@@ -110,7 +113,10 @@ ROWS = {
     ),
     "nf4_gptq": Row("nf4, `--method gptq`", quantized(*GPTQ)),
     "gptq": Row("GPTQModel, groups of 128", learned("gptq")),
-    "autoround": Row("AutoRound W4A16, groups of 128", learned("autoround")),
+    "autoround": Row(
+        f"AutoRound W4A16, groups of 128, {ITERATIONS} iterations",
+        learned("autoround", "--iters", str(ITERATIONS), "--batch", str(WINDOWS)),
+    ),
 } | {
     row: made
     for name, title in LLAMA.items()
@@ -130,7 +136,7 @@ def prepare(place: Path) -> None:
 
 
 def write_recipes(place: Path, models: Path) -> None:
-    """Write for each model of llama.cpp the recipe of nf4 plan that takes no more bits."""
+    """Write for each model of llama.cpp a recipe of nf4 plan that takes as many bits, to 0.01."""
     text = Calibrating((place / "calibration.txt",), tokens=PLANNED, length=LENGTH)
     chosen = choosing(Source(place / "source"), QuantConfig(), text, Machine())
     recipes = place / "recipes"
