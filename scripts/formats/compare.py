@@ -37,8 +37,8 @@ ITERATIONS, WINDOWS = 50, 2
 """AutoRound's rounds of a block and windows in each: a quarter of an hour on two busy
 cores. Its defaults, 200 and 8, take 16 times as much."""
 _TABLES = 0.03
-"""Bits a weight that a budget may have more: it counts 0.02 of tables and JSON, which the table does
-not."""
+"""Bits a weight that a budget has more: it counts 0.02 of tables and JSON, which the table leaves
+out."""
 
 
 @dataclass(frozen=True)
