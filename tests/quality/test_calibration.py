@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -376,6 +378,32 @@ def test_stopped_and_resumed_it_is_the_same(work):
     assert again.returncode == 0, again.stderr
     assert "calibrating" not in again.stderr
     assert "out is complete already" in again.stderr
+
+
+@pytest.mark.parametrize("option", [(), ("--resume",)])
+def test_a_second_run_is_refused_and_leaves_the_first_alone(work, option):
+    scratch = work / ".out.calibration"
+    scratch.mkdir()
+    (scratch / "kept").write_text("a block")
+    held = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = nf4("quantize", "model", "out", *TEXT, *option, cwd=work)
+    finally:
+        os.close(held)
+    assert done.returncode == 2
+    assert "another run is calibrating for out" in " ".join(done.stderr.split())
+    assert (scratch / "kept").read_text() == "a block"
+    nf4_ok("quantize", "model", "out", *TEXT, cwd=work)
+    assert not scratch.exists()
+
+
+def test_what_lies_in_the_place_of_a_calibration_is_refused(work):
+    (work / ".out.calibration").symlink_to("model")
+    done = nf4("quantize", "model", "out", *TEXT, cwd=work)
+    assert done.returncode == 2
+    assert "is no directory" in " ".join(done.stderr.split())
+    assert (work / "model" / "config.json").exists()
 
 
 def test_interrupted_it_says_so(work):

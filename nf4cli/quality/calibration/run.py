@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,23 +137,79 @@ def calibrated(
         yield Calibrated(importance, None)
         return
     scratch = output.absolute().parent / f".{output.name}.calibration"
-    if scratch.exists() and not resume:
-        shutil.rmtree(scratch)
     names = [s.name for t in plan.tensors if t.state is not None for s in t.weight.sources]
-    with _kept(scratch, listener.note):
-        calibration = _pass(
-            asked, plan.checkpoint, plan.config, names, scratch, engine, device,
-            listener.note, None,
-        )  # fmt: skip
-        _run(calibration, plan.checkpoint.name, listener)
-    file = scratch / "importance.dat"
-    calibration.save(file)
-    if asked.save is not None:
-        with AtomicFile(asked.save, "--save-importance") as copy:
-            copy.write(file.read_bytes())
-    codes = codes_of(calibration.codes_files()) if plan.config.method == "gptq" else None
-    yield Calibrated(load(file), codes)
-    shutil.rmtree(scratch)
+    with _claimed(scratch, output, resume):
+        with _kept(scratch, listener.note):
+            calibration = _pass(
+                asked, plan.checkpoint, plan.config, names, scratch, engine, device,
+                listener.note, None,
+            )  # fmt: skip
+            _run(calibration, plan.checkpoint.name, listener)
+        file = scratch / "importance.dat"
+        calibration.save(file)
+        if asked.save is not None:
+            with AtomicFile(asked.save, "--save-importance") as copy:
+                copy.write(file.read_bytes())
+        codes = codes_of(calibration.codes_files()) if plan.config.method == "gptq" else None
+        yield Calibrated(load(file), codes)
+        shutil.rmtree(scratch)
+
+
+@contextmanager
+def _claimed(scratch: Path, output: Path, resume: bool) -> Iterator[None]:
+    """Hold a calibration's directory for this run alone; without `resume` it is empty at first.
+
+    Raises:
+        UsageError, MachineError: see `_locked`.
+    """
+    fd = _locked(scratch, output)
+    try:
+        if not resume:
+            for old in scratch.iterdir():
+                old.unlink() if old.is_symlink() or old.is_file() else shutil.rmtree(old)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _locked(directory: Path, output: Path) -> int:
+    """Make a directory where there is none, and return it open and locked.
+
+    Raises:
+        UsageError: another run holds the lock, or something else lies there.
+        MachineError: the file system has no locks.
+    """
+    from ...errors import MachineError, UsageError
+
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another run has just ended and removed it
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise UsageError(
+                f"{directory}, where the calibration would lie, is no directory: remove it, or "
+                "choose another output"
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise UsageError(
+                    f"another run is calibrating for {output}: wait for its end, or choose "
+                    "another output"
+                ) from error
+            raise MachineError(
+                f"{directory} cannot be locked ({error.strerror}): choose an output on another "
+                "file system"
+            ) from error
+        if directory.exists() and os.path.samestat(directory.stat(), os.fstat(fd)):
+            return fd
+        os.close(fd)  # likewise
 
 
 @contextmanager
