@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run_inside
+from helpers import LLAMA, llama_tensors, write_checkpoint_dir
 
 from nf4cli import engines
 from nf4cli.api.evaluating import Evaluated, Measured
@@ -96,6 +97,12 @@ def test_names_are_split_by_layer_and_kind():
 def test_a_page_is_quiet_and_fits(browser, tmp_path, names, width, scheme):
     file = tmp_path / "page.html"
     file.write_bytes(page_of(names, called=f"{HOSTILE}{'x' * 500}"))
+    require_quiet_and_fitting(browser, file, width, scheme)
+    assert "\u202e" not in file.read_text()
+
+
+def require_quiet_and_fitting(browser, file: Path, width: int, scheme: str) -> None:
+    """Open a page: no message, no request, no script, and no scrolling to the side."""
     context = browser.new_context(
         viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=False
     )
@@ -113,7 +120,6 @@ def test_a_page_is_quiet_and_fits(browser, tmp_path, names, width, scheme):
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     assert page.evaluate("document.querySelectorAll('script, img, link, iframe').length") == 0
-    assert "\u202e" not in file.read_text()
     context.close()
 
 
@@ -138,10 +144,15 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_is_accessible(browser, tmp_path, scheme):
-    from axe_playwright_python.sync_playwright import Axe
-
     file = tmp_path / "page.html"
     file.write_bytes(page_of(dense(30)))
+    require_accessible(browser, file, scheme)
+
+
+def require_accessible(browser, file: Path, scheme: str) -> None:
+    """Open a page: enough contrast, and nothing that axe finds wrong."""
+    from axe_playwright_python.sync_playwright import Axe
+
     context = browser.new_context(color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
     page.goto(file.as_uri())
@@ -168,6 +179,42 @@ def test_a_page_is_used_with_the_keyboard(browser, tmp_path):
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.parentElement.open")
     page.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """A page of every command that writes one."""
+    place = tmp_path_factory.mktemp("pages")
+    model, other = place / "model", place / "other"
+    for root, seed in ((model, 0), (other, 1)):
+        write_checkpoint_dir(root, llama_tensors(seed=seed), LLAMA)
+    out, recipe = place / "out", place / "recipe.toml"
+    for words in (
+        ("plan", model, recipe, "--bits", "6", "-q"),
+        ("quantize", model, out, "--recipe", recipe, "-q", "--html", place / "quantize.html"),
+        ("inspect", out, "--html", place / "inspect.html"),
+        ("diff", out, other, "--html", place / "diff.html"),
+    ):
+        done = run_inside(*words)
+        assert done.returncode == (words[0] == "diff"), done.stderr
+    (place / "eval.html").write_bytes(page_of_eval(np.random.default_rng(0).random((4, 255))))
+    return {file.stem: file for file in place.glob("*.html")}
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "diff", "eval"])
+def test_the_page_of_every_command_is_quiet_fits_and_is_accessible(browser, pages, command):
+    for width, scheme in ((360, "light"), (1400, "dark")):
+        require_quiet_and_fitting(browser, pages[command], width, scheme)
+        require_accessible(browser, pages[command], scheme)
+
+
+def page_of_eval(kl: np.ndarray, text: str = "a text") -> bytes:
+    """The page of nf4 eval for a text with these divergences, float64 [windows, positions]."""
+    figure = Figure(0.1, 0.05, 0.2)
+    named = tuple(replace(token, before=text, token="</td>") for token in worst(kl)[:1])
+    measured = Measured(kl.size, {"kl_mean": figure}, by_position(kl), named)
+    done = Evaluated(Path("o"), Path("s"), text, "causal", {text: measured}, ())
+    return of_eval(done, [("KL", "kl_mean", "{:.3f}")])
 
 
 def test_commands_write_pages(llama, tmp_path):
@@ -239,12 +286,7 @@ def test_the_worst_tokens_of_hostile_text_are_only_text():
     kl[1, 4] = 3.0
     (first, *_) = worst(kl)
     assert (first.window, first.position, first.kl) == (1, 5, 3.0)
-    figure = Figure(0.1, 0.05, 0.2)
-    measured = Measured(
-        62, {"kl_mean": figure}, by_position(kl), (replace(first, before=HOSTILE, token="</td>"),)
-    )
-    done = Evaluated(Path("o"), Path("s"), HOSTILE, "causal", {HOSTILE: measured}, ())
-    page = of_eval(done, [("KL", "kl_mean", "{:.3f}")]).decode()
+    page = page_of_eval(kl, HOSTILE).decode()
     assert "<script" not in page
     assert "<img" not in page
     assert "\u202e" not in page
