@@ -246,8 +246,7 @@ def _watched(
             is then moved by the error's product. The backward pass makes the error again, so
             that no second model is held.
     """
-    from torch.utils.checkpoint import checkpoint
-
+    torch, _ = libraries()
     slopes: dict[str, list[float]] = {name: [] for name in modules}
 
     def watch(name: str) -> Any:
@@ -261,7 +260,7 @@ def _watched(
                 slopes[name].extend(products.tolist())
 
             if at:
-                moved = checkpoint(product, args[0], use_reentrant=False)
+                moved = torch.utils.checkpoint.checkpoint(product, args[0], use_reentrant=False)
                 output = output + moved.to(output.dtype)
             else:
                 moved = product(args[0].detach())

@@ -117,7 +117,8 @@ def test_a_run_that_is_stopped_fetches_only_what_is_missing(nf4_hub, hub, conver
     process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
     there = sum(p.stat().st_size for p in _files(partial))
-    assert there > 500_000
+    # A part that was seen may have become whole, and been converted, before the signal came.
+    assert there > 65_536, "more than a header is kept"
     done = [r for r in hub.requests(weights) if r.status == 200 and r.sent]
     hub.rate = None
     time.sleep(0.3)  # what the server still sends to nobody
