@@ -201,7 +201,7 @@ def compare(engine: CudaEngine, largest: int) -> tuple[dict[str, int], list[str]
 
 
 def against_bitsandbytes(n: int) -> str:
-    """How many of bitsandbytes' own CUDA codes differ from ours, in a sentence."""
+    """Say how many of bitsandbytes' own CUDA codes differ from ours, in a sentence."""
     try:
         import torch
         from bitsandbytes import functional
@@ -285,7 +285,7 @@ class Bench:
         self._stream.copy(self.at["src"], self.at["src"] + half, half)
 
     def seconds(self, work: Callable[[], None]) -> float:
-        """Of one `work`; the GPU has a copy to do while the host asks for several."""
+        """Time one `work`; the GPU has a copy to do while the host asks for several."""
 
         def several() -> None:
             for _ in range(self._repeats):

@@ -298,7 +298,7 @@ class Choosing:
 
     @cached_property
     def _measured(self) -> tuple[Sensitivity, Checked] | None:
-        """What a text says of each weight, None without one."""
+        """Return what a text says of each weight, None without one."""
         calibrating = self._subject.calibrating
         if calibrating is None:
             return None

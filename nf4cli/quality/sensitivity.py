@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,12 @@ def _rounded(name: str, module: Any, rounding: Rounding) -> Any:
     return torch.from_numpy(decoded).to(weight.device)
 
 
+def _error_product(name: str, module: Any, rounding: Rounding, inputs: Any) -> Any:
+    """Return what a layer's rounding error makes of its inputs, float32 [..., out]."""
+    error = _rounded(name, module, rounding) - _matrix(module).float()
+    return inputs.float() @ error.T
+
+
 def _sample(
     model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
     progress: Progress,
@@ -251,9 +258,7 @@ def _watched(
 
     def watch(name: str) -> Any:
         def forward(module: Any, args: Any, output: Any) -> Any:
-            def product(inputs: Any) -> Any:
-                error = _rounded(name, module, rounding) - _matrix(module).float()
-                return inputs.float() @ error.T
+            product = partial(_error_product, name, module, rounding)
 
             def backward(gradient: Any) -> None:
                 products = (gradient.float() * moved.detach()).flatten(1).sum(1)
@@ -298,8 +303,7 @@ def _moved(name: str, module: Any, rounding: Rounding) -> Iterator[None]:
     """Have a layer give for a while what it would with its rounded weight."""
 
     def forward(module: Any, args: Any, output: Any) -> Any:
-        error = _rounded(name, module, rounding) - _matrix(module).float()
-        return output + (args[0].float() @ error.T).to(output.dtype)
+        return output + _error_product(name, module, rounding, args[0]).to(output.dtype)
 
     handle = module.register_forward_hook(forward)
     try:

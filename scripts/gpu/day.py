@@ -67,7 +67,7 @@ class Day:
         return self.out / "gpu_day.json"
 
     def found(self) -> dict[str, Any]:
-        """What is known so far, of earlier calls as well."""
+        """Return what is known so far, of earlier calls as well."""
         try:
             known: dict[str, Any] = json.loads(self.file.read_text())
         except (OSError, ValueError):
@@ -153,7 +153,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def machine(day: Day) -> dict[str, Any]:
-    """What the machine is, and what it has installed."""
+    """Return what the machine is, and what it has installed."""
     found: dict[str, Any] = {"cores": os.cpu_count(), "python": sys.version.split()[0]}
     found["memory"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/cpuinfo").read_text().splitlines():
