@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu_elements.h"
+#include "cpu_feedback.h"
 #include "cpu_nested.h"
 #include "cpu_product.h"
 #include "cpu_scales.h"
@@ -528,4 +529,12 @@ NF4_EXPORT(void nf4_add_product)
 NF4_EXPORT(void nf4_square_sums)(const float* values, i64 rows, i64 columns, double* sums) {
   const DefaultFloatEnvironment environment;
   for (i64 row = 0; row < rows; row++) sums[row] = square_sum(values + row * columns, columns);
+}
+
+// Round rows of `width` columns with error feedback: see round_columns of cpu_feedback.h.
+NF4_EXPORT(void nf4_round_columns)
+(float* values, const float* scale, i64 stride, i64 rows, i64 width, const float* factor,
+ const float* shares, const nf4_codebook* book, uint8_t* ranks, float* errors) {
+  const DefaultFloatEnvironment environment;
+  round_columns(values, scale, stride, rows, width, factor, shares, *book, ranks, errors);
 }

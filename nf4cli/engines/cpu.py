@@ -38,6 +38,8 @@ ISAS = ("avx512", "avx2", "neon", "generic")
 """The instruction sets that the library may hold, fastest first."""
 
 _PANEL = 16  # columns of the right matrix that cuda/cpu_product.h takes together
+FEEDBACK_ROWS = 128
+"""Most rows of a matrix that make up for each other's errors: kTile of cuda/cpu_feedback.h."""
 _DECODED_GRANULES = 4  # granules of codes that are decoded at a time: 1 MB of float32
 
 
@@ -226,6 +228,10 @@ class CpuEngine:
             "add_product", None, pointer, i64, i64, i64, pointer, i64, pointer, f32
         )
         self._square_sums = function("square_sums", None, pointer, i64, i64, pointer)
+        self._round_columns = function(
+            "round_columns", None, pointer, pointer, i64, i64, i64, pointer, pointer, book, pointer,
+            pointer,
+        )  # fmt: skip
 
     def buffer(self, nbytes: int) -> U8:
         return np.empty(nbytes, np.uint8)
@@ -408,6 +414,42 @@ class CpuEngine:
         sums = np.empty(rows, np.float64)
         self._square_sums(_address(values), rows, columns, _address(sums))
         return sums
+
+    def round_columns(
+        self, values: F32, scale: F32, factor: F32, shares: F32 | None, quant_type: str, ranks: U8,
+        errors: F32, rows: range,
+    ) -> None:  # fmt: skip
+        """Round the columns of a matrix one after another, with error feedback.
+
+        Each column is one row of the arrays, which hold the matrix transposed.
+
+        Args:
+            values: float32 [columns, rows]; each column takes over its part of the errors of those
+                before it.
+            scale: float32 [columns, rows], what each element's value is multiplied by.
+            factor: float32 [columns, columns], upper triangular: column i hands on
+                factor[i, j] / factor[i, i] of its error to column j.
+            shares: float32, one matrix for each FEEDBACK_ROWS rows of `rows`, one after another:
+                what each row hands on to those below it. None: rows are rounded by themselves.
+            ranks: output, uint8 [columns, rows]: places of the values in the ascending table.
+            errors: output, float32 [columns, rows]: the errors over factor[i, i].
+            rows: the rows to round, a step of 1; several threads may have their own.
+        """
+        columns, count = values.shape
+        for array in (scale, ranks, errors):
+            _expect(array.size, values.size, "elements")
+        _expect(factor.size, columns * columns, "elements of the factor")
+        if not 0 <= rows.start <= rows.stop <= count:
+            raise ValueError(f"rows {rows.start} to {rows.stop} of {count}")
+        if shares is not None:
+            whole, rest = divmod(len(rows), FEEDBACK_ROWS)
+            _expect(shares.size, whole * FEEDBACK_ROWS**2 + rest**2, "elements of the shares")
+        skip = rows.start * 4
+        self._round_columns(
+            _address(values) + skip, _address(scale) + skip, count, len(rows), columns,
+            _address(factor), None if shares is None else _address(shares),
+            _c_codebook(quant_type), _address(ranks) + rows.start, _address(errors) + skip,
+        )  # fmt: skip
 
 
 def _expect(size: int, expected: int, what: str) -> None:

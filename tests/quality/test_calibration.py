@@ -199,7 +199,7 @@ def problem(rows=24, columns=160, seed=0, samples=400):
 
 def choose(weight, hessian, scale, notes=None, damping=DAMPING):
     note = notes.append if notes is not None else (lambda said: None)
-    return feed_back(weight, hessian, scale, VALUES, MIDPOINTS, damping, note).long()
+    return feed_back(weight, hessian, scale, "nf4", damping, note).long()
 
 
 def test_error_feedback_is_the_plain_algorithm():

@@ -1,14 +1,24 @@
 """Choose 4-bit codes by error feedback (GPTQ, Frantar et al., 2022), under scales that are fixed.
 
 The columns of a matrix are rounded one after another. The columns still to come make up for the
-error of each, as far as the inputs' second moments allow.
+error of each, as far as the inputs' second moments allow. Where the second moments of the outputs'
+gradients are known as well, so do the rows below it in the same column: the loss is then that of a
+Kronecker product of both, as in YAQA (Tseng et al., 2025).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...callbacks import Notify, no_notice
+from ...engines.cpu import FEEDBACK_ROWS, CpuEngine
+
+if TYPE_CHECKING:
+    from ...engines.protocol import F32, U8
 
 DAMPING = 0.05
 """Default of what is added to the diagonal of the second moments, in units of its mean."""
@@ -20,10 +30,10 @@ def feed_back(
     weight: Any,
     hessian: Any,
     scale: Any,
-    values: Any,
-    midpoints: Any,
+    quant_type: str,
     damping: float = DAMPING,
     notify: Notify = no_notice,
+    outputs: Sequence[Any] | None = None,
 ) -> Any:
     """Choose the codes of a matrix, the columns with the largest inputs first.
 
@@ -32,35 +42,88 @@ def feed_back(
         hessian: float32 tensor [columns, columns], the inputs' second moments. Columns whose
             diagonal is 0 had no input and are rounded to the nearest value.
         scale: float32 tensor [rows, columns], what each element's value is multiplied by: any sign.
-        values, midpoints: float32 tensors [16] and [15], the table in ascending order.
+        quant_type: of the table.
         damping: added to the diagonal, in units of its mean.
         notify: told where the damping did not suffice.
+        outputs: for each FEEDBACK_ROWS rows their gradients' second moments, float32 tensors
+            [rows, rows]; None to round rows by themselves.
 
     Returns:
-        uint8 tensor [rows, columns]: the rank of each element's value in the table.
+        uint8 tensor [rows, columns], on the weight's device: the rank of each element's value in
+        the ascending table.
     """
     import torch
 
     inverse, order = _inverse(hessian, damping, notify)
-    work, units = weight[:, order].clone(), scale[:, order]
-    divisors = torch.where(units == 0, torch.ones_like(units), units)
-    ranks = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    columns = work.shape[1]
-    for start in range(0, columns, _LAZY):
-        stop = min(start + _LAZY, columns)
-        part = work[:, start:stop]
-        errors = torch.zeros_like(part)
-        for i in range(stop - start):
-            at = start + i
-            rank = torch.bucketize(part[:, i] / divisors[:, at], midpoints)
-            ranks[:, at] = rank.to(torch.uint8)
-            error = (part[:, i] - values[rank] * units[:, at]) / inverse[at, at]
-            part[:, i + 1 :] -= error.unsqueeze(1) * inverse[at, at + 1 : stop].unsqueeze(0)
-            errors[:, i] = error
-        work[:, stop:] -= errors @ inverse[start:stop, stop:]
-    out = torch.empty_like(ranks)
-    out[:, order] = ranks
-    return out
+    rows, shares = _row_feedback(outputs, damping, len(weight))
+    rows = rows.to(weight.device)
+    work = weight[rows][:, order].T.contiguous()
+    units = scale[rows][:, order].T.contiguous()
+    ranks = np.empty(work.shape, np.uint8)
+    for start in range(0, len(work), _LAZY):
+        stop = min(start + _LAZY, len(work))
+        factor = inverse[start:stop, start:stop].contiguous().cpu().numpy()
+        errors = _round_columns(
+            work[start:stop].cpu().numpy(), units[start:stop].cpu().numpy(), factor, shares,
+            quant_type, ranks[start:stop],
+        )  # fmt: skip
+        work[stop:] -= inverse[start:stop, stop:].T @ torch.from_numpy(errors).to(work.device)
+    chosen = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    chosen[rows[:, None], order] = torch.from_numpy(ranks).to(weight.device).T
+    return chosen
+
+
+def _round_columns(
+    values: F32, scale: F32, factor: F32, shares: Sequence[F32] | None, quant_type: str, ranks: U8
+) -> F32:
+    """Round some columns, in as many threads as torch computes in.
+
+    Args:
+        values: float32 [columns, rows], a matrix transposed.
+        shares: see `_row_feedback`.
+        ranks: output, uint8 [columns, rows].
+
+    Returns:
+        float32 [columns, rows]: the errors, over their places on the diagonal of `factor`.
+    """
+    import torch
+
+    engine, errors, rows = CpuEngine(), np.empty_like(values), values.shape[1]
+    tiles = -(-rows // FEEDBACK_ROWS)
+    threads = min(tiles, torch.get_num_threads())
+
+    def part(first: int, last: int) -> None:
+        own = None if shares is None else np.concatenate([s.reshape(-1) for s in shares[first:last]])
+        engine.round_columns(
+            values, scale, factor, own, quant_type, ranks, errors,
+            range(first * FEEDBACK_ROWS, min(rows, last * FEEDBACK_ROWS)),
+        )  # fmt: skip
+
+    edges = [tiles * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, edges[:-1], edges[1:]))
+    return errors
+
+
+def _row_feedback(
+    outputs: Sequence[Any] | None, damping: float, count: int
+) -> tuple[Any, list[F32] | None]:
+    """Return the order of the rows, and what each hands on of its error to those after it.
+
+    Returns:
+        int64 tensor [rows], those of a tile together, the largest gradients first; for each tile
+        float32 [rows, rows], or None without `outputs`.
+    """
+    import torch
+
+    if outputs is None:
+        return torch.arange(count), None
+    orders, shares = [], []
+    for number, moments in enumerate(outputs):
+        upper, order = _inverse(moments, damping, no_notice)
+        orders.append(order.cpu() + number * FEEDBACK_ROWS)
+        shares.append((upper / upper.diagonal()[:, None]).contiguous().cpu().numpy())
+    return torch.cat(orders), shares
 
 
 def _inverse(hessian: Any, asked_damping: float, notify: Notify) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
 """Calibrate a model: run text through it block by block, and keep the results after every block.
 
-Each block runs twice. The first run measures the inputs of its linear layers, by which its weights
-are rounded. The second run uses the rounded weights, so that the next block is measured with the
-inputs that it will have in the output.
+All windows go through a block side by side, and stand before each linear layer. Its inputs are
+measured, its weights are rounded, and the windows go on through the rounded layer. So every layer
+is measured with the inputs that it will have in the output.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ from ...planning.formats import formats_of
 from ...planning.selection import module_path
 from .experts import ExpertWatcher
 from .gptq import DAMPING, feed_back, relative_loss
-from .moments import Moments, Watcher
+from .moments import Moments
 from .rounding import pack, round_matrix
+from .side_by_side import Run, Stops
 from .walk import Walk
 
 if TYPE_CHECKING:
@@ -84,6 +86,19 @@ Fixed = Callable[[str], "F32 | None"]
 
 float32 [rows, columns]. Such a weight is measured, and no codes are chosen for it.
 """
+
+
+@dataclass(eq=False)
+class _Block:
+    """The results of one block, by weight; see `Calibration`.
+
+    Attributes:
+        packed: the codes, uint8 [(elements + 1) // 2], where they were chosen by feedback.
+    """
+
+    importance: dict[str, F32] = field(default_factory=dict)
+    packed: dict[str, U8] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Calibration:
@@ -212,36 +227,27 @@ class Calibration:
         self._notify(f"continuing an earlier calibration: {state['done']:,} blocks are done")
         return int(state["done"])
 
-    def _keep(
-        self,
-        number: int,
-        importance: dict[str, F32],
-        packed: dict[str, U8],
-        losses: dict[str, float],
-    ) -> None:
+    def _keep(self, number: int, done: _Block) -> None:
         """Store the results of a block, then count it as done."""
         from safetensors.numpy import save_file
 
-        tensors: dict[str, Any] = {f"importance:{name}": v for name, v in importance.items()}
-        tensors |= {f"{PACKED}{name}": codes for name, codes in packed.items()}
-        save_file(tensors, self._file(number), {"losses": json.dumps(losses)})
+        tensors: dict[str, Any] = {f"importance:{name}": v for name, v in done.importance.items()}
+        tensors |= {f"{PACKED}{name}": codes for name, codes in done.packed.items()}
+        save_file(tensors, self._file(number), {"losses": json.dumps(done.losses)})
         sync(self._file(number))
         state = self._scratch / "state.json"
         fresh = state.with_suffix(".new")
         fresh.write_text(json.dumps({"key": self._key, "done": number + 1}))
         fresh.replace(state)
-        self.importance |= importance
-        self.losses |= losses
+        self.importance |= done.importance
+        self.losses |= done.losses
 
     # -- one block ----------------------------------------------------------------------------
 
     def _block(self, number: int) -> None:
-        """Measure a block, round its weights, and store its outputs with them."""
+        """Measure and round a block's layers one after another, and store the block's outputs."""
         hidden = self._hidden(number)
         after = self._hidden(number + 1, hidden.shape)
-        importance: dict[str, F32] = {}
-        packed: dict[str, U8] = {}
-        losses: dict[str, float] = {}
         with self._walk.block(number) as block:
             inside = [n for n in self._names if n.startswith(f"{self._stored[number]}.")]
             experts = ExpertWatcher(block, inside)
@@ -250,26 +256,46 @@ class Calibration:
                 for name, module in self._walk.linears(number).items()
                 if name in self._names
             }
-            watcher = Watcher(linears, full=self._settings.method == "gptq")
-            with watcher.watching(), experts.watching():
-                self._run(number, hidden, after)
-            for moments in watcher.moments:
-                for name in moments.names:
-                    importance[name] = moments.importance
-                    losses[name] = self._round(name, linears[name], moments, packed)
-            importance |= experts.importance(self._notify)
-            self._run(number, hidden, after)
+            runs = [
+                Run(partial(self._window, number, i, hidden, after)) for i in range(len(hidden))
+            ]
+            with experts.watching():
+                done = self._layers(linears, runs)
+            done.importance |= experts.importance(self._notify)
         after.flush()
-        self._keep(number, importance, packed, losses)
+        self._keep(number, done)
 
-    def _run(self, number: int, hidden: Any, after: Any) -> None:
-        """Run all sequences through a block, which is half of the work on it."""
-        nbytes, done = self._walk.nbytes(number) // 2, 0
-        for i, states in enumerate(hidden):
-            after[i] = self._walk.run(number, states)
-            done_now = nbytes * (i + 1) // len(hidden)
-            self.progress(self._walk.blocks[number], done_now - done)
-            done = done_now
+    def _window(self, number: int, i: int, hidden: Any, after: Any) -> None:
+        """Run one window through a block."""
+        after[i] = self._walk.run(number, hidden[i])
+        nbytes, count = self._walk.nbytes(number), len(hidden)
+        self.progress(
+            self._walk.blocks[number], nbytes * (i + 1) // count - nbytes * i // count
+        )
+
+    def _layers(self, linears: Mapping[str, Any], runs: Sequence[Run]) -> _Block:
+        """Measure and round layers while all runs stand before them, until the runs end."""
+        import torch
+
+        done, stops = _Block(), Stops(linears)
+        moments: dict[int, Moments] = {}  # by run: the sums that its last input is in
+        with torch.no_grad(), stops.watching(runs):
+            for run in runs:
+                run.go_on()
+            while (name := stops.next_layer(runs)) is not None:
+                here = [run for run in runs if run.layer == name]
+                sums = {id(moments.get(id(run))): moments.get(id(run)) for run in here}
+                shared = next(iter(sums.values())) if len(sums) == 1 else None
+                if shared is None or not all(run.shared for run in here):
+                    shared = Moments(full=self._settings.method != "rtn")
+                    for run in here:
+                        shared.add(run.states.reshape(-1, run.states.shape[-1]).float())
+                moments |= {id(run): shared for run in here}
+                done.importance[name] = shared.importance
+                done.losses[name] = self._round(name, linears[name], shared, done.packed)
+                for run in here:
+                    run.go_on()
+        return done
 
     def _round(self, name: str, module: Any, moments: Moments, packed: dict[str, U8]) -> float:
         """Give a layer its rounded weights, and return their relative loss.
@@ -294,17 +320,14 @@ class Calibration:
         """Return a matrix as its chosen codes decode: float32 tensor [rows, columns]."""
         import torch
 
-        book = codebook(self._config.quant_type)
-        values, midpoints = (
-            torch.from_numpy(t).to(weight.device) for t in (book.values, book.midpoints)
-        )
+        values = torch.from_numpy(codebook(self._config.quant_type).values).to(weight.device)
         recipe = self._recipe_of(module_path(name))
         rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, recipe)
         scale = torch.from_numpy(rounded.scale).to(weight.device)
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method == "gptq":
             ranks = feed_back(
-                weight, moments.second, scale, values, midpoints, self._settings.damping,
+                weight, moments.second, scale, self._config.quant_type, self._settings.damping,
                 lambda sentence: self._notify(f"{name}: {sentence}"),
             )  # fmt: skip
             packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)
