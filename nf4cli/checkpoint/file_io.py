@@ -82,3 +82,22 @@ def sync(path: Path) -> None:
 def name_of(path: Path) -> str:
     """Return the last part of a path's absolute form, also of `.` and of a broken link."""
     return os.path.basename(os.path.abspath(path))  # noqa: PTH100 - resolve() fails on loops
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give a file its final size, and reserve its blocks if the file system can.
+
+    A disk without enough room is then found here and not in mid-run.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        else:
+            return
+    os.truncate(fd, size)

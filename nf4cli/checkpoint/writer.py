@@ -7,7 +7,6 @@ opens every finished file once as a check.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import MachineError
 from ..format.dtypes import ITEMSIZE
-from .file_io import write_at
+from .file_io import allocate, write_at
 from .reader import ByteReader, read_shard
 from .types import TensorInfo
 from .untrusted import MAX_HEADER, MAX_TENSORS
@@ -187,25 +186,6 @@ def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * ITEMSIZE[dtype]
 
 
-def _allocate(fd: int, size: int) -> None:
-    """Give a file its final size, and reserve its blocks if the file system can.
-
-    A disk without enough room is then found here and not in mid-run.
-
-    Raises:
-        OSError: the disk is full or fails.
-    """
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        else:
-            return
-    os.truncate(fd, size)
-
-
 class ShardWriter:
     """An output file whose tensors any thread may write, in any order.
 
@@ -225,7 +205,7 @@ class ShardWriter:
         new = os.O_NOFOLLOW if existing else os.O_CREAT | os.O_EXCL
         self._fd = os.open(self.path, os.O_RDWR | new, 0o644)
         try:
-            _allocate(self._fd, layout.size)
+            allocate(self._fd, layout.size)
         except OSError as error:
             self.close()
             raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -199,7 +199,7 @@ def quantize(
             "--method",
             metavar="NAME",
             show_default=False,
-            help="With --calibration: rtn (default) or gptq",
+            help="With --calibration: rtn (default), gptq or yaqa",
             rich_help_panel=panels.SCALES,
             autocompletion=completion.methods,
         ),
@@ -245,7 +245,7 @@ def quantize(
     damping: Annotated[
         float,
         typer.Option(
-            "--damping", metavar="X", help="Damping of gptq", rich_help_panel=panels.SCALES
+            "--damping", metavar="X", help="Damping of gptq and yaqa", rich_help_panel=panels.SCALES
         ),
     ] = DAMPING,
     adapter: Annotated[

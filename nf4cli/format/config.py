@@ -11,7 +11,8 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 SCALES = ("absmax", "search")
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "yaqa")
+"""How codes are chosen: the nearest one, or by error feedback, see quality/calibration/gptq.py."""
 
 ON_NONFINITE = ("error", "keep")
 
@@ -92,7 +93,7 @@ class QuantConfig:
             a shard of its own.
         scale: how a block's scale is chosen: "absmax", its largest magnitude, or "search", the
             scale of least loss, of either sign.
-        method: how a code is chosen: "rtn", the nearest one, or "gptq", with error feedback.
+        method: how a code is chosen: one of METHODS.
         importance: BLAKE3 of the importance file that weights the loss, "" for none.
         requantize: whether GPTQ and AWQ sources are decoded, and rounded a second time.
         expert_layout: how experts are written where the target takes them in 4 bit, one of
@@ -126,6 +127,11 @@ class QuantConfig:
     shard_cuts: str = "auto"
     formats: tuple[ModuleFormat, ...] = ()
     adapters: tuple[AdapterRecord, ...] = ()
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether codes are chosen by error feedback: then they do not follow from the source."""
+        return self.method != "rtn"
 
     @property
     def packings(self) -> frozenset[tuple[int, bool]]:

@@ -43,8 +43,8 @@ def adapter_options(config: QuantConfig) -> Iterable[str]:
 
 def _chosen(config: QuantConfig) -> Iterable[str]:
     """Return the options that choose scales and codes; the importance lies in the output itself."""
-    if config.method == "gptq":
-        return ("--calibration", "TEXT", "--method", "gptq")
+    if config.feeds_back:
+        return ("--calibration", "TEXT", "--method", config.method)
     if config.importance:
         return ("--importance", IMPORTANCE)
     return () if config.scale == "absmax" else ("--scale", config.scale)
@@ -52,8 +52,8 @@ def _chosen(config: QuantConfig) -> Iterable[str]:
 
 def how_chosen(config: QuantConfig) -> str:
     """Return how scales and codes were chosen, "" for the way of bitsandbytes."""
-    if config.method == "gptq":
-        return ", codes by GPTQ"
+    if config.feeds_back:
+        return f", codes by {config.method.upper()}"
     if config.importance:
         return ", scales chosen by the importance of inputs"
     return ", scales chosen by loss" if config.scale == "search" else ""
@@ -79,8 +79,10 @@ def why_not_by_digests(config: QuantConfig, digest: str, on_a_hub: bool) -> str 
         digest: algorithm of the manifest's digests of files.
         on_a_hub: whether the output lies on a Hub, which states SHA-256.
     """
-    if config.method == "gptq":
-        return "its codes were chosen by gptq, so that a proof reads them from the output"
+    if config.feeds_back:
+        return (
+            f"its codes were chosen by {config.method}, so that a proof reads them from the output"
+        )
     if config.on_nonfinite == "keep":
         return "--on-nonfinite keep looks at all of the source before the first weight"
     if on_a_hub and digest != "sha256":

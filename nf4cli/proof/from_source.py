@@ -103,7 +103,7 @@ def check_source(proof: Proof) -> None:
     )
     who = proof.tools.engine.name if proof.cluster is None else "ray"
     how = f"({found.nbytes:,} bytes, quantized again with {who})"
-    if manifest is None or manifest.config.method != "gptq":
+    if manifest is None or not manifest.config.feeds_back:
         report.check("source", f"every byte {same} {how}")
         return
     bound = max(
@@ -111,9 +111,9 @@ def check_source(proof: Proof) -> None:
     )
     report.check(
         "source",
-        f"every byte but the codes {same} {how}; the codes, which gptq chose by text that is not "
-        "here, lose of every weight what the manifest says: no block's root mean square error is "
-        f"above {bound:.4f} of its scale",
+        f"every byte but the codes {same} {how}; the codes, which {manifest.config.method} chose "
+        "by text that is not here, lose of every weight what the manifest says: no block's root "
+        f"mean square error is above {bound:.4f} of its scale",
     )
 
 
@@ -140,8 +140,8 @@ def plan_of(proof: Proof) -> Plan | None:
             original, config, lambda _: recorded_answer(manifest), scan, importance,
             proof.merging,
         )  # fmt: skip
-        # GPTQ's codes follow from the calibration text, which is not here: they are taken from the
-        # output, and have to lose what the manifest says.
+        # Codes by error feedback follow from the calibration text, which is not here: they are
+        # taken from the output, and have to lose what the manifest says.
         return replace(plan, codes=written(fed_back(weights, manifest))) if manifest else plan
     except UsageError as error:
         report.add(

@@ -196,8 +196,10 @@ def _check_source(proof: Proof, names: set[str]) -> None:
         found = compare(proof, part)
         add_differences(proof, found)
         compare_beside(proof.checkpoint, plan, manifest, report)
-        if manifest is not None and manifest.config.method == "gptq":
-            report.unchecked.append("what the codes that gptq chose lose: run without --sample")
+        if manifest is not None and manifest.config.feeds_back:
+            report.unchecked.append(
+                f"what the codes that {manifest.config.method} chose lose: run without --sample"
+            )
         report.check(
             "source",
             f"the sampled tensors are those the source gives ({found.nbytes:,} bytes, quantized "

@@ -287,7 +287,7 @@ def work(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", nightly_but(["gptq"], ["rtn", "gptq"]))
+@pytest.mark.parametrize("method", nightly_but(["yaqa"], ["rtn", "gptq", "yaqa"]))
 def test_calibrated_verified_and_measured_again(work, method):
     told = nf4("quantize", "model", "out", *TEXT, "--method", method, cwd=work)
     assert told.returncode == 0, told.stderr
@@ -299,7 +299,7 @@ def test_calibrated_verified_and_measured_again(work, method):
     manifest = Manifest.from_file(work / "out" / MANIFEST)
     assert manifest.config.method == method
     errors = [t.error for t in manifest.tensors.values() if t.error]
-    assert all((e.worst_block is not None) == (method == "gptq") for e in errors)
+    assert all((e.worst_block is not None) == (method != "rtn") for e in errors)
     nf4_ok("verify", "out", cwd=work)
     engine, elsewhere = CpuEngine(), Elsewhere()  # codes and importance go along with each task
     report = verify(work / "out", work / "model", engine, RESOURCES, cluster=elsewhere)
@@ -308,7 +308,8 @@ def test_calibrated_verified_and_measured_again(work, method):
     # In another process, which shares no cache and no order of hashes with the first.
     again = ("verify", "out", "--source", "model", "--calibration", "text.txt")
     said = nf4_ok(*again, cwd=work, run=nf4_process)
-    assert ("every byte but the codes is" in said) == (method == "gptq")
+    assert ("every byte but the codes is" in said) == (method != "rtn")
+    assert (f"which {method} chose" in said) == (method != "rtn")
     assert "importance and loss of 14 weights are those that the text gives" in said
     if method == "rtn":  # without text or torch, the same bytes
         nf4_ok("quantize", "model", "again", "--importance", f"out/{IMPORTANCE}", cwd=work)
@@ -353,16 +354,24 @@ def test_another_text_is_named(work):
     assert (done.returncode, "was not calibrated" in done.stderr) == (2, True)
 
 
-def test_stopped_and_resumed_it_is_the_same(work):
-    command = ["quantize", "model", "out", *TEXT, "--method", "gptq"]
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("keep_block", "continuing an earlier calibration: 1 blocks are done"),
+        ("keep_gradients", "calibrating model"),
+    ],
+)
+def test_stopped_and_resumed_it_is_the_same(work, step, says):
+    command = ["quantize", "model", "out", *TEXT, "--method", "yaqa"]
     nf4_ok(*command[:2], "whole", *command[3:], cwd=work)
     script = (
-        "import nf4cli.quality.calibration.passes as p, os\n"
-        "keep = p.Calibration._keep\n"
+        "from nf4cli.quality.calibration.scratch import Scratch\n"
+        "import os\n"
+        f"keep = Scratch.{step}\n"
         "def once(self, *args):\n"
         "    keep(self, *args)\n"
         "    os._exit(7)\n"
-        "p.Calibration._keep = once\n"
+        f"Scratch.{step} = once\n"
         "from nf4cli.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script, *command], cwd=work, check=False,
@@ -371,7 +380,7 @@ def test_stopped_and_resumed_it_is_the_same(work):
     assert not (work / "out").exists()
     told = nf4(*command, "--resume", cwd=work)
     assert told.returncode == 0, told.stderr
-    assert "continuing an earlier calibration: 1 blocks are done" in told.stderr
+    assert says in told.stderr
     assert same_files(work / "whole", work / "out")
     assert not list(work.glob(".out*"))
     again = nf4(*command, "--resume", cwd=work)

@@ -93,7 +93,9 @@ def _round_columns(
     threads = min(tiles, torch.get_num_threads())
 
     def part(first: int, last: int) -> None:
-        own = None if shares is None else np.concatenate([s.reshape(-1) for s in shares[first:last]])
+        own = (
+            None if shares is None else np.concatenate([s.reshape(-1) for s in shares[first:last]])
+        )
         engine.round_columns(
             values, scale, factor, own, quant_type, ranks, errors,
             range(first * FEEDBACK_ROWS, min(rows, last * FEEDBACK_ROWS)),
@@ -161,6 +163,27 @@ def _inverse(hessian: Any, asked_damping: float, notify: Notify) -> tuple[Any, A
         damping = max(10 * damping, 1e-4)
     notify("the inputs' second moments are no positive matrix: rounded to the nearest instead")
     return torch.eye(len(diagonal), device=hessian.device), order
+
+
+def corrected(weight: Any, hessian: Any, drift: Any, damping: float, share: float) -> Any:
+    """Return the matrix that does with the rounded model's inputs what `weight` did before.
+
+    That is the least-squares solution for the outputs that the unrounded model has (GPTAQ, Li et
+    al., 2025), `share` of the way there: all of it fits the calibration text too closely.
+
+    Args:
+        weight: float32 tensor [rows, columns].
+        hessian: float32 tensor [columns, columns], the inputs' second moments.
+        drift: float32 tensor [columns, columns], see `Moments.drift`.
+        damping: added to the diagonal, in units of its mean.
+        share: from 0 to 1.
+    """
+    import torch
+
+    inverse, order = _inverse(hessian, damping, no_notice)  # upper; its square is the inverse
+    solved = torch.empty_like(drift)
+    solved[:, order] = drift[:, order] @ (inverse.T @ inverse)
+    return weight + share * (weight @ solved)
 
 
 def relative_loss(weight: Any, decoded: Any, second: Any) -> float:

@@ -23,19 +23,24 @@ class Moments:
         squares: float64 tensor [columns], the sum of squares; None before the first rows.
         products: float32 tensor [columns, columns], the sum of x^T x on and above the diagonal;
             None where it is not asked for.
+        drifts: float32 tensor [columns, columns], the sum of (r - x)^T x, where r are the rows
+            that the unrounded model has in place of x; None without such rows.
     """
 
     full: bool
     tokens: float = 0.0
     squares: Any = None
     products: Any = None
+    drifts: Any = None
 
-    def add(self, rows: Any, weights: Any = None) -> None:
+    def add(self, rows: Any, weights: Any = None, unrounded: Any = None) -> None:
         """Add rows to the sums.
 
         Args:
             rows: float32 tensor [tokens, columns].
             weights: float32 tensor [tokens], how often each row counts; None for once.
+            unrounded: float32 tensor [tokens, columns], what the unrounded model has in their
+                place; None where that is not known.
         """
         weighted = rows if weights is None else rows * weights[:, None]
         self.tokens += len(rows) if weights is None else float(weights.sum())
@@ -49,6 +54,10 @@ class Moments:
         for start in range(0, columns, _PANEL):  # the rest is its mirror image
             panel = weighted[:, start : start + _PANEL].T
             self.products[start : start + _PANEL, start:].addmm_(panel, rows[:, start:])
+        if unrounded is not None:
+            if self.drifts is None:
+                self.drifts = rows.new_zeros(columns, columns)
+            self.drifts.addmm_((unrounded - rows).T, weighted)
 
     @property
     def importance(self) -> F32:
@@ -66,3 +75,8 @@ class Moments:
             return (self.squares / max(1, self.tokens)).float()
         upper = self.products.triu()
         return (upper + upper.triu(1).T) / max(1, self.tokens)
+
+    @property
+    def drift(self) -> Any:
+        """float32 tensor [columns, columns], the mean of (r - x)^T x; None without such rows."""
+        return None if self.drifts is None else self.drifts / max(1, self.tokens)

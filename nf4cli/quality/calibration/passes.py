@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...callbacks import Notify, Progress, no_notice, no_progress
-from ...checkpoint.file_io import sync
-from ...checkpoint.given_codes import PACKED
 from ...checkpoint.importance_file import save
 from ...engines.protocol import Engine
 from ...format.codebook import codebook
 from ...format.config import QuantConfig
 from ...planning.formats import formats_of
 from ...planning.selection import module_path
+from . import gradients
 from .experts import ExpertWatcher
-from .gptq import DAMPING, feed_back, relative_loss
+from .gptq import DAMPING, corrected, feed_back, relative_loss
+from .gradients import LayerGradients
 from .moments import Moments
 from .rounding import pack, round_matrix
+from .scratch import BlockResult, Scratch
 from .side_by_side import Run, Stops
 from .walk import Walk
 
@@ -44,25 +45,12 @@ class Settings:
     """How codes are chosen.
 
     Attributes:
-        method: "rtn" (round to the nearest) or "gptq".
-        damping: of gptq.
+        method: "rtn" (round to the nearest), "gptq", or "yaqa".
+        damping: of gptq and yaqa.
     """
 
     method: str = "rtn"
     damping: float = DAMPING
-
-
-def blocks_done(scratch: Path) -> int:
-    """Return how many blocks an unfinished pass has kept in its directory."""
-    return int(_state(scratch).get("done", 0))
-
-
-def _state(scratch: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads((scratch / "state.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return state
 
 
 def stored_blocks(blocks: Sequence[str], names: Collection[str]) -> list[str]:
@@ -81,24 +69,14 @@ def stored_blocks(blocks: Sequence[str], names: Collection[str]) -> list[str]:
     return stored
 
 
+_CORRECTED = 0.25
+"""Share of the way to what the unrounded model's outputs ask for; docs/quality.md has others."""
+
 Fixed = Callable[[str], "F32 | None"]
 """Gives the decoded matrix of a weight that an output already has; None for one without.
 
 float32 [rows, columns]. Such a weight is measured, and no codes are chosen for it.
 """
-
-
-@dataclass(eq=False)
-class _Block:
-    """The results of one block, by weight; see `Calibration`.
-
-    Attributes:
-        packed: the codes, uint8 [(elements + 1) // 2], where they were chosen by feedback.
-    """
-
-    importance: dict[str, F32] = field(default_factory=dict)
-    packed: dict[str, U8] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Calibration:
@@ -132,7 +110,7 @@ class Calibration:
         config: QuantConfig, engine: Engine, settings: Settings, about: Mapping[str, Any],
         device: str = "cpu", notify: Notify = no_notice, fixed: Fixed | None = None,
     ) -> None:  # fmt: skip
-        self._tokens, self._scratch, self._names = tokens, scratch, frozenset(names)
+        self._tokens, self._names = tokens, frozenset(names)
         self._config, self._engine, self._settings = config, engine, settings
         self._recipe_of = formats_of(config)
         self._about = dict(about)
@@ -140,15 +118,15 @@ class Calibration:
         self.progress: Progress = no_progress
         self.losses: dict[str, float] = {}
         self.importance: dict[str, F32] = {}
-        self._key = self._key_of(directory)
-        scratch.mkdir(parents=True, exist_ok=True)
+        self._scratch = Scratch(scratch, self._key_of(directory))
         self._walk = Walk(directory, scratch / "offload", device)
         self._stored = stored_blocks(self._walk.blocks, self._names)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks' weights in float32, which is what the progress counts."""
-        return sum(map(self._walk.nbytes, range(len(self._walk.blocks))))
+        """Bytes of all blocks' weights in float32, times the passes: what the progress counts."""
+        passes = 4 if self._settings.method == "yaqa" else 1
+        return passes * sum(map(self._walk.nbytes, range(len(self._walk.blocks))))
 
     def run(self) -> None:
         """Run all blocks, from where an earlier run with the same arguments stopped.
@@ -156,13 +134,20 @@ class Calibration:
         Raises:
             UsageError, InputError: see `Walk.record` and `Walk.run`.
         """
-        done = self._resume()
+        kept = self._scratch.kept_blocks()
+        for block in kept:
+            self.importance |= block.importance
+            self.losses |= block.losses
+        if kept:
+            self._notify(f"continuing an earlier calibration: {len(kept):,} blocks are done")
         self._walk.record(self._tokens[0])
-        if not done:
+        if not kept and not self._scratch.has_gradients:
             self._begin()
-        for number in range(done):
+        if self._settings.method == "yaqa":
+            self._measure_gradients()
+        for number in range(len(kept)):
             self.progress(self._walk.blocks[number], self._walk.nbytes(number))
-        for number in range(done, len(self._walk.blocks)):
+        for number in range(len(kept), len(self._walk.blocks)):
             self._block(number)
 
     def save(self, path: Path) -> None:
@@ -172,7 +157,7 @@ class Calibration:
 
     def codes_files(self) -> list[Path]:
         """Return the safetensors files that hold the packed codes that gptq chose."""
-        return [self._file(number) for number in range(len(self._walk.blocks))]
+        return [self._scratch.block_file(number) for number in range(len(self._walk.blocks))]
 
     def _key_of(self, directory: Path) -> str:
         """Return a digest of everything that decides about the result."""
@@ -186,68 +171,39 @@ class Calibration:
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
-    # -- the state between blocks -------------------------------------------------------------
-
-    def _file(self, number: int) -> Path:
-        return self._scratch / f"block-{number:05}.safetensors"
-
-    def _hidden(self, number: int, create: tuple[int, ...] | None = None) -> Any:
-        """Open the inputs of a block: float32 [sequences, length, hidden], a file mapped to memory.
-
-        Args:
-            create: shape of a new file; None to read the one that is there.
-        """
-        path = self._scratch / f"hidden-{number % 2}.npy"
-        if create is None:
-            return np.lib.format.open_memmap(path, "r")
-        return np.lib.format.open_memmap(path, "w+", np.float32, create)
-
     def _begin(self) -> None:
         """Compute and store the inputs of the first block."""
         hidden = None
         for start, states in self._walk.first_inputs(self._tokens):
             if hidden is None:
-                hidden = self._hidden(0, (len(self._tokens), *states.shape[1:]))
+                hidden = self._scratch.hidden(0, (len(self._tokens), *states.shape[1:]))
             hidden[start : start + len(states)] = states
 
-    def _resume(self) -> int:
-        """Load the results of the blocks that are done, and return their number."""
-        from safetensors import safe_open
+    def _measure_gradients(self) -> None:
+        """Measure all blocks' gradients, unless an earlier run has kept them."""
+        blocks = self._walk.blocks
 
-        state = _state(self._scratch)
-        if state.get("key") != self._key:
-            return 0
-        for number in range(state["done"]):
-            with safe_open(self._file(number), "numpy") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
-                    kind, _, name = key.partition(":")
-                    if kind == "importance":
-                        self.importance[name] = file.get_tensor(key)
-                self.losses |= json.loads((file.metadata() or {})["losses"])
-        self._notify(f"continuing an earlier calibration: {state['done']:,} blocks are done")
-        return int(state["done"])
+        def passed(number: int) -> None:
+            self.progress(blocks[number], self._walk.nbytes(number))
 
-    def _keep(self, number: int, done: _Block) -> None:
-        """Store the results of a block, then count it as done."""
-        from safetensors.numpy import save_file
-
-        tensors: dict[str, Any] = {f"importance:{name}": v for name, v in done.importance.items()}
-        tensors |= {f"{PACKED}{name}": codes for name, codes in done.packed.items()}
-        save_file(tensors, self._file(number), {"losses": json.dumps(done.losses)})
-        sync(self._file(number))
-        state = self._scratch / "state.json"
-        fresh = state.with_suffix(".new")
-        fresh.write_text(json.dumps({"key": self._key, "done": number + 1}))
-        fresh.replace(state)
-        self.importance |= done.importance
-        self.losses |= done.losses
+        if self._scratch.has_gradients:
+            for number in 3 * list(range(len(blocks))):
+                passed(number)
+            return
+        first = self._scratch.hidden(0)
+        states = self._scratch.unrounded((len(blocks) + 1, *first.shape))
+        states[0] = first
+        gradient = self._scratch.gradient(first.shape)
+        gradients.measure(self._walk, states, gradient, self._scratch.gradients_file, passed)
+        states.flush()
+        self._scratch.keep_gradients()
 
     # -- one block ----------------------------------------------------------------------------
 
     def _block(self, number: int) -> None:
         """Measure and round a block's layers one after another, and store the block's outputs."""
-        hidden = self._hidden(number)
-        after = self._hidden(number + 1, hidden.shape)
+        hidden = self._scratch.hidden(number)
+        after = self._scratch.hidden(number + 1, hidden.shape)
         with self._walk.block(number) as block:
             inside = [n for n in self._names if n.startswith(f"{self._stored[number]}.")]
             experts = ExpertWatcher(block, inside)
@@ -256,52 +212,91 @@ class Calibration:
                 for name, module in self._walk.linears(number).items()
                 if name in self._names
             }
-            runs = [
-                Run(partial(self._window, number, i, hidden, after)) for i in range(len(hidden))
-            ]
+            count = len(hidden)
+            runs = [Run(i, partial(self._window, number, i, hidden, after)) for i in range(count)]
+            known: Mapping[str, LayerGradients] = {}
+            unrounded: list[Run] = []
+            if self._settings.method == "yaqa":
+                known = gradients.load(self._scratch.gradients_file(number))
+            if known and self._fixed is None:
+                states = self._scratch.unrounded()[number]
+                unrounded = [
+                    Run(i, partial(self._walk.run, number, states[i])) for i in range(count)
+                ]
             with experts.watching():
-                done = self._layers(linears, runs)
+                done = self._layers(linears, runs, unrounded, known)
             done.importance |= experts.importance(self._notify)
         after.flush()
-        self._keep(number, done)
+        self._scratch.keep_block(number, done)
+        self.importance |= done.importance
+        self.losses |= done.losses
 
     def _window(self, number: int, i: int, hidden: Any, after: Any) -> None:
         """Run one window through a block."""
         after[i] = self._walk.run(number, hidden[i])
         nbytes, count = self._walk.nbytes(number), len(hidden)
-        self.progress(
-            self._walk.blocks[number], nbytes * (i + 1) // count - nbytes * i // count
-        )
+        self.progress(self._walk.blocks[number], nbytes * (i + 1) // count - nbytes * i // count)
 
-    def _layers(self, linears: Mapping[str, Any], runs: Sequence[Run]) -> _Block:
-        """Measure and round layers while all runs stand before them, until the runs end."""
+    def _layers(
+        self, linears: Mapping[str, Any], runs: Sequence[Run], unrounded: Sequence[Run],
+        known: Mapping[str, LayerGradients],
+    ) -> BlockResult:  # fmt: skip
+        """Measure and round layers while all runs stand before them, until the runs end.
+
+        Args:
+            unrounded: runs with the unrounded model's inputs, which pass a layer before it is
+                rounded; or none.
+            known: gradients by weight.
+        """
         import torch
 
-        done, stops = _Block(), Stops(linears)
-        moments: dict[int, Moments] = {}  # by run: the sums that its last input is in
-        with torch.no_grad(), stops.watching(runs):
-            for run in runs:
+        done, stops = BlockResult(), Stops(linears)
+        everyone = [*runs, *unrounded]
+        last: dict[int, Moments] = {}  # by window: the sums that its last input is in
+        with torch.no_grad(), stops.watching(everyone):
+            for run in everyone:
                 run.go_on()
-            while (name := stops.next_layer(runs)) is not None:
+            while (name := stops.next_layer(everyone)) is not None:
                 here = [run for run in runs if run.layer == name]
-                sums = {id(moments.get(id(run))): moments.get(id(run)) for run in here}
-                shared = next(iter(sums.values())) if len(sums) == 1 else None
-                if shared is None or not all(run.shared for run in here):
-                    shared = Moments(full=self._settings.method != "rtn")
-                    for run in here:
-                        shared.add(run.states.reshape(-1, run.states.shape[-1]).float())
-                moments |= {id(run): shared for run in here}
-                done.importance[name] = shared.importance
-                done.losses[name] = self._round(name, linears[name], shared, done.packed)
+                beside = {run.window: run for run in unrounded if run.layer == name}
+                layer = known.get(name)
+                moments = _shared(here, last) or self._moments(here, beside, layer)
+                last |= {run.window: moments for run in here}
+                for run in beside.values():
+                    run.go_on()
+                if here:  # a router may send unrounded runs alone through a layer
+                    done.importance[name] = moments.importance
+                    module = linears[name]
+                    done.losses[name] = self._round(name, module, moments, layer, done.packed)
                 for run in here:
                     run.go_on()
         return done
 
-    def _round(self, name: str, module: Any, moments: Moments, packed: dict[str, U8]) -> float:
+    def _moments(
+        self, runs: Sequence[Run], unrounded: Mapping[int, Run], layer: LayerGradients | None
+    ) -> Moments:
+        """Add up what a layer is about to be given in all runs.
+
+        Args:
+            unrounded: by window, the same in the unrounded model.
+            layer: the layer's gradients; None to count all tokens alike.
+        """
+        sums = Moments(full=self._settings.method != "rtn")
+        for run in runs:
+            rows, other = run.rows(), unrounded.get(run.window)
+            weights = None if layer is None else layer.weights[run.window].to(rows.device)
+            sums.add(rows, weights, None if other is None else other.rows())
+        return sums
+
+    def _round(
+        self, name: str, module: Any, moments: Moments, layer: LayerGradients | None,
+        packed: dict[str, U8],
+    ) -> float:  # fmt: skip
         """Give a layer its rounded weights, and return their relative loss.
 
         Args:
-            packed: gets the codes, where gptq chooses them.
+            layer: its gradients, for yaqa.
+            packed: gets the codes, where they are chosen by feedback.
         """
         import torch
 
@@ -311,12 +306,15 @@ class Calibration:
         if fixed is not None:
             decoded = torch.from_numpy(fixed).to(weight.device)
         else:
-            decoded = self._choose(name, weight, moments, packed)
+            decoded = self._choose(name, weight, moments, layer, packed)
         loss = relative_loss(weight, decoded, moments.second)
         module.weight.copy_(decoded.T if conv else decoded)
         return loss
 
-    def _choose(self, name: str, weight: Any, moments: Moments, packed: dict[str, U8]) -> Any:
+    def _choose(
+        self, name: str, weight: Any, moments: Moments, layer: LayerGradients | None,
+        packed: dict[str, U8],
+    ) -> Any:  # fmt: skip
         """Return a matrix as its chosen codes decode: float32 tensor [rows, columns]."""
         import torch
 
@@ -325,10 +323,28 @@ class Calibration:
         rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, recipe)
         scale = torch.from_numpy(rounded.scale).to(weight.device)
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
-        if self._settings.method == "gptq":
+        if self._settings.method != "rtn":
+            damping, second = self._settings.damping, moments.second
+            wanted, outputs = weight, None
+            if moments.drift is not None:
+                wanted = corrected(weight, second, moments.drift, damping, _CORRECTED)
+            if layer is not None:
+                outputs = [part.to(weight.device) for part in layer.outputs]
             ranks = feed_back(
-                weight, moments.second, scale, self._config.quant_type, self._settings.damping,
-                lambda sentence: self._notify(f"{name}: {sentence}"),
+                wanted, second, scale, self._config.quant_type, damping,
+                lambda sentence: self._notify(f"{name}: {sentence}"), outputs,
             )  # fmt: skip
             packed[name] = pack(ranks.cpu().numpy(), self._config.quant_type)
         return values[ranks.long()] * scale
+
+
+def _shared(runs: Sequence[Run], last: Mapping[int, Moments]) -> Moments | None:
+    """Return the sums of the layer before, where all runs stand here with the same input again.
+
+    Args:
+        last: by window, the sums that its last input is in.
+    """
+    sums = {id(last.get(run.window)) for run in runs}
+    if len(sums) != 1 or not all(run.shared for run in runs):
+        return None
+    return last.get(runs[0].window)

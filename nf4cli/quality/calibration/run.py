@@ -43,7 +43,7 @@ class Calibrating:
         texts: text files and directories of them.
         tokens: most tokens to run through the model.
         length: tokens of a window.
-        damping: of gptq.
+        damping: of gptq and yaqa.
         save: a file that the importance is written to as well; None for none.
     """
 
@@ -102,7 +102,7 @@ class Calibrated:
 
     Attributes:
         importance: the importance file, which is removed when `calibrated` ends.
-        codes: the codes that gptq chose; None for rtn.
+        codes: the codes that gptq or yaqa chose; None for rtn.
     """
 
     importance: ImportanceFile
@@ -150,7 +150,7 @@ def calibrated(
         if asked.save is not None:
             with AtomicFile(asked.save, "--save-importance") as copy:
                 copy.write(file.read_bytes())
-        codes = codes_of(calibration.codes_files()) if plan.config.method == "gptq" else None
+        codes = codes_of(calibration.codes_files()) if plan.config.feeds_back else None
         yield Calibrated(load(file), codes)
         shutil.rmtree(scratch)
 
@@ -215,14 +215,14 @@ def _locked(directory: Path, output: Path) -> int:
 @contextmanager
 def _kept(scratch: Path, notify: Notify) -> Iterator[None]:
     """On an error, tell the user of the blocks that are kept, or remove a scratch without any."""
-    from .passes import blocks_done
+    from .scratch import what_is_kept
 
     try:
         yield
     except BaseException:
-        done = blocks_done(scratch)
-        if done:
-            notify(f"{done:,} blocks are calibrated and kept in {scratch}: --resume goes on there")
+        kept = what_is_kept(scratch)
+        if kept:
+            notify(f"{kept} and kept in {scratch}: --resume goes on there")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -243,7 +243,7 @@ def _finished(asked: Calibrating, plan: Plan, output: Path) -> ImportanceFile | 
     except InputError:
         return None
     expected = {"method": plan.config.method, "length": asked.length}
-    if plan.config.method == "gptq":
+    if plan.config.feeds_back:
         expected["damping"] = asked.damping
     same_settings = all(recorded.about.get(name) == value for name, value in expected.items())
     tokens = recorded.about.get("tokens")
@@ -304,7 +304,7 @@ def _pass(
 
     tokens, about = asked.windows(model.root)
     facts = {**about, "model": model.name, "method": config.method}
-    if config.method == "gptq":
+    if config.feeds_back:
         facts["damping"] = asked.damping
     settings = Settings(config.method, asked.damping)
     recipe = replace(config, keep=(), importance="")  # the rest decides about scales and codes

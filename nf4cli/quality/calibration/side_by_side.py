@@ -18,16 +18,19 @@ class Run(greenlet):  # type: ignore[misc]  # greenlet's stubs call it final
     """One window's way through a block.
 
     Args:
+        window: its number.
         work: runs the block.
 
     Attributes:
+        window: as given.
         layer: name of the layer that it stands before; None before the start, and at the end.
         states: what that layer is about to be given.
         shared: whether the layer before was given the same tensor, as k and v are after q.
     """
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, window: int, work: Callable[[], object]) -> None:
         super().__init__(work)
+        self.window = window
         self.layer: str | None = None
         self.states: Any = None
         self.shared = False
@@ -48,6 +51,10 @@ class Run(greenlet):  # type: ignore[misc]  # greenlet's stubs call it final
         self.switch()
         if self.dead:
             self.states = None
+
+    def rows(self) -> Any:
+        """Return what the layer is about to be given: float32 tensor [tokens, columns]."""
+        return self.states.reshape(-1, self.states.shape[-1]).float()
 
 
 class Stops:

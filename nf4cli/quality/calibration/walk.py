@@ -7,7 +7,7 @@ block's weights are read at its turn and dropped after it. Everything is compute
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +54,14 @@ class Walk:
 
     def __init__(self, directory: Path, scratch: Path, device: str = "cpu") -> None:
         self._torch, self._transformers = _libraries()
-        self._device = device
+        self.device = device
         self._model = self._open(directory, scratch)
         self._list, self._blocks = self._find_blocks()
         self.blocks = tuple(f"{self._list}.{i}" for i in range(len(self._blocks)))
         self._calls: list[_Call] = []
-        self._names: dict[str, str] | None = None  # see `_stored_names`
+        self._in_tuples = False  # whether a block returns a tuple, its states first
+        self._maps: dict[Any, Any] = {}  # by module: the weights that accelerate would load
+        self._names = self._stored_names()
 
     def _open(self, directory: Path, scratch: Path) -> Any:
         """Return the model without weights."""
@@ -135,6 +137,7 @@ class Walk:
         def after(number: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
                 outputs[number] = _hidden(output)
+                self._in_tuples = isinstance(output, (tuple, list))
 
             return hook
 
@@ -166,9 +169,24 @@ class Walk:
         ]
 
     def _forward(self, tokens: Any) -> None:
-        base = getattr(self._model, self._model.base_model_prefix, self._model)
-        kwargs = {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
-        base(input_ids=tokens, **kwargs)
+        self._base()(input_ids=tokens, **self._no_cache())
+
+    def _base(self) -> Any:
+        """Return the model without its head."""
+        return getattr(self._model, self._model.base_model_prefix, self._model)
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts tokens, of which `vocabulary` are known."""
+        return self._model.get_output_embeddings() is not None
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model predicts."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
 
     def _widened(self, value: Any) -> Any:
         """Return an argument on the device, its float tensors as float32."""
@@ -177,7 +195,7 @@ class Walk:
             return type(value)(map(self._widened, value))
         if not torch.is_tensor(value):
             return value
-        value = value.to(self._device)
+        value = value.to(self.device)
         return value.float() if value.is_floating_point() else value
 
     def first_inputs(self, tokens: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -212,33 +230,46 @@ class Walk:
     @contextmanager
     def block(self, number: int) -> Iterator[Any]:
         """Yield a block's module with its weights in float32; drop them at the end."""
-        from accelerate.hooks import remove_hook_from_module
+        with self._loaded(list(self._blocks[number].modules())):
+            yield self._blocks[number]
 
-        torch, module = self._torch, self._blocks[number]
-        for part in module.modules():
-            hook = getattr(part, "_hf_hook", None)
-            if hook is None:
-                continue
-            weights = getattr(hook, "weights_map", None)
-            names = [name for name, _ in part.named_parameters(recurse=False)]
-            values = {} if weights is None else {name: weights[name] for name in names}
-            # Those without weights go as well: accelerate has them send what they are given back
-            # to the CPU, where it would compute.
-            remove_hook_from_module(part)
-            for name, value in values.items():
+    @contextmanager
+    def _loaded(self, parts: Collection[Any]) -> Iterator[None]:
+        """Hold the own weights of modules, in float32 on the device, while the statement lasts.
+
+        From then on accelerate does not load them any more: `record` and `first_inputs` come first.
+        """
+        torch = self._torch
+        for part in parts:
+            for name, value in self._stored_weights(part).items():
                 part._parameters[name] = torch.nn.Parameter(
-                    value.to(self._device, torch.float32), requires_grad=False
+                    value.to(self.device, torch.float32), requires_grad=False
                 )
-        for _, buffer in module.named_buffers():
-            buffer.data = buffer.data.to(self._device)
+            for buffer in part.buffers(recurse=False):
+                buffer.data = buffer.data.to(self.device)
         try:
-            yield module
+            yield
         finally:
-            for part in module.modules():
+            for part in parts:
                 for name, value in list(part.named_parameters(recurse=False)):
                     part._parameters[name] = torch.nn.Parameter(
                         value.to("meta"), requires_grad=False
                     )
+
+    def _stored_weights(self, part: Any) -> Mapping[str, Any]:
+        """Return a module's own weights as the checkpoint has them, by name."""
+        from accelerate.hooks import remove_hook_from_module
+
+        if part not in self._maps:
+            hook = getattr(part, "_hf_hook", None)
+            self._maps[part] = getattr(hook, "weights_map", None)
+            if hook is not None:
+                # Those without weights go as well: accelerate has them send what they are given
+                # back to the CPU, where it would compute.
+                remove_hook_from_module(part)
+        weights = self._maps[part]
+        names = [name for name, _ in part.named_parameters(recurse=False)]
+        return {} if weights is None else {name: weights[name] for name in names}
 
     def run(self, number: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run one sequence through a block, inside of `block(number)`.
@@ -253,7 +284,7 @@ class Walk:
             InputError: an output is not finite.
         """
         torch, call = self._torch, self._calls[number]
-        states = torch.from_numpy(np.array(hidden[None])).to(self._device)
+        states = torch.from_numpy(np.array(hidden[None])).to(self.device)
         with torch.no_grad():
             out = _hidden(self._blocks[number](states, *call.args, **call.kwargs))
         if not torch.isfinite(out).all():
@@ -264,6 +295,68 @@ class Walk:
         output: NDArray[np.float32] = out[0].float().cpu().numpy()
         return output
 
+    def backward(
+        self, number: int, hidden: NDArray[np.float32], gradient: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Run one sequence through a block and back, inside of `block(number)`.
+
+        Args:
+            hidden: float32 [length, hidden], the block's input.
+            gradient: float32 [length, hidden], by its output.
+
+        Returns:
+            float32 [length, hidden]: the gradient by its input.
+        """
+        torch, call = self._torch, self._calls[number]
+        states = torch.from_numpy(np.array(hidden[None])).to(self.device).requires_grad_()
+        with torch.enable_grad():
+            out = _hidden(self._blocks[number](states, *call.args, **call.kwargs))
+            out.backward(torch.from_numpy(np.array(gradient[None])).to(out))
+        result: NDArray[np.float32] = states.grad[0].cpu().numpy()
+        return result
+
+    @contextmanager
+    def tail(self) -> Iterator[Callable[[Any], Any]]:
+        """Yield what follows the blocks, as a function.
+
+        It takes the last block's output, a float32 tensor [1, positions, hidden] on the device,
+        and returns the model's logits [1, positions, vocabulary]; or the last hidden states of a
+        model without them. For a model with a prediction these may be any positions of a sequence.
+        """
+        torch, embeddings = self._torch, self._model.get_input_embeddings()
+        inside = {part for block in self._blocks for part in block.modules()}
+        parts = [p for p in self._model.modules() if p not in inside and p is not embeddings]
+        given: list[Any] = []
+
+        def embed(ids: Any, *args: Any, **kwargs: Any) -> Any:
+            return torch.zeros(*ids.shape, embeddings.embedding_dim, device=self.device)
+
+        def skip(hidden: Any = None, *args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs.get("hidden_states") if hidden is None else hidden
+            return (hidden,) if self._in_tuples else hidden
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            return (given[0],) if self._in_tuples else given[0]
+
+        def after_blocks(states: Any) -> Any:
+            given[:] = [states]
+            ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
+            if self.predicts:
+                return self._model(input_ids=ids, **self._no_cache()).logits.float()
+            return self._base()(input_ids=ids, **self._no_cache())[0].float()
+
+        with (
+            self._loaded(parts),
+            _replaced(
+                {
+                    embeddings: embed,
+                    **dict.fromkeys(self._blocks[:-1], skip),
+                    self._blocks[-1]: last,
+                }
+            ),
+        ):
+            yield after_blocks
+
     def nbytes(self, number: int) -> int:
         """Return the bytes of a block's weights in float32."""
         return 4 * int(sum(p.numel() for p in self._blocks[number].parameters()))
@@ -272,29 +365,25 @@ class Walk:
         """Return the linear modules of a block, by the name of their weight in the checkpoint."""
         torch, prefix = self._torch, self.blocks[number]
         kinds = (torch.nn.Linear, self._transformers.pytorch_utils.Conv1D)
-        stored = self._stored_names()
         linears = {}
         for name, module in self._blocks[number].named_modules():
             if isinstance(module, kinds):
                 key = f"{prefix}.{name}.weight"
-                linears[stored.get(key, key)] = module
+                linears[self._names.get(key, key)] = module
         return linears
 
     def _stored_names(self) -> Mapping[str, str]:
         """Return name in the model -> name in the checkpoint, where accelerate knows it."""
-        if self._names is None:
-            self._names = {}
-            for part in self._model.modules():
-                weights = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
-                index = getattr(getattr(weights, "dataset", None), "index", None)
-                if index:
-                    self._names = {
-                        name: entry["weight_name"]
-                        for name, entry in index.items()
-                        if "weight_name" in entry
-                    }
-                    break
-        return self._names
+        for part in self._model.modules():
+            weights = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+            index = getattr(getattr(weights, "dataset", None), "index", None)
+            if index:
+                return {
+                    name: entry["weight_name"]
+                    for name, entry in index.items()
+                    if "weight_name" in entry
+                }
+        return {}
 
 
 def _split(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -308,6 +397,21 @@ def _split(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]
 def _hidden(output: Any) -> Any:
     """Return the hidden states of a block's output, which may be a tuple that begins with them."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@contextmanager
+def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Have modules compute something else for a while."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def _libraries() -> tuple[Any, Any]:
