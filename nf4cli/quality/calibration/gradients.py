@@ -11,8 +11,8 @@ The direction is sqrt(p) z - p (sqrt(p) . z) with signs z of a fixed seed. A tok
 prediction would do as well, but another machine, whose p differs in the last digits, could draw
 another token, and a proof would find other figures.
 
-A model without a prediction (an encoder) is measured by the direction of the mean of its last
-hidden states, which is what embeddings are compared by.
+A model without a prediction (an encoder) is measured by the direction of each last hidden state,
+since embeddings are compared by their cosine.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _at_the_end(
         with torch.enable_grad():
             found = after_blocks(states)
             if not walk.predicts:
-                found = torch.nn.functional.normalize(found.mean(1), dim=-1)
+                found = torch.nn.functional.normalize(found, dim=-1)
         signs = _signs(random, tuple(found.shape)).to(found.device)
         if walk.predicts:
             p = found.detach().softmax(-1)

@@ -245,8 +245,8 @@ class Walk:
                 part._parameters[name] = torch.nn.Parameter(
                     value.to(self.device, torch.float32), requires_grad=False
                 )
-            for buffer in part.buffers(recurse=False):
-                buffer.data = buffer.data.to(self.device)
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                part._buffers[name] = buffer.to(self.device)
         try:
             yield
         finally:
@@ -321,7 +321,7 @@ class Walk:
 
         It takes the last block's output, a float32 tensor [1, positions, hidden] on the device,
         and returns the model's logits [1, positions, vocabulary]; or the last hidden states of a
-        model without them. For a model with a prediction these may be any positions of a sequence.
+        model without them. The positions may be any of a sequence.
         """
         torch, embeddings = self._torch, self._model.get_input_embeddings()
         inside = {part for block in self._blocks for part in block.modules()}
