@@ -18,6 +18,7 @@ from .panels import Command
 _FUNCTIONS = {
     "quantize": "quantize", "plan": "plan", "verify": "verify", "dequantize": "dequantize",
     "inspect": "inspect", "diff": "diff", "attest": "attest", "push": "push", "eval": "eval_",
+    "write-text": "write_text",
 }  # fmt: skip
 """The function of each command, in the module with the command's name; in the order of --help."""
 
@@ -31,7 +32,7 @@ class Commands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
             function = _FUNCTIONS[name]
-            module = import_module(f"{__package__}.{name}")
+            module = import_module(f"{__package__}.{name.replace('-', '_')}")
             alone = typer.Typer(add_completion=False)
             alone.command(name, cls=Command)(getattr(module, function))
             self._made[name] = get_command(alone)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..quality.calibration.gptq import DAMPING
-from ..quality.calibration.run import TOKENS, Calibrating
+from ..quality.calibration.defaults import DAMPING, TOKENS
+from ..quality.calibration.run import Calibrating
 from ..units import format_size, plural
 from . import completion, engine_choice, panels
 from .options import (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..quality.calibration.gptq import DAMPING
-from ..quality.calibration.run import LENGTH, TOKENS, Calibrating
+from ..quality.calibration.defaults import DAMPING, LENGTH, TOKENS
+from ..quality.calibration.run import Calibrating
 from . import completion, engine_choice, options, panels
 from .options import (  # fmt: skip
     DeviceOption,
@@ -199,7 +199,7 @@ def quantize(
             "--method",
             metavar="NAME",
             show_default=False,
-            help="With --calibration: rtn (default), gptq or yaqa",
+            help="With --calibration: rtn, gptq or yaqa",
             rich_help_panel=panels.SCALES,
             autocompletion=completion.methods,
         ),

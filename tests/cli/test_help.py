@@ -21,6 +21,7 @@ PANELS = {  # in the order in which they are shown
     "plan": ["Arguments", "Options", "Measuring", "What stays in float", "Running", "Output"],
     "attest": ["Arguments", "Options"],
     "push": ["Arguments", "Options"],
+    "write-text": ["Arguments", "Options"],
 }  # fmt: skip
 
 

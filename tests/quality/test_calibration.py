@@ -27,7 +27,8 @@ from nf4cli.format.codebook import codebook
 from nf4cli.format.config import QuantConfig
 from nf4cli.output.manifest import Manifest
 from nf4cli.proof.verify import verify
-from nf4cli.quality.calibration.gptq import DAMPING, feed_back, relative_loss
+from nf4cli.quality.calibration.defaults import DAMPING
+from nf4cli.quality.calibration.gptq import feed_back, relative_loss
 from nf4cli.quality.calibration.passes import Calibration, Settings
 from nf4cli.quality.calibration.rounding import pack, round_matrix
 from nf4cli.quality.calibration.text import torch_device

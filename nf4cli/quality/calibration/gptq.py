@@ -16,12 +16,11 @@ import numpy as np
 
 from ...callbacks import Notify, no_notice
 from ...engines.cpu import FEEDBACK_ROWS, CpuEngine
+from .defaults import DAMPING
 
 if TYPE_CHECKING:
     from ...engines.protocol import F32, U8
 
-DAMPING = 0.05
-"""Default of what is added to the diagonal of the second moments, in units of its mean."""
 _LAZY = 128  # columns whose error is passed on together
 _ATTEMPTS = 6  # each with ten times the damping of the one before
 

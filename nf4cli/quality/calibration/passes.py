@@ -25,8 +25,9 @@ from ...format.config import QuantConfig
 from ...planning.formats import formats_of
 from ...planning.selection import module_path
 from . import gradients
+from .defaults import DAMPING
 from .experts import ExpertWatcher
-from .gptq import DAMPING, corrected, feed_back, relative_loss
+from .gptq import corrected, feed_back, relative_loss
 from .gradients import LayerGradients
 from .moments import Moments
 from .rounding import pack, round_matrix

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...convert.listener import Listener, Stage
-from .gptq import DAMPING
+from .defaults import DAMPING, LENGTH, TOKENS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ...planning.plan import Plan
     from .passes import Calibration, Fixed
 
-TOKENS, LENGTH = 32_768, 512
-"""Defaults: tokens to run, and tokens of a window. docs/quality.md says what they give."""
 _SHORTEST, _MOST_DAMPING, _MOST = 8, 100, 2**40
 
 
