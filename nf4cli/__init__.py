@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         push,
         quantize,
         verify,
+        write_text,
     )
     from .convert.listener import Listener
     from .format.config import QuantConfig
 
 __all__ = [
     "Listener", "QuantConfig", "attest", "dequantize", "diff", "evaluate", "inspect",
-    "inspect_tensor", "load", "plan", "push", "quantize", "verify",
+    "inspect_tensor", "load", "plan", "push", "quantize", "verify", "write_text",
 ]  # fmt: skip
 
 

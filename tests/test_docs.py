@@ -52,7 +52,7 @@ def test_every_command_is_in_the_readme():
     text = CliRunner().invoke(app, ["--help"]).output
     commands = set(Commands())
     assert all(command in text for command in commands)
-    assert commands == set(re.findall(r"^\| `nf4 (\w+)", README, re.M))
+    assert commands == set(re.findall(r"^\| `nf4 ([\w-]+)", README, re.M))
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():

@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from .pushing import Pushed
     from .quantizing import Quantized
     from .verifying import Verified
+    from .writing import Written
 
 __all__ = [
     "Allocated", "Compared", "Dequantized", "Inspected", "Quantized", "Verified", "allocate",
     "attest", "dequantize", "diff", "evaluate", "inspect", "inspect_tensor", "load", "plan", "push",
-    "quantize", "verify",
+    "quantize", "verify", "write_text",
 ]  # fmt: skip
 
 Place = str | Path
@@ -408,6 +409,36 @@ def evaluate(
             machine=Machine(engine, None, workers, memory, listener),
         )
     )
+
+
+def write_text(
+    model: Place,
+    file: Place,
+    *,
+    tokens: int = 40_000,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str | None = None,
+    listener: Listener = NOBODY,
+) -> Written:
+    """Have a language model write text, to calibrate it on without data (extra `calibrate`).
+
+    Args:
+        model: a directory, or a model of the Hub.
+        file: a .jsonl file to write, one document a line.
+        tokens: at least as many are written.
+        seed: of the random numbers; another machine may draw other text.
+        dtype: what the model computes in, as in `evaluate`.
+        device: a torch device, None for a GPU where there is one.
+        listener: as in `quantize`.
+
+    Raises:
+        UsageError, InputError, MachineError: the model cannot write text.
+    """
+    from .writing import Writing, write
+
+    machine = Machine("auto", None, None, None, listener)
+    return write(Writing(Path(model), Path(file), tokens, seed, dtype, device, machine))
 
 
 def attest(
