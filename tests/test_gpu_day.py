@@ -220,7 +220,8 @@ def test_every_wheel_that_is_needed_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels, "download", download)
     found = wheels.fetch(tmp_path)
     assert {p.name.split("-")[0] for p in found} == {
-        "bitsandbytes", "compressed_tensors", "typer", "pydantic", "pydantic_core", "blake3", "lz4"
+        "bitsandbytes", "compressed_tensors", "greenlet", "typer", "pydantic", "pydantic_core",
+        "blake3", "lz4",
     }  # fmt: skip
     assert wheels.pinned("typer") in asked
     assert "pydantic_core==2.50" in asked

@@ -72,7 +72,7 @@ def told(found: Any) -> str:
 def beside_the_cpu(part: Part, text: Path, shape: Shape, tokens: int) -> None:
     """Calibrate a short model on both, and compare."""
     source = model_of(part, "short", shape)
-    for method in ("gptq",) if part.dry else ("rtn", "gptq"):
+    for method in ("gptq", "yaqa") if part.dry else ("rtn", "gptq", "yaqa"):
         with part.report.step(f"calibration, {method}, GPU beside CPU"):
             found = {d: calibrate(part, source, text, d, tokens, method) for d in ("gpu", "cpu")}
             title = f"calibration, {method}, {shape.layers} layers, {tokens:,} tokens"
@@ -89,7 +89,7 @@ def beside_the_cpu(part: Part, text: Path, shape: Shape, tokens: int) -> None:
 def whole(part: Part, text: Path, shape: Shape, tokens: int) -> None:
     """Calibrate the whole shape on the GPU."""
     source = model_of(part, "whole", shape)
-    for method in ("rtn", "gptq"):
+    for method in ("rtn", "gptq", "yaqa"):
         with part.report.step(f"calibration, {method}, whole"):
             found = calibrate(part, source, text, "gpu", tokens, method)
             title = f"calibration, {method}, {shape.layers} layers, {tokens:,} tokens, on the GPU"

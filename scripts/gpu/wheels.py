@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PINNED = ("bitsandbytes", "compressed-tensors", "typer")
+PINNED = ("bitsandbytes", "compressed-tensors", "greenlet", "typer")
 """As pyproject.toml pins them for the tests."""
 OTHERS = ("blake3", "lz4")
 """What else the package, and what the tests that a GPU runs, import."""
