@@ -177,7 +177,7 @@ def test_experts_of_four_bits_are_calibrated_by_the_command(tmp_path):
     text_models.make("mixtral", tmp_path / "model", torch.bfloat16)
     (tmp_path / "text.txt").write_text(text_models.text(600))
     for method, *options in (
-        ("rtn", "--target", "vllm"), ("gptq", "--target", "vllm"),
+        ("rtn", "--target", "vllm"), ("gptq", "--target", "vllm"), ("yaqa", "--target", "vllm"),
         ("gptq", "--target", "unsloth", "--blocksize", "32"),
     ):  # fmt: skip
         output = "-".join((method, *options))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .side_by_side import is_beside
+
 if TYPE_CHECKING:
     from ...engines.protocol import F32
 
@@ -55,6 +57,8 @@ class ExpertWatcher:
     def _add(self, module: Any, args: Any) -> None:
         from torch.nn.functional import linear
 
+        if is_beside():
+            return
         states, index = args[0].reshape(-1, args[0].shape[-1]), args[1]
         for expert in index.unique().tolist():
             if not 0 <= expert < module.gate_up_proj.shape[0]:

@@ -222,7 +222,8 @@ class Calibration:
             if known and self._fixed is None:
                 states = self._scratch.unrounded()[number]
                 unrounded = [
-                    Run(i, partial(self._walk.run, number, states[i])) for i in range(count)
+                    Run(i, partial(self._walk.run, number, states[i]), beside=True)
+                    for i in range(count)
                 ]
             with experts.watching():
                 done = self._layers(linears, runs, unrounded, known)

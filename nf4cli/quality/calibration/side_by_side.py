@@ -20,17 +20,18 @@ class Run(greenlet):  # type: ignore[misc]  # greenlet's stubs call it final
     Args:
         window: its number.
         work: runs the block.
+        beside: whether it only shows what the unrounded model is given, and is not measured.
 
     Attributes:
-        window: as given.
+        window, beside: as given.
         layer: name of the layer that it stands before; None before the start, and at the end.
         states: what that layer is about to be given.
         shared: whether the layer before was given the same tensor, as k and v are after q.
     """
 
-    def __init__(self, window: int, work: Callable[[], object]) -> None:
+    def __init__(self, window: int, work: Callable[[], object], beside: bool = False) -> None:
         super().__init__(work)
-        self.window = window
+        self.window, self.beside = window, beside
         self.layer: str | None = None
         self.states: Any = None
         self.shared = False
@@ -55,6 +56,11 @@ class Run(greenlet):  # type: ignore[misc]  # greenlet's stubs call it final
     def rows(self) -> Any:
         """Return what the layer is about to be given: float32 tensor [tokens, columns]."""
         return self.states.reshape(-1, self.states.shape[-1]).float()
+
+
+def is_beside() -> bool:
+    """Return whether the code that asks is in a run that is not measured."""
+    return getattr(getcurrent(), "beside", False)
 
 
 class Stops:
