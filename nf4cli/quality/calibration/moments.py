@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ...engines.protocol import F32
 
-_PANEL = 512  # columns whose products with those from them on are computed at a time
+_PANEL = 192  # columns whose products with those from them on are computed at a time
 
 
 @dataclass(eq=False)
