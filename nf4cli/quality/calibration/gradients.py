@@ -55,7 +55,7 @@ class _Sums:
     """What is added up of one layer.
 
     Attributes:
-        tokens: float32 arrays [length], a window each: the squares of the gradients.
+        tokens: float32 tensors [length], a window each: the squares of the gradients.
         outputs: see `LayerGradients`.
         group: the first layer that is given the same tensor.
     """

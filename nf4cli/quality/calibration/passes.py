@@ -285,9 +285,15 @@ class Calibration:
         """
         sums = Moments(full=self._settings.method != "rtn")
         for run in runs:
-            rows, other = run.rows(), unrounded.get(run.window)
+            rows = run.rows()
             weights = None if layer is None else layer.weights[run.window].to(rows.device)
-            sums.add(rows, weights, None if other is None else other.rows())
+            other = unrounded[run.window].rows() if run.window in unrounded else None
+            # A router may send other tokens of the window here than in the unrounded model.
+            sums.add(
+                rows,
+                weights if weights is not None and len(weights) == len(rows) else None,
+                other if other is not None and other.shape == rows.shape else None,
+            )
         return sums
 
     def _round(
