@@ -14,7 +14,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 
-class Run(greenlet):  # type: ignore[misc]  # greenlet's stubs call it final
+class Run(greenlet):  # type: ignore[misc]  # greenlet comes without types
     """One window's way through a block.
 
     Args:
