@@ -230,6 +230,30 @@ def test_gradients_are_those_of_the_whole_model(name, tmp_path):
             torch.testing.assert_close(part, expected, rtol=5e-3, atol=2e-3 * float(expected.max()))
 
 
+def test_the_progress_comes_to_its_end(tmp_path):
+    """A part for each pass, the time behind the blocks counted; so too where gradients are kept."""
+    root, told = text_models.make("llama", tmp_path / "model"), []
+    whole = transformers.LlamaForCausalLM.from_pretrained(root)
+    names = [f"{n}.weight" for n, m in whole.model.named_modules() if isinstance(m, LINEARS)]
+    names = [f"model.{n}" for n in names]
+
+    def calibration():
+        found = Calibration(
+            root, tokens(), tmp_path / "scratch", names, QuantConfig(scale="search"), CpuEngine(),
+            Settings("yaqa"), {},
+        )  # fmt: skip
+        found.progress = lambda name, nbytes: told.append(nbytes)
+        return found
+
+    first = calibration()
+    first.run()
+    assert sum(told) == first.nbytes
+    told.clear()
+    again = calibration()
+    again.run()
+    assert sum(told) == again.nbytes
+
+
 def test_directions_have_the_second_moments_of_the_prediction():
     """Their mean product is diag(p) - p p^T, which is what KL divergence costs."""
     logits = torch.randn(6, generator=random(4))

@@ -92,7 +92,8 @@ def measure(
             and each block's outputs are written behind it.
         gradient: float32 [windows, length, hidden], used for the gradients on their way back.
         file: gives the name of a block's file.
-        progress: told a block's number, three times for each.
+        progress: told a block's number, four times for each: forward, for its part of the time
+            behind the blocks, and twice for the way back.
     """
     count = len(walk.blocks)
     for number in range(count):
@@ -103,6 +104,8 @@ def measure(
     with walk.tail() as after_blocks:
         for i, window in enumerate(states[count]):
             gradient[i] = _at_the_end(walk, after_blocks, window, seed=i)
+            for number in range(count * i // len(gradient), count * (i + 1) // len(gradient)):
+                progress(number)
     for number in reversed(range(count)):
         with walk.block(number), _watched(walk.linears(number)) as sums:
             for i, window in enumerate(states[number]):

@@ -126,7 +126,7 @@ class Calibration:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks' weights in float32, times the passes: what the progress counts."""
-        passes = 4 if self._settings.method == "yaqa" else 1
+        passes = 5 if self._settings.method == "yaqa" else 1
         return passes * sum(map(self._walk.nbytes, range(len(self._walk.blocks))))
 
     def run(self) -> None:
@@ -188,7 +188,7 @@ class Calibration:
             self.progress(blocks[number], self._walk.nbytes(number))
 
         if self._scratch.has_gradients:
-            for number in 3 * list(range(len(blocks))):
+            for number in 4 * list(range(len(blocks))):
                 passed(number)
             return
         first = self._scratch.hidden(0)
