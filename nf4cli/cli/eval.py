@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import completion, engine_choice, options, panels
-from .options import EngineOption, HtmlOption, JsonOption, MemoryOption, QuietOption, WorkersOption
+from . import engine_choice, options, panels
+from .options import (
+    EngineOption,
+    HtmlOption,
+    JsonOption,
+    MemoryOption,
+    QuietOption,
+    TorchDeviceOption,
+    TorchDtypeOption,
+    WorkersOption,
+)
 from .show import terminal
 from .show.listener import TerminalListener
 
@@ -41,26 +50,8 @@ def eval_(
         int, typer.Option("--tokens", metavar="N", help="At most, of each text")
     ] = 8192,
     context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens per window")] = 512,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="What both models compute in",
-            rich_help_panel=panels.RUNNING,
-            autocompletion=completion.dtypes,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            show_default=False,
-            help="cpu or cuda. Default: a GPU if any",
-            rich_help_panel=panels.RUNNING,
-        ),
-    ] = None,
+    dtype: TorchDtypeOption = "auto",
+    device: TorchDeviceOption = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(

@@ -37,6 +37,28 @@ DeviceOption = Annotated[
     ),
 ]
 
+TorchDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="What models compute in",
+        rich_help_panel=panels.RUNNING,
+        autocompletion=completion.dtypes,
+    ),
+]
+
+TorchDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        show_default=False,
+        help="cpu or cuda. Default: a GPU if any",
+        rich_help_panel=panels.RUNNING,
+    ),
+]
+
 WorkersOption = Annotated[
     int | None,
     typer.Option(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..units import plural
-from . import completion, engine_choice, panels
-from .options import QuietOption
+from . import engine_choice
+from .options import QuietOption, TorchDeviceOption, TorchDtypeOption
 from .show import terminal
 from .show.listener import TerminalListener
 
@@ -23,26 +23,8 @@ def write_text(
         int, typer.Option("--tokens", metavar="N", help="Tokens to write, at least")
     ] = 40_000,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random numbers")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="What the model computes in",
-            rich_help_panel=panels.RUNNING,
-            autocompletion=completion.dtypes,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            show_default=False,
-            help="cpu or cuda. Default: a GPU if any",
-            rich_help_panel=panels.RUNNING,
-        ),
-    ] = None,
+    dtype: TorchDtypeOption = "auto",
+    device: TorchDeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Have a model write text, to calibrate it on without data (extra: calibrate)."""

@@ -130,7 +130,7 @@ class QuantConfig:
 
     @property
     def feeds_back(self) -> bool:
-        """Whether codes are chosen by error feedback: then they do not follow from the source."""
+        """Tell whether error feedback chooses the codes: they do not follow from the source then."""
         return self.method != "rtn"
 
     @property

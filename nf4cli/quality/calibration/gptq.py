@@ -58,12 +58,12 @@ def feed_back(
     rows = rows.to(weight.device)
     work = weight[rows][:, order].T.contiguous()
     units = scale[rows][:, order].T.contiguous()
-    ranks = np.empty(work.shape, np.uint8)
+    ranks, engine = np.empty(work.shape, np.uint8), CpuEngine()
     for start in range(0, len(work), _LAZY):
         stop = min(start + _LAZY, len(work))
         factor = inverse[start:stop, start:stop].contiguous().cpu().numpy()
         errors = _round_columns(
-            work[start:stop].cpu().numpy(), units[start:stop].cpu().numpy(), factor, shares,
+            engine, work[start:stop].cpu().numpy(), units[start:stop].cpu().numpy(), factor, shares,
             quant_type, ranks[start:stop],
         )  # fmt: skip
         work[stop:] -= inverse[start:stop, stop:].T @ torch.from_numpy(errors).to(work.device)
@@ -73,8 +73,9 @@ def feed_back(
 
 
 def _round_columns(
-    values: F32, scale: F32, factor: F32, shares: Sequence[F32] | None, quant_type: str, ranks: U8
-) -> F32:
+    engine: CpuEngine, values: F32, scale: F32, factor: F32, shares: Sequence[F32] | None,
+    quant_type: str, ranks: U8,
+) -> F32:  # fmt: skip
     """Round some columns, in as many threads as torch computes in.
 
     Args:
@@ -87,7 +88,7 @@ def _round_columns(
     """
     import torch
 
-    engine, errors, rows = CpuEngine(), np.empty_like(values), values.shape[1]
+    errors, rows = np.empty_like(values), values.shape[1]
     tiles = -(-rows // FEEDBACK_ROWS)
     threads = min(tiles, torch.get_num_threads())
 

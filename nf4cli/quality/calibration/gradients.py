@@ -131,12 +131,12 @@ def _at_the_end(
             found = after_blocks(states)
             if not walk.predicts:
                 found = torch.nn.functional.normalize(found, dim=-1)
-        signs = _signs(random, tuple(found.shape)).to(found.device)
+        direction = _signs(random, tuple(found.shape)).to(found.device)
         if walk.predicts:
             p = found.detach().softmax(-1)
-            direction = p.sqrt() * signs
-            signs = direction - p * direction.sum(-1, keepdim=True)
-        found.backward(signs)
+            roots = p.sqrt() * direction
+            direction = roots - p * roots.sum(-1, keepdim=True)
+        found.backward(direction)
         result[start : start + step] = states.grad[0].cpu().numpy()
     return result
 

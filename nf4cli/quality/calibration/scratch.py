@@ -85,7 +85,7 @@ class Scratch:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the gradients of all blocks are there."""
+        """Tell whether the gradients of all blocks are there."""
         return bool(self._state().get("gradients"))
 
     def keep_gradients(self) -> None:

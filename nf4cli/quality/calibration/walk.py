@@ -180,12 +180,12 @@ class Walk:
 
     @property
     def predicts(self) -> bool:
-        """Whether the model predicts tokens, of which `vocabulary` are known."""
+        """Tell whether the model predicts tokens, of which `vocabulary` are known."""
         return self._model.get_output_embeddings() is not None
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the model predicts."""
+        """Return the number of tokens that the model predicts."""
         return int(self._model.get_output_embeddings().weight.shape[0])
 
     def _widened(self, value: Any) -> Any:
