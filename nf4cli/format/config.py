@@ -130,7 +130,7 @@ class QuantConfig:
 
     @property
     def feeds_back(self) -> bool:
-        """Tell whether error feedback chooses the codes: they do not follow from the source then."""
+        """Tell whether error feedback chooses the codes; the source does not give them then."""
         return self.method != "rtn"
 
     @property
