@@ -53,11 +53,13 @@ def sequences(
     """Return windows of tokens, evenly spread over the text.
 
     The documents stand one after another, each closed by the tokenizer's end-of-text token where
-    it has one.
+    it has one. Each window begins and ends with the special tokens that the tokenizer gives any
+    text, as when the model is used. Without its <bos>, Gemma 3 270M predicts the built-in texts
+    with a perplexity of BEFORE instead of AFTER.
 
     Args:
         tokenizer: of transformers.
-        length: tokens of a window.
+        length: tokens of a window, special ones among them.
         count: most windows to take.
 
     Returns:
@@ -66,19 +68,33 @@ def sequences(
     Raises:
         UsageError: the text does not fill one window.
     """
+    documents = list(documents)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     for text in documents:
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
-    windows = len(tokens) // length
+    before, behind = _special_tokens(tokenizer, documents[0])
+    inside = length - len(before) - len(behind)
+    windows = len(tokens) // inside if inside > 0 else 0
     if windows < 1:
         raise UsageError(
             f"the text has {len(tokens):,} tokens, fewer than one window of {length:,}: give more "
             "text, or a smaller window"
         )
-    every_window = np.array(tokens[: windows * length], np.int64).reshape(windows, length)
+    text_only = np.array(tokens[: windows * inside], np.int64).reshape(windows, inside)
     chosen = np.unique(np.linspace(0, windows - 1, min(count, windows)).round().astype(np.int64))
-    return every_window[chosen]
+    edges = [np.tile(np.array(ids, np.int64), (len(chosen), 1)) for ids in (before, behind)]
+    return np.hstack([edges[0], text_only[chosen], edges[1]])
+
+
+def _special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before a text, and those that it puts behind it."""
+    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
 
 
 def _files(path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -196,6 +197,21 @@ def problem(rows=24, columns=160, seed=0, samples=400):
     hessian = inputs.T @ inputs / samples
     rounded = round_matrix(weight.numpy(), hessian.diagonal().numpy().copy(), CpuEngine(), RECIPE)
     return weight, hessian, torch.from_numpy(rounded.scale), torch.from_numpy(rounded.ranks)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_threads_choose_the_same_scales(weighted, nested, threads):
+    """The matrix has five parts of 65,536 elements, the last one not whole, odd at its end."""
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((601, 511), np.float32)
+    importance = generator.random(511, np.float32) if weighted else np.zeros(511, np.float32)
+    recipe = replace(RECIPE, double_quant=nested)
+    one = round_matrix(weight, importance, CpuEngine(), recipe)
+    several = round_matrix(weight, importance, CpuEngine(), recipe, threads)
+    assert np.array_equal(one.ranks, several.ranks)
+    assert np.array_equal(one.scale, several.scale)
 
 
 def choose(weight, hessian, scale, notes=None, damping=DAMPING):

@@ -328,7 +328,9 @@ class Calibration:
 
         values = torch.from_numpy(codebook(self._config.quant_type).values).to(weight.device)
         recipe = self._recipe_of(module_path(name))
-        rounded = round_matrix(weight.cpu().numpy(), moments.importance, self._engine, recipe)
+        rounded = round_matrix(
+            weight.cpu().numpy(), moments.importance, self._engine, recipe, torch.get_num_threads()
+        )
         scale = torch.from_numpy(rounded.scale).to(weight.device)
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method != "rtn":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...engines.protocol import ChosenScales, Engine, Importance, NestedAbsmax
+from ...engines.protocol import GRANULE, ChosenScales, Engine, Importance, NestedAbsmax
 from ...format.codebook import codebook, ladder
 from ...format.config import QuantConfig
 
@@ -28,13 +30,16 @@ class Rounded:
     ranks: U8
 
 
-def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConfig) -> Rounded:
+def round_matrix(
+    weight: F32, importance: F32, engine: Engine, config: QuantConfig, threads: int = 1
+) -> Rounded:
     """Return the scales that a conversion will choose for a matrix, and the nearest codes.
 
     Args:
         weight: float32 [rows, columns].
         importance: float32 [columns]; all zeros weigh all columns alike.
         engine: the one that will convert.
+        threads: that search at a time, each a part of the matrix.
     """
     n, blocksize = weight.size, config.blocksize
     weighted = bool(importance.any())
@@ -42,10 +47,22 @@ def round_matrix(weight: F32, importance: F32, engine: Engine, config: QuantConf
     packed = np.empty((n + 1) // 2, np.uint8)
     index = np.empty(-(-n // blocksize), np.uint8)
     unit = np.empty(-(-index.size // steps.run), np.float32)
-    engine.search(
-        weight.reshape(-1).view(np.uint8), "F32", blocksize, config.quant_type, steps,
-        Importance(importance, 0) if weighted else None, packed, ChosenScales(index, unit),
-    )  # fmt: skip
+    values = weight.reshape(-1)
+    unit_elements = math.lcm(GRANULE, blocksize * steps.run)
+    step = -(-n // threads // unit_elements) * unit_elements
+
+    def search(start: int) -> None:
+        stop = min(start + step, n)
+        blocks = slice(start // blocksize, -(-stop // blocksize))
+        runs = slice(blocks.start // steps.run, -(-blocks.stop // steps.run))
+        engine.search(
+            values[start:stop].view(np.uint8), "F32", blocksize, config.quant_type, steps,
+            Importance(importance, start) if weighted else None,
+            packed[start // 2 : (stop + 1) // 2], ChosenScales(index[blocks], unit[runs]),
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(search, range(0, n, step)))
     scales = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
     return Rounded(
