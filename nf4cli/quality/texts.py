@@ -54,8 +54,8 @@ def sequences(
 
     The documents stand one after another, each closed by the tokenizer's end-of-text token where
     it has one. Each window begins and ends with the special tokens that the tokenizer gives any
-    text, as when the model is used. Without its <bos>, Gemma 3 270M predicts the built-in texts
-    with a perplexity of BEFORE instead of AFTER.
+    text, as when the model is used. Without its <bos>, Gemma 3 270M predicts the built-in text
+    of Python's documentation with a perplexity of 37.7 instead of 14.5.
 
     Args:
         tokenizer: of transformers.
