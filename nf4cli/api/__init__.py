@@ -356,6 +356,7 @@ def evaluate(
     output: Place,
     source: Place,
     *,
+    other: Place | None = None,
     texts: Sequence[Place] = (),
     tokens: int = 8192,
     context: int = 512,
@@ -375,6 +376,7 @@ def evaluate(
     Args:
         output: a 4-bit checkpoint or any other model.
         source: the model that it was made from.
+        other: another output of that source: says how their losses stand to each other.
         texts: text files and directories to measure on; none for two built-in texts.
         tokens: most tokens of each text.
         context: tokens of a window.
@@ -397,6 +399,7 @@ def evaluate(
         Evaluation(
             output=Path(output),
             source=Path(source),
+            other=_path(other),
             texts=tuple(Path(text) for text in texts),
             tokens=tokens,
             context=context,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class Evaluation:
     Attributes:
         output: a 4-bit checkpoint or any other model; a model of the Hub.
         source: what it was made from.
+        other: another output of that source, to compare with; None for none.
         texts: text files and directories; none for two built-in texts.
         tokens: most tokens of each text.
         context: tokens of a window.
@@ -59,6 +60,7 @@ class Evaluation:
 
     output: Path
     source: Path
+    other: Path | None = None
     texts: Sequence[Path] = ()
     tokens: int = TOKENS
     context: int = CONTEXT
@@ -118,7 +120,8 @@ class Evaluated:
 
     Attributes:
         path, source: the two models, where they lie on this machine.
-        called: what a user reads of both.
+        other: the other output; None without one.
+        called: what a user reads of them.
         kind: "causal" for a language model, "encoder" for a model of embeddings.
         texts: figures by the text's name.
         failures: a sentence for each limit that is not kept.
@@ -126,6 +129,7 @@ class Evaluated:
 
     path: Path
     source: Path
+    other: Path | None
     called: str
     kind: str
     texts: Mapping[str, Measured]
@@ -159,39 +163,43 @@ def compare(asked: Evaluation) -> Evaluated:
     """
     libraries()
     listener = asked.machine.listener
-    output, source = (sources.local(p, listener) for p in (asked.output, asked.source))
+    given = [asked.source, asked.output, *([] if asked.other is None else [asked.other])]
+    source, output, *others = (sources.local(path, listener) for path in given)
     run = _Run(asked, asked.device or torch_device(None))
     require_device(run.device)
     kind = kind_of(source)
     engine, limits = asked.machine.engine, asked.machine.resources()
-    with (
-        decoded(source, asked.cache_place, engine, limits) as ordinary_source,
-        decoded(output, asked.cache_place, engine, limits) as ordinary_output,
-    ):
+    with ExitStack() as stack:
+        models = [
+            _Model(path, stack.enter_context(decoded(path, asked.cache_place, engine, limits)))
+            for path in (source, output, *others)
+        ]
         measure = run.causal if kind == "causal" else run.encoder
-        texts = measure(_Model(source, ordinary_source), _Model(output, ordinary_output))
+        texts = measure(*models)
     called = " against ".join(
         (sources.shown(asked.output, output), sources.shown(asked.source, source))
     )
+    if asked.other is not None:
+        called += f", and beside {sources.shown(asked.other, others[0])}"
     failures = tuple(_failures(texts, asked.max_kl, asked.min_top1))
-    return Evaluated(output, source, called, kind, texts, failures)
+    return Evaluated(output, source, next(iter(others), None), called, kind, texts, failures)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The comparison of two models on a torch device."""
+    """The comparison of a source with one output, or with two, on a torch device."""
 
     asked: Evaluation
     device: str
 
-    def causal(self, source: _Model, output: _Model) -> dict[str, Measured]:
-        """Return the figures of two language models; run the source over all texts first."""
+    def causal(self, source: _Model, *outputs: _Model) -> dict[str, Measured]:
+        """Return the figures of language models; run the source over all texts first."""
         asked = self.asked
         cache = Cache(asked.cache_place, asked.cache_size)
         tokenizer = open_tokenizer(source.path)
         windows = self._windows(source.path, tokenizer, cache)
-        steps = 2 * sum(map(len, windows.values()))
-        with self._stage(steps, source, output) as progress:
+        steps = (1 + len(outputs)) * sum(map(len, windows.values()))
+        with self._stage(steps, source, outputs) as progress:
             references = {
                 name: causal.Source(
                     source.ordinary, source.path, tokens, cache, asked.dtype, self.device, progress
@@ -200,7 +208,9 @@ class _Run:
             }
             return {
                 name: _measured(
-                    reference.tokens, *reference.compare(output.ordinary, progress), tokenizer
+                    reference.tokens,
+                    [reference.compare(output.ordinary, progress) for output in outputs],
+                    tokenizer,
                 )
                 for name, reference in references.items()
             }
@@ -228,8 +238,8 @@ class _Run:
             for name, path in texts.items()
         }
 
-    def encoder(self, source: _Model, output: _Model) -> dict[str, Measured]:
-        """Return the figures of two models of embeddings."""
+    def encoder(self, source: _Model, *outputs: _Model) -> dict[str, Measured]:
+        """Return the figures of models of embeddings."""
         asked = self.asked
         tokenizer = open_tokenizer(source.path)
         count = max(1, asked.tokens // _TOKENS_PER_PIECE)
@@ -238,45 +248,45 @@ class _Run:
             for name, path in asked.named_texts.items()
         }
         all_pieces = [piece for of_text in pieces.values() for piece in of_text]
-        with self._stage(2 * len(all_pieces), source, output) as progress:
-            of_source, of_output = (
+        steps = (1 + len(outputs)) * len(all_pieces)
+        with self._stage(steps, source, outputs) as progress:
+            embedded = [
                 embeddings.embed(
-                    directory, all_pieces, tokenizer, asked.context, asked.dtype, self.device,
+                    model.ordinary, all_pieces, tokenizer, asked.context, asked.dtype, self.device,
                     progress,
                 )
-                for directory in (source.ordinary, output.ordinary)
-            )  # fmt: skip
+                for model in (source, *outputs)
+            ]  # fmt: skip
         texts, start = {}, 0
         for name, of_text in pieces.items():
             rows = slice(start, start + len(of_text))
-            texts[name] = Measured(
-                len(of_text), embeddings.compare(of_source[rows], of_output[rows])
-            )
+            of_models = (vectors[rows] for vectors in embedded)
+            texts[name] = Measured(len(of_text), embeddings.compare(*of_models))
             start = rows.stop
         return texts
 
     @contextmanager
-    def _stage(self, steps: int, source: _Model, output: _Model) -> Iterator[Progress]:
+    def _stage(self, steps: int, source: _Model, outputs: Sequence[_Model]) -> Iterator[Progress]:
         """Report to the listener; a step counts as the bytes of the source's weights."""
         nbytes = sum(shard.size for shard in open_checkpoint(source.path).shards)
-        stage = Stage("evaluating", nbytes * steps, f"{output.path} against {source.path}")
+        what = " and ".join(str(output.path) for output in outputs)
+        stage = Stage("evaluating", nbytes * steps, f"{what} against {source.path}")
         with self.asked.machine.listener.stage(stage) as progress:
             yield lambda name, count: progress(name, nbytes * count)
 
 
 def _measured(
-    tokens: NDArray[np.int64],
-    figures: Mapping[str, Figure],
-    kl: NDArray[np.float64],
-    tokenizer: Any,
+    tokens: NDArray[np.int64], compared: Sequence[causal.Columns], tokenizer: Any
 ) -> Measured:
     """Return the figures of a text, with the words at the largest divergences.
 
     Args:
         tokens: int64 [windows, context].
-        kl: float64 [windows, context - 1].
+        compared: of the output, and of the other one if there is one.
         tokenizer: of transformers.
     """
+    kl = compared[0]["kl"]
+    figures = causal.summarised(*compared)
     named = tuple(
         replace(
             w,

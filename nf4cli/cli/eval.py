@@ -37,6 +37,15 @@ def eval_(
     source: Annotated[
         Path, typer.Option("--source", metavar="PATH", help="The model it was made from")
     ],
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--other",
+            metavar="PATH",
+            show_default=False,
+            help="Another output, to compare with",
+        ),
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -105,6 +114,7 @@ def eval_(
     asked = Evaluation(
         output=output,
         source=source,
+        other=other,
         texts=tuple(text or ()),
         tokens=tokens,
         context=context,
@@ -129,7 +139,7 @@ def eval_(
 def _page(done: Evaluated) -> bytes:
     from ..pictures.pages import of_eval
 
-    return of_eval(done, _ROWS[done.kind])
+    return of_eval(done, _rows(done))
 
 
 def _document(done: Evaluated, context: int) -> dict[str, Any]:
@@ -137,6 +147,7 @@ def _document(done: Evaluated, context: int) -> dict[str, Any]:
     return {
         "path": str(done.path),
         "source": str(done.source),
+        **({"other": str(done.other)} if done.other else {}),
         "kind": done.kind,
         "context": context,
         "texts": {
@@ -157,6 +168,8 @@ _ROWS = {
         ("perplexity, output", "perplexity_output", "{:.2f}"),
         ("their ratio", "perplexity_ratio", "{:.4f}"),
         ("KL divergence, mean", "kl_mean", "{:.4f}"),
+        ("  of the other", "kl_other", "{:.4f}"),
+        ("  share of it", "kl_ratio", "{:.1%}"),
         ("  median", "kl_median", "{:.4f}"),
         ("  95%", "kl_95", "{:.3f}"),
         ("  99%", "kl_99", "{:.3f}"),
@@ -166,11 +179,19 @@ _ROWS = {
     ),
     "encoder": (
         ("cosine, mean", "cosine_mean", "{:.5f}"),
+        ("  of the other", "cosine_other", "{:.5f}"),
+        ("  1 - cosine, share of the other's", "distance_ratio", "{:.1%}"),
         ("  5%", "cosine_5", "{:.5f}"),
         ("  1%", "cosine_1", "{:.5f}"),
         ("  smallest", "cosine_min", "{:.5f}"),
     ),
 }
+
+
+def _rows(done: Evaluated) -> list[tuple[str, str, str]]:
+    """Return (label, name, format) of the figures that were measured."""
+    measured = next(iter(done.texts.values())).figures
+    return [row for row in _ROWS[done.kind] if row[1] in measured]
 
 
 def _print(console: Console, done: Evaluated) -> None:
@@ -187,7 +208,7 @@ def _print(console: Console, done: Evaluated) -> None:
     for name, measured in done.texts.items():
         heading = f"{terminal.plain(name)}, {measured.positions:,} {unit}"
         table.add_column(heading, justify="right")
-    for label, figure, shape in _ROWS[done.kind]:
+    for label, figure, shape in _rows(done):
         cells = []
         for measured in done.texts.values():
             value, low, high = (shape.format(x) for x in measured.figures[figure].as_list())

@@ -13,9 +13,10 @@ from helpers import nf4, nf4_ok
 from schemas import document
 
 import nf4cli
+from nf4cli.errors import UsageError
 from nf4cli.quality import texts
 from nf4cli.quality.calibration.text import open_tokenizer
-from nf4cli.quality.evaluation import statistics
+from nf4cli.quality.evaluation import causal, statistics
 from nf4cli.quality.evaluation.cache import Cache
 from nf4cli.quality.evaluation.statistics import blocks_of, figures
 
@@ -191,6 +192,49 @@ def test_an_encoders_embeddings(tmp_path):
     assert (done.returncode, "for language models" in done.stderr) == (2, True)
 
 
+def test_two_outputs_at_the_same_positions(place, tmp_path):
+    """The share is that of the means, and its interval is narrower than theirs allow."""
+    nf4_ok("quantize", place / "model", tmp_path / "coarse", "--blocksize", "256")
+    one, coarse = (
+        evaluated(place, tmp_path, output)["texts"]["text"]["kl_mean"]
+        for output in ("out", tmp_path / "coarse")
+    )
+    both = evaluated(place, tmp_path, "out", "--other", tmp_path / "coarse")
+    assert both["other"] == str(tmp_path / "coarse")
+    found = both["texts"]["text"]
+    assert found["kl_mean"] == one
+    assert found["kl_other"] == coarse
+    value, low, high = found["kl_ratio"]
+    assert value == pytest.approx(one[0] / coarse[0], rel=1e-4)
+    assert one[1] / coarse[2] < low < value < high < one[2] / coarse[1]
+    assert high < 1
+    swapped = evaluated(place, tmp_path, tmp_path / "coarse", "--other", "out")
+    assert swapped["texts"]["text"]["kl_ratio"][0] == pytest.approx(1 / value, rel=1e-4)
+    done = nf4("eval", "out", "--source", "model", "--other", tmp_path / "coarse", "--text",
+               "text.txt", *LIMITS, "--html", tmp_path / "page.html", cwd=place)  # fmt: skip
+    assert "of the other" in done.stdout, done.stderr
+    assert "share of it" in (tmp_path / "page.html").read_text()
+
+
+def test_two_encoders(tmp_path):
+    text_models.make("bert_mlm", tmp_path / "model", torch.bfloat16)
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    for name, blocksize in (("fine", "64"), ("coarse", "256")):
+        nf4_ok("quantize", tmp_path / "model", tmp_path / name, "--blocksize", blocksize)
+    done = nf4_ok("eval", "fine", "--source", "model", "--other", "coarse", "--text", "text.txt",
+                  "--json", "-q", cwd=tmp_path)  # fmt: skip
+    found = document(done, "eval")["texts"]["text"]
+    share = (1 - found["cosine_mean"][0]) / (1 - found["cosine_other"][0])
+    assert found["distance_ratio"][0] == pytest.approx(share, rel=1e-2)
+    assert found["distance_ratio"][2] < 1
+
+
+def test_another_output_without_loss_is_refused():
+    zeros = {name: np.zeros((4, 31)) for name in ("source", "output", "kl", "same")}
+    with pytest.raises(UsageError, match="no loss to compare with"):
+        causal.summarised({**zeros, "kl": np.ones((4, 31))}, zeros)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
@@ -199,6 +243,7 @@ def test_an_encoders_embeddings(tmp_path):
         (("--text", "text.txt", "--context", "32768", "--tokens", "40000"), 2, "fewer than one"),
         (("--text", "text.txt", "--dtype", "int8"), 2, "--dtype int8 is not one of"),
         (("--text", "text.txt", "--device", "cuda"), 2, "torch cannot use --device cuda"),
+        (("--text", "text.txt", "--other", "none"), 3, "none does not exist"),
         (("--source", "model/model.safetensors"), 3, "no directory with a config.json"),
     ],
 )

@@ -31,6 +31,31 @@ _FIGURES = {
     "kl_max": statistics.quantile("kl", 1.0),
     "top1": statistics.mean("same"),
 }
+_FIGURES_OF_TWO = {
+    "kl_other": statistics.mean("kl_other"),
+    "kl_ratio": statistics.share("kl", "kl_other"),
+}
+
+Columns = dict[str, "NDArray[np.float64]"]
+"""What an output predicts beside its source at each position: float64 [windows, length - 1] each.
+
+"kl" is the divergence, "same" 1.0 where the most likely token is the same, "source" and "output"
+the negative log-likelihoods of the token that follows.
+"""
+
+
+def summarised(output: Columns, other: Columns | None = None) -> dict[str, Figure]:
+    """Return the figures of an output, and how it stands to another one of the same source.
+
+    Args:
+        other: of the other output, at the same positions; None without one.
+    """
+    columns = {name: column.reshape(-1) for name, column in output.items()}
+    functions = dict(_FIGURES)
+    if other is not None:
+        columns["kl_other"] = other["kl"].reshape(-1)
+        functions |= _FIGURES_OF_TWO
+    return figures(columns, blocks_of(*output["kl"].shape), functions)
 
 
 class Source:
@@ -79,16 +104,11 @@ class Source:
             progress("source", len(tokens))
         self.tokens, self.log_probabilities = tokens, cached
 
-    def compare(
-        self, directory: Path, progress: Progress
-    ) -> tuple[dict[str, Figure], NDArray[np.float64]]:
-        """Return the figures of an output, or of any model with the same vocabulary.
+    def compare(self, directory: Path, progress: Progress) -> Columns:
+        """Compare an output, or any model with the same vocabulary, at each position.
 
         Args:
             progress: told the number of windows done.
-
-        Returns:
-            The figures, and the KL divergence of each position, float64 [windows, length - 1].
 
         Raises:
             UsageError: its vocabulary has another size.
@@ -126,8 +146,7 @@ class Source:
                     ):
                         columns[name][number, rows] = values.cpu().numpy()
                 progress("output", 1)
-        arrays = {name: column.reshape(-1) for name, column in columns.items()}
-        return figures(arrays, blocks_of(count, length), _FIGURES), columns["kl"]
+        return columns
 
 
 def vocabulary_of(directory: Path) -> int:

@@ -24,6 +24,10 @@ _FIGURES = {
     "cosine_1": statistics.quantile("cosine", 0.01),
     "cosine_min": statistics.quantile("cosine", 0.0),
 }
+_FIGURES_OF_TWO = {
+    "cosine_other": statistics.mean("cosine_other"),
+    "distance_ratio": statistics.share("distance", "distance_other"),
+}
 
 
 def pieces(documents: list[str], count: int) -> list[str]:
@@ -76,15 +80,35 @@ def embed(
     return np.stack(embeddings)
 
 
-def compare(source: NDArray[np.float32], output: NDArray[np.float32]) -> dict[str, Figure]:
+def compare(
+    source: NDArray[np.float32],
+    output: NDArray[np.float32],
+    other: NDArray[np.float32] | None = None,
+) -> dict[str, Figure]:
     """Return the figures of the cosines between two models' embeddings of each text.
 
     Args:
         source, output: float32 [texts, hidden].
+        other: of another output of the same source; None without one.
 
     Raises:
         UsageError: their shapes differ.
     """
+    cosine = _cosines(source, output)
+    columns, functions = {"cosine": cosine}, dict(_FIGURES)
+    if other is not None:
+        cosine_other = _cosines(source, other)
+        columns |= {
+            "cosine_other": cosine_other,
+            "distance": 1 - cosine,
+            "distance_other": 1 - cosine_other,
+        }
+        functions |= _FIGURES_OF_TWO
+    return figures(columns, [np.array([i]) for i in range(len(cosine))], functions)
+
+
+def _cosines(source: NDArray[np.float32], output: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return float64 [texts]."""
     if source.shape != output.shape:
         raise UsageError(
             f"the output's embeddings have {output.shape[1]:,} dimensions and the source's "
@@ -92,6 +116,5 @@ def compare(source: NDArray[np.float32], output: NDArray[np.float32]) -> dict[st
         )
     a, b = source.astype(np.float64), output.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
-    blocks = [np.array([i]) for i in range(len(cosine))]
-    return figures({"cosine": cosine}, blocks, _FIGURES)
+    cosines: NDArray[np.float64] = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+    return cosines

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import UsageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -94,6 +96,23 @@ def quantile(column: str, share: float) -> Callable[[dict[str, F64]], float]:
 def mean(column: str) -> Callable[[dict[str, F64]], float]:
     """Return a function that computes the mean of a column."""
     return lambda columns: float(columns[column].mean())
+
+
+def share(column: str, of: str) -> Callable[[dict[str, F64]], float]:
+    """Return a function that computes the mean of a column over another's, at the same positions.
+
+    It raises UsageError where the other's mean is 0.
+    """
+
+    def function(columns: dict[str, F64]) -> float:
+        whole = float(columns[of].mean())
+        if not whole:
+            raise UsageError(
+                "--other predicts just what the source does: it has no loss to compare with"
+            )
+        return float(columns[column].mean()) / whole
+
+    return function
 
 
 def perplexity(column: str) -> Callable[[dict[str, F64]], float]:
