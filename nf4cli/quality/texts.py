@@ -73,7 +73,7 @@ def sequences(
     tokens: list[int] = []
     for text in documents:
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
-    before, behind = _special_tokens(tokenizer, documents[0])
+    before, behind = special_tokens(tokenizer, documents[0])
     inside = length - len(before) - len(behind)
     windows = len(tokens) // inside if inside > 0 else 0
     if windows < 1:
@@ -87,7 +87,7 @@ def sequences(
     return np.hstack([edges[0], text_only[chosen], edges[1]])
 
 
-def _special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Return the tokens that a tokenizer puts before a text, and those that it puts behind it."""
     plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer(text, verbose=False)["input_ids"]

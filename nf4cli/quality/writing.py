@@ -1,7 +1,8 @@
 """Have a language model write text of its own, to calibrate it on where there is no other.
 
-Documents begin with the model's token for that, and each next token is drawn from the whole
-prediction: no temperature, nothing cut off. So the text is what the model itself holds likely.
+Documents begin with the tokens that the tokenizer puts before any text, and each next token is
+drawn from the whole prediction: no temperature, nothing cut off. So the text is what the model
+itself holds likely.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .evaluation.models import kind_of, libraries, opened
+from .texts import special_tokens
 
 TOKENS = 40_000
 """Default: a fifth more than a calibration takes, since text and windows do not fit exactly."""
@@ -45,7 +47,7 @@ def documents(
         first, last = _edges(model, tokenizer)
         config = transformers.GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=_LONGEST,
-            bos_token_id=first, eos_token_id=last or None, pad_token_id=last[0] if last else 0,
+            eos_token_id=last or None, pad_token_id=last[0] if last else 0,
         )  # fmt: skip
 
         def count(ids: Any, scores: Any, **rest: Any) -> Any:
@@ -55,12 +57,12 @@ def documents(
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         while written < tokens:
-            start = torch.full((_TOGETHER, 1), first, device=model.device)
+            start = torch.tensor([first] * _TOGETHER, device=model.device)
             found = model.generate(
                 start, attention_mask=torch.ones_like(start), generation_config=config,
                 stopping_criteria=transformers.StoppingCriteriaList([count]),
             )  # fmt: skip
-            for row in found[:, 1:].tolist():
+            for row in found[:, len(first) :].tolist():
                 end = next((i for i, token in enumerate(row) if token in last), len(row))
                 text = tokenizer.decode(row[:end], skip_special_tokens=True)
                 if text.strip():
@@ -73,10 +75,11 @@ def documents(
     return texts
 
 
-def _edges(model: Any, tokenizer: Any) -> tuple[int, list[int]]:
-    """Return the token that a document begins with, and those that end one.
+def _edges(model: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a document begins with, and those of which one ends it.
 
-    A model without the first begins as after the end of another document.
+    Where the tokenizer puts none before a text, that is its token for a beginning; without one,
+    the model begins as after the end of another document.
 
     Raises:
         UsageError: it has neither.
@@ -85,12 +88,13 @@ def _edges(model: Any, tokenizer: Any) -> tuple[int, list[int]]:
     if ends is None:
         ends = tokenizer.eos_token_id
     last = [ends] if isinstance(ends, int) else list(ends or [])
-    first = tokenizer.bos_token_id
-    if first is None and last:
-        first = last[0]
-    if first is None:
+    first, _ = special_tokens(tokenizer, "a")
+    if not first and tokenizer.bos_token_id is not None:
+        first = [tokenizer.bos_token_id]
+    first = first or last[:1]
+    if not first:
         raise UsageError(
             "the tokenizer has no token for the beginning or the end of a text, so that the model "
             "cannot begin one: give --calibration a text of yours"
         )
-    return int(first), last
+    return first, last

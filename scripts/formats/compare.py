@@ -86,7 +86,9 @@ def learned(method: str, *options: str) -> Callable[[Path, Path], object]:
     return make
 
 
-GPTQ = ("--calibration", "PLACE/calibration.txt", "--method", "gptq")
+GPTQ, YAQA = (
+    ("--calibration", "PLACE/calibration.txt", "--method", method) for method in ("gptq", "yaqa")
+)
 
 
 def recipe_rows(name: str) -> dict[str, Row]:
@@ -98,6 +100,7 @@ def recipe_rows(name: str) -> dict[str, Row]:
             "nf4, `--recipe`, `--importance`", quantized(*recipe, *measured_before)
         ),
         f"nf4_gptq_{name}": Row("nf4, `--recipe`, `--method gptq`", quantized(*recipe, *GPTQ)),
+        f"nf4_yaqa_{name}": Row("nf4, `--recipe`, `--method yaqa`", quantized(*recipe, *YAQA)),
     }
 
 
@@ -113,6 +116,7 @@ ROWS = {
         "nf4, `--calibration`", quantized("--calibration", "PLACE/calibration.txt")
     ),
     "nf4_gptq": Row("nf4, `--method gptq`", quantized(*GPTQ)),
+    "nf4_yaqa": Row("nf4, `--method yaqa`", quantized(*YAQA)),
     "gptq": Row("GPTQModel, groups of 128", learned("gptq")),
     "autoround": Row(
         f"AutoRound W4A16, groups of 128, {ITERATIONS} iterations",

@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers import nf4, nf4_ok
 from tiny_models import V
+from tokenizers.processors import TemplateProcessing
 
 from nf4cli.api.writing import Writing, write
 from nf4cli.checkpoint.discovery import IMPORTANCE
@@ -47,17 +48,25 @@ def test_a_seed_gives_its_text(model, tmp_path):
     assert texts["a"] == texts["b"] != texts["c"]
 
 
-def test_the_text_is_drawn_from_the_prediction(tmp_path):
-    """A model that is sure of its next token writes that one, and ends where it says so."""
+@pytest.mark.parametrize("before", [[], ["<unk>", "<s>"], ["<unk>"]])
+def test_the_text_is_drawn_from_the_prediction(tmp_path, before):
+    """A model that is sure of its next token writes that one, and ends where it says so.
+
+    Args:
+        before: tokens that the tokenizer puts before each text.
+    """
     tokenizer = text_models.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*before, "$A"]),
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in set(before)],
+    )
     config = transformers.LlamaConfig(
         vocab_size=V, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     chain = {first: first + 1 for first in range(10, 15)} | {15: tokenizer.eos_token_id}
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    chain[start] = 10
+    chain[tokenizer.convert_tokens_to_ids((before or ["<s>"])[-1])] = 10
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
