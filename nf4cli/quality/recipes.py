@@ -15,7 +15,7 @@ from ..checkpoint import bnb_format
 from ..checkpoint.bnb_format import QuantState
 from ..convert.listener import Stage
 from ..convert.measure_errors import WeightError, measured_bytes, weight_errors
-from ..errors import UsageError
+from ..errors import InputError, NonFiniteError, UsageError
 from ..format.codebook import NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME
@@ -329,7 +329,10 @@ class Choosing:
             )  # fmt: skip
 
     def _rounding(self, blocksize: int) -> Rounding:
-        """Return what rounds a matrix with a blocksize, and scales that are not nested."""
+        """Return what rounds a matrix with a blocksize, and scales that are not nested.
+
+        It raises InputError where a weight is not finite.
+        """
         engine, quant_type = self._subject.engine, self._subject.config.quant_type
 
         def rounding(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -338,7 +341,13 @@ class Choosing:
             absmax = np.empty(-(-n // blocksize), np.float32)
             out = np.empty(weight.shape, np.float32)
             raw = weight.reshape(-1).view(np.uint8)
-            engine.quantize(raw, "F32", blocksize, quant_type, packed, absmax)
+            try:
+                engine.quantize(raw, "F32", blocksize, quant_type, packed, absmax)
+            except NonFiniteError as error:
+                raise InputError(
+                    f"{name} has a NaN or an infinity, so that the model cannot be run with a "
+                    "text: mend the source"
+                ) from error
             engine.dequantize(
                 packed, n, blocksize, quant_type, absmax, "F32", out.reshape(-1).view(np.uint8)
             )

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..callbacks import Progress
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from .evaluation.models import libraries, opened
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def measure(
         progress: told the name of the step and the number of windows done, `steps` in all.
 
     Raises:
-        InputError, UsageError, MachineError: see `opened`; or a weight is no linear layer's.
+        InputError, UsageError, MachineError: see `opened`; or a weight is no linear layer's, or a
+            prediction is not finite.
     """
     with opened(directory, "causal", dtype, device) as model:
         modules = _modules(model, names)
@@ -199,7 +200,11 @@ def _sample(
     model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
     progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """Take the derivatives along all modules' errors, in the model and in the rounded one."""
+    """Take the derivatives along all modules' errors, in the model and in the rounded one.
+
+    Raises:
+        InputError: a prediction is not finite.
+    """
     torch, _ = libraries()
     model.requires_grad_(False)
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -215,6 +220,11 @@ def _sample(
         with _watched(model, modules, rounding, at=0) as slopes:
             own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             progress("forward", len(windows))
+            if not torch.isfinite(own).all():
+                raise InputError(
+                    "the model predicts a NaN or an infinity on the text: its weights are damaged. "
+                    "Mend the source, or leave --calibration out"
+                )
             probabilities = own.detach().flatten(0, 1).exp().cpu()
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             own.gather(2, drawn.view(*windows.shape, 1).to(own.device)).sum().backward()

@@ -19,6 +19,7 @@ import torch
 import transformers
 from elsewhere import RESOURCES, Elsewhere
 from helpers import nf4, nf4_ok, nf4_process, nightly_but, same_files
+from safetensors.torch import load_file, save_file
 from tiny_models import V
 
 from nf4cli.checkpoint.discovery import IMPORTANCE, MANIFEST, open_checkpoint
@@ -197,6 +198,20 @@ def problem(rows=24, columns=160, seed=0, samples=400):
     hessian = inputs.T @ inputs / samples
     rounded = round_matrix(weight.numpy(), hessian.diagonal().numpy().copy(), CpuEngine(), RECIPE)
     return weight, hessian, torch.from_numpy(rounded.scale), torch.from_numpy(rounded.ranks)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "yaqa"])
+def test_a_weight_that_is_not_finite_is_refused(tmp_path, method):
+    root = text_models.make("llama", tmp_path / "model")
+    weights = load_file(root / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][1, 3] = float("nan")
+    save_file(weights, root / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    done = nf4("quantize", "model", "out", "--calibration", "text.txt", "--calibration-length",
+               "32", "--method", method, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "model.layers.0" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("weighted", [False, True])

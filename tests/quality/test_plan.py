@@ -10,6 +10,7 @@ import text_models
 import torch
 import transformers
 from helpers import LLAMA, llama_tensors, nf4, nf4_ok, write_checkpoint_dir
+from safetensors.torch import load_file, save_file
 from schemas import document
 
 import nf4cli
@@ -217,3 +218,23 @@ def test_what_is_printed(place, tmp_path):
     assert "bits a weight of linear layers" in done
     assert "less than" in done
     assert "nf4 quantize model" in " ".join(done.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "down_proj.weight has a NaN or an infinity"),
+        (("--keep", "model.layers.0.mlp.down_proj"), "predicts a NaN or an infinity"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_refused(tmp_path, options, says):
+    root = text_models.make("llama", tmp_path / "model")
+    weights = load_file(root / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][1, 3] = float("nan")
+    save_file(weights, root / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text(text_models.text(600))
+    done = nf4("plan", "model", "r.toml", "--bits", "6", "--calibration", "text.txt",
+               "--calibration-length", "32", *options, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in " ".join(done.stderr.split())

@@ -20,6 +20,7 @@ import numpy as np
 from ...callbacks import Notify, Progress, no_notice, no_progress
 from ...checkpoint.importance_file import save
 from ...engines.protocol import Engine
+from ...errors import InputError, NonFiniteError
 from ...format.codebook import codebook
 from ...format.config import QuantConfig
 from ...planning.formats import formats_of
@@ -323,14 +324,25 @@ class Calibration:
         self, name: str, weight: Any, moments: Moments, layer: LayerGradients | None,
         packed: dict[str, U8],
     ) -> Any:  # fmt: skip
-        """Return a matrix as its chosen codes decode: float32 tensor [rows, columns]."""
+        """Return a matrix as its chosen codes decode: float32 tensor [rows, columns].
+
+        Raises:
+            InputError: a weight is not finite.
+        """
         import torch
 
         values = torch.from_numpy(codebook(self._config.quant_type).values).to(weight.device)
         recipe = self._recipe_of(module_path(name))
-        rounded = round_matrix(
-            weight.cpu().numpy(), moments.importance, self._engine, recipe, torch.get_num_threads()
-        )
+        try:
+            rounded = round_matrix(
+                weight.cpu().numpy(), moments.importance, self._engine, recipe,
+                torch.get_num_threads(),
+            )  # fmt: skip
+        except NonFiniteError as error:
+            raise InputError(
+                f"{name} has a NaN or an infinity, so that the model cannot be run: mend the source"
+                ", or use --scale search --on-nonfinite keep, which needs no text"
+            ) from error
         scale = torch.from_numpy(rounded.scale).to(weight.device)
         ranks = torch.from_numpy(rounded.ranks).to(weight.device)
         if self._settings.method != "rtn":
