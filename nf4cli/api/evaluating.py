@@ -120,20 +120,20 @@ class Evaluated:
 
     Attributes:
         path, source: the two models, where they lie on this machine.
-        other: the other output; None without one.
         called: what a user reads of them.
         kind: "causal" for a language model, "encoder" for a model of embeddings.
         texts: figures by the text's name.
         failures: a sentence for each limit that is not kept.
+        other: the other output; None without one.
     """
 
     path: Path
     source: Path
-    other: Path | None
     called: str
     kind: str
     texts: Mapping[str, Measured]
     failures: Sequence[str]
+    other: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -182,7 +182,7 @@ def compare(asked: Evaluation) -> Evaluated:
     if asked.other is not None:
         called += f", and beside {sources.shown(asked.other, others[0])}"
     failures = tuple(_failures(texts, asked.max_kl, asked.min_top1))
-    return Evaluated(output, source, next(iter(others), None), called, kind, texts, failures)
+    return Evaluated(output, source, called, kind, texts, failures, next(iter(others), None))
 
 
 @dataclass(frozen=True)
