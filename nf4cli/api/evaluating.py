@@ -163,8 +163,8 @@ def compare(asked: Evaluation) -> Evaluated:
     """
     libraries()
     listener = asked.machine.listener
-    given = [asked.source, asked.output, *([] if asked.other is None else [asked.other])]
-    source, output, *others = (sources.local(path, listener) for path in given)
+    given = (asked.source, asked.output, asked.other)
+    source, output, *others = (sources.local(p, listener) for p in given if p is not None)
     run = _Run(asked, asked.device or torch_device(None))
     require_device(run.device)
     kind = kind_of(source)

@@ -333,11 +333,12 @@ class Calibration:
 
         values = torch.from_numpy(codebook(self._config.quant_type).values).to(weight.device)
         recipe = self._recipe_of(module_path(name))
+        # One call keeps a GPU busy; each thread would hold memory of its own there.
+        threads = 1 if self._engine.spare_threads else torch.get_num_threads()
         try:
             rounded = round_matrix(
-                weight.cpu().numpy(), moments.importance, self._engine, recipe,
-                torch.get_num_threads(),
-            )  # fmt: skip
+                weight.cpu().numpy(), moments.importance, self._engine, recipe, threads
+            )
         except NonFiniteError as error:
             raise InputError(
                 f"{name} has a NaN or an infinity, so that the model cannot be run: mend the source"
