@@ -29,6 +29,7 @@ from ..planning.resources import unit_of
 from ..planning.selection import module_path
 from ..planning.vllm_rules import require_loadable
 from ..units import format_size
+from .expected_losses import ExpectedLosses, Packing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,12 +41,10 @@ if TYPE_CHECKING:
     from .calibration.run import Calibrating
     from .sensitivity import Checked, Rounding, Sensitivity
 
-Packing = tuple[int, bool]
-"""A 4-bit format: (blocksize, double_quant)."""
 PACKINGS = tuple((blocksize, nested) for blocksize in (32, 64, 128) for nested in (True, False))
 """The 4-bit formats to choose from."""
-REFERENCE = (64, False)
-"""The format whose rounding error a text measures; that of the others is in proportion."""
+REFERENCE = 64
+"""The blocksize whose estimates are checked by rounding some modules alone."""
 _TRIES = 50
 _STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -211,6 +210,7 @@ class Choosing:
         self._plan = subject.plan_of(subject.config)
         require_loadable(self._plan)
         self._never_kept: set[str] = set()
+        self._by_most: dict[int, list[dict[Packing | None, float]]] = {}
 
     @cached_property
     def _units(self) -> list[_Unit]:
@@ -241,13 +241,18 @@ class Choosing:
             for unit in self._units
         ]
 
-    @cached_property
-    def _losses(self) -> list[dict[Packing | None, float]]:
-        """Return the loss that is expected of each unit in every format that it may have."""
-        return [
-            {packing: self._loss(unit, packing) for packing in sizes}
-            for unit, sizes in zip(self._units, self._sizes, strict=True)
-        ]
+    def _losses(self, most: int) -> list[dict[Packing | None, float]]:
+        """Return the loss that is expected of each unit in every format that it may have.
+
+        Args:
+            most: the blocksize that most units have.
+        """
+        if most not in self._by_most:
+            self._by_most[most] = [
+                {packing: self._loss(unit, packing, most) for packing in sizes}
+                for unit, sizes in zip(self._units, self._sizes, strict=True)
+            ]
+        return self._by_most[most]
 
     def _formats_of(self, unit: _Unit) -> list[Packing | None]:
         """Return the formats that a unit may have."""
@@ -311,10 +316,10 @@ class Choosing:
         tokens, _ = calibrating.windows(path)
         names = [t.name for unit in self._units for t in unit.tensors]
         nbytes = self._plan.source_bytes
-        others = {b: self._rounding(b) for b, _ in PACKINGS if b != REFERENCE[0]}
+        roundings = {blocksize: self._rounding(blocksize) for blocksize, _ in PACKINGS}
         stage = Stage(
             "measuring",
-            nbytes * steps(len(tokens), len(others)),
+            nbytes * steps(len(tokens), len(roundings), len(names)),
             f"{self._checkpoint.name} with a text",
         )
         place = default_directory()
@@ -324,7 +329,7 @@ class Choosing:
             subject.listener.stage(stage) as progress,
         ):
             return measure(
-                ordinary, names, tokens, self._rounding(REFERENCE[0]), others, "auto",
+                ordinary, names, tokens, roundings, REFERENCE, "auto",
                 torch_device(subject.device), lambda name, count: progress(name, nbytes * count),
             )  # fmt: skip
 
@@ -355,49 +360,19 @@ class Choosing:
 
         return rounding
 
-    def _loss(self, unit: _Unit, packing: Packing | None) -> float:
+    @cached_property
+    def _expected(self) -> ExpectedLosses | None:
+        """What a text says that each weight loses, None without one."""
+        return None if self._measured is None else ExpectedLosses(self._measured[0], self._errors)
+
+    def _loss(self, unit: _Unit, packing: Packing | None, most: int) -> float:
         """Return the loss that is expected of a unit in a format."""
         if packing is None:
             return 0.0
-        if self._measured is None:
+        if self._expected is None:
             errors = self._errors[packing]
-            shares = (errors[t.name].relative * t.numel / self._elements for t in unit.tensors)
-            return sum(shares)
-        sensitivity, _ = self._measured
-        each = ((max(0.0, sensitivity.share(t.name)), t.name) for t in unit.tensors)
-        return sum(share * self._scale(name, packing) for share, name in each)
-
-    def _scale(self, name: str, packing: Packing | None) -> float:
-        """Return a weight's loss in a format, in units of its share: its squared error in units
-        of that of the reference, times what makes the blocksize's sum the measured one."""
-        if packing is None:
-            return 0.0
-        return self._squares(name, packing) * self._factors[packing[0]]
-
-    def _squares(self, name: str, packing: Packing) -> float:
-        """Return a weight's squared error in units of that of the reference format."""
-        reference = self._errors[REFERENCE][name].squares
-        return self._errors[packing][name].squares / reference if reference else 0.0
-
-    @cached_property
-    def _factors(self) -> dict[int, float]:
-        """Return, by blocksize, what the model loses with it for all modules, measured, over the
-        sum of the shares in proportion to squared errors.
-
-        Squared errors alone make larger blocks too cheap: from 64 to 128 they grow by 10% in
-        SmolLM2-135M, and the divergence by 20%.
-        """
-        assert self._measured is not None
-        sensitivity, checked = self._measured
-        names = [t.name for unit in self._units for t in unit.tensors]
-        shares = {name: max(0.0, sensitivity.share(name)) for name in names}
-        whole = sum(shares.values())
-        factors = {}
-        for blocksize in {blocksize for blocksize, _ in PACKINGS}:
-            by_squares = sum(s * self._squares(n, (blocksize, False)) for n, s in shares.items())
-            measured = whole * sensitivity.ratios.get(blocksize, 1.0) * checked.factor
-            factors[blocksize] = measured / by_squares if by_squares else 1.0
-        return factors
+            return sum(errors[t.name].relative * t.numel / self._elements for t in unit.tensors)
+        return sum(self._expected.of(t.name, packing, most) for t in unit.tensors)
 
     @cached_property
     def _elements(self) -> int:
@@ -482,12 +457,17 @@ class Choosing:
         tangled = not self._never_kept.isdisjoint(self._units[number].paths)
         return [p for p in self._sizes[number] if p is not None or not tangled]
 
+    def _most(self, budget: int) -> int:
+        """Return the blocksize of the best format for all within as many bytes, or the largest."""
+        uniform = self._best_uniform(budget)
+        return uniform[0] if uniform else max(blocksize for blocksize, _ in PACKINGS)
+
     def _allocate(self, budget: int) -> Allocation:
         return allocate(
             [
                 [Option(sizes[p], losses[p]) for p in self._open(number)]
                 for number, (sizes, losses) in enumerate(
-                    zip(self._sizes, self._losses, strict=True)
+                    zip(self._sizes, self._losses(self._most(budget)), strict=True)
                 )
             ],
             budget,
@@ -497,11 +477,11 @@ class Choosing:
         """Return the best choice whose skip list leaves the other modules packed."""
         names = names_of(self._checkpoint.config)
         while True:
-            allocation = self._allocate(budget)
+            allocation, losses = self._allocate(budget), self._losses(self._most(budget))
             modules = []
             for number, unit in enumerate(self._units):
                 packing = self._open(number)[allocation.chosen[number]]
-                nbytes, loss = self._sizes[number][packing], self._losses[number][packing]
+                nbytes, loss = self._sizes[number][packing], losses[number][packing]
                 modules.append(Module(unit.paths, unit.elements, packing, nbytes, loss))
             kept = {path for m in modules if m.packing is None for path in m.paths}
             packed = [path for m in modules if m.packing is not None for path in m.paths]
@@ -536,7 +516,7 @@ class Choosing:
         return min(fitting, key=self._uniform_loss, default=None)
 
     def _uniform_loss(self, packing: Packing) -> float:
-        return sum(losses[packing] for losses in self._losses)
+        return sum(losses[packing] for losses in self._losses(packing[0]))
 
     def _saved(
         self, modules: Sequence[Module], uniform: Packing | None
@@ -545,19 +525,18 @@ class Choosing:
 
         The same windows measure all modules, so it is the interval of the windows' differences.
         """
-        if self._measured is None or uniform is None:
+        expected = self._expected
+        if expected is None or uniform is None or expected.windows < 2:
             return None
-        sensitivity = self._measured[0]
-        count = sensitivity.whole.size
+        count, most = expected.windows, uniform[0]
         saved, before = np.zeros(count), np.zeros(count)
         for unit, module in zip(self._units, modules, strict=True):
             for tensor in unit.tensors:
-                samples = sensitivity.shares[tensor.name]
-                first, second = (self._scale(tensor.name, p) for p in (uniform, module.packing))
-                before += samples * first
-                saved += samples * (first - second)
-        if count < 2:
-            return None
+                first = expected.samples(tensor.name, uniform, most)
+                before += first
+                saved += first
+                if module.packing is not None:
+                    saved -= expected.samples(tensor.name, module.packing, most)
         sure = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
         error = sure * float(saved.std(ddof=1)) / count**0.5
         whole = float(before.mean()) or 1.0

@@ -7,7 +7,8 @@ Two figures for each module:
   quadratic form of the errors, so the shares add up to it. (It is the attribution of Aumann and
   Shapley, which "integrated gradients" compute, Sundararajan and others, 2017; the derivative grows
   in proportion along the way, so one point of it is enough.) What errors of several modules do to
-  each other is in it, half with each. Recipes are chosen by it.
+  each other is in it, half with each. Recipes are chosen by it. It is taken for several roundings,
+  since much of a share is luck: whether this rounding's errors undo or add to those of others.
 - What rounding it alone costs. To second order that is half of the error's square in the metric of
   the Fisher information. Draw the next token of every position from the model's own prediction, and
   take the derivative of the drawn tokens' log-likelihood along the error. Its mean is zero, and its
@@ -20,8 +21,8 @@ No second derivative is computed, and a module costs one product with its roundi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,29 +53,28 @@ class Sensitivity:
     Attributes:
         alone: float64 [windows] by weight: of rounding it alone, each as good as the square of one
             normal variable.
-        shares: float64 [windows] by weight: its share of `whole`.
-        whole: float64 [windows]: measured, of rounding all of them.
-        ratios: the same with another rounding over with this one, by the other's name; measured.
+        shares: float64 [windows] by rounding and weight: its share of `whole`.
+        whole: float64 [windows] by rounding: measured, of rounding all weights.
+        reference: the rounding that `alone` is of.
     """
 
     alone: Mapping[str, NDArray[np.float64]]
-    shares: Mapping[str, NDArray[np.float64]]
-    whole: NDArray[np.float64]
-    ratios: Mapping[int, float]
+    shares: Mapping[int, Mapping[str, NDArray[np.float64]]]
+    whole: Mapping[int, NDArray[np.float64]]
+    reference: int
 
     def kl_alone(self, name: str) -> float:
         """Return the estimated mean of rounding one weight alone."""
         return float(self.alone[name].mean())
 
-    def share(self, name: str) -> float:
+    def share(self, name: str, rounding: int) -> float:
         """Return the mean share of one weight: below zero where its error undoes others'."""
-        return float(self.shares[name].mean())
+        return float(self.shares[rounding][name].mean())
 
-    @property
-    def factor(self) -> float:
-        """Measured over the sum of the shares, of the whole model."""
-        estimated = sum(map(self.share, self.shares))
-        return float(self.whole.mean()) / estimated if estimated > 0 else 1.0
+    def factor(self, rounding: int) -> float:
+        """Return measured over the sum of the shares, of the whole model."""
+        estimated = sum(self.share(name, rounding) for name in self.shares[rounding])
+        return float(self.whole[rounding].mean()) / estimated if estimated > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Checked:
 
 
 def measure(
-    directory: Path, names: Collection[str], tokens: NDArray[np.int64], rounding: Rounding,
-    others: Mapping[int, Rounding], dtype: str, device: str, progress: Progress,
+    directory: Path, names: Collection[str], tokens: NDArray[np.int64],
+    roundings: Mapping[int, Rounding], reference: int, dtype: str, device: str, progress: Progress,
 ) -> tuple[Sensitivity, Checked]:  # fmt: skip
     """Estimate the cost of rounding each weight, and check some of the estimates.
 
@@ -111,8 +111,8 @@ def measure(
         directory: the model.
         names: of the weights.
         tokens: int64 [windows, length].
-        rounding: what is estimated.
-        others: roundings whose cost for the whole model is measured beside it.
+        roundings: what is estimated, by a number of the caller's.
+        reference: the number of the one that is checked.
         progress: told the name of the step and the number of windows done, `steps` in all.
 
     Raises:
@@ -123,27 +123,19 @@ def measure(
         modules = _modules(model, names)
         torch, _ = libraries()
         with torch.inference_mode(False), torch.enable_grad():
-            sampled = _sample(model, modules, tokens, rounding, progress)
+            sensitivity = _sample(model, modules, tokens, roundings, reference, progress)
         few = tokens[: max(1, len(tokens) // _CHECK_SHARE)]
-        before = [_log_probabilities(model, window, progress) for window in few]
-        own = float(sampled.whole[: len(few)].mean())
-        ratios = {
-            name: _kl_of_all(model, modules, few, before, other, progress) / own if own else 1.0
-            for name, other in others.items()
-        }
-        sensitivity = replace(sampled, ratios=ratios)
-        checked = _check(model, modules, few, before, rounding, sensitivity, progress)
-        return sensitivity, checked
+        return sensitivity, _check(model, modules, few, roundings[reference], sensitivity, progress)
 
 
 _CHECKED, _CHECK_SHARE = 12, 4
 """Modules that are rounded alone to check the estimate, and the share of the windows for that."""
 
 
-def steps(windows: int, others: int) -> int:
+def steps(windows: int, roundings: int, weights: int) -> int:
     """Return the windows that `measure` runs, backward passes counted as two."""
     few = max(1, windows // _CHECK_SHARE)
-    return windows * 6 + few * (1 + others + _CHECKED)
+    return windows * 3 * (1 + roundings) + few * (1 + min(weights, _CHECKED))
 
 
 def _modules(model: Any, names: Collection[str]) -> dict[str, Any]:
@@ -197,10 +189,10 @@ def _error_product(name: str, module: Any, rounding: Rounding, inputs: Any) -> A
 
 
 def _sample(
-    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
-    progress: Progress,
+    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64],
+    roundings: Mapping[int, Rounding], reference: int, progress: Progress,
 ) -> Sensitivity:  # fmt: skip
-    """Take the derivatives along all modules' errors, in the model and in the rounded one.
+    """Take the derivatives along all modules' errors, in the model and in the rounded ones.
 
     Raises:
         InputError: a prediction is not finite.
@@ -212,42 +204,80 @@ def _sample(
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     batch = max(1, _MOST_LOGITS // (length * vocabulary))
     alone: dict[str, list[float]] = {name: [] for name in modules}
-    shares: dict[str, list[float]] = {name: [] for name in modules}
-    whole: list[float] = []
+    shares: dict[int, dict[str, list[float]]] = {r: {n: [] for n in modules} for r in roundings}
+    whole: dict[int, list[float]] = {r: [] for r in roundings}
     for start in range(0, len(tokens), batch):
         windows = tokens[start : start + batch]
         ids = torch.from_numpy(windows).to(model.device)
-        with _watched(model, modules, rounding, at=0) as slopes:
-            own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            progress("forward", len(windows))
-            if not torch.isfinite(own).all():
-                raise InputError(
-                    "the model predicts a NaN or an infinity on the text: its weights are damaged. "
-                    "Mend the source, or leave --calibration out"
-                )
-            probabilities = own.detach().flatten(0, 1).exp().cpu()
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            own.gather(2, drawn.view(*windows.shape, 1).to(own.device)).sum().backward()
-            progress("backward", 2 * len(windows))
+        with _watched(model, modules, roundings[reference], at=0) as slopes:
+            own = _drawn(model, ids, generator, progress)
         for name, values in slopes.items():
             alone[name] += [value * value / (2 * length) for value in values]
-        with _watched(model, modules, rounding, at=1) as slopes:
-            rounded = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            progress("forward", len(windows))
-            divergence = torch.nn.functional.kl_div(
-                rounded, own.detach(), reduction="none", log_target=True
-            ).sum((1, 2))
-            divergence.sum().backward()
-            progress("backward", 2 * len(windows))
-        for name, values in slopes.items():
-            shares[name] += [value / (2 * length) for value in values]
-        whole += (divergence.detach() / length).tolist()
+        for number, rounding in roundings.items():
+            with _watched(model, modules, rounding, at=1) as slopes:
+                divergence = _diverged(model, ids, own, progress)
+            for name, values in slopes.items():
+                shares[number][name] += [value / (2 * length) for value in values]
+            whole[number] += (divergence / length).tolist()
     return Sensitivity(
         {name: np.array(values) for name, values in alone.items()},
-        {name: np.array(values) for name, values in shares.items()},
-        np.array(whole),
-        {},
+        {r: {n: np.array(values) for n, values in by.items()} for r, by in shares.items()},
+        {number: np.array(values) for number, values in whole.items()},
+        reference,
     )
+
+
+def _drawn(model: Any, ids: Any, generator: Any, progress: Progress) -> Any:
+    """Run back the log-likelihood of tokens drawn from the model's own prediction.
+
+    Here and in `_diverged` the derivative by the logits is written out, so that no graph goes over
+    the vocabulary: with Gemma 3 270M, whose vocabulary is 262,144, that is most of the time.
+
+    Args:
+        ids: int64 [windows, length].
+
+    Returns:
+        Float32 log-probabilities [windows, length, vocabulary].
+
+    Raises:
+        InputError: a prediction is not finite.
+    """
+    torch, _ = libraries()
+    logits = model(input_ids=ids, use_cache=False).logits
+    own = logits.detach().float().log_softmax(-1)
+    progress("forward", len(ids))
+    if not torch.isfinite(own).all():
+        raise InputError(
+            "the model predicts a NaN or an infinity on the text: its weights are damaged. "
+            "Mend the source, or leave --calibration out"
+        )
+    slope = own.exp()
+    drawn = torch.multinomial(slope.flatten(0, 1).cpu(), 1, generator=generator)
+    places = drawn.view(*ids.shape, 1).to(own.device)
+    slope.neg_().scatter_add_(2, places, torch.ones_like(places, dtype=slope.dtype))
+    logits.backward(slope.to(logits.dtype))
+    progress("backward", 2 * len(ids))
+    return own
+
+
+def _diverged(model: Any, ids: Any, own: Any, progress: Progress) -> Any:
+    """Run back the KL divergence from the log-probabilities of the unchanged model.
+
+    Args:
+        ids: int64 [windows, length].
+        own: float32 [windows, length, vocabulary].
+
+    Returns:
+        Float32 [windows]: the sum over a window's positions.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits
+    rounded = logits.detach().float().log_softmax(-1)
+    progress("forward", len(ids))
+    probabilities = own.exp()
+    divergence = (probabilities * (own - rounded)).sum((1, 2))
+    logits.backward(rounded.exp_().sub_(probabilities).to(logits.dtype))
+    progress("backward", 2 * len(ids))
+    return divergence
 
 
 @contextmanager
@@ -297,17 +327,6 @@ def _watched(
             handle.remove()
 
 
-def _kl_of_all(
-    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], before: Sequence[Any],
-    rounding: Rounding, progress: Progress,
-) -> float:  # fmt: skip
-    """Return the KL divergence a token of rounding all modules; the model stays as it is."""
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(_moved(name, module, rounding))
-        return _kl(model, tokens, before, progress)
-
-
 @contextmanager
 def _moved(name: str, module: Any, rounding: Rounding) -> Iterator[None]:
     """Have a layer give for a while what it would with its rounded weight."""
@@ -323,10 +342,11 @@ def _moved(name: str, module: Any, rounding: Rounding) -> Iterator[None]:
 
 
 def _check(
-    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], before: Sequence[Any],
-    rounding: Rounding, sensitivity: Sensitivity, progress: Progress,
+    model: Any, modules: Mapping[str, Any], tokens: NDArray[np.int64], rounding: Rounding,
+    sensitivity: Sensitivity, progress: Progress,
 ) -> Checked:  # fmt: skip
     """Round some modules alone, and measure the KL divergence."""
+    before = [_log_probabilities(model, window, progress) for window in tokens]
     order = sorted(modules, key=sensitivity.kl_alone)
     places = np.unique(np.linspace(0, len(order) - 1, _CHECKED).round().astype(int))
     measured = {}
@@ -335,7 +355,7 @@ def _check(
         with _moved(name, modules[name], rounding):
             measured[name] = _kl(model, tokens, before, progress)
     estimated = {name: sensitivity.kl_alone(name) for name in measured}
-    return Checked(estimated, measured, sensitivity.factor)
+    return Checked(estimated, measured, sensitivity.factor(sensitivity.reference))
 
 
 def _kl(model: Any, tokens: NDArray[np.int64], before: Sequence[Any], progress: Progress) -> float:

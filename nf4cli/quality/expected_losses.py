@@ -1,0 +1,98 @@
+"""Say what each weight is expected to lose in each format, after a text has measured a model.
+
+A weight's share of the divergence is of one rounding, among others that are rounded alike. Much of
+it is luck: whether its errors undo or add to those of other weights. In Gemma 3 270M, between texts
+of two kinds the shares correlate by 0.81 to 0.93 (of the weights without v_proj); between roundings
+with blocksize 32 and 64 by 0.6. So a share holds for the format that most weights have. A weight in
+another format, among those, is expected to lose what is common to its shares in all blocksizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..convert.measure_errors import WeightError
+    from .sensitivity import Sensitivity
+
+Packing = tuple[int, bool]
+"""A 4-bit format: (blocksize, double_quant)."""
+
+
+class ExpectedLosses:
+    """The KL divergence a token that each weight is expected to cost, by format."""
+
+    def __init__(
+        self, sensitivity: Sensitivity, errors: Mapping[Packing, Mapping[str, WeightError]]
+    ) -> None:
+        """Take what is measured.
+
+        Args:
+            sensitivity: of the roundings with each blocksize, by blocksize.
+            errors: by format and weight.
+        """
+        self._sensitivity, self._errors = sensitivity, errors
+
+    @property
+    def windows(self) -> int:
+        """Windows of text that were measured."""
+        return self._sensitivity.whole[self._sensitivity.reference].size
+
+    def of(self, name: str, packing: Packing, most: int) -> float:
+        """Return what one weight is expected to lose.
+
+        Args:
+            most: the blocksize that most weights have.
+        """
+        return max(0.0, float(self.samples(name, packing, most).mean()))
+
+    def samples(self, name: str, packing: Packing, most: int) -> NDArray[np.float64]:
+        """Return the same as each window alone says it, float64 [windows]; some are negative."""
+        blocksize = packing[0]
+        plain = self._squares(name, (blocksize, False))
+        nesting = self._squares(name, packing) / plain if plain else 1.0
+        if blocksize == most:
+            shares = self._sensitivity.shares[blocksize][name]
+            return shares * self._sensitivity.factor(blocksize) * nesting
+        return self._common[name] * self._squares(name, packing) * self._factors[blocksize]
+
+    def _squares(self, name: str, packing: Packing) -> float:
+        """Return a weight's squared error in units of that with the reference's blocksize."""
+        reference = self._errors[self._sensitivity.reference, False][name].squares
+        return self._errors[packing][name].squares / reference if reference else 0.0
+
+    @cached_property
+    def _common(self) -> dict[str, NDArray[np.float64]]:
+        """The mean of a weight's shares in all blocksizes, as parts of the whole [windows]."""
+        sensitivity = self._sensitivity
+        common = {}
+        for name in sensitivity.alone:
+            parts = []
+            for blocksize, whole in sensitivity.whole.items():
+                scale = self._squares(name, (blocksize, False)) * float(whole.mean())
+                shares = sensitivity.shares[blocksize][name] * sensitivity.factor(blocksize)
+                parts.append(shares / scale if scale else np.zeros_like(shares))
+            common[name] = np.mean(parts, axis=0)
+        return common
+
+    @cached_property
+    def _factors(self) -> dict[int, float]:
+        """What makes the sum over all weights that which was measured, by blocksize.
+
+        Squared errors alone make larger blocks too cheap: from 64 to 128 they grow by 10% in
+        SmolLM2-135M, and the divergence by 20%.
+        """
+        factors = {}
+        for blocksize, whole in self._sensitivity.whole.items():
+            total = sum(
+                max(0.0, float(part.mean())) * self._squares(name, (blocksize, False))
+                for name, part in self._common.items()
+            )
+            factors[blocksize] = float(whole.mean()) / total if total else 1.0
+        return factors

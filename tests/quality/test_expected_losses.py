@@ -1,0 +1,69 @@
+"""What weights are expected to lose in the common format, and in others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nf4cli.convert.measure_errors import WeightError
+from nf4cli.quality.expected_losses import ExpectedLosses
+from nf4cli.quality.sensitivity import Sensitivity
+
+SHARES = {32: {"lucky": 0.0, "steady": 4.0}, 64: {"lucky": 3.0, "steady": 5.0},
+          128: {"lucky": 3.0, "steady": 7.0}}  # fmt: skip
+SQUARES = {32: 0.8, 64: 1.0, 128: 1.2}
+
+
+@pytest.fixture
+def losses():
+    """Of two weights; with blocksize 32, the errors of `lucky` happen to undo those of `steady`."""
+    spread = np.array([0.9, 1.1])  # of two windows of text
+    sensitivity = Sensitivity(
+        {name: np.ones(2) for name in SHARES[32]},
+        {b: {name: share * spread for name, share in by.items()} for b, by in SHARES.items()},
+        {b: 0.9 * sum(by.values()) * spread for b, by in SHARES.items()},
+        64,
+    )
+    errors = {
+        (b, nested): {name: WeightError(100 * SQUARES[b] + nested, 1e4) for name in SHARES[32]}
+        for b in SQUARES
+        for nested in (True, False)
+    }
+    return ExpectedLosses(sensitivity, errors)
+
+
+@pytest.mark.parametrize("most", [32, 64, 128])
+def test_a_share_holds_where_most_weights_have_its_format(losses, most):
+    for name, share in SHARES[most].items():
+        assert losses.of(name, (most, False), most) == pytest.approx(0.9 * share)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+def test_all_weights_in_one_format_lose_what_was_measured(losses, blocksize):
+    for most in (32, 64, 128):
+        whole = sum(losses.of(name, (blocksize, False), most) for name in SHARES[blocksize])
+        assert whole == pytest.approx(0.9 * sum(SHARES[blocksize].values()))
+
+
+def test_luck_does_not_pass_to_another_format(losses):
+    """Of three blocksizes, `lucky` loses 0, 3/8 and 3/10 of the whole: in any other, 0.225."""
+    part = np.mean([0, 3 / 8 / 1.0, 3 / 10 / 1.2])
+    other = np.mean([1 / 0.8, 5 / 8, 7 / 10 / 1.2])
+    expected = 0.9 * 8 * part / (part + other)
+    assert losses.of("lucky", (64, False), 32) == pytest.approx(expected)
+    assert losses.of("lucky", (32, False), 32) == 0
+
+
+def test_nested_scales_add_their_error(losses):
+    assert losses.of("steady", (32, True), 32) == pytest.approx(0.9 * 4 * 81 / 80)
+    assert losses.of("steady", (64, True), 32) == pytest.approx(
+        losses.of("steady", (64, False), 32) * 1.01
+    )
+
+
+def test_what_windows_say_has_the_expected_mean(losses):
+    for most in (32, 64):
+        samples = losses.samples("steady", (32, True), most)
+        assert samples.shape == (losses.windows,)
+        assert samples.mean() == pytest.approx(losses.of("steady", (32, True), most))
+        assert samples[1] / samples[0] == pytest.approx(1.1 / 0.9)
