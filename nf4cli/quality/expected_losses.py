@@ -55,11 +55,10 @@ class ExpectedLosses:
     def samples(self, name: str, packing: Packing, most: int) -> NDArray[np.float64]:
         """Return the same as each window alone says it, float64 [windows]; some are negative."""
         blocksize = packing[0]
-        plain = self._squares(name, (blocksize, False))
-        nesting = self._squares(name, packing) / plain if plain else 1.0
         if blocksize == most:
-            shares = self._sensitivity.shares[blocksize][name]
-            return shares * self._sensitivity.factor(blocksize) * nesting
+            plain = self._squares(name, (blocksize, False))
+            nesting = self._squares(name, packing) / plain if plain else 1.0
+            return self._shares[blocksize][name] * nesting
         return self._common[name] * self._squares(name, packing) * self._factors[blocksize]
 
     def _squares(self, name: str, packing: Packing) -> float:
@@ -68,22 +67,34 @@ class ExpectedLosses:
         return self._errors[packing][name].squares / reference if reference else 0.0
 
     @cached_property
+    def _shares(self) -> dict[int, dict[str, NDArray[np.float64]]]:
+        """Return the shares [windows] by blocksize and weight, so that they add up to the whole."""
+        shares = {}
+        for blocksize, by_weight in self._sensitivity.shares.items():
+            factor = self._sensitivity.factor(blocksize)
+            shares[blocksize] = {name: share * factor for name, share in by_weight.items()}
+        return shares
+
+    @cached_property
     def _common(self) -> dict[str, NDArray[np.float64]]:
-        """The mean of a weight's shares in all blocksizes, as parts of the whole [windows]."""
-        sensitivity = self._sensitivity
+        """Return the mean of a weight's shares in all blocksizes, as parts of the whole [windows].
+
+        They are in units of the weight's squared error with each blocksize.
+        """
+        wholes = {b: float(whole.mean()) for b, whole in self._sensitivity.whole.items()}
         common = {}
-        for name in sensitivity.alone:
+        for name in self._sensitivity.alone:
             parts = []
-            for blocksize, whole in sensitivity.whole.items():
-                scale = self._squares(name, (blocksize, False)) * float(whole.mean())
-                shares = sensitivity.shares[blocksize][name] * sensitivity.factor(blocksize)
+            for blocksize, whole in wholes.items():
+                scale = self._squares(name, (blocksize, False)) * whole
+                shares = self._shares[blocksize][name]
                 parts.append(shares / scale if scale else np.zeros_like(shares))
             common[name] = np.mean(parts, axis=0)
         return common
 
     @cached_property
     def _factors(self) -> dict[int, float]:
-        """What makes the sum over all weights that which was measured, by blocksize.
+        """Return what makes the sum over all weights that which was measured, by blocksize.
 
         Squared errors alone make larger blocks too cheap: from 64 to 128 they grow by 10% in
         SmolLM2-135M, and the divergence by 20%.

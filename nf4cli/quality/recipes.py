@@ -362,7 +362,7 @@ class Choosing:
 
     @cached_property
     def _expected(self) -> ExpectedLosses | None:
-        """What a text says that each weight loses, None without one."""
+        """Return what a text says that each weight loses, None without one."""
         return None if self._measured is None else ExpectedLosses(self._measured[0], self._errors)
 
     def _loss(self, unit: _Unit, packing: Packing | None, most: int) -> float:
@@ -476,8 +476,9 @@ class Choosing:
     def _spend(self, budget: int) -> _Found:
         """Return the best choice whose skip list leaves the other modules packed."""
         names = names_of(self._checkpoint.config)
+        losses = self._losses(self._most(budget))
         while True:
-            allocation, losses = self._allocate(budget), self._losses(self._most(budget))
+            allocation = self._allocate(budget)
             modules = []
             for number, unit in enumerate(self._units):
                 packing = self._open(number)[allocation.chosen[number]]

@@ -230,9 +230,6 @@ def _sample(
 def _drawn(model: Any, ids: Any, generator: Any, progress: Progress) -> Any:
     """Run back the log-likelihood of tokens drawn from the model's own prediction.
 
-    Here and in `_diverged` the derivative by the logits is written out, so that no graph goes over
-    the vocabulary: with Gemma 3 270M, whose vocabulary is 262,144, that is most of the time.
-
     Args:
         ids: int64 [windows, length].
 
@@ -243,21 +240,18 @@ def _drawn(model: Any, ids: Any, generator: Any, progress: Progress) -> Any:
         InputError: a prediction is not finite.
     """
     torch, _ = libraries()
-    logits = model(input_ids=ids, use_cache=False).logits
-    own = logits.detach().float().log_softmax(-1)
+    own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     progress("forward", len(ids))
     if not torch.isfinite(own).all():
         raise InputError(
             "the model predicts a NaN or an infinity on the text: its weights are damaged. "
             "Mend the source, or leave --calibration out"
         )
-    slope = own.exp()
-    drawn = torch.multinomial(slope.flatten(0, 1).cpu(), 1, generator=generator)
-    places = drawn.view(*ids.shape, 1).to(own.device)
-    slope.neg_().scatter_add_(2, places, torch.ones_like(places, dtype=slope.dtype))
-    logits.backward(slope.to(logits.dtype))
+    probabilities = own.detach().flatten(0, 1).exp().cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    own.gather(2, drawn.view(*ids.shape, 1).to(own.device)).sum().backward()
     progress("backward", 2 * len(ids))
-    return own
+    return own.detach()
 
 
 def _diverged(model: Any, ids: Any, own: Any, progress: Progress) -> Any:
@@ -270,14 +264,15 @@ def _diverged(model: Any, ids: Any, own: Any, progress: Progress) -> Any:
     Returns:
         Float32 [windows]: the sum over a window's positions.
     """
-    logits = model(input_ids=ids, use_cache=False).logits
-    rounded = logits.detach().float().log_softmax(-1)
+    torch, _ = libraries()
+    rounded = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     progress("forward", len(ids))
-    probabilities = own.exp()
-    divergence = (probabilities * (own - rounded)).sum((1, 2))
-    logits.backward(rounded.exp_().sub_(probabilities).to(logits.dtype))
+    divergence = torch.nn.functional.kl_div(
+        rounded, own, reduction="none", log_target=True
+    ).sum((1, 2))  # fmt: skip
+    divergence.sum().backward()
     progress("backward", 2 * len(ids))
-    return divergence
+    return divergence.detach()
 
 
 @contextmanager
