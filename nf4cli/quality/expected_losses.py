@@ -29,15 +29,17 @@ class ExpectedLosses:
     """The KL divergence a token that each weight is expected to cost, by format."""
 
     def __init__(
-        self, sensitivity: Sensitivity, errors: Mapping[Packing, Mapping[str, WeightError]]
-    ) -> None:
+        self, sensitivity: Sensitivity, errors: Mapping[Packing, Mapping[str, WeightError]],
+        nested: bool,
+    ) -> None:  # fmt: skip
         """Take what is measured.
 
         Args:
             sensitivity: of the roundings with each blocksize, by blocksize.
             errors: by format and weight.
+            nested: whether the roundings had nested scales.
         """
-        self._sensitivity, self._errors = sensitivity, errors
+        self._sensitivity, self._errors, self._nested = sensitivity, errors, nested
 
     @property
     def windows(self) -> int:
@@ -56,8 +58,8 @@ class ExpectedLosses:
         """Return the same as each window alone says it, float64 [windows]; some are negative."""
         blocksize = packing[0]
         if blocksize == most:
-            plain = self._squares(name, (blocksize, False))
-            nesting = self._squares(name, packing) / plain if plain else 1.0
+            measured = self._squares(name, (blocksize, self._nested))
+            nesting = self._squares(name, packing) / measured if measured else 1.0
             return self._shares[blocksize][name] * nesting
         return self._common[name] * self._squares(name, packing) * self._factors[blocksize]
 
@@ -86,7 +88,7 @@ class ExpectedLosses:
         for name in self._sensitivity.alone:
             parts = []
             for blocksize, whole in wholes.items():
-                scale = self._squares(name, (blocksize, False)) * whole
+                scale = self._squares(name, (blocksize, self._nested)) * whole
                 shares = self._shares[blocksize][name]
                 parts.append(shares / scale if scale else np.zeros_like(shares))
             common[name] = np.mean(parts, axis=0)
@@ -102,7 +104,7 @@ class ExpectedLosses:
         factors = {}
         for blocksize, whole in self._sensitivity.whole.items():
             total = sum(
-                max(0.0, float(part.mean())) * self._squares(name, (blocksize, False))
+                max(0.0, float(part.mean())) * self._squares(name, (blocksize, self._nested))
                 for name, part in self._common.items()
             )
             factors[blocksize] = float(whole.mean()) / total if total else 1.0

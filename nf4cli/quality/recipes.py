@@ -15,7 +15,7 @@ from ..checkpoint import bnb_format
 from ..checkpoint.bnb_format import QuantState
 from ..convert.listener import Stage
 from ..convert.measure_errors import WeightError, measured_bytes, weight_errors
-from ..errors import InputError, NonFiniteError, UsageError
+from ..errors import UsageError
 from ..format.codebook import NESTED_BLOCKSIZE
 from ..format.config import QuantConfig
 from ..format.dtypes import ITEMSIZE, SAFETENSORS_NAME
@@ -32,7 +32,6 @@ from ..units import format_size
 from .expected_losses import ExpectedLosses, Packing
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
     from ..checkpoint.types import Checkpoint
     from ..convert.listener import Listener
@@ -334,36 +333,29 @@ class Choosing:
             )  # fmt: skip
 
     def _rounding(self, blocksize: int) -> Rounding:
-        """Return what rounds a matrix with a blocksize, and scales that are not nested.
+        """Return what rounds a matrix with a blocksize, and scales as `_measured_nested` says."""
+        from .rounded_weights import RoundedWeights
 
-        It raises InputError where a weight is not finite.
+        config = replace(
+            self._subject.config, blocksize=blocksize, double_quant=self._measured_nested
+        )
+        return RoundedWeights(self._subject.engine, config).decoded
+
+    @property
+    def _measured_nested(self) -> bool:
+        """Whether the roundings that a text measures have nested scales.
+
+        A search picks among the scales that nested ones can be, so its codes are others there.
+        Double quantization of absmax leaves the codes as they are.
         """
-        engine, quant_type = self._subject.engine, self._subject.config.quant_type
-
-        def rounding(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-            n = weight.size
-            packed = np.empty((n + 1) // 2, np.uint8)
-            absmax = np.empty(-(-n // blocksize), np.float32)
-            out = np.empty(weight.shape, np.float32)
-            raw = weight.reshape(-1).view(np.uint8)
-            try:
-                engine.quantize(raw, "F32", blocksize, quant_type, packed, absmax)
-            except NonFiniteError as error:
-                raise InputError(
-                    f"{name} has a NaN or an infinity, so that the model cannot be run with a "
-                    "text: mend the source"
-                ) from error
-            engine.dequantize(
-                packed, n, blocksize, quant_type, absmax, "F32", out.reshape(-1).view(np.uint8)
-            )
-            return out
-
-        return rounding
+        return self._subject.config.scale == "search"
 
     @cached_property
     def _expected(self) -> ExpectedLosses | None:
         """Return what a text says that each weight loses, None without one."""
-        return None if self._measured is None else ExpectedLosses(self._measured[0], self._errors)
+        if self._measured is None:
+            return None
+        return ExpectedLosses(self._measured[0], self._errors, self._measured_nested)
 
     def _loss(self, unit: _Unit, packing: Packing | None, most: int) -> float:
         """Return the loss that is expected of a unit in a format."""

@@ -29,7 +29,7 @@ def losses():
         for b in SQUARES
         for nested in (True, False)
     }
-    return ExpectedLosses(sensitivity, errors)
+    return ExpectedLosses(sensitivity, errors, nested=False)
 
 
 @pytest.mark.parametrize("most", [32, 64, 128])

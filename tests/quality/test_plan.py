@@ -16,7 +16,7 @@ from schemas import document
 import nf4cli
 from nf4cli.quality import sensitivity
 from nf4cli.quality.calibration.text import open_tokenizer
-from nf4cli.quality.texts import sequences
+from nf4cli.quality.texts import read_documents, sequences
 
 TEXT = ("--calibration", "text.txt", "--calibration-tokens", "1024", "--calibration-length", "64")
 
@@ -75,6 +75,33 @@ def test_a_text_finds_what_rounding_costs(place, tmp_path):
     again = planned(place, tmp_path / "again.toml", "--bits", "5", *TEXT)
     assert (tmp_path / "again.toml").read_text() == (tmp_path / "r.toml").read_text()
     assert again["loss"] == found["loss"]
+
+
+@pytest.mark.parametrize("scale", ["absmax", "search"])
+def test_what_is_measured_is_what_a_conversion_loses(place, tmp_path, scale):
+    """Of the best one format for all, against the decoded output of that conversion."""
+    options = ("--bits", "4.9", "--scale", scale, *TEXT)
+    found = planned(place, tmp_path / "r.toml", *options)["uniform"]
+    assert not found["double_quant"]
+    nf4_ok(
+        "quantize", "model", tmp_path / "out", "--blocksize", found["blocksize"],
+        "--no-double-quant", "--scale", scale, "-q", cwd=place,
+    )  # fmt: skip
+    nf4_ok("dequantize", tmp_path / "out", tmp_path / "back", "--dtype", "float32", "-q")
+    tokens = sequences(
+        read_documents([place / "text.txt"]), open_tokenizer(place / "model"), 64, 16
+    )
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(
+            torch.from_numpy(tokens)
+        )
+        .logits.detach()
+        .log_softmax(-1)
+        for path in (place / "model", tmp_path / "back")
+    )
+    exact = float((before.exp() * (before - after)).sum(-1).mean())
+    # A search is measured with nested scales; what float32 ones lose is reckoned from that.
+    assert found["loss"] == pytest.approx(exact, rel=0.05 if scale == "search" else 1e-3)
 
 
 def test_the_smallest_output_of_a_loss(place, tmp_path):

@@ -31,7 +31,7 @@ from .experts import ExpertWatcher
 from .gptq import corrected, feed_back, relative_loss
 from .gradients import LayerGradients
 from .moments import Moments
-from .rounding import pack, round_matrix
+from .rounding import pack, round_matrix, search_threads
 from .scratch import BlockResult, Scratch
 from .side_by_side import Run, Stops
 from .walk import Walk
@@ -333,11 +333,10 @@ class Calibration:
 
         values = torch.from_numpy(codebook(self._config.quant_type).values).to(weight.device)
         recipe = self._recipe_of(module_path(name))
-        # One call keeps a GPU busy; each thread would hold memory of its own there.
-        threads = 1 if self._engine.spare_threads else torch.get_num_threads()
+        engine = self._engine
         try:
             rounded = round_matrix(
-                weight.cpu().numpy(), moments.importance, self._engine, recipe, threads
+                weight.cpu().numpy(), moments.importance, engine, recipe, search_threads(engine)
             )
         except NonFiniteError as error:
             raise InputError(

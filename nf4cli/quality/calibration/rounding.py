@@ -35,11 +35,32 @@ def round_matrix(
 ) -> Rounded:
     """Return the scales that a conversion will choose for a matrix, and the nearest codes.
 
+    Args: see `search_matrix`.
+    """
+    packed, absmax = search_matrix(weight, importance, engine, config, threads)
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: weight.size]
+    return Rounded(
+        scale=np.repeat(absmax, config.blocksize)[: weight.size].reshape(weight.shape),
+        ranks=rank_of_code(config.quant_type)[codes].reshape(weight.shape),
+    )
+
+
+def search_matrix(
+    weight: F32, importance: F32, engine: Engine, config: QuantConfig, threads: int = 1
+) -> tuple[U8, F32]:
+    """Return the codes and the decoded scales that `--scale search` will choose for a matrix.
+
     Args:
-        weight: float32 [rows, columns].
+        weight: float32 [rows, columns], n elements.
         importance: float32 [columns]; all zeros weigh all columns alike.
         engine: the one that will convert.
         threads: that search at a time, each a part of the matrix.
+
+    Returns:
+        Packed codes, uint8 [(n+1)//2], and absmax, float32 [ceil(n/blocksize)].
+
+    Raises:
+        NonFiniteError: a weight is a NaN or an infinity.
     """
     n, blocksize = weight.size, config.blocksize
     weighted = bool(importance.any())
@@ -63,12 +84,18 @@ def round_matrix(
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(search, range(0, n, step)))
-    scales = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
-    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:n]
-    return Rounded(
-        scale=np.repeat(scales, blocksize)[:n].reshape(weight.shape),
-        ranks=rank_of_code(config.quant_type)[codes].reshape(weight.shape),
-    )
+    absmax = engine.nested_dequantize(NestedAbsmax(index, 0, steps.run, steps.table, unit, 0.0))
+    return packed, absmax
+
+
+def search_threads(engine: Engine) -> int:
+    """Return how many threads should search a matrix at a time.
+
+    One call keeps a GPU busy, and each thread would hold memory of its own there.
+    """
+    import torch
+
+    return 1 if engine.spare_threads else torch.get_num_threads()
 
 
 def rank_of_code(quant_type: str) -> U8:
