@@ -70,12 +70,23 @@ class ExpectedLosses:
 
     @cached_property
     def _shares(self) -> dict[int, dict[str, NDArray[np.float64]]]:
-        """Return the shares [windows] by blocksize and weight, so that they add up to the whole."""
-        shares = {}
-        for blocksize, by_weight in self._sensitivity.shares.items():
-            factor = self._sensitivity.factor(blocksize)
-            shares[blocksize] = {name: share * factor for name, share in by_weight.items()}
-        return shares
+        """Return the shares [windows] by blocksize and weight, so that they add up to the whole.
+
+        Where they are far from adding up in a window, the divergence there is no quadratic form of
+        the errors, and its shares say nothing: each weight gets its part of the other windows.
+        """
+        names = list(self._sensitivity.alone)
+        found = {}
+        for blocksize, whole in self._sensitivity.whole.items():
+            shares = np.array([self._sensitivity.shares[blocksize][name] for name in names])
+            sound = abs(shares.sum(0) - whole) <= whole / 2
+            if sound.any():
+                parts = shares[:, sound].mean(1) / whole[sound].mean()
+                shares[:, ~sound] = parts[:, None] * whole[~sound]
+            total = float(shares.mean(1).sum())
+            shares *= float(whole.mean()) / total if total > 0 else 1.0
+            found[blocksize] = dict(zip(names, shares, strict=True))
+        return found
 
     @cached_property
     def _common(self) -> dict[str, NDArray[np.float64]]:
