@@ -32,7 +32,6 @@ from ..units import format_size
 from .expected_losses import ExpectedLosses, Packing
 
 if TYPE_CHECKING:
-
     from ..checkpoint.types import Checkpoint
     from ..convert.listener import Listener
     from ..engines.protocol import Engine
