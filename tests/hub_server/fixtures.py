@@ -163,19 +163,35 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        """Look again and again, and count what is there in two looks after one another.
+
+        A look takes its time: a file that moves, or goes while the next one comes, may be in one
+        look although the two were never there together. Those in both looks were, in between.
+        """
+        before = sizes_in(self._root)
         while not self._stop.is_set():
-            self.most = max(self.most, bytes_in(self._root))
-            self.looks += 1
             time.sleep(0.001)
+            now = sizes_in(self._root)
+            both = before.keys() & now.keys()
+            self.most = max(self.most, sum(min(before[file], now[file]) for file in both))
+            self.looks += 1
+            before = now
+
+
+def sizes_in(root: Path) -> dict[tuple[str, int], int]:
+    """Bytes of all files under a directory, by path and inode."""
+    sizes = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(directory, name)
+            try:
+                found = os.lstat(path)
+            except FileNotFoundError:
+                continue
+            sizes[path, found.st_ino] = found.st_size
+    return sizes
 
 
 def bytes_in(root: Path) -> int:
     """Sizes of all files under a directory."""
-    total = 0
-    for directory, _, names in os.walk(root):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(directory, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
+    return sum(sizes_in(root).values())
