@@ -80,7 +80,7 @@ class ExpectedLosses:
         for blocksize, whole in self._sensitivity.whole.items():
             shares = np.array([self._sensitivity.shares[blocksize][name] for name in names])
             sound = abs(shares.sum(0) - whole) <= whole / 2
-            if sound.any():
+            if not sound.all() and whole[sound].sum() > 0:
                 parts = shares[:, sound].mean(1) / whole[sound].mean()
                 shares[:, ~sound] = parts[:, None] * whole[~sound]
             total = float(shares.mean(1).sum())

@@ -342,7 +342,7 @@ class Choosing:
 
     @property
     def _measured_nested(self) -> bool:
-        """Whether the roundings that a text measures have nested scales.
+        """Say whether the roundings that a text measures have nested scales.
 
         A search picks among the scales that nested ones can be, so its codes are others there.
         Double quantization of absmax leaves the codes as they are.
